@@ -1,0 +1,79 @@
+"""Replace attributes of mlx-lm's modules, and put every one of them back.
+
+The only place that assigns into somebody else's module. A name can be imported
+elsewhere (``from .models.cache import make_prompt_cache``), so a wrapper may
+outlive :func:`undo` in modules that imported it: each wrapper therefore asks
+:func:`active` first and is a plain call of the original once patches are undone.
+"""
+
+import sys
+from typing import Any, Callable, List, Tuple
+
+import wrapt
+
+_replaced: List[Tuple[Any, str, Any, Any]] = []
+_active = False
+
+
+def activate() -> None:
+    """Let the wrappers act."""
+    global _active
+    _active = True
+
+
+def active() -> bool:
+    """True between :func:`activate` and :func:`undo`."""
+    return _active
+
+
+def replaced() -> List[str]:
+    """Dotted names of what is replaced now, in the order of replacement."""
+    return [f"{_name(owner)}.{name}" for owner, name, _, _ in _replaced]
+
+
+def wrap(owner: Any, name: str, wrapper: Callable) -> None:
+    """Wrap the function ``owner.name`` (a module's or a class's) with a wrapt wrapper.
+
+    Args:
+        owner: a module or a class.
+        name: the attribute; wrapping it again does nothing.
+        wrapper: ``wrapper(wrapped, instance, args, kwargs)``; called only while
+            patches are active.
+
+    Raises:
+        AttributeError: ``owner`` has no such attribute.
+    """
+    if any(o is owner and n == name for o, n, _, _ in _replaced):
+        return
+    original = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
+    wrapped = wrapt.FunctionWrapper(original, wrapper, enabled=active)
+    setattr(owner, name, wrapped)
+    _replaced.append((owner, name, original, wrapped))
+    if not isinstance(owner, type):
+        _rebind(original, wrapped, name)
+
+
+def undo() -> None:
+    """Put every original back and make the wrappers inert."""
+    global _active
+    _active = False
+    while _replaced:
+        owner, name, original, wrapped = _replaced.pop()
+        if owner.__dict__.get(name) is wrapped:
+            setattr(owner, name, original)
+        if not isinstance(owner, type):
+            _rebind(wrapped, original, name)
+
+
+def _rebind(old: Any, new: Any, name: str) -> None:
+    """Follow ``from module import name`` in the modules of mlx_lm loaded already."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name == "mlx_lm" or module_name.startswith("mlx_lm."):
+            if getattr(module, "__dict__", {}).get(name) is old:
+                setattr(module, name, new)
+
+
+def _name(owner: Any) -> str:
+    if isinstance(owner, type):
+        return f"{owner.__module__}.{owner.__qualname__}"
+    return owner.__name__
