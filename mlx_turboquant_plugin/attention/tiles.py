@@ -1,0 +1,118 @@
+"""Attention of any number of queries over a view, in tiles of queries.
+
+No array of all the scores is ever made, and every query sees exactly what the
+rule of visibility says, however the prompt was cut into chunks.
+"""
+
+from typing import Callable, Optional, Union
+
+import mlx.core as mx
+
+from ..cache.view import View
+from ..cache.visibility import BLOCK
+from .function import MASKED
+
+Mask = Optional[Union[str, mx.array]]
+
+# Scores of one tile, fp32; a tile has at least a block of queries.
+TILE_BYTES = 16 * 2**20
+
+
+def attend_tiles(
+    queries: mx.array, view: View, scale: float, mask: Mask, attend: Callable
+) -> mx.array:
+    """Attention of ``queries`` (B, H_q, N, D) over ``view``; returns (B, H_q, N, D_v).
+
+    Args:
+        mask: None, "causal", or an array (..., N, T), bool or additive.
+        attend: a function as :func:`attention_function` makes it.
+    """
+    batch, heads, count, _ = queries.shape
+    per_query = 4 * batch * heads * view.end
+    rows = max(BLOCK, TILE_BYTES // per_query)
+    tiles = [
+        _tile(queries[:, :, i : i + rows], view, view.start + i, scale, _rows(mask, i, rows), attend)
+        for i in range(0, count, rows)
+    ]
+    return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
+
+
+def _rows(mask: Mask, start: int, count: int) -> Mask:
+    return mask[..., start : start + count, :] if isinstance(mask, mx.array) else mask
+
+
+def _tile(queries, view: View, first: int, scale: float, mask: Mask, attend) -> mx.array:
+    batch, heads, count, dim = queries.shape
+    kv_heads = view.keys.shape[1]
+    last = first + count - 1
+    exact_from = view.visibility.exact_from(first)
+    coded_to = view.visibility.exact_from(last)
+    seen_to = last + 1 if isinstance(mask, str) or count == 1 else view.end
+    keys, values = view.exact(exact_from, seen_to)
+    if coded_to == view.visibility.sinks:
+        part = mask[..., :seen_to] if isinstance(mask, mx.array) else mask
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=part)
+    key_codes, value_codes = view.codes(coded_to)
+    # All queries that share a KV head are rows of one matrix product.
+    q = queries.astype(mx.float32).reshape(batch, kv_heads, -1, dim) * scale
+    sinks = view.visibility.sinks
+    codec = view.codec
+    bias = None
+    if codec.bias is not None:
+        bias = codec.bias.scores(q, sinks, coded_to - sinks)
+    exact_mask, code_mask = _masks(view, first, count, exact_from, coded_to, seen_to, mask)
+    groups = heads // kv_heads
+    out = attend(
+        q,
+        keys,
+        values,
+        key_codes,
+        value_codes,
+        (codec.key_rotation.array, codec.value_rotation.array),
+        codec.balance,
+        bias,
+        _per_row(exact_mask, groups, kv_heads),
+        _per_row(code_mask, groups, kv_heads),
+    )
+    return out.reshape(batch, heads, count, -1).astype(queries.dtype)
+
+
+def _masks(view: View, first, count, exact_from, coded_to, seen_to, mask: Mask):
+    """Masks of the exact tokens and of the codes, or None where all are seen."""
+    exact_mask = code_mask = None
+    if count > 1:
+        sinks = view.sinks
+        exact = mx.concatenate([mx.arange(sinks), mx.arange(exact_from, seen_to)])
+        positions = mx.arange(first, first + count)[:, None]
+        # exact_from(), for every query at once.
+        begins = mx.maximum(positions // BLOCK * BLOCK - view.visibility.window, sinks)
+        exact_mask = (exact < sinks) | (exact >= begins)
+        if isinstance(mask, str):
+            exact_mask = exact_mask & (exact <= positions)
+        if coded_to > exact_from:
+            code_mask = mx.arange(view.visibility.sinks, coded_to) < begins
+    if isinstance(mask, mx.array):
+        exact_given = mx.concatenate(
+            [mask[..., : view.sinks], mask[..., exact_from:seen_to]], axis=-1
+        )
+        code_given = mask[..., view.visibility.sinks : coded_to]
+        exact_mask, code_mask = _both(exact_mask, exact_given), _both(code_mask, code_given)
+    return exact_mask, code_mask
+
+
+def _both(ours: Optional[mx.array], given: mx.array) -> mx.array:
+    if ours is None:
+        return given
+    if given.dtype == mx.bool_:
+        return ours & given
+    return mx.where(ours, given.astype(mx.float32), MASKED)
+
+
+def _per_row(mask: Optional[mx.array], groups: int, kv_heads: int) -> Optional[mx.array]:
+    """A mask (..., N, T) for rows that are pairs of a query head and a position."""
+    if mask is None or groups == 1:
+        return mask
+    if mask.ndim == 4 and mask.shape[1] != 1:
+        batch, _, count, length = mask.shape
+        return mask.reshape(batch, kv_heads, groups * count, length)
+    return mx.concatenate([mask] * groups, axis=-2)

@@ -1,0 +1,271 @@
+"""The compressed KV cache of one sequence."""
+
+import copy
+from typing import Any, List, Optional, Tuple
+
+import mlx.core as mx
+from mlx_lm.models.cache import BatchKVCache, KVCache, _BaseCache, create_attention_mask
+
+from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
+from ..log import log_once
+from . import state as saved
+from .view import View
+from .visibility import ROLLBACK, Visibility
+
+
+class CompressedKVCache(_BaseCache):
+    """Stands where mlx-lm's KVCache would, in about a quarter of the memory.
+
+    Tokens lie in the order of their positions in three parts: the sinks, exact;
+    older tokens, as codes; the newest tokens, exact. Arrays are replaced, never
+    written into, and hold no spare room: a copy shares them, ``nbytes`` is what they
+    take, and a step of decoding touches only the newest tokens.
+
+    Args:
+        codec: how to encode; by default made from the first keys with the default
+            bits and no knowledge of the model.
+        visibility: the window and the sinks.
+        kernel: what runs the attention: "eager", "compiled" or "bridge".
+
+    Attributes:
+        keys, values: the exact part, (B, H, E, D) in the model's dtype.
+        key_codes, value_codes: the codes, see :class:`KVCodec`.
+        coded: the number of tokens held as codes.
+        offset: the number of tokens seen.
+    """
+
+    def __init__(
+        self,
+        codec: Optional[KVCodec] = None,
+        visibility: Visibility = Visibility(),
+        kernel: str = "eager",
+    ):
+        self.codec = codec
+        self.visibility = visibility
+        self.kernel = kernel
+        self.biased = codec is not None and codec.bias is not None
+        self.fingerprint = ""
+        self.attention = None
+        self.attending = False
+        self.view: Optional[View] = None
+        self._clear()
+
+    def _clear(self):
+        self.keys = self.values = None
+        self.key_codes: Codes = ()
+        self.value_codes: Codes = ()
+        self.coded = 0
+        self.offset = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Tuple[mx.array, mx.array]:
+        """Append keys and values and return all that the cache holds.
+
+        Args:
+            keys, values: (B, H, N, D), at the positions offset, ..., offset + N - 1.
+
+        Returns:
+            Keys and values (B, H, T, D), the codes dequantised. Inside a patched
+            attention, which reads the codes instead, ``keys`` and ``values`` as given.
+        """
+        start = self.offset
+        self._append(keys, values)
+        if self.attending:
+            self.view = self._view(start)
+        self._forget(self._retained())
+        return (keys, values) if self.attending else self.keys_and_values()
+
+    def _append(self, keys, values):
+        if self.codec is None:
+            self.codec = KVCodec(CodecSpec(keys.shape[-1], values.shape[-1]))
+        if self.keys is None:
+            self.keys, self.values = keys, values
+        else:
+            self.keys = mx.concatenate([self.keys, keys], axis=2)
+            self.values = mx.concatenate([self.values, values], axis=2)
+        self.offset += keys.shape[2]
+        self._encode(self.visibility.exact_from(self.offset - 1))
+
+    def _encode(self, end: int):
+        """Write the codes of the tokens before position ``end`` that have none."""
+        start = self.visibility.sinks + self.coded
+        if end <= start:
+            return
+        self._check_codec()
+        skip = self._sinks() - self._exact_start()
+        new = slice(start + skip, end + skip)
+        key_codes = self.codec.encode_keys(self.keys[:, :, new], start)
+        value_codes = self.codec.encode_values(self.values[:, :, new])
+        if self.coded:
+            key_codes = _join(self.key_codes, key_codes, axis=-1)
+            value_codes = _join(self.value_codes, value_codes, axis=-2)
+        self.key_codes, self.value_codes = key_codes, value_codes
+        self.coded += end - start
+
+    def _check_codec(self):
+        if self.biased and self.codec.bias is None:
+            raise ValueError(
+                "this cache was loaded from a file and leaves out its model's key bias: "
+                "run the model it was made with, TURBOQUANT=1, before reading it"
+            )
+
+    def _retained(self) -> int:
+        """The first position after the sinks that must stay exact."""
+        return self.visibility.exact_from(max(0, self.offset - ROLLBACK))
+
+    def _forget(self, before: int):
+        """Drop exact tokens after the sinks and before the position ``before``."""
+        drop = min(before, self.visibility.sinks + self.coded) - self._exact_start()
+        if drop <= 0:
+            return
+        sinks = self._sinks()
+        self.keys, self.values = (
+            mx.concatenate([x[:, :, :sinks], x[:, :, sinks + drop :]], axis=2)
+            for x in (self.keys, self.values)
+        )
+
+    def _sinks(self) -> int:
+        return min(self.visibility.sinks, self.offset)
+
+    def _exact_start(self) -> int:
+        return self.offset - (self.keys.shape[2] - self._sinks())
+
+    def _view(self, start: int) -> View:
+        return View(
+            self.codec,
+            self.visibility,
+            self.keys,
+            self.values,
+            self.key_codes,
+            self.value_codes,
+            self.coded,
+            start,
+            self.offset,
+        )
+
+    def keys_and_values(self) -> Tuple[mx.array, mx.array]:
+        """All keys and values, (B, H, T, D) in the model's dtype, codes dequantised."""
+        if not self.coded:
+            return self.keys, self.values
+        self._check_codec()
+        sinks, coded_end = self.visibility.sinks, self.visibility.sinks + self.coded
+        keys, values = self._view(self.offset).exact(coded_end, self.offset)
+        decoded = (
+            self.codec.decode_keys(self.key_codes, sinks),
+            self.codec.decode_values(self.value_codes),
+        )
+        return tuple(
+            mx.concatenate([x[:, :, :sinks], d.astype(x.dtype), x[:, :, sinks:]], axis=2)
+            for x, d in zip((keys, values), decoded)
+        )
+
+    def bind(self, codec: KVCodec, fingerprint: str, kernel: str):
+        """Adopt what is known about the attention module that uses this cache.
+
+        A cache that holds codes keeps the codec that made them.
+
+        Raises:
+            ValueError: the cache was filled by another model.
+        """
+        if self.keys is not None:
+            saved.check_fits(self, codec, fingerprint)
+        if self.coded:
+            bias = codec.bias if self.biased else None
+            codec = KVCodec(self.codec.spec, self.codec.balance, bias)
+        self.codec = codec
+        self.biased = codec.bias is not None
+        self.fingerprint = fingerprint
+        self.kernel = kernel
+
+    def trim(self, n: int) -> int:
+        """Forget the last ``n`` tokens (at most all of them) and return how many.
+
+        Up to 16 tokens leave no trace; a longer trim leaves up to a window of the
+        newest remaining tokens as codes that would have been exact.
+        """
+        n = max(0, min(self.offset, n))
+        if n == 0:
+            return 0
+        end = self.offset - n
+        if end == 0:
+            self._clear()
+            return n
+        exact_start = self._exact_start()
+        exact = self._sinks() + max(0, end - exact_start) if end > self._sinks() else end
+        coded_end = self.visibility.sinks + self.coded
+        coded_end = min(coded_end, end, max(self.visibility.exact_from(end), exact_start))
+        self._keep_codes(max(0, coded_end - self.visibility.sinks))
+        self.keys = mx.contiguous(self.keys[:, :, :exact])
+        self.values = mx.contiguous(self.values[:, :, :exact])
+        self.offset = end
+        return n
+
+    def _keep_codes(self, count: int):
+        if count == self.coded:
+            return
+        self.key_codes = tuple(mx.contiguous(x[..., :count]) for x in self.key_codes if count)
+        self.value_codes = tuple(
+            mx.contiguous(x[..., :count, :]) for x in self.value_codes if count
+        )
+        self.coded = count
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def size(self) -> int:
+        return self.offset
+
+    def empty(self) -> bool:
+        return self.keys is None
+
+    @property
+    def nbytes(self) -> int:
+        """Every byte of this cache: exact tokens, codes, scales and zero points."""
+        if self.keys is None:
+            return 0
+        arrays = (self.keys, self.values, *self.key_codes, *self.value_codes)
+        return sum(array.nbytes for array in arrays)
+
+    @property
+    def state(self):
+        return saved.to_state(self)
+
+    @state.setter
+    def state(self, v):
+        saved.restore(self, v)
+
+    def make_mask(self, *args, **kwargs):
+        return create_attention_mask(*args, offset=self.offset, **kwargs)
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> "CompressedKVCache":
+        """Stay as it is: the cache is quantised already."""
+        log_once(
+            "kv_bits=%d is ignored: the KV cache is compressed by TurboQuant already; "
+            "unset TURBOQUANT to use mlx-lm's own quantisation",
+            bits,
+        )
+        return self
+
+    def to_exact(self) -> KVCache:
+        """mlx-lm's KVCache with the same tokens, the codes dequantised."""
+        cache = KVCache()
+        if self.keys is not None:
+            cache.keys, cache.values = map(mx.contiguous, self.keys_and_values())
+            cache.offset = self.offset
+        return cache
+
+    @classmethod
+    def merge(cls, caches: List[Any]) -> BatchKVCache:
+        """A batch of these caches, uncompressed: there is no compressed batch yet."""
+        log_once(
+            "a batch of sequences runs uncompressed: TurboQuant compresses single "
+            "sequences only; results are mlx-lm's own"
+        )
+        return BatchKVCache.merge([c.to_exact() if isinstance(c, cls) else c for c in caches])
+
+    def __deepcopy__(self, memo):
+        # Arrays are never written into, so a copy can share them.
+        return copy.copy(self)
+
+
+def _join(old: Codes, new: Codes, axis: int) -> Codes:
+    return tuple(mx.concatenate(pair, axis=axis) for pair in zip(old, new))

@@ -1,0 +1,144 @@
+"""Saving a compressed cache and getting it back, checked before it is trusted."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from ..codecs.kv_codec import CodecSpec, KVCodec
+from .visibility import Visibility
+
+if TYPE_CHECKING:
+    from .compressed import CompressedKVCache
+
+FORMAT = "turboquant-kv/1"
+REMEDY = "make the prompt cache again with this version and model"
+
+
+def to_state(cache: "CompressedKVCache") -> tuple:
+    """What mlx-lm saves and evaluates: strings, the offset and arrays.
+
+    (format, description, fingerprint, offset, keys, values, key codes, value codes,
+    balance); the description is JSON: the codec, the window, the sinks, whether the
+    model's key bias was left out of the codes, and a checksum of the rotations.
+    """
+    description, balance = "", None
+    if cache.codec is not None:
+        description = json.dumps(_describe(cache), sort_keys=True)
+        balance = cache.codec.balance
+    return (
+        FORMAT,
+        description,
+        cache.fingerprint,
+        cache.offset,
+        cache.keys,
+        cache.values,
+        cache.key_codes,
+        cache.value_codes,
+        balance,
+    )
+
+
+def restore(cache: "CompressedKVCache", state: Any) -> None:
+    """Fill ``cache``, constructed or not, from what :func:`to_state` gave.
+
+    Raises:
+        ValueError: the state is of another format or version, or its parts do not
+            fit together.
+    """
+    found = state[0] if isinstance(state, (list, tuple)) and state else None
+    if found != FORMAT:
+        shown = repr(found) if isinstance(found, str) else "unknown"
+        raise ValueError(f"prompt cache: format {shown}, expected {FORMAT!r}: {REMEDY}")
+    if len(state) != 9:
+        raise ValueError(f"prompt cache: {len(state)} parts, expected 9: {REMEDY}")
+    _, description, fingerprint, offset, keys, values, key_codes, value_codes, balance = state
+    cache.__init__()
+    cache.fingerprint = fingerprint
+    if not description:
+        return
+    try:
+        parts = json.loads(description)
+        spec = CodecSpec(**parts["codec"])
+        visibility = Visibility(**parts["visibility"])
+        codec = KVCodec(spec, balance)
+        biased, checksum = parts["biased"], parts["rotation"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"prompt cache: unreadable description ({error!r}): {REMEDY}") from error
+    _require(checksum == codec.checksum, "its rotation is not the one that this version makes")
+    cache.codec, cache.visibility, cache.biased = codec, visibility, biased
+    if keys is None:
+        return
+    cache.keys, cache.values, cache.offset = keys, values, offset
+    cache.key_codes, cache.value_codes = tuple(key_codes or ()), tuple(value_codes or ())
+    cache.coded = cache.key_codes[0].shape[-1] if cache.key_codes else 0
+    _check_arrays(cache)
+
+
+def check_fits(cache: "CompressedKVCache", codec: KVCodec, fingerprint: str) -> None:
+    """Raise ValueError unless a filled cache can serve the layer of ``codec``."""
+    ours, theirs = cache.codec.spec, codec.spec
+    if (ours.head_dim, ours.value_dim) != (theirs.head_dim, theirs.value_dim):
+        raise ValueError(
+            f"prompt cache: made for head dim {ours.head_dim}, the model has "
+            f"{theirs.head_dim}: {REMEDY}"
+        )
+    if cache.fingerprint and fingerprint and cache.fingerprint != fingerprint:
+        raise ValueError(
+            f"prompt cache: made by another model or layer (fingerprint "
+            f"{cache.fingerprint}, this one is {fingerprint}): {REMEDY}"
+        )
+
+
+def _describe(cache: "CompressedKVCache") -> dict:
+    return {
+        "codec": asdict(cache.codec.spec),
+        "visibility": asdict(cache.visibility),
+        "biased": cache.biased,
+        "rotation": cache.codec.checksum,
+    }
+
+
+def _check_arrays(cache: "CompressedKVCache") -> None:
+    keys, values, spec = cache.keys, cache.values, cache.codec.spec
+    _require(
+        isinstance(cache.offset, int)
+        and all(isinstance(x, mx.array) and x.ndim == 4 for x in (keys, values))
+        and keys.shape[:3] == values.shape[:3]
+        and keys.dtype == values.dtype
+        and (keys.shape[3], values.shape[3]) == (spec.head_dim, spec.value_dim),
+        "keys and values do not have the shapes of its description",
+    )
+    batch, heads, exact, _ = keys.shape
+    start = cache.visibility.sinks + cache.coded
+    missing = cache.offset - exact
+    _require(
+        exact <= cache.offset and missing <= cache.coded and (cache.coded or missing == 0),
+        f"{exact} exact and {cache.coded} coded tokens do not make {cache.offset}",
+    )
+    _require(not cache.coded or start <= cache.offset, "more codes than tokens")
+    # One encoded token shows what every array must look like.
+    codec = KVCodec(spec)
+    key_model = codec.encode_keys(mx.zeros((1, heads, 1, spec.head_dim)), 0)
+    value_model = codec.encode_values(mx.zeros((1, heads, 1, spec.value_dim)))
+    for codes, model, axis in (
+        (cache.key_codes, key_model, 3),
+        (cache.value_codes, value_model, 2),
+    ):
+        fits = len(codes) == (len(model) if cache.coded else 0)
+        for array, expected in zip(codes, model):
+            shape = list(expected.shape)
+            shape[0], shape[axis] = batch, cache.coded
+            fits = fits and list(array.shape) == shape and array.dtype == expected.dtype
+        _require(fits, "its codes do not have the shapes of its description")
+    balance = cache.codec.balance
+    _require(
+        balance is None or balance.shape == (heads, 1, spec.head_dim),
+        "its key balance does not have the shape of its description",
+    )
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ValueError(f"prompt cache: {problem}: {REMEDY}")

@@ -1,0 +1,109 @@
+"""How one attention layer's keys and values become codes, and what they are worth."""
+
+import zlib
+from dataclasses import dataclass
+from typing import Optional, Tuple
+
+import mlx.core as mx
+
+from .affine import GroupAffine, VectorAffine
+from .exact import Exact
+from .key_bias import KeyBias
+from .lloyd_max import LloydMax
+from .rotation import SEED, Rotation
+
+Codes = Tuple[mx.array, ...]
+
+
+def key_quantizer(name: str, bits: int):
+    """The quantiser of rotated keys called ``name``: lloyd-max, affine or exact."""
+    return {"lloyd-max": LloydMax, "affine": VectorAffine, "exact": _exact}[name](bits)
+
+
+def value_quantizer(name: str, bits: int, head_dim: int):
+    """The quantiser of rotated values called ``name``: lloyd-max, affine or exact."""
+    if name == "affine":
+        return GroupAffine(bits, head_dim)
+    return {"lloyd-max": LloydMax, "exact": _exact}[name](bits)
+
+
+def _exact(bits: int) -> Exact:
+    return Exact()
+
+
+@dataclass(frozen=True)
+class CodecSpec:
+    """What a codec is, apart from the model it serves; written into saved caches.
+
+    ``head_dim`` is that of the keys and ``value_dim`` that of the values.
+    """
+
+    head_dim: int
+    value_dim: int
+    key_codec: str = "lloyd-max"
+    key_bits: int = 4
+    value_codec: str = "lloyd-max"
+    value_bits: int = 3
+    seed: int = SEED
+
+
+class KVCodec:
+    """Encodes keys and values of one layer.
+
+    Keys: subtract the rotated bias, divide by the balance, rotate, quantise.
+    Values: rotate, quantise. Key codes are channel-major (..., C, T), which is
+    what a query multiplies; value codes are token-major (..., T, C).
+
+    Args:
+        spec: bits, quantisers, dimensions.
+        balance: (H, 1, D) fp32, or None: queries are multiplied by it and keys divided.
+        bias: the layer's key bias, or None.
+    """
+
+    def __init__(
+        self,
+        spec: CodecSpec,
+        balance: Optional[mx.array] = None,
+        bias: Optional[KeyBias] = None,
+    ):
+        self.spec = spec
+        self.balance = balance
+        self.bias = bias
+        self.keys = key_quantizer(spec.key_codec, spec.key_bits)
+        self.values = value_quantizer(spec.value_codec, spec.value_bits, spec.value_dim)
+        self.key_rotation = Rotation(spec.head_dim, spec.seed)
+        self.value_rotation = Rotation(spec.value_dim, spec.seed)
+
+    @property
+    def checksum(self) -> int:
+        """Of both rotations: tells whether codes from elsewhere mean the same here."""
+        return zlib.crc32(self.key_rotation.fingerprint() + self.value_rotation.fingerprint())
+
+    def encode_keys(self, keys: mx.array, start: int) -> Codes:
+        """Codes of ``keys`` (B, H, T, D), rotary positions start, start + 1, ..."""
+        x = keys.astype(mx.float32)
+        if self.bias is not None:
+            x = x - self.bias.rotated(start, keys.shape[2])
+        if self.balance is not None:
+            x = x / self.balance
+        codes = self.keys.encode(Rotation.forward(x, self.key_rotation.array))
+        return tuple(mx.swapaxes(plane, -1, -2) for plane in codes)
+
+    def decode_keys(self, codes: Codes, start: int) -> mx.array:
+        """The keys, fp32 (B, H, T, D), that ``codes`` stand for."""
+        x = self.keys.decode(tuple(mx.swapaxes(plane, -1, -2) for plane in codes))
+        x = Rotation.inverse(x, self.key_rotation.array)
+        if self.balance is not None:
+            x = x * self.balance
+        if self.bias is not None:
+            x = x + self.bias.rotated(start, x.shape[2])
+        return x
+
+    def encode_values(self, values: mx.array) -> Codes:
+        """Codes of ``values`` (B, H, T, D)."""
+        x = values.astype(mx.float32)
+        return self.values.encode(Rotation.forward(x, self.value_rotation.array))
+
+    def decode_values(self, codes: Codes) -> mx.array:
+        """The values, fp32 (B, H, T, D), that ``codes`` stand for."""
+        return Rotation.inverse(self.values.decode(codes), self.value_rotation.array)

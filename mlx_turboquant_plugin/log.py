@@ -1,0 +1,37 @@
+"""The plugin's log on stderr, when ``TURBOQUANT_LOG`` asks for one."""
+
+import functools
+import logging
+from typing import Optional
+
+logger = logging.getLogger(__package__)
+_handler: Optional[logging.Handler] = None
+
+
+def start(level: Optional[str]) -> None:
+    """Write messages of this level and above to stderr; None leaves logging alone."""
+    global _handler
+    if level is None:
+        return
+    _handler = logging.StreamHandler()
+    _handler.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))
+    logger.addHandler(_handler)
+    logger.setLevel(level)
+    # Without this an application's root handler would repeat every line.
+    logger.propagate = False
+
+
+def stop() -> None:
+    """Undo :func:`start`."""
+    global _handler
+    if _handler is not None:
+        logger.removeHandler(_handler)
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
+        _handler = None
+
+
+@functools.lru_cache(maxsize=None)
+def log_once(message: str, *args) -> None:
+    """Warn about something that is the same for every cache, once per process."""
+    logger.warning(message, *args)

@@ -1,0 +1,133 @@
+"""What is really in force: versions, hooks, patches, settings, caches."""
+
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Dict, List, Optional
+
+from . import __version__, activation, patching, settings, startup
+from .compatibility import installed_version
+
+
+@dataclass(frozen=True)
+class Status:
+    """A snapshot, made by :func:`status`; plain data that JSON can hold.
+
+    Args:
+        active: whether mlx_lm is patched, or will be as soon as it is imported.
+        reason: why not active; None when active.
+        settings_error: what is wrong with the settings, if anything.
+        versions: of the plugin, the libraries that it touches and Python.
+        device: what mlx computes on; None before mlx is imported.
+        kernels: the attention kernels of this machine; None before mlx is imported.
+        kernel: what the setting ``kernel`` comes down to here; None if unknown.
+        hooks: module, function and outcome of each entry point.
+        patched: dotted names of what is replaced in mlx_lm now.
+        config: the settings file, if any.
+        settings: value and source of each setting; None if they can't be read.
+        model_settings: the same for each per-model table.
+        models: what became of the models that caches were made for.
+    """
+
+    active: bool
+    reason: Optional[str]
+    settings_error: Optional[str]
+    versions: Dict[str, Optional[str]]
+    device: Optional[str]
+    kernels: Optional[List[str]]
+    kernel: Optional[str]
+    hooks: List[Dict[str, str]]
+    patched: List[str]
+    config: Optional[str]
+    settings: Optional[Dict[str, Dict[str, Any]]]
+    model_settings: Dict[str, Dict[str, Dict[str, Any]]]
+    models: List[str]
+
+    def as_dict(self) -> Dict[str, Any]:
+        """The snapshot as nested dicts and lists."""
+        return asdict(self)
+
+
+def status() -> Status:
+    """Say what is in force in this process, and why. Imports nothing of mlx."""
+    error, configuration = None, activation.configuration()
+    if configuration is None:
+        try:
+            configuration = settings.load()
+        except settings.SettingsError as bad:
+            error = str(bad)
+    device = kernels = kernel = None
+    if "mlx.core" in sys.modules:
+        from .attention import dispatch
+
+        device, kernels = _device(), dispatch.available_kernels()
+        try:
+            kernel = configuration and dispatch.resolve_kernel(configuration.general.kernel)
+        except settings.SettingsError as bad:
+            error = str(bad)
+    prompt_cache = sys.modules.get(f"{__package__}.models.prompt_cache")
+    return Status(
+        active=patching.active(),
+        reason=None if patching.active() else _why_off(configuration, error),
+        settings_error=error,
+        versions=_versions(),
+        device=device,
+        kernels=kernels,
+        kernel=kernel,
+        hooks=[
+            {"module": h.module, "function": h.function, "outcome": h.outcome}
+            for h in activation.hooks()
+        ],
+        patched=patching.replaced(),
+        config=configuration and configuration.config,
+        settings=configuration and _values(configuration.general),
+        model_settings={
+            pattern: _values(model)
+            for pattern, model in (configuration.models if configuration else ())
+        },
+        models=prompt_cache.report() if prompt_cache else [],
+    )
+
+
+def _why_off(configuration: Optional[settings.Configuration], error: Optional[str]) -> str:
+    if activation.off_because():
+        return activation.off_because()
+    if configuration is None:
+        return error
+    if not configuration.enabled:
+        value = os.environ.get(settings.SWITCH)
+        state = f"is {value!r}" if value else "is not set"
+        return f"{settings.SWITCH} {state}; set {settings.SWITCH}=1 to compress"
+    if startup.waiting():
+        return f"{startup.TARGET} has not been imported yet"
+    return (
+        "Python did not run the package's start-up file: install the package with pip "
+        "(a folder on the path is not enough), or call mlx_turboquant_plugin.enable()"
+    )
+
+
+def _versions() -> Dict[str, Optional[str]]:
+    libraries = {name: installed_version(name) for name in ("mlx-lm", "mlx", "wrapt")}
+    return {
+        "mlx-turboquant-plugin": __version__,
+        **libraries,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _device() -> str:
+    import mlx.core as mx
+
+    device = mx.default_device()
+    name = mx.device_info(device).get("device_name")
+    return f"{device} {name}" if name else str(device)
+
+
+def _values(values: settings.Settings) -> Dict[str, Dict[str, Any]]:
+    return {
+        f.name: {"value": getattr(values, f.name), "source": values.source(f.name)}
+        for f in fields(values)
+        if f.name != "sources"
+    }

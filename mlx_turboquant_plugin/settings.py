@@ -1,0 +1,383 @@
+"""What the user asked for: environment variables, a TOML file and ``enable()``.
+
+Settings come in layers. From weak to strong: the defaults, the file named by
+``TURBOQUANT_CONFIG``, the file's first per-model table that matches, the
+environment, the arguments of ``enable()``. A preset is expanded in the layer that
+names it, below that layer's own keys: ``TURBOQUANT_PRESET=small`` beats a file's
+``key_bits``, and ``TURBOQUANT_KEY_BITS`` beats ``TURBOQUANT_PRESET``.
+
+Standard library only: this is read before mlx is.
+"""
+
+import difflib
+import os
+import tomllib
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple
+from typing import Optional, Tuple
+
+PREFIX = "TURBOQUANT_"
+SWITCH = "TURBOQUANT"
+CONFIG = PREFIX + "CONFIG"
+
+# Every preset sets the same keys, so that naming one undoes another.
+PRESETS: Dict[str, Dict[str, Any]] = {
+    "quality": {"key_bits": 4, "value_bits": 4},
+    "default": {"key_bits": 4, "value_bits": 3},
+    "small": {"key_bits": 3, "value_bits": 2},
+}
+CODEC_BITS = {"lloyd-max": (2, 3, 4), "affine": (2, 3, 4, 8)}
+KERNELS = ("auto", "eager", "compiled", "metal", "cuda")
+BYPASSES = ("identity", "bridge")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+class SettingsError(ValueError):
+    """A setting that can't be used; the message says which, why and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What is known about a model when its cache is made.
+
+    Args:
+        type: ``model_type`` of the model's config.
+        path: the local folder it was loaded from, if known.
+        hub_id: its name on the Hugging Face Hub, if it was loaded by that.
+    """
+
+    type: str
+    path: Optional[str] = None
+    hub_id: Optional[str] = None
+
+    def matches(self, pattern: str) -> bool:
+        """True if the glob fits the type, the hub id, the path or the folder's name."""
+        names = [self.type, self.path, self.hub_id]
+        if self.path:
+            names.append(Path(self.path).name)
+        return any(name and fnmatchcase(name, pattern) for name in names)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings in force for one model.
+
+    Args:
+        preset: the preset that the bits started from.
+        key_bits: bits per number of the compressed keys.
+        value_bits: bits per number of the compressed values.
+        key_codec: "lloyd-max" or "affine".
+        value_codec: "lloyd-max" or "affine".
+        window: tokens per block; the newest one to two blocks stay exact.
+        sinks: first tokens that stay exact.
+        balance: weigh key channels by the model's weights before rotating.
+        kernel: how attention reads the codes; "auto" is the best there is.
+        bypass: None, "identity" (exact vectors instead of codes) or "bridge"
+            (codes, but mlx-lm's own attention).
+        opt_out: glob patterns of models to leave alone.
+        log: level of the plugin's own log on stderr; None leaves logging alone.
+        sources: where each value came from; not part of equality.
+
+    Raises:
+        SettingsError: a value is out of range, or bits and codec don't go together.
+    """
+
+    preset: str = "default"
+    key_bits: int = PRESETS["default"]["key_bits"]
+    value_bits: int = PRESETS["default"]["value_bits"]
+    key_codec: str = "lloyd-max"
+    value_codec: str = "lloyd-max"
+    window: int = 128
+    sinks: int = 4
+    balance: bool = True
+    kernel: str = "auto"
+    bypass: Optional[str] = None
+    opt_out: Tuple[str, ...] = ()
+    log: Optional[str] = None
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self):
+        for name in _RULES:
+            _check(name, getattr(self, name), f"{name} ({self.source(name)})")
+        for side in ("key", "value"):
+            bits, codec = f"{side}_bits", f"{side}_codec"
+            allowed = CODEC_BITS[getattr(self, codec)]
+            if getattr(self, bits) not in allowed:
+                raise SettingsError(
+                    f"{bits} = {getattr(self, bits)} ({self.source(bits)}) does not go "
+                    f"with {codec} = {getattr(self, codec)!r} ({self.source(codec)}), "
+                    f"which allows {_one_of(allowed)}: change one of the two"
+                )
+
+    def source(self, name: str) -> str:
+        """Where the value of a setting came from, in words."""
+        return self.sources.get(name, "default")
+
+    def opted_out(self, identity: ModelIdentity) -> Optional[str]:
+        """The first ``opt_out`` pattern that matches the model, or None."""
+        return next((p for p in self.opt_out if identity.matches(p)), None)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Everything that was asked for, checked.
+
+    Args:
+        enabled: whether ``TURBOQUANT`` is 1.
+        general: the settings of a model that no per-model table matches.
+        models: pattern and settings of each per-model table, in the file's order.
+        config: the TOML file that was read, if any.
+    """
+
+    enabled: bool = False
+    general: Settings = field(default_factory=Settings)
+    models: Tuple[Tuple[str, Settings], ...] = ()
+    config: Optional[str] = None
+
+    def for_model(self, identity: ModelIdentity) -> Settings:
+        """The settings of one model: the first per-model table that matches decides."""
+        for pattern, settings in self.models:
+            if identity.matches(pattern):
+                return settings
+        return self.general
+
+    def all_settings(self) -> List[Settings]:
+        """The general settings, then those of each per-model table."""
+        return [self.general, *(settings for _, settings in self.models)]
+
+
+def load(
+    environ: Optional[Mapping[str, str]] = None,
+    overrides: Optional[Mapping[str, Any]] = None,
+) -> Configuration:
+    """Read and check every layer.
+
+    Args:
+        environ: the environment variables; ``os.environ`` by default. An empty
+            variable counts as unset.
+        overrides: the strongest layer: names as in :class:`Settings`, and ``config``.
+
+    Raises:
+        SettingsError: a name is unknown, a value is not allowed, or the TOML file
+            can't be read; also where a stronger layer would hide the mistake.
+    """
+    environ = os.environ if environ is None else environ
+    overrides = dict(overrides or {})
+    path = overrides.pop("config", None) or environ.get(CONFIG)
+    strong = [_environment(environ), _table(overrides, "enable()", _RULES)]
+    general, models = _file(path) if path else ({}, [])
+    return Configuration(
+        enabled=switched_on(environ),
+        general=_merge([general, *strong]),
+        models=tuple((p, _merge([general, layer, *strong])) for p, layer in models),
+        config=str(path) if path else None,
+    )
+
+
+def switched_on(environ: Optional[Mapping[str, str]] = None) -> bool:
+    """True if ``TURBOQUANT`` is 1, False if it is 0, empty or unset.
+
+    Raises:
+        SettingsError: it is anything else.
+    """
+    value = (os.environ if environ is None else environ).get(SWITCH, "")
+    if value not in ("", "0", "1"):
+        raise SettingsError(
+            f"environment {SWITCH} is {value!r}; allowed is 1 (on) or 0 (off): "
+            "set one of these or unset it"
+        )
+    return value == "1"
+
+
+class _Rule(NamedTuple):
+    """What one setting may be, and how to read it from an environment variable."""
+
+    allowed: str
+    accepts: Callable[[Any], bool]
+    from_text: Callable[[str], Any] = str
+
+
+def _one_of(allowed: Iterable) -> str:
+    *most, last = ("none" if value is None else str(value) for value in allowed)
+    return f"{', '.join(most)} or {last}"
+
+
+def _choice(*allowed: Any, from_text: Callable[[str], Any] = str) -> _Rule:
+    # The type is compared too: to Python True is 1 and 4.0 is 4.
+    return _Rule(
+        _one_of(allowed),
+        lambda value: any(value == a and type(value) is type(a) for a in allowed),
+        from_text,
+    )
+
+
+def _integer(low: int, high: int, step: int = 1) -> _Rule:
+    kind = "a whole number" if step == 1 else f"a multiple of {step}"
+    return _Rule(
+        f"{kind} from {low} to {high}",
+        lambda value: type(value) is int and value in range(low, high + 1, step),
+        int,
+    )
+
+
+def _patterns(text: str) -> Tuple[str, ...]:
+    return tuple(p.strip() for p in text.split(",") if p.strip())
+
+
+def _text_or_none(text: str) -> Optional[str]:
+    return None if text.lower() == "none" else text
+
+
+_BITS = sorted(set().union(*CODEC_BITS.values()))
+_RULES: Dict[str, _Rule] = {
+    "preset": _choice(*PRESETS),
+    "key_bits": _choice(*_BITS, from_text=int),
+    "value_bits": _choice(*_BITS, from_text=int),
+    "key_codec": _choice(*CODEC_BITS),
+    "value_codec": _choice(*CODEC_BITS),
+    "window": _integer(32, 4096, step=32),
+    "sinks": _integer(0, 64),
+    "balance": _Rule(
+        "true or false (1 or 0 in the environment)",
+        lambda value: isinstance(value, bool),
+        lambda text: {"1": True, "0": False}.get(text, text),
+    ),
+    "kernel": _choice(*KERNELS),
+    "bypass": _choice(None, *BYPASSES, from_text=_text_or_none),
+    "opt_out": _Rule(
+        "a list of glob patterns (separated by commas in the environment)",
+        lambda value: isinstance(value, tuple)
+        and all(isinstance(p, str) and p for p in value),
+        _patterns,
+    ),
+    "log": _choice(None, *LOG_LEVELS, from_text=lambda text: _text_or_none(text.upper())),
+}
+# A process has one log, and a table that names a model needs no second pattern.
+_MODEL_RULES = {n: rule for n, rule in _RULES.items() if n not in ("opt_out", "log")}
+
+# Name -> (value, source): what one source sets.
+_Layer = Dict[str, Tuple[Any, str]]
+
+
+def _check(name: str, value: Any, where: str) -> None:
+    rule = _RULES[name]
+    if not rule.accepts(value):
+        raise SettingsError(
+            f"{where} is {value!r}; allowed is {rule.allowed}: change or remove it"
+        )
+
+
+def _unknown(name: str, where: str, known: Iterable[str]) -> SettingsError:
+    # Without the prefix, which would make any two variables look alike.
+    short = {k.removeprefix(PREFIX): k for k in known}
+    close = difflib.get_close_matches(name.removeprefix(PREFIX), short, n=1)
+    advice = (
+        f"did you mean {short[close[0]]}? Rename or remove it"
+        if close
+        else f"known are {', '.join(short.values())}; remove it"
+    )
+    return SettingsError(f"unknown setting {name} in {where}: {advice}")
+
+
+def _environment(environ: Mapping[str, str]) -> _Layer:
+    names = {PREFIX + name.upper(): name for name in _RULES}
+    layer: _Layer = {}
+    for variable in sorted(v for v in environ if v.startswith(PREFIX)):
+        if variable == CONFIG:
+            continue
+        if variable not in names:
+            raise _unknown(variable, "the environment", [CONFIG, *names])
+        name, text = names[variable], environ[variable].strip()
+        if not text:
+            continue
+        source = f"environment {variable}"
+        try:
+            value = _RULES[name].from_text(text)
+        except ValueError:
+            value = text  # not a number: the check below says what is allowed
+        _check(name, value, source)
+        layer[name] = (value, source)
+    return layer
+
+
+def _table(table: Mapping[str, Any], source: str, rules: Mapping[str, _Rule]) -> _Layer:
+    layer: _Layer = {}
+    for name, value in table.items():
+        if name not in rules:
+            raise _unknown(name, source, rules)
+        value = tuple(value) if isinstance(value, list) else value
+        _check(name, value, f"{name} in {source}")
+        layer[name] = (value, source)
+    return layer
+
+
+def _file(path: str) -> Tuple[_Layer, List[Tuple[str, _Layer]]]:
+    """Read a TOML file into its general layer and its per-model layers."""
+    try:
+        document = tomllib.loads(Path(path).expanduser().read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"the settings file {path} can't be read as TOML ({error}): correct the "
+            f"path or the file, or unset {CONFIG}"
+        ) from error
+    found = [
+        (header, dict(parent["turboquant"]))
+        for header, parent in (
+            ("turboquant", document),
+            ("tool.turboquant", document.get("tool")),
+        )
+        if isinstance(parent, dict) and isinstance(parent.get("turboquant"), dict)
+    ]
+    if len(found) != 1:
+        raise SettingsError(
+            f"the settings file {path} has {len(found)} of the tables [turboquant] "
+            f"and [tool.turboquant]: write exactly one, or unset {CONFIG}"
+        )
+    [(header, general)] = found
+    models = general.pop("models", {})
+    source = f"file {path} [{header}]"
+    if not isinstance(models, dict):
+        raise SettingsError(
+            f"models in {source} is {models!r}; allowed are tables: write "
+            f'[{header}.models."PATTERN"]'
+        )
+    layers = []
+    for pattern, table in models.items():
+        model_source = f'file {path} [{header}.models."{pattern}"]'
+        if not isinstance(table, dict):
+            raise SettingsError(
+                f"{model_source} is {table!r}; allowed is a table of settings: "
+                "write one or remove it"
+            )
+        layers.append((pattern, _table(table, model_source, _MODEL_RULES)))
+    return _table(general, source, _RULES), layers
+
+
+def _merge(layers: Iterable[_Layer]) -> Settings:
+    """Stack layers, weakest first."""
+    values: Dict[str, Any] = {}
+    sources: Dict[str, str] = {}
+    for layer in layers:
+        if "preset" in layer:
+            preset, _ = layer["preset"]
+            values.update(PRESETS[preset])
+            sources.update(dict.fromkeys(PRESETS[preset], f"preset {preset}"))
+        values.update((name, value) for name, (value, _) in layer.items())
+        sources.update((name, source) for name, (_, source) in layer.items())
+    return Settings(**values, sources=sources)
+
+
+_in_force = Configuration()
+
+
+def in_force() -> Configuration:
+    """The configuration that the patches follow."""
+    return _in_force
+
+
+def put_in_force(configuration: Configuration) -> None:
+    """Let the patches follow ``configuration``."""
+    global _in_force
+    _in_force = configuration

@@ -1,0 +1,99 @@
+"""``mlx_turboquant status``: what an mlx_lm run in this environment would do."""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from typing import Any, Dict, Iterator, List
+
+from . import activation, settings, startup
+from .reporting import Status, status
+
+CONSISTENT, NOT_IN_FORCE, BAD_SETTINGS = 0, 1, 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Activate as an mlx_lm run would here, and say what came of it.
+
+    Returns:
+        0 if what was asked for is in force (also if nothing was asked for), 1 if it
+        is not, 2 if the settings are wrong.
+    """
+    problems = _import_what_a_run_imports()
+    snapshot = status()
+    if args.json:
+        report = {**snapshot.as_dict(), "import_errors": problems}
+        text = json.dumps(report, indent=2)
+    else:
+        text = "\n".join([*_lines(snapshot), *problems])
+    sys.stdout.write(text + "\n")
+    if snapshot.settings_error:
+        return BAD_SETTINGS
+    asked = os.environ.get(settings.SWITCH) == "1"
+    failed = any(h["outcome"].startswith("failed") for h in snapshot.hooks)
+    if asked and (not snapshot.active or failed or problems):
+        return NOT_IN_FORCE
+    return CONSISTENT
+
+
+def _import_what_a_run_imports() -> List[str]:
+    """Import mlx and, if TurboQuant waits for it, mlx_lm; say what failed."""
+    problems: List[str] = []
+
+    def attempt(name: str) -> None:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            problems.append(f"{name} can't be imported: {error}")
+
+    attempt("mlx.core")
+    if startup.waiting():
+        attempt(startup.TARGET)
+        for hook in activation.hooks():
+            attempt(hook.module)
+    return problems
+
+
+def _lines(snapshot: Status) -> Iterator[str]:
+    """The snapshot as text."""
+    yield "TurboQuant is active" if snapshot.active else "TurboQuant is off"
+    if snapshot.reason:
+        yield f"  because {snapshot.reason}"
+    if snapshot.settings_error and snapshot.settings_error != snapshot.reason:
+        yield f"  bad settings: {snapshot.settings_error}"
+    yield from _section("versions", snapshot.versions)
+    yield from _section(
+        "kernels",
+        {
+            "device": snapshot.device,
+            "available": snapshot.kernels and ", ".join(snapshot.kernels),
+            "chosen": snapshot.kernel,
+        },
+    )
+    yield from _section("hooks", {h["module"]: h["outcome"] for h in snapshot.hooks})
+    yield from _section("patched", dict.fromkeys(snapshot.patched, ""))
+    yield from _section("models", dict.fromkeys(snapshot.models, ""))
+    if snapshot.settings:
+        yield from _section("settings", _sourced(snapshot.settings))
+        for pattern, table in snapshot.model_settings.items():
+            different = {n: v for n, v in table.items() if v != snapshot.settings[n]}
+            yield from _section(f'settings of models like "{pattern}"', _sourced(different))
+
+
+def _section(title: str, rows: Dict[str, Any]) -> Iterator[str]:
+    if not rows:
+        return
+    width = max(map(len, rows))
+    yield f"{title}:"
+    for name, value in rows.items():
+        yield f"  {name:{width}}  {value}".rstrip()
+
+
+def _sourced(table: Dict[str, Dict[str, Any]]) -> Dict[str, str]:
+    return {name: f"{row['value']}  ({row['source']})" for name, row in table.items()}
