@@ -53,9 +53,11 @@ class Hook:
 
     def _apply(self, module: ModuleType) -> None:
         # Whatever goes wrong in here must not break the import of mlx_lm.
+        already = len(patching.replaced())
         try:
             self._entry_point.load()(module)
         except Exception as error:
+            patching.rollback(already)
             self.outcome = f"failed: {type(error).__name__}: {error}"
             log.logger.error(
                 "%s stays as it is: the hook %s failed: %s: %s",
@@ -70,7 +72,6 @@ class Hook:
 
 
 _hooks: Dict[Tuple[str, str], Hook] = {}
-_configuration: Optional[settings.Configuration] = None
 _off_because: Optional[str] = None
 
 
@@ -88,7 +89,7 @@ def enable(**overrides: Any) -> None:
         SettingsError: a setting is unknown or not allowed here.
         RuntimeError: the installed mlx-lm or mlx can't be used.
     """
-    global _configuration, _off_because
+    global _off_because
     if patching.active():
         log.logger.warning("enable() was called again: TurboQuant is on already")
         return
@@ -98,8 +99,9 @@ def enable(**overrides: Any) -> None:
         raise RuntimeError(problem)
     _check_kernels(configuration)
     _find_hooks()
-    _configuration, _off_because = configuration, None
+    _off_because = None
     startup.withdraw()
+    settings.put_in_force(configuration)
     log.start(configuration.general.log)
     log.logger.info("TurboQuant is on: %s", configuration.general)
     patching.activate()
@@ -120,18 +122,14 @@ def enable_from_environment() -> None:
 
 def disable() -> None:
     """Put mlx_lm's own functions back, and ignore ``TURBOQUANT`` from now on."""
-    global _configuration, _off_because
+    global _off_because
     startup.withdraw()
     patching.undo()
     for hook in hooks():
         hook.disarm()
     log.stop()
-    _configuration, _off_because = None, "disable() was called"
-
-
-def configuration() -> Optional[settings.Configuration]:
-    """The configuration in force, or None when TurboQuant is off."""
-    return _configuration
+    settings.put_in_force(settings.Configuration())
+    _off_because = "disable() was called"
 
 
 def off_because() -> Optional[str]:
@@ -152,10 +150,10 @@ def _check_kernels(configuration: settings.Configuration) -> None:
             f"mlx can't be imported ({error}): reinstall it; on Linux it needs a "
             "backend, pip install 'mlx-turboquant-plugin[cpu]' or [cuda]"
         ) from error
-    from .attention import dispatch
+    from .attention.kernels import resolve_kernel
 
     for kernel in {s.kernel for s in configuration.all_settings()}:
-        dispatch.resolve_kernel(kernel)
+        resolve_kernel(kernel)
 
 
 def _find_hooks() -> None:

@@ -57,7 +57,12 @@ def undo() -> None:
     """Put every original back and make the wrappers inert."""
     global _active
     _active = False
-    while _replaced:
+    rollback(0)
+
+
+def rollback(count: int) -> None:
+    """Put back what was replaced after the first ``count`` names of :func:`replaced`."""
+    while len(_replaced) > count:
         owner, name, original, wrapped = _replaced.pop()
         if owner.__dict__.get(name) is wrapped:
             setattr(owner, name, original)

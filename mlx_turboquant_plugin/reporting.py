@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Dict, List, Optional
 
 from . import __version__, activation, patching, settings, startup
+from .attention.kernels import available_kernels, resolve_kernel
 from .compatibility import installed_version
 
 
@@ -51,19 +52,16 @@ class Status:
 
 def status() -> Status:
     """Say what is in force in this process, and why. Imports nothing of mlx."""
-    error, configuration = None, activation.configuration()
-    if configuration is None:
-        try:
-            configuration = settings.load()
-        except settings.SettingsError as bad:
-            error = str(bad)
+    error = configuration = None
+    try:
+        configuration = settings.in_force() if patching.active() else settings.load()
+    except settings.SettingsError as bad:
+        error = str(bad)
     device = kernels = kernel = None
     if "mlx.core" in sys.modules:
-        from .attention import dispatch
-
-        device, kernels = _device(), dispatch.available_kernels()
+        device, kernels = _device(), available_kernels()
         try:
-            kernel = configuration and dispatch.resolve_kernel(configuration.general.kernel)
+            kernel = configuration and resolve_kernel(configuration.general.kernel)
         except settings.SettingsError as bad:
             error = str(bad)
     prompt_cache = sys.modules.get(f"{__package__}.models.prompt_cache")

@@ -58,6 +58,7 @@ def write_stand_in(root, hooks=("greeting_hooks:patch",)):
                 "    calls.append(module)\n"
                 "    patching.wrap(module, 'greet', lambda w, i, a, k: w(*a, **k) + '+')\n"
                 "def broken(module):\n"
+                "    patching.wrap(module, 'greet', lambda w, i, a, k: 'half-patched')\n"
                 "    raise LookupError('no such layer')\n"
             ),
             "greeting_hooks-1.0.dist-info/METADATA": "Name: greeting-hooks\nVersion: 1.0\n",

@@ -103,8 +103,8 @@ print(greeting.greet(), len(greeting_hooks.calls))
 def test_a_second_enable_warns_and_changes_nothing(run):
     done = run(
         "import mlx_lm; plugin.enable(sinks=1); plugin.enable(sinks=2)\n"
-        "from mlx_turboquant_plugin import activation\n"
-        "print(mlx_lm.models.greeting.greet(), activation.configuration().general.sinks)"
+        "from mlx_turboquant_plugin import settings\n"
+        "print(mlx_lm.models.greeting.greet(), settings.in_force().general.sinks)"
     )
     assert done.stdout.split() == ["plain+", "1"]
     assert "on already" in done.stderr

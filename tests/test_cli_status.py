@@ -7,7 +7,10 @@ from processes import run_python, write_stand_in
 
 from mlx_turboquant_plugin import cli
 
-COMMAND = "import sys; from mlx_turboquant_plugin import startup, cli; startup.main(); sys.exit(cli.main(sys.argv[1:]))"
+COMMAND = (
+    "import sys; from mlx_turboquant_plugin import startup, cli; startup.main();"
+    "sys.exit(cli.main(sys.argv[1:]))"
+)
 
 
 @pytest.fixture

@@ -1,38 +1,15 @@
-"""Which attention answers a call: the choice of kernel, and the call itself."""
+"""Which attention answers a call of mlx-lm's function."""
 
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, Optional
 
 import mlx.core as mx
 
 from ..cache.compressed import CompressedKVCache
-from ..settings import SettingsError
 from .bridge import attend_bridge
-from .function import attention_function
+from .function import attention_functions
 from .tiles import Mask, attend_tiles
 
 BRIDGE = "bridge"
-
-
-def available_kernels() -> List[str]:
-    """The kernels that this machine can run, the best first."""
-    return ["compiled", "eager"]
-
-
-def resolve_kernel(name: str) -> str:
-    """The kernel that ``TURBOQUANT_KERNEL=name`` means on this machine.
-
-    Raises:
-        SettingsError: the kernel can't run here.
-    """
-    available = available_kernels()
-    if name == "auto":
-        return available[0]
-    if name not in available:
-        raise SettingsError(
-            f"TURBOQUANT_KERNEL is {name!r}, which this machine can't run; available "
-            f"here: auto, {', '.join(available)}: choose one of these"
-        )
-    return name
 
 
 def attend(
@@ -65,5 +42,5 @@ def attend(
     if cache.kernel == BRIDGE:
         return attend_bridge(original, queries, view, scale, mask)
     codec = view.codec
-    function = attention_function(codec.keys, codec.values, cache.kernel == "compiled")
-    return attend_tiles(queries, view, scale, mask, function)
+    functions = attention_functions(codec.keys, codec.values, cache.kernel == "compiled")
+    return attend_tiles(queries, view, scale, mask, functions)

@@ -1,12 +1,16 @@
-"""Dequantisation and attention as one function of arrays.
+"""Dequantisation and attention as functions of arrays.
 
-The same function is the eager tier and, under ``mx.compile``, the compiled one. It
-uses no operation that looks at the number of tokens, so a single trace serves
-every length (``shapeless=True``), and one compiled function serves all layers.
+The softmax runs over the exact tokens first and then over pieces of the coded ones,
+keeping a running maximum and total (online softmax: Milakov and Gimelshein, arXiv
+1805.02867), so that no more than a piece is ever dequantised.
+
+The same functions are the eager tier and, under ``mx.compile``, the compiled one. They
+use no operation that looks at the number of tokens: a single trace serves every length
+(``shapeless=True``), and all layers share it.
 """
 
 import functools
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import mlx.core as mx
 
@@ -19,54 +23,70 @@ _traces = 0
 
 
 def trace_count() -> int:
-    """How often compiled attention has been traced in this process."""
+    """How often functions of compiled attention have been traced in this process."""
     return _traces
 
 
-@functools.lru_cache(maxsize=None)
-def attention_function(keys: Any, values: Any, compiled: bool) -> Callable:
-    """The attention over exact tokens and codes, for a pair of quantisers.
+class AttentionFunctions(NamedTuple):
+    """Attention in three steps. All arrays are fp32 but for the exact tokens and the codes.
 
-    Args:
-        keys, values: the quantisers of the codes.
-        compiled: run it under ``mx.compile``.
+    R counts the query heads of a KV head times the query positions. Masks are bool
+    or additive and broadcast to the scores, and may be None.
 
-    Returns:
-        A function of (queries, exact keys, exact values, key codes, value codes,
-        rotations, balance, bias scores, exact mask, code mask) that returns fp32
-        (B, H, R, D). Queries are fp32 (B, H, R, D) and scaled, R counting the query
-        heads of a KV head and the query positions; rotations is the pair of the
-        keys' and the values' arrays; balance, bias scores (B, H, R, C) and the masks,
-        bool (..., R, E) and (..., R, C) or additive, may be None.
+    Attributes:
+        begin: (queries (B, H, R, D), scaled; exact keys and values (B, H, E, D);
+            rotation of keys; balance or None; mask) to (rotated queries, running
+            sums) over the exact tokens.
+        fold: (rotated queries, running sums, key codes, value codes, bias scores
+            (B, H, R, C) or None, mask) to the running sums with C coded tokens more.
+        finish: (running sums, rotation of values) to the output (B, H, R, D_v).
     """
 
-    def attend(
-        queries, exact_keys, exact_values, key_codes, value_codes, rotations, balance, bias,
-        exact_mask, code_mask,
-    ):  # fmt: skip
-        key_rotation, value_rotation = rotations
-        exact = queries @ mx.swapaxes(exact_keys, -1, -2).astype(mx.float32)
-        rotated = queries if balance is None else queries * balance
-        coded = keys.scores(Rotation.forward(rotated, key_rotation), key_codes)
+    begin: Callable
+    fold: Callable
+    finish: Callable
+
+
+@functools.lru_cache(maxsize=None)
+def attention_functions(keys: Any, values: Any, compiled: bool) -> AttentionFunctions:
+    """The functions for a pair of quantisers, as they are or under ``mx.compile``."""
+
+    def begin(queries, exact_keys, exact_values, rotation, balance, mask):
+        scores = queries @ mx.swapaxes(exact_keys, -1, -2).astype(mx.float32)
+        scores = _masked(scores, mask)
+        top = mx.max(scores, axis=-1, keepdims=True)
+        weights = mx.exp(scores - top)
+        total = mx.sum(weights, axis=-1, keepdims=True)
+        out = weights @ exact_values.astype(mx.float32)
+        rotated = Rotation.forward(queries if balance is None else queries * balance, rotation)
+        return rotated, (top, total, out, mx.zeros_like(out))
+
+    def fold(rotated, sums, key_codes, value_codes, bias, mask):
+        top, total, out, rotated_out = sums
+        scores = keys.scores(rotated, key_codes)
         if bias is not None:
-            coded = coded + bias
-        exact, coded = _masked(exact, exact_mask), _masked(coded, code_mask)
-        # One softmax over both parts without joining them.
-        top = mx.maximum(
-            mx.max(exact, axis=-1, keepdims=True), mx.max(coded, axis=-1, keepdims=True)
-        )
-        exact, coded = mx.exp(exact - top), mx.exp(coded - top)
-        total = mx.sum(exact, axis=-1, keepdims=True) + mx.sum(coded, axis=-1, keepdims=True)
-        out = Rotation.inverse(values.mix(coded, value_codes), value_rotation)
-        return (out + exact @ exact_values.astype(mx.float32)) / total
+            scores = scores + bias
+        scores = _masked(scores, mask)
+        new_top = mx.maximum(top, mx.max(scores, axis=-1, keepdims=True))
+        weights = mx.exp(scores - new_top)
+        shrink = mx.exp(top - new_top)
+        total = total * shrink + mx.sum(weights, axis=-1, keepdims=True)
+        rotated_out = rotated_out * shrink + values.mix(weights, value_codes)
+        return new_top, total, out * shrink, rotated_out
 
-    if not compiled:
-        return attend
+    def finish(sums, rotation):
+        _, total, out, rotated_out = sums
+        return (out + Rotation.inverse(rotated_out, rotation)) / total
 
+    functions = (begin, fold, finish)
+    return AttentionFunctions(*(map(_compiled, functions) if compiled else functions))
+
+
+def _compiled(function: Callable) -> Callable:
     def traced(*args):
         global _traces
         _traces += 1
-        return attend(*args)
+        return function(*args)
 
     return mx.compile(traced, shapeless=True)
 

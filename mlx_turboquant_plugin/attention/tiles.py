@@ -1,79 +1,83 @@
-"""Attention of any number of queries over a view, in tiles of queries.
+"""Attention of any number of queries over a view: tiles of queries, pieces of codes.
 
-No array of all the scores is ever made, and every query sees exactly what the
-rule of visibility says, however the prompt was cut into chunks.
+No array of all the scores and no dequantised copy of all the keys is ever made, and
+every query sees what the rule of visibility says, however the prompt was cut into chunks.
 """
 
-from typing import Callable, Optional, Union
+from typing import Optional, Union
 
 import mlx.core as mx
 
 from ..cache.view import View
 from ..cache.visibility import BLOCK
-from .function import MASKED
+from .function import MASKED, AttentionFunctions
 
 Mask = Optional[Union[str, mx.array]]
 
-# Scores of one tile, fp32; a tile has at least a block of queries.
+# Coded tokens that are dequantised at once. On the CPU what is dequantised should
+# stay in the processor's cache; elsewhere few launches matter more.
+PIECE = {mx.cpu: 4096, mx.gpu: 65536}
+
+# Scores of one tile and piece, fp32; a tile has at least a block of queries.
 TILE_BYTES = 16 * 2**20
 
 
 def attend_tiles(
-    queries: mx.array, view: View, scale: float, mask: Mask, attend: Callable
+    queries: mx.array, view: View, scale: float, mask: Mask, functions: AttentionFunctions
 ) -> mx.array:
     """Attention of ``queries`` (B, H_q, N, D) over ``view``; returns (B, H_q, N, D_v).
 
     Args:
         mask: None, "causal", or an array (..., N, T), bool or additive.
-        attend: a function as :func:`attention_function` makes it.
     """
     batch, heads, count, _ = queries.shape
-    per_query = 4 * batch * heads * view.end
+    per_query = 4 * batch * heads * min(view.end, _piece())
     rows = max(BLOCK, TILE_BYTES // per_query)
     tiles = [
-        _tile(queries[:, :, i : i + rows], view, view.start + i, scale, _rows(mask, i, rows), attend)
+        _tile(
+            queries[:, :, i : i + rows], view, view.start + i, scale, _rows(mask, i, rows), functions
+        )
         for i in range(0, count, rows)
     ]
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
+
+
+def _piece() -> int:
+    return PIECE[mx.default_device().type]
 
 
 def _rows(mask: Mask, start: int, count: int) -> Mask:
     return mask[..., start : start + count, :] if isinstance(mask, mx.array) else mask
 
 
-def _tile(queries, view: View, first: int, scale: float, mask: Mask, attend) -> mx.array:
+def _tile(queries, view: View, first: int, scale: float, mask: Mask, functions) -> mx.array:
     batch, heads, count, dim = queries.shape
     kv_heads = view.keys.shape[1]
+    sinks, codec = view.visibility.sinks, view.codec
     last = first + count - 1
     exact_from = view.visibility.exact_from(first)
     coded_to = view.visibility.exact_from(last)
     seen_to = last + 1 if isinstance(mask, str) or count == 1 else view.end
     keys, values = view.exact(exact_from, seen_to)
-    if coded_to == view.visibility.sinks:
+    if coded_to == sinks:
         part = mask[..., :seen_to] if isinstance(mask, mx.array) else mask
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=part)
-    key_codes, value_codes = view.codes(coded_to)
+    exact_mask, code_mask = (
+        _per_row(m, heads // kv_heads, kv_heads)
+        for m in _masks(view, first, count, exact_from, coded_to, seen_to, mask)
+    )
     # All queries that share a KV head are rows of one matrix product.
     q = queries.astype(mx.float32).reshape(batch, kv_heads, -1, dim) * scale
-    sinks = view.visibility.sinks
-    codec = view.codec
-    bias = None
-    if codec.bias is not None:
-        bias = codec.bias.scores(q, sinks, coded_to - sinks)
-    exact_mask, code_mask = _masks(view, first, count, exact_from, coded_to, seen_to, mask)
-    groups = heads // kv_heads
-    out = attend(
-        q,
-        keys,
-        values,
-        key_codes,
-        value_codes,
-        (codec.key_rotation.array, codec.value_rotation.array),
-        codec.balance,
-        bias,
-        _per_row(exact_mask, groups, kv_heads),
-        _per_row(code_mask, groups, kv_heads),
+    rotated, sums = functions.begin(
+        q, keys, values, codec.key_rotation.array, codec.balance, exact_mask
     )
+    piece = _piece()
+    for start in range(sinks, coded_to, piece):
+        stop = min(start + piece, coded_to)
+        part = None if code_mask is None else code_mask[..., start - sinks : stop - sinks]
+        bias = None if codec.bias is None else codec.bias.scores(q, start, stop - start)
+        sums = functions.fold(rotated, sums, *view.codes(start, stop), bias, part)
+    out = functions.finish(sums, codec.value_rotation.array)
     return out.reshape(batch, heads, count, -1).astype(queries.dtype)
 
 

@@ -49,12 +49,13 @@ class View:
             for x in (self.keys, self.values)
         )
 
-    def codes(self, last: int):
-        """Codes of keys and values from the sinks up to the position last - 1."""
-        count = last - self.visibility.sinks
-        if count == self.coded:
+    def codes(self, first: int, last: int):
+        """Codes of keys and values of the positions first, ..., last - 1."""
+        start, stop = first - self.visibility.sinks, last - self.visibility.sinks
+        if stop - start == self.coded:
             return self.key_codes, self.value_codes
+        # Elementwise work on strided arrays is slow, copying packed codes is not.
         return (
-            tuple(plane[..., :count] for plane in self.key_codes),
-            tuple(plane[..., :count, :] for plane in self.value_codes),
+            tuple(mx.contiguous(codes[..., start:stop]) for codes in self.key_codes),
+            tuple(mx.contiguous(codes[..., start:stop, :]) for codes in self.value_codes),
         )

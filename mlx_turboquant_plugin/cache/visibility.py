@@ -25,7 +25,7 @@ class Visibility:
         sinks: the number of first tokens that are always exact.
     """
 
-    window: int = 128
+    window: int = 192
     sinks: int = 4
 
     def exact_from(self, position: int) -> int:

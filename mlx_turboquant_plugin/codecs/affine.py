@@ -1,19 +1,19 @@
 """The affine codecs: x is close to scale * code + zero point, from the minimum and maximum."""
 
 from dataclasses import dataclass
-from typing import Tuple
+from typing import List, Sequence, Tuple
 
 import mlx.core as mx
 
-from .packing import pack, unpack
+from . import packing
 
 
 @dataclass(frozen=True)
 class VectorAffine:
     """One fp16 scale and one fp16 zero point per vector; made for keys.
 
-    Methods take and return what those of :class:`LloydMax` do, with the zero
-    points, fp16 (..., T, 1), as one more array of the codes.
+    Methods take and return what those of :class:`LloydMax` do, but the codes end with
+    the scales and the zero points, fp16 (..., T, 1) each.
     """
 
     bits: int
@@ -24,18 +24,21 @@ class VectorAffine:
         scale = (span / (2**self.bits - 1)).astype(mx.float16)
         steps = (x - zero.astype(mx.float32)) / mx.maximum(scale.astype(mx.float32), 1e-30)
         codes = mx.clip(mx.round(steps), 0, 2**self.bits - 1).astype(mx.uint8)
-        return (*pack(codes, self.bits), scale, zero)
+        return (*packing.pack(codes, self.bits), scale, zero)
 
     def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
-        *planes, scale, zero = codes
-        steps = unpack(planes, self.bits, axis=-1).astype(mx.float32)
+        *packed, scale, zero = codes
+        steps = mx.concatenate(self._steps(packed), axis=-1)
         return steps * scale.astype(mx.float32) + zero.astype(mx.float32)
 
     def scores(self, q: mx.array, codes: Tuple[mx.array, ...]) -> mx.array:
-        *planes, scale, zero = codes
-        steps = unpack(planes, self.bits, axis=-2).astype(mx.float32)
+        *packed, scale, zero = codes
         total = mx.sum(q, axis=-1, keepdims=True)
-        return (q @ steps) * scale.astype(mx.float32) + total * zero.astype(mx.float32)
+        product = packing.dot(q, self._steps(packed))
+        return product * scale.astype(mx.float32) + total * zero.astype(mx.float32)
+
+    def _steps(self, packed: Sequence[mx.array]) -> List[mx.array]:
+        return [field.astype(mx.float32) for field in packing.unpack(packed, self.bits)]
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,8 @@ class GroupAffine:
         return codes, scale.astype(mx.float16), zero.astype(mx.float16)
 
     def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
-        return mx.dequantize(*self._widen(codes), group_size=self.group_size, bits=self.bits)[
-            ..., : self.head_dim
-        ]
+        x = mx.dequantize(*self._widen(codes), group_size=self.group_size, bits=self.bits)
+        return self._unpad(x)
 
     def mix(self, p: mx.array, codes: Tuple[mx.array, ...]) -> mx.array:
         out = mx.quantized_matmul(
@@ -72,7 +74,12 @@ class GroupAffine:
             group_size=self.group_size,
             bits=self.bits,
         )
-        return out[..., : self.head_dim] if self.head_dim % self.group_size else out
+        return self._unpad(out)
+
+    def _unpad(self, x: mx.array) -> mx.array:
+        if self.head_dim % self.group_size == 0:
+            return x
+        return mx.take(x, mx.arange(self.head_dim), axis=-1)
 
     @staticmethod
     def _widen(codes):

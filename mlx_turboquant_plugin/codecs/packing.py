@@ -1,50 +1,65 @@
-"""Dense packing of 2-, 3-, 4- and 8-bit codes into bytes.
+"""Dense packing of 2-, 3-, 4- and 8-bit codes into bytes, and products with packed vectors.
 
-Codes are packed in planes. A plane of ``w`` bits per code has ``D * w / 8`` bytes;
-byte i holds, from its lowest bits up, the codes of the channels i, i + D*w/8,
-i + 2*D*w/8, ... so that unpacking is a few shifts of whole arrays. Three bits are a
-plane of the two low bits and a plane of the high bit: nothing is lost to padding.
+The channels of a vector are cut into equal fields, and the codes at the same place of
+all fields share a byte: with 4 bits, byte i holds channel i in its low and channel
+i + D/2 in its high half. Unpacking is one shift and one mask for a whole field. Three
+bits are two arrays of the low two bits (of four fields each) and one of the high bits:
+nothing is lost to padding.
 """
 
-from typing import Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 import mlx.core as mx
 
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+FIELDS = {2: 4, 3: 8, 4: 2, 8: 1}
 
 
 def pack(codes: mx.array, bits: int) -> Tuple[mx.array, ...]:
-    """Pack ``codes`` (..., D) of ``bits`` bits each.
-
-    Args:
-        codes: uint8, D a multiple of 8.
-        bits: 2, 3, 4 or 8.
+    """Pack ``codes`` (..., D), uint8, of ``bits`` bits each; D must be a multiple of 8.
 
     Returns:
-        One uint8 array (..., D * width / 8) per plane.
+        One uint8 array (..., D * bits / 8), or three (..., D / 8) for 3 bits.
     """
-    planes, shift = [], 0
-    for width in PLANES[bits]:
-        fields = mx.split((codes >> shift) & (2**width - 1), 8 // width, axis=-1)
-        plane = fields[0]
-        for position, field in enumerate(fields[1:], start=1):
-            plane = plane | (field << (width * position))
-        planes.append(plane)
-        shift += width
-    return tuple(planes)
+    fields = mx.split(codes, FIELDS[bits], axis=-1)
+    if bits != 3:
+        return (_join(fields, bits),)
+    low = [field & 3 for field in fields]
+    return _join(low[:4], 2), _join(low[4:], 2), _join([field >> 2 for field in fields], 1)
 
 
-def unpack(planes: Sequence[mx.array], bits: int, axis: int) -> mx.array:
-    """Undo :func:`pack`; the channels of the planes and of the result lie along ``axis``.
+def _join(fields: Sequence[mx.array], width: int) -> mx.array:
+    packed = fields[0]
+    for place, field in enumerate(fields[1:], start=1):
+        packed = packed | (field << (width * place))
+    return packed
 
-    Uses no operation that depends on the other axes' lengths, so it can be traced
-    once for all of them (``mx.compile(shapeless=True)``).
+
+def unpack(packed: Sequence[mx.array], bits: int) -> List[mx.array]:
+    """The fields of codes that :func:`pack` made, uint8, in the order of the channels.
+
+    Elementwise, so the channels may lie along any axis and any number of vectors can
+    share one trace of ``mx.compile(shapeless=True)``. So do :func:`dot` and :func:`mix`.
     """
-    codes, shift = None, 0
-    for plane, width in zip(planes, PLANES[bits]):
-        mask = 2**width - 1
-        fields = [(plane >> (width * i)) & mask for i in range(8 // width)]
-        part = fields[0] if len(fields) == 1 else mx.concatenate(fields, axis=axis)
-        codes = part if codes is None else codes | (part << shift)
-        shift += width
-    return codes
+    if bits == 8:
+        return list(packed)
+    if bits != 3:
+        return [(packed[0] >> (bits * i)) & (2**bits - 1) for i in range(FIELDS[bits])]
+    *low, high = packed
+    return [
+        ((low[i // 4] >> (2 * (i % 4))) & 3) | (((high >> i) & 1) << 2) for i in range(FIELDS[3])
+    ]
+
+
+def dot(q: mx.array, fields: Sequence[mx.array]) -> mx.array:
+    """Products of ``q`` (..., R, D) with T vectors given as fields (..., D / n, T): (..., R, T)."""
+    width = fields[0].shape[-2]
+    parts = (
+        mx.take(q, mx.arange(i * width, (i + 1) * width), axis=-1) @ field
+        for i, field in enumerate(fields)
+    )
+    return sum(parts, start=next(parts))
+
+
+def mix(p: mx.array, fields: Sequence[mx.array]) -> mx.array:
+    """Sums of T vectors given as fields (..., T, D / n), weighted by ``p`` (..., R, T): (..., R, D)."""
+    return mx.concatenate([p @ field for field in fields], axis=-1)

@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import patching
-from ..attention.dispatch import BRIDGE, attend, resolve_kernel
+from ..attention.dispatch import BRIDGE, attend
+from ..attention.kernels import resolve_kernel
 from ..cache import CompressedKVCache, Visibility
 from ..codecs.kv_codec import CodecSpec, KVCodec
 from ..codecs.key_bias import KeyBias
