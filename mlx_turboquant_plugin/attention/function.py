@@ -37,7 +37,7 @@ class AttentionFunctions(NamedTuple):
         begin: (queries (B, H, R, D), scaled; exact keys and values (B, H, E, D);
             rotation of keys; balance or None; mask) to (rotated queries, running
             sums) over the exact tokens.
-        fold: (rotated queries, running sums, key codes, value codes, bias scores
+        fold: (rotated queries, cut into the fields of the key quantiser; running sums, key codes, value codes, bias scores
             (B, H, R, C) or None, mask) to the running sums with C coded tokens more.
         finish: (running sums, rotation of values) to the output (B, H, R, D_v).
     """
@@ -59,7 +59,8 @@ def attention_functions(keys: Any, values: Any, compiled: bool) -> AttentionFunc
         total = mx.sum(weights, axis=-1, keepdims=True)
         out = weights @ exact_values.astype(mx.float32)
         rotated = Rotation.forward(queries if balance is None else queries * balance, rotation)
-        return rotated, (top, total, out, mx.zeros_like(out))
+        # zeros_like() would keep the shape of the first trace.
+        return rotated, (top, total, out, out * 0)
 
     def fold(rotated, sums, key_codes, value_codes, bias, mask):
         top, total, out, rotated_out = sums

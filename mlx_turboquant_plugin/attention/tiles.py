@@ -71,12 +71,13 @@ def _tile(queries, view: View, first: int, scale: float, mask: Mask, functions) 
     rotated, sums = functions.begin(
         q, keys, values, codec.key_rotation.array, codec.balance, exact_mask
     )
+    fields = mx.split(rotated, codec.keys.fields, axis=-1)
     piece = _piece()
     for start in range(sinks, coded_to, piece):
         stop = min(start + piece, coded_to)
         part = None if code_mask is None else code_mask[..., start - sinks : stop - sinks]
         bias = None if codec.bias is None else codec.bias.scores(q, start, stop - start)
-        sums = functions.fold(rotated, sums, *view.codes(start, stop), bias, part)
+        sums = functions.fold(fields, sums, *view.codes(start, stop), bias, part)
     out = functions.finish(sums, codec.value_rotation.array)
     return out.reshape(batch, heads, count, -1).astype(queries.dtype)
 

@@ -18,6 +18,10 @@ class VectorAffine:
 
     bits: int
 
+    @property
+    def fields(self) -> int:
+        return packing.FIELDS[self.bits]
+
     def encode(self, x: mx.array) -> Tuple[mx.array, ...]:
         zero = mx.min(x, axis=-1, keepdims=True).astype(mx.float16)
         span = mx.max(x, axis=-1, keepdims=True) - zero.astype(mx.float32)
@@ -31,9 +35,10 @@ class VectorAffine:
         steps = mx.concatenate(self._steps(packed), axis=-1)
         return steps * scale.astype(mx.float32) + zero.astype(mx.float32)
 
-    def scores(self, q: mx.array, codes: Tuple[mx.array, ...]) -> mx.array:
+    def scores(self, q: Sequence[mx.array], codes: Tuple[mx.array, ...]) -> mx.array:
         *packed, scale, zero = codes
-        total = mx.sum(q, axis=-1, keepdims=True)
+        sums = [mx.sum(part, axis=-1, keepdims=True) for part in q]
+        total = sum(sums[1:], start=sums[0])
         product = packing.dot(q, self._steps(packed))
         return product * scale.astype(mx.float32) + total * zero.astype(mx.float32)
 
@@ -79,7 +84,8 @@ class GroupAffine:
     def _unpad(self, x: mx.array) -> mx.array:
         if self.head_dim % self.group_size == 0:
             return x
-        return mx.take(x, mx.arange(self.head_dim), axis=-1)
+        # A product with a constant, since slices can't be traced for all lengths at once.
+        return x @ mx.eye(x.shape[-1], self.head_dim)
 
     @staticmethod
     def _widen(codes):

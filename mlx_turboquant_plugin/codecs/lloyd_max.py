@@ -27,9 +27,13 @@ CODEBOOKS: Dict[int, Tuple[float, float, float]] = {
 STEPS_PER_OCTAVE = 12
 LOWEST_OCTAVE = -13
 
-# How far, in steps, the scale is searched around the root mean square. What is kept
-# is the one with the least error: 10 to 15% less than the nearest one has.
+# How far, in steps, the scale is searched around the root mean square.
 SEARCH = (0, -1, 1, -2, 2)
+
+# How much more an error along the vector itself costs than one across it. The queries
+# that attend to a key point its way, so such an error scales the scores that matter;
+# and it makes all values of an average shorter or longer alike.
+ALONG = 16
 
 
 def levels(bits: int) -> List[float]:
@@ -44,6 +48,11 @@ class LloydMax:
     """Quantises rotated vectors to ``bits`` (2, 3 or 4) bits per channel and an 8-bit scale."""
 
     bits: int
+
+    @property
+    def fields(self) -> int:
+        """Into how many fields of channels the queries of :meth:`scores` are cut."""
+        return packing.FIELDS[self.bits]
 
     def encode(self, x: mx.array) -> Tuple[mx.array, ...]:
         """Encode rotated vectors.
@@ -63,10 +72,17 @@ class LloydMax:
         *packed, scale = codes
         return mx.concatenate(self._levels(packed), axis=-1) * _widen(scale)
 
-    def scores(self, q: mx.array, codes: Tuple[mx.array, ...]) -> mx.array:
-        """Dot products of ``q`` (..., R, D) with vectors whose ``codes`` are channel-major.
+    def scores(self, q: Sequence[mx.array], codes: Tuple[mx.array, ...]) -> mx.array:
+        """Dot products of queries with vectors whose ``codes`` are channel-major.
 
-        ``codes`` are those of :meth:`encode` with the last two axes swapped; returns (..., R, T).
+        Like :meth:`mix`, it can be traced once for all numbers of rows and vectors.
+
+        Args:
+            q: the fields of the queries, (..., R, D / n) each.
+            codes: those of :meth:`encode` with the last two axes swapped.
+
+        Returns:
+            (..., R, T).
         """
         *packed, scale = codes
         return packing.dot(q, self._levels(packed)) * _widen(scale)
@@ -96,9 +112,8 @@ def _nearest(z: mx.array, bits: int) -> mx.array:
     """Codes of the levels nearest to ``z``: thresholds lie half-way between levels."""
     positive = levels(bits)
     size = mx.abs(z)
-    magnitude = mx.zeros_like(z)
-    for low, high in zip(positive, positive[1:]):
-        magnitude = magnitude + (size > (low + high) / 2)
+    above = [(size > (low + high) / 2).astype(z.dtype) for low, high in zip(positive, positive[1:])]
+    magnitude = sum(above[1:], start=above[0])
     half = len(positive)
     return mx.where(z < 0, half - 1 - magnitude, half + magnitude).astype(mx.uint8)
 
@@ -108,14 +123,17 @@ def _search(bits: int):
     if bits not in _encoders:
 
         def encode(x):
-            rms = mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True))
-            start = mx.round((mx.log2(mx.maximum(rms, 1e-30)) - LOWEST_OCTAVE) * STEPS_PER_OCTAVE)
+            rms = mx.maximum(mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True)), 1e-20)
+            norm = rms * math.sqrt(x.shape[-1])
+            start = mx.round((mx.log2(rms) - LOWEST_OCTAVE) * STEPS_PER_OCTAVE)
             best = None
             for step in SEARCH:
                 scale = mx.clip(start + step, 0, 255).astype(mx.uint8)
                 width = _widen(scale)
                 codes = _nearest(x / width, bits)
-                error = mx.sum((x - _level(codes, bits) * width) ** 2, axis=-1, keepdims=True)
+                missing = x - _level(codes, bits) * width
+                along = mx.sum(missing * x, axis=-1, keepdims=True) / norm
+                error = mx.sum(missing * missing, axis=-1, keepdims=True) + ALONG * along * along
                 if best is None:
                     best = error, codes, scale
                 else:

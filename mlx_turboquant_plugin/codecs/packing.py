@@ -37,8 +37,7 @@ def _join(fields: Sequence[mx.array], width: int) -> mx.array:
 def unpack(packed: Sequence[mx.array], bits: int) -> List[mx.array]:
     """The fields of codes that :func:`pack` made, uint8, in the order of the channels.
 
-    Elementwise, so the channels may lie along any axis and any number of vectors can
-    share one trace of ``mx.compile(shapeless=True)``. So do :func:`dot` and :func:`mix`.
+    Elementwise, so the channels may lie along any axis.
     """
     if bits == 8:
         return list(packed)
@@ -50,14 +49,18 @@ def unpack(packed: Sequence[mx.array], bits: int) -> List[mx.array]:
     ]
 
 
-def dot(q: mx.array, fields: Sequence[mx.array]) -> mx.array:
-    """Products of ``q`` (..., R, D) with T vectors given as fields (..., D / n, T): (..., R, T)."""
-    width = fields[0].shape[-2]
-    parts = (
-        mx.take(q, mx.arange(i * width, (i + 1) * width), axis=-1) @ field
-        for i, field in enumerate(fields)
-    )
-    return sum(parts, start=next(parts))
+def dot(q: Sequence[mx.array], fields: Sequence[mx.array]) -> mx.array:
+    """Products of R queries with T vectors, both cut into fields of channels.
+
+    Args:
+        q: (..., R, D / n) for each field.
+        fields: (..., D / n, T) for each field.
+
+    Returns:
+        (..., R, T).
+    """
+    parts = [part @ field for part, field in zip(q, fields)]
+    return sum(parts[1:], start=parts[0])
 
 
 def mix(p: mx.array, fields: Sequence[mx.array]) -> mx.array:
