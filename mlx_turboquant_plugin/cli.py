@@ -16,6 +16,8 @@ from .settings import SettingsError
 # Subcommand -> module, what it does.
 COMMANDS = {
     "status": ("status_command", "say whether compression is on, and why"),
+    "demo": ("evaluation.demo", "generate with and without compression, side by side"),
+    "compare": ("evaluation.compare", "measure what each preset costs and saves on a model"),
 }
 BAD_SETTINGS = 2
 

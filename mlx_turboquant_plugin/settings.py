@@ -70,7 +70,7 @@ class Settings:
         value_bits: bits per number of the compressed values.
         key_codec: "lloyd-max" or "affine".
         value_codec: "lloyd-max" or "affine".
-        window: tokens per block; the newest one to two blocks stay exact.
+        window: that many newest tokens, and up to 32 more, stay exact.
         sinks: first tokens that stay exact.
         balance: weigh key channels by the model's weights before rotating.
         kernel: how attention reads the codes; "auto" is the best there is.
@@ -89,7 +89,7 @@ class Settings:
     value_bits: int = PRESETS["default"]["value_bits"]
     key_codec: str = "lloyd-max"
     value_codec: str = "lloyd-max"
-    window: int = 128
+    window: int = 192
     sinks: int = 4
     balance: bool = True
     kernel: str = "auto"

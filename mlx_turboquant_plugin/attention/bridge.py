@@ -17,9 +17,9 @@ def attend_bridge(
     original: Callable, queries: mx.array, view: View, scale: float, mask
 ) -> mx.array:
     """Attention of ``queries`` (B, H_q, N, D) over a view, one block of queries at a time."""
-    codec, sinks = view.codec, view.visibility.sinks
+    codec, sinks = view.codec, view.sinks
     decoded = (
-        codec.decode_keys(view.key_codes, sinks),
+        codec.decode_keys(view.key_codes, 0),
         codec.decode_values(view.value_codes),
     )
     out, first = [], view.start
@@ -29,7 +29,7 @@ def attend_bridge(
         seen_to = last if isinstance(mask, str) else view.end
         keys, values = (
             mx.concatenate(
-                [x[:, :, :sinks], d[:, :, : exact_from - sinks].astype(x.dtype), x[:, :, sinks:]],
+                [x[:, :, :sinks], d[:, :, sinks:exact_from].astype(x.dtype), x[:, :, sinks:]],
                 axis=2,
             )
             for x, d in zip(view.exact(exact_from, seen_to), decoded)

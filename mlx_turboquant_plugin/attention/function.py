@@ -28,7 +28,7 @@ def trace_count() -> int:
 
 
 class AttentionFunctions(NamedTuple):
-    """Attention in three steps. All arrays are fp32 but for the exact tokens and the codes.
+    """Attention in steps. All arrays are fp32 but for the exact tokens and the codes.
 
     R counts the query heads of a KV head times the query positions. Masks are bool
     or additive and broadcast to the scores, and may be None.
@@ -37,12 +37,14 @@ class AttentionFunctions(NamedTuple):
         begin: (queries (B, H, R, D), scaled; exact keys and values (B, H, E, D);
             rotation of keys; balance or None; mask) to (rotated queries, running
             sums) over the exact tokens.
-        fold: (rotated queries, cut into the fields of the key quantiser; running sums, key codes, value codes, bias scores
-            (B, H, R, C) or None, mask) to the running sums with C coded tokens more.
+        expand: (key codes, value codes) to what the quantisers make products with.
+        fold: (rotated queries, running sums, expanded keys and values of C tokens,
+            bias scores (B, H, R, C) or None, mask) to the running sums with them.
         finish: (running sums, rotation of values) to the output (B, H, R, D_v).
     """
 
     begin: Callable
+    expand: Callable
     fold: Callable
     finish: Callable
 
@@ -62,9 +64,12 @@ def attention_functions(keys: Any, values: Any, compiled: bool) -> AttentionFunc
         # zeros_like() would keep the shape of the first trace.
         return rotated, (top, total, out, out * 0)
 
-    def fold(rotated, sums, key_codes, value_codes, bias, mask):
+    def expand(key_codes, value_codes):
+        return keys.expand(key_codes, axis=-2), values.expand(value_codes, axis=-1)
+
+    def fold(rotated, sums, expanded_keys, expanded_values, bias, mask):
         top, total, out, rotated_out = sums
-        scores = keys.scores(rotated, key_codes)
+        scores = keys.scores(rotated, *expanded_keys)
         if bias is not None:
             scores = scores + bias
         scores = _masked(scores, mask)
@@ -72,14 +77,14 @@ def attention_functions(keys: Any, values: Any, compiled: bool) -> AttentionFunc
         weights = mx.exp(scores - new_top)
         shrink = mx.exp(top - new_top)
         total = total * shrink + mx.sum(weights, axis=-1, keepdims=True)
-        rotated_out = rotated_out * shrink + values.mix(weights, value_codes)
+        rotated_out = rotated_out * shrink + values.mix(weights, *expanded_values)
         return new_top, total, out * shrink, rotated_out
 
     def finish(sums, rotation):
         _, total, out, rotated_out = sums
         return (out + Rotation.inverse(rotated_out, rotation)) / total
 
-    functions = (begin, fold, finish)
+    functions = (begin, expand, fold, finish)
     return AttentionFunctions(*(map(_compiled, functions) if compiled else functions))
 
 

@@ -4,12 +4,14 @@ No array of all the scores and no dequantised copy of all the keys is ever made,
 every query sees what the rule of visibility says, however the prompt was cut into chunks.
 """
 
+import functools
 from typing import Optional, Union
 
 import mlx.core as mx
 
 from ..cache.view import View
 from ..cache.visibility import BLOCK
+from ..codecs.byte_matrix import prepare
 from .function import MASKED, AttentionFunctions
 
 Mask = Optional[Union[str, mx.array]]
@@ -71,15 +73,31 @@ def _tile(queries, view: View, first: int, scale: float, mask: Mask, functions) 
     rotated, sums = functions.begin(
         q, keys, values, codec.key_rotation.array, codec.balance, exact_mask
     )
-    fields = mx.split(rotated, codec.keys.fields, axis=-1)
     piece = _piece()
-    for start in range(sinks, coded_to, piece):
+    for start in range(0, coded_to, piece):
         stop = min(start + piece, coded_to)
-        part = None if code_mask is None else code_mask[..., start - sinks : stop - sinks]
+        part = None if code_mask is None else code_mask[..., start:stop]
+        if part is None and start < sinks:
+            part = _after_sinks(start, stop, sinks)
         bias = None if codec.bias is None else codec.bias.scores(q, start, stop - start)
-        sums = functions.fold(fields, sums, *view.codes(start, stop), bias, part)
+        expanded = functions.expand(*view.codes(start, stop))
+        sums = functions.fold(rotated, sums, *map(_prepared, codec.quantizers, expanded), bias, part)
     out = functions.finish(sums, codec.value_rotation.array)
     return out.reshape(batch, heads, count, -1).astype(queries.dtype)
+
+
+def _prepared(quantizer, expanded):
+    levels, *rest = expanded
+    if levels.dtype != mx.uint8:
+        return expanded
+    return (prepare(levels, quantizer.offset), *rest)
+
+
+@functools.lru_cache(maxsize=4)
+def _after_sinks(start: int, stop: int, sinks: int) -> mx.array:
+    mask = mx.arange(start, stop) >= sinks
+    mx.eval(mask)
+    return mask
 
 
 def _masks(view: View, first, count, exact_from, coded_to, seen_to, mask: Mask):
@@ -94,13 +112,16 @@ def _masks(view: View, first, count, exact_from, coded_to, seen_to, mask: Mask):
         exact_mask = (exact < sinks) | (exact >= begins)
         if isinstance(mask, str):
             exact_mask = exact_mask & (exact <= positions)
-        if coded_to > exact_from:
-            code_mask = mx.arange(view.visibility.sinks, coded_to) < begins
+        if coded_to > exact_from or isinstance(mask, mx.array):
+            coded = mx.arange(coded_to)
+            code_mask = (coded >= sinks) & (coded < begins)
     if isinstance(mask, mx.array):
         exact_given = mx.concatenate(
             [mask[..., : view.sinks], mask[..., exact_from:seen_to]], axis=-1
         )
-        code_given = mask[..., view.visibility.sinks : coded_to]
+        code_given = mask[..., :coded_to]
+        if code_mask is None:
+            code_mask = _after_sinks(0, coded_to, view.sinks)
         exact_mask, code_mask = _both(exact_mask, exact_given), _both(code_mask, code_given)
     return exact_mask, code_mask
 

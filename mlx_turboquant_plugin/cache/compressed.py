@@ -16,8 +16,8 @@ from .visibility import ROLLBACK, Visibility
 class CompressedKVCache(_BaseCache):
     """Stands where mlx-lm's KVCache would, in about a quarter of the memory.
 
-    Tokens lie in the order of their positions in three parts: the sinks, exact;
-    older tokens, as codes; the newest tokens, exact. Arrays are replaced, never
+    The first tokens (the sinks) and the newest are exact, and all but the newest are
+    there as codes; which of the two a query reads is for :class:`Visibility`. Arrays are replaced, never
     written into, and hold no spare room: a copy shares them, ``nbytes`` is what they
     take, and a step of decoding touches only the newest tokens.
 
@@ -30,7 +30,7 @@ class CompressedKVCache(_BaseCache):
     Attributes:
         keys, values: the exact part, (B, H, E, D) in the model's dtype.
         key_codes, value_codes: the codes, see :class:`KVCodec`.
-        coded: the number of tokens held as codes.
+        coded: the number of tokens, from the first on, held as codes.
         offset: the number of tokens seen.
     """
 
@@ -87,19 +87,19 @@ class CompressedKVCache(_BaseCache):
 
     def _encode(self, end: int):
         """Write the codes of the tokens before position ``end`` that have none."""
-        start = self.visibility.sinks + self.coded
-        if end <= start:
+        start = self.coded
+        if end <= max(start, self.visibility.sinks):
             return
         self._check_codec()
         skip = self._sinks() - self._exact_start()
         new = slice(start + skip, end + skip)
         key_codes = self.codec.encode_keys(self.keys[:, :, new], start)
         value_codes = self.codec.encode_values(self.values[:, :, new])
-        if self.coded:
+        if start:
             key_codes = _join(self.key_codes, key_codes, axis=-1)
             value_codes = _join(self.value_codes, value_codes, axis=-2)
         self.key_codes, self.value_codes = key_codes, value_codes
-        self.coded += end - start
+        self.coded = end
 
     def _check_codec(self):
         if self.biased and self.codec.bias is None:
@@ -114,7 +114,7 @@ class CompressedKVCache(_BaseCache):
 
     def _forget(self, before: int):
         """Drop exact tokens after the sinks and before the position ``before``."""
-        drop = min(before, self.visibility.sinks + self.coded) - self._exact_start()
+        drop = min(before, self.coded) - self._exact_start()
         if drop <= 0:
             return
         sinks = self._sinks()
@@ -147,15 +147,17 @@ class CompressedKVCache(_BaseCache):
         if not self.coded:
             return self.keys, self.values
         self._check_codec()
-        sinks, coded_end = self.visibility.sinks, self.visibility.sinks + self.coded
-        keys, values = self._view(self.offset).exact(coded_end, self.offset)
+        sinks = self.visibility.sinks
+        exact = self._view(self.offset).exact(self.coded, self.offset)
         decoded = (
-            self.codec.decode_keys(self.key_codes, sinks),
+            self.codec.decode_keys(self.key_codes, 0),
             self.codec.decode_values(self.value_codes),
         )
         return tuple(
-            mx.concatenate([x[:, :, :sinks], d.astype(x.dtype), x[:, :, sinks:]], axis=2)
-            for x, d in zip((keys, values), decoded)
+            mx.concatenate(
+                [x[:, :, :sinks], d[:, :, sinks:].astype(x.dtype), x[:, :, sinks:]], axis=2
+            )
+            for x, d in zip(exact, decoded)
         )
 
     def bind(self, codec: KVCodec, fingerprint: str, kernel: str):
@@ -191,9 +193,8 @@ class CompressedKVCache(_BaseCache):
             return n
         exact_start = self._exact_start()
         exact = self._sinks() + max(0, end - exact_start) if end > self._sinks() else end
-        coded_end = self.visibility.sinks + self.coded
-        coded_end = min(coded_end, end, max(self.visibility.exact_from(end), exact_start))
-        self._keep_codes(max(0, coded_end - self.visibility.sinks))
+        coded = min(self.coded, end, max(self.visibility.exact_from(end), exact_start))
+        self._keep_codes(coded if coded > self.visibility.sinks else 0)
         self.keys = mx.contiguous(self.keys[:, :, :exact])
         self.values = mx.contiguous(self.values[:, :, :exact])
         self.offset = end

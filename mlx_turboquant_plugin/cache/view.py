@@ -15,7 +15,7 @@ class View:
     Attributes:
         keys, values: exact, (B, H, E, D): the sinks, then the positions
             ``exact_start``, ..., ``end`` - 1.
-        key_codes, value_codes: of the ``coded`` positions after the sinks.
+        key_codes, value_codes: of the positions 0, ..., ``coded`` - 1.
         start: position of the first query.
         end: one more than the position of the last query.
     """
@@ -51,11 +51,10 @@ class View:
 
     def codes(self, first: int, last: int):
         """Codes of keys and values of the positions first, ..., last - 1."""
-        start, stop = first - self.visibility.sinks, last - self.visibility.sinks
-        if stop - start == self.coded:
+        if last - first == self.coded:
             return self.key_codes, self.value_codes
         # Elementwise work on strided arrays is slow, copying packed codes is not.
         return (
-            tuple(mx.contiguous(codes[..., start:stop]) for codes in self.key_codes),
-            tuple(mx.contiguous(codes[..., start:stop, :]) for codes in self.value_codes),
+            tuple(mx.contiguous(codes[..., first:last]) for codes in self.key_codes),
+            tuple(mx.contiguous(codes[..., first:last, :]) for codes in self.value_codes),
         )

@@ -1,26 +1,24 @@
 """The affine codecs: x is close to scale * code + zero point, from the minimum and maximum."""
 
 from dataclasses import dataclass
-from typing import List, Sequence, Tuple
+from typing import Tuple
 
 import mlx.core as mx
 
 from . import packing
+from .byte_matrix import multiply
 
 
 @dataclass(frozen=True)
 class VectorAffine:
     """One fp16 scale and one fp16 zero point per vector; made for keys.
 
-    Methods take and return what those of :class:`LloydMax` do, but the codes end with
-    the scales and the zero points, fp16 (..., T, 1) each.
+    Methods are those of :class:`LloydMax`; ``codes`` end with the scales and the zero
+    points, fp16 (..., T, 1) each.
     """
 
     bits: int
-
-    @property
-    def fields(self) -> int:
-        return packing.FIELDS[self.bits]
+    offset = 0.0
 
     def encode(self, x: mx.array) -> Tuple[mx.array, ...]:
         zero = mx.min(x, axis=-1, keepdims=True).astype(mx.float16)
@@ -31,19 +29,17 @@ class VectorAffine:
         return (*packing.pack(codes, self.bits), scale, zero)
 
     def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
-        *packed, scale, zero = codes
-        steps = mx.concatenate(self._steps(packed), axis=-1)
-        return steps * scale.astype(mx.float32) + zero.astype(mx.float32)
+        steps, scale, zero = self.expand(codes, axis=-1)
+        return steps.astype(mx.float32) * scale.astype(mx.float32) + zero.astype(mx.float32)
 
-    def scores(self, q: Sequence[mx.array], codes: Tuple[mx.array, ...]) -> mx.array:
+    def expand(self, codes: Tuple[mx.array, ...], axis: int) -> Tuple[mx.array, ...]:
         *packed, scale, zero = codes
-        sums = [mx.sum(part, axis=-1, keepdims=True) for part in q]
-        total = sum(sums[1:], start=sums[0])
-        product = packing.dot(q, self._steps(packed))
+        return packing.unpack(packed, self.bits, axis), scale, zero
+
+    def scores(self, q: mx.array, steps, scale: mx.array, zero: mx.array) -> mx.array:
+        total = mx.sum(q, axis=-1, keepdims=True)
+        product = multiply(q, steps, self.offset)
         return product * scale.astype(mx.float32) + total * zero.astype(mx.float32)
-
-    def _steps(self, packed: Sequence[mx.array]) -> List[mx.array]:
-        return [field.astype(mx.float32) for field in packing.unpack(packed, self.bits)]
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,10 @@ class GroupAffine:
         x = mx.dequantize(*self._widen(codes), group_size=self.group_size, bits=self.bits)
         return self._unpad(x)
 
-    def mix(self, p: mx.array, codes: Tuple[mx.array, ...]) -> mx.array:
+    def expand(self, codes: Tuple[mx.array, ...], axis: int) -> Tuple[mx.array, ...]:
+        return codes
+
+    def mix(self, p: mx.array, *codes: mx.array) -> mx.array:
         out = mx.quantized_matmul(
             p,
             *self._widen(codes),

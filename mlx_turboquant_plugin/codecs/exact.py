@@ -1,16 +1,14 @@
 """The codec that loses nothing: rotated vectors in fp32, for ``TURBOQUANT_BYPASS=identity``."""
 
 from dataclasses import dataclass
-from typing import Sequence, Tuple
+from typing import Tuple
 
 import mlx.core as mx
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Methods take and return what those of :class:`LloydMax` do."""
-
-    fields = 1
+    """Methods are those of :class:`LloydMax`; ``codes`` are the vectors."""
 
     def encode(self, x: mx.array) -> Tuple[mx.array, ...]:
         return (x,)
@@ -18,8 +16,11 @@ class Exact:
     def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
         return codes[0]
 
-    def scores(self, q: Sequence[mx.array], codes: Tuple[mx.array, ...]) -> mx.array:
-        return q[0] @ codes[0]
+    def expand(self, codes: Tuple[mx.array, ...], axis: int) -> Tuple[mx.array, ...]:
+        return codes
 
-    def mix(self, p: mx.array, codes: Tuple[mx.array, ...]) -> mx.array:
-        return p @ codes[0]
+    def scores(self, q: mx.array, x: mx.array) -> mx.array:
+        return q @ x
+
+    def mix(self, p: mx.array, x: mx.array) -> mx.array:
+        return p @ x

@@ -5,22 +5,46 @@ N(0, 1). Each is replaced by the nearest level of a scalar quantiser made for
 N(0, 1) (Lloyd 1957, Max 1960), and one scale per vector is stored.
 """
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Dict, List, Sequence, Tuple
+from typing import Callable, Tuple
 
 import mlx.core as mx
 
 from . import packing
+from .byte_matrix import multiply
 
-# The positive levels of each codebook are c1 u + c3 u^3 + c5 u^5 at u = 1/2, 3/2, ...:
-# on every device arithmetic is faster than a table. The coefficients minimise the
-# mean squared error for N(0, 1): 0.11748, 0.03455 and 0.00952, within 0.2% of the
-# best quantiser's. tests/lloyd_max.py computes them.
-CODEBOOKS: Dict[int, Tuple[float, float, float]] = {
-    2: (0.89288694, 0.0506925043, 0.0),
-    3: (0.490661287, 0.004788697, 0.000436545479),
-    4: (0.262655001, 0.000129165995, 2.95824274e-05),
+# A level is a byte less this: symmetric around zero.
+OFFSET = 127.5
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """The levels of a symmetric quantiser, as bytes.
+
+    Whole numbers are exact in every format that a kernel may compute in, and a curve
+    through them costs less than a table on every device.
+
+    Attributes:
+        levels: the positive levels, ascending, in halves: byte - 127.5.
+        unit: what they are divided by to suit N(0, 1).
+        curve: (a, d, shift, b) of the whole-number curve through them, see :func:`_bytes`.
+    """
+
+    levels: Tuple[float, ...]
+    unit: float
+    curve: Tuple[int, int, int, int]
+
+
+# Mean squared errors for N(0, 1): 0.11748, 0.03455 and 0.00951, at most 0.15% above
+# those of the best quantisers. tests/lloyd_max.py finds them.
+CODEBOOKS = {
+    2: Codebook((35.5, 118.5), 78.4522, (0, 1009, 0, 9061)),
+    3: Codebook((13.5, 41.5, 73.5, 117.5), 54.6415, (47, 280, 2, 3439)),
+    4: Codebook(
+        (5.5, 16.5, 28.5, 40.5, 54.5, 70.5, 90.5, 119.5), 43.6528, (5, 30, 3, 1437)
+    ),
 }
 
 # A scale is a power of 2^(1/12): 8 bits from 1.2e-4 to 310, 3% off at most.
@@ -36,115 +60,115 @@ SEARCH = (0, -1, 1, -2, 2)
 ALONG = 16
 
 
-def levels(bits: int) -> List[float]:
-    """The positive levels of the ``bits``-bit codebook for N(0, 1), ascending."""
-    c1, c3, c5 = CODEBOOKS[bits]
-    halves = [i + 0.5 for i in range(2 ** (bits - 1))]
-    return [c1 * u + c3 * u**3 + c5 * u**5 for u in halves]
-
-
 @dataclass(frozen=True)
 class LloydMax:
-    """Quantises rotated vectors to ``bits`` (2, 3 or 4) bits per channel and an 8-bit scale."""
+    """Quantises rotated vectors to ``bits`` (2, 3 or 4) bits per channel and an 8-bit scale.
+
+    ``codes`` are the packed codes (:func:`packing.pack`), uint8 (..., T, bytes), and last
+    the scales, uint8 (..., T, 1): token-major. Channel-major is with the last two axes
+    swapped. :meth:`expand`, :meth:`scores` and :meth:`mix` can be traced once for any
+    number of vectors.
+    """
 
     bits: int
-
-    @property
-    def fields(self) -> int:
-        """Into how many fields of channels the queries of :meth:`scores` are cut."""
-        return packing.FIELDS[self.bits]
+    offset = OFFSET
 
     def encode(self, x: mx.array) -> Tuple[mx.array, ...]:
-        """Encode rotated vectors.
-
-        Args:
-            x: (..., T, D) fp32.
-
-        Returns:
-            The packed codes (:func:`packing.pack`), uint8 (..., T, bytes), and the
-            scales, uint8 (..., T, 1).
-        """
-        codes, scale = _search(self.bits)(x)
+        """The codes of rotated vectors ``x``, fp32 (..., T, D)."""
+        codes, scale = _encoder(self.bits)(x)
         return (*packing.pack(codes, self.bits), scale)
 
     def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
-        """The vectors (..., T, D), fp32 and still rotated, that token-major ``codes`` stand for."""
+        """The vectors, fp32 (..., T, D) and still rotated, that token-major ``codes`` stand for."""
+        levels, scale = self.expand(codes, axis=-1)
+        return (levels.astype(mx.float32) - OFFSET) * self._width(scale)
+
+    def expand(self, codes: Tuple[mx.array, ...], axis: int) -> Tuple[mx.array, mx.array]:
+        """The levels as a matrix of bytes, channels along ``axis``, and the scales."""
         *packed, scale = codes
-        return mx.concatenate(self._levels(packed), axis=-1) * _widen(scale)
+        return _bytes(packing.unpack(packed, self.bits, axis), self.bits), scale
 
-    def scores(self, q: Sequence[mx.array], codes: Tuple[mx.array, ...]) -> mx.array:
-        """Dot products of queries with vectors whose ``codes`` are channel-major.
-
-        Like :meth:`mix`, it can be traced once for all numbers of rows and vectors.
+    def scores(self, q: mx.array, levels, scale: mx.array) -> mx.array:
+        """Dot products of queries with vectors.
 
         Args:
-            q: the fields of the queries, (..., R, D / n) each.
-            codes: those of :meth:`encode` with the last two axes swapped.
+            q: fp32 (..., R, D).
+            levels, scale: of channel-major codes; the levels prepared for products.
 
         Returns:
-            (..., R, T).
+            fp32 (..., R, T).
         """
-        *packed, scale = codes
-        return packing.dot(q, self._levels(packed)) * _widen(scale)
+        return multiply(q, levels, OFFSET) * self._width(scale)
 
-    def mix(self, p: mx.array, codes: Tuple[mx.array, ...]) -> mx.array:
-        """The sums, weighted by ``p`` (..., R, T), of vectors with token-major ``codes``: (..., R, D)."""
-        *packed, scale = codes
-        return packing.mix(p * mx.swapaxes(_widen(scale), -1, -2), self._levels(packed))
+    def mix(self, p: mx.array, levels, scale: mx.array) -> mx.array:
+        """Weighted sums of vectors.
 
-    def _levels(self, packed: Sequence[mx.array]) -> List[mx.array]:
-        return [_level(field, self.bits) for field in packing.unpack(packed, self.bits)]
+        Args:
+            p: the weights, fp32 (..., R, T).
+            levels, scale: of token-major codes; the levels prepared for products.
+
+        Returns:
+            fp32 (..., R, D).
+        """
+        return multiply(p * mx.swapaxes(self._width(scale), -1, -2), levels, OFFSET)
+
+    def _width(self, scale: mx.array) -> mx.array:
+        return _size(scale) * (1 / CODEBOOKS[self.bits].unit)
 
 
-def _level(codes: mx.array, bits: int) -> mx.array:
-    c1, c3, c5 = CODEBOOKS[bits]
-    u = codes.astype(mx.float32) - (2**bits - 1) / 2
-    square = u * u
-    return ((square * c5 + c3) * square + c1) * u
-
-
-def _widen(scale: mx.array) -> mx.array:
+def _size(scale: mx.array) -> mx.array:
     octaves = scale.astype(mx.float32) * (1 / STEPS_PER_OCTAVE) + LOWEST_OCTAVE
     return mx.exp(octaves * math.log(2))
 
 
+def _bytes(codes: mx.array, bits: int) -> mx.array:
+    """Levels of ``codes`` as bytes: 128 + (u (b + (j (a j + d) >> shift)) >> 8).
+
+    With u = 2 code - (2^bits - 1), odd, and j = (u^2 - 1) / 8. In 16 bits, where eight
+    numbers at a time fit the registers of every processor.
+    """
+    a, d, shift, b = CODEBOOKS[bits].curve
+    u = codes.astype(mx.int16) * 2 - (2**bits - 1)
+    j = (u * u) >> 3
+    return (((b + ((j * (a * j + d)) >> shift)) * u >> 8) + 128).astype(mx.uint8)
+
+
 def _nearest(z: mx.array, bits: int) -> mx.array:
     """Codes of the levels nearest to ``z``: thresholds lie half-way between levels."""
-    positive = levels(bits)
-    size = mx.abs(z)
-    above = [(size > (low + high) / 2).astype(z.dtype) for low, high in zip(positive, positive[1:])]
+    book = CODEBOOKS[bits]
+    size = mx.abs(z) * book.unit
+    above = [
+        (size > (low + high) / 2).astype(z.dtype) for low, high in zip(book.levels, book.levels[1:])
+    ]
     magnitude = sum(above[1:], start=above[0])
-    half = len(positive)
+    half = len(book.levels)
     return mx.where(z < 0, half - 1 - magnitude, half + magnitude).astype(mx.uint8)
 
 
-def _search(bits: int):
-    """The encoder for ``bits``: x (..., T, D) to codes (..., T, D) and scales (..., T, 1)."""
-    if bits not in _encoders:
+@functools.lru_cache(maxsize=None)
+def _encoder(bits: int) -> Callable:
+    """The compiled function from x (..., T, D) to codes (..., T, D) and scales (..., T, 1)."""
 
-        def encode(x):
-            rms = mx.maximum(mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True)), 1e-20)
-            norm = rms * math.sqrt(x.shape[-1])
-            start = mx.round((mx.log2(rms) - LOWEST_OCTAVE) * STEPS_PER_OCTAVE)
-            best = None
-            for step in SEARCH:
-                scale = mx.clip(start + step, 0, 255).astype(mx.uint8)
-                width = _widen(scale)
-                codes = _nearest(x / width, bits)
-                missing = x - _level(codes, bits) * width
-                along = mx.sum(missing * x, axis=-1, keepdims=True) / norm
-                error = mx.sum(missing * missing, axis=-1, keepdims=True) + ALONG * along * along
-                if best is None:
-                    best = error, codes, scale
-                else:
-                    better = error < best[0]
-                    candidates = zip((error, codes, scale), best)
-                    best = tuple(mx.where(better, new, old) for new, old in candidates)
-            return best[1:]
+    def encode(x):
+        rms = mx.maximum(mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True)), 1e-20)
+        norm = rms * math.sqrt(x.shape[-1])
+        start = mx.round((mx.log2(rms) - LOWEST_OCTAVE) * STEPS_PER_OCTAVE)
+        best = None
+        for step in SEARCH:
+            scale = mx.clip(start + step, 0, 255).astype(mx.uint8)
+            size = _size(scale)
+            codes = _nearest(x / size, bits)
+            levels = (_bytes(codes, bits).astype(mx.float32) - OFFSET) / CODEBOOKS[bits].unit
+            missing = x - levels * size
+            along = mx.sum(missing * x, axis=-1, keepdims=True) / norm
+            error = mx.sum(missing * missing, axis=-1, keepdims=True) + ALONG * along * along
+            found = error, codes, scale
+            if best is None:
+                best = found
+            else:
+                better = error < best[0]
+                best = tuple(mx.where(better, new, old) for new, old in zip(found, best))
+        return best[1:]
 
-        # Elementwise work in one pass, and one trace for all numbers of tokens.
-        _encoders[bits] = mx.compile(encode, shapeless=True)
-    return _encoders[bits]
-
-
-_encoders: Dict[int, object] = {}
+    # One pass over elementwise work, and one trace for any number of vectors.
+    return mx.compile(encode, shapeless=True)

@@ -1,4 +1,4 @@
-"""Dense packing of 2-, 3-, 4- and 8-bit codes into bytes, and products with packed vectors.
+"""Dense packing of 2-, 3-, 4- and 8-bit codes into bytes.
 
 The channels of a vector are cut into equal fields, and the codes at the same place of
 all fields share a byte: with 4 bits, byte i holds channel i in its low and channel
@@ -7,7 +7,7 @@ bits are two arrays of the low two bits (of four fields each) and one of the hig
 nothing is lost to padding.
 """
 
-from typing import List, Sequence, Tuple
+from typing import Sequence, Tuple
 
 import mlx.core as mx
 
@@ -27,42 +27,26 @@ def pack(codes: mx.array, bits: int) -> Tuple[mx.array, ...]:
     return _join(low[:4], 2), _join(low[4:], 2), _join([field >> 2 for field in fields], 1)
 
 
+def unpack(packed: Sequence[mx.array], bits: int, axis: int) -> mx.array:
+    """Undo :func:`pack`: uint8 codes, with the channels along ``axis`` as they are in ``packed``.
+
+    Can be traced once for any number of vectors (``mx.compile(shapeless=True)``).
+    """
+    if bits == 8:
+        return packed[0]
+    if bits == 3:
+        *low, high = packed
+        fields = [
+            ((low[i // 4] >> (2 * (i % 4))) & 3) | (((high >> i) & 1) << 2)
+            for i in range(FIELDS[3])
+        ]
+    else:
+        fields = [(packed[0] >> (bits * i)) & (2**bits - 1) for i in range(FIELDS[bits])]
+    return mx.concatenate(fields, axis=axis)
+
+
 def _join(fields: Sequence[mx.array], width: int) -> mx.array:
     packed = fields[0]
     for place, field in enumerate(fields[1:], start=1):
         packed = packed | (field << (width * place))
     return packed
-
-
-def unpack(packed: Sequence[mx.array], bits: int) -> List[mx.array]:
-    """The fields of codes that :func:`pack` made, uint8, in the order of the channels.
-
-    Elementwise, so the channels may lie along any axis.
-    """
-    if bits == 8:
-        return list(packed)
-    if bits != 3:
-        return [(packed[0] >> (bits * i)) & (2**bits - 1) for i in range(FIELDS[bits])]
-    *low, high = packed
-    return [
-        ((low[i // 4] >> (2 * (i % 4))) & 3) | (((high >> i) & 1) << 2) for i in range(FIELDS[3])
-    ]
-
-
-def dot(q: Sequence[mx.array], fields: Sequence[mx.array]) -> mx.array:
-    """Products of R queries with T vectors, both cut into fields of channels.
-
-    Args:
-        q: (..., R, D / n) for each field.
-        fields: (..., D / n, T) for each field.
-
-    Returns:
-        (..., R, T).
-    """
-    parts = [part @ field for part, field in zip(q, fields)]
-    return sum(parts[1:], start=parts[0])
-
-
-def mix(p: mx.array, fields: Sequence[mx.array]) -> mx.array:
-    """Sums of T vectors given as fields (..., T, D / n), weighted by ``p`` (..., R, T): (..., R, D)."""
-    return mx.concatenate([p @ field for field in fields], axis=-1)

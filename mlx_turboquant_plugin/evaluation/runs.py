@@ -1,0 +1,84 @@
+"""Models and prompt caches, uncompressed and compressed, side by side in one process."""
+
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator, List, Tuple
+
+import mlx.nn as nn
+import mlx_lm
+from mlx_lm.models import cache as mlx_lm_cache
+
+from .. import activation
+from ..cache import CompressedKVCache
+from ..reporting import status
+from ..settings import SettingsError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load_model(path: str) -> Tuple[nn.Module, Any]:
+    """Load a model and its tokenizer with ``mlx_lm.load``.
+
+    Args:
+        path: a folder, or the name of a model on the Hugging Face Hub.
+
+    Raises:
+        SettingsError: there is no model that mlx-lm can load.
+    """
+    advice = "name a folder with a model that mlx_lm.load can read, or a model on the Hub"
+    if not Path(path).exists() and not _HUB_ID.fullmatch(path):
+        raise SettingsError(f"--model is {path!r}, which does not exist: {advice}")
+    try:
+        return mlx_lm.load(path)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--model is {path!r}, which can't be loaded ({error}): {advice}") from error
+
+
+@contextmanager
+def compressed(**overrides: Any) -> Iterator[None]:
+    """mlx_lm with compression, even without ``TURBOQUANT=1``; without it afterwards.
+
+    Args:
+        **overrides: settings, stronger than the environment.
+
+    Raises:
+        SettingsError: a setting is not allowed, or this mlx-lm can't be used.
+    """
+    activation.disable()
+    try:
+        activation.enable(**overrides)
+    except RuntimeError as error:
+        raise SettingsError(str(error)) from error
+    try:
+        yield
+    finally:
+        activation.disable()
+
+
+def prompt_cache(model: nn.Module) -> List[Any]:
+    """What mlx-lm makes for a prompt now: a cache for each layer."""
+    return mlx_lm_cache.make_prompt_cache(model)
+
+
+def compressed_prompt_cache(model: nn.Module) -> List[Any]:
+    """The same, sure to be compressed in at least one layer.
+
+    Raises:
+        SettingsError: the model runs uncompressed; the message says why.
+    """
+    caches = prompt_cache(model)
+    if not any(isinstance(cache, CompressedKVCache) for cache in caches):
+        reason = "; ".join(status().models) or "its caches are not mlx-lm's KVCache"
+        raise SettingsError(f"nothing to compare: {reason}: choose another model or setting")
+    return caches
+
+
+def kv_bytes(caches: List[Any]) -> int:
+    """Bytes that the caches of all layers take, spare room included."""
+    return sum(cache.nbytes for cache in caches)
+
+
+def coded_tokens(caches: List[Any]) -> int:
+    """How many tokens are held as codes, in the layer that holds most."""
+    return max((c.coded for c in caches if isinstance(c, CompressedKVCache)), default=0)

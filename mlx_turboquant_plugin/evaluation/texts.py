@@ -1,0 +1,74 @@
+"""Token ids to evaluate on, cut into windows."""
+
+from pathlib import Path
+from typing import Any, List
+
+import numpy as np
+
+from ..settings import SettingsError
+
+
+def read_token_file(path: str) -> np.ndarray:
+    """The token ids (T,) of a .npy file.
+
+    Raises:
+        SettingsError: the file can't be read or holds something else.
+    """
+    advice = "save a one-dimensional array of whole numbers with numpy.save"
+    try:
+        tokens = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise SettingsError(f"--tokens is {path!r}, which can't be read ({error}): {advice}") from error
+    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        shown = getattr(tokens, "dtype", type(tokens).__name__)
+        raise SettingsError(
+            f"--tokens is {path!r}, which holds {shown} of shape {getattr(tokens, 'shape', '?')}: "
+            f"{advice}"
+        )
+    return tokens.astype(np.int64)
+
+
+def read_text_file(path: str, tokenizer: Any) -> np.ndarray:
+    """The token ids (T,) of a text, as the tokenizer makes them.
+
+    Raises:
+        SettingsError: the file can't be read as UTF-8.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"--text is {path!r}, which can't be read ({error}): name a text file in UTF-8"
+        ) from error
+    return np.array(tokenizer.encode(text), dtype=np.int64)
+
+
+def windows(tokens: np.ndarray, count: int, length: int, first_repeats: bool) -> List[np.ndarray]:
+    """The first ``count`` windows of ``length`` tokens.
+
+    Args:
+        first_repeats: begin every window with the first token (the bos token) and
+            continue with length - 1 tokens of the text.
+
+    Raises:
+        SettingsError: there are not enough tokens.
+    """
+    head, text = (tokens[:1], tokens[1:]) if first_repeats else (tokens[:0], tokens)
+    step = length - len(head)
+    if len(text) < count * step:
+        raise SettingsError(
+            f"--windows is {count} and --length is {length}, which takes "
+            f"{len(head) + count * step} tokens, but there are {len(tokens)}, enough for "
+            f"{len(text) // step} windows: choose fewer or shorter windows, or a longer text"
+        )
+    return [np.concatenate([head, text[i * step : (i + 1) * step]]) for i in range(count)]
+
+
+def check_ids(tokens: np.ndarray, vocabulary: int) -> None:
+    """Raise SettingsError if an id is not one of the model's ``vocabulary`` ids."""
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise SettingsError(
+            f"the token ids go from {low} to {high}, but the model has the ids 0 to "
+            f"{vocabulary - 1}: use tokens of this model's own tokenizer"
+        )
