@@ -16,12 +16,10 @@ from .function import MASKED, AttentionFunctions
 
 Mask = Optional[Union[str, mx.array]]
 
-# Coded tokens that are dequantised at once. On the CPU what is dequantised should
-# stay in the processor's cache; elsewhere few launches matter more.
-PIECE = {mx.cpu: 4096, mx.gpu: 65536}
-
-# Scores of one tile and piece, fp32; a tile has at least a block of queries.
-TILE_BYTES = 16 * 2**20
+# Coded tokens that are dequantised at once, and bytes of a tile's scores with them.
+# On the CPU they should stay in the processor's cache; elsewhere few launches matter more.
+PIECE = {mx.cpu: 2048, mx.gpu: 65536}
+TILE_BYTES = {mx.cpu: 2 * 2**20, mx.gpu: 64 * 2**20}
 
 
 def attend_tiles(
@@ -34,13 +32,14 @@ def attend_tiles(
     """
     batch, heads, count, _ = queries.shape
     per_query = 4 * batch * heads * min(view.end, _piece())
-    rows = max(BLOCK, TILE_BYTES // per_query)
-    tiles = [
-        _tile(
-            queries[:, :, i : i + rows], view, view.start + i, scale, _rows(mask, i, rows), functions
-        )
-        for i in range(0, count, rows)
-    ]
+    rows = max(BLOCK, TILE_BYTES[mx.default_device().type] // per_query)
+    tiles = []
+    for i in range(0, count, rows):
+        tile = queries[:, :, i : i + rows]
+        if tiles:
+            # One after the other, or all of them would be in memory at once.
+            tile = mx.depends(tile, tiles[-1])
+        tiles.append(_tile(tile, view, view.start + i, scale, _rows(mask, i, rows), functions))
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
 
 

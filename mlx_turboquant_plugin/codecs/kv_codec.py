@@ -2,7 +2,7 @@
 
 import zlib
 from dataclasses import dataclass
-from typing import Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import mlx.core as mx
 
@@ -13,6 +13,9 @@ from .lloyd_max import LloydMax
 from .rotation import SEED, Rotation
 
 Codes = Tuple[mx.array, ...]
+
+# Numbers that are encoded at once: the search for scales keeps many copies of them.
+STEP = {mx.cpu: 2**16, mx.gpu: 2**23}
 
 
 def key_quantizer(name: str, bits: int):
@@ -86,13 +89,17 @@ class KVCodec:
 
     def encode_keys(self, keys: mx.array, start: int) -> Codes:
         """Codes of ``keys`` (B, H, T, D), rotary positions start, start + 1, ..."""
-        x = keys.astype(mx.float32)
-        if self.bias is not None:
-            x = x - self.bias.rotated(start, keys.shape[2])
-        if self.balance is not None:
-            x = x / self.balance
-        codes = self.keys.encode(Rotation.forward(x, self.key_rotation.array))
-        return tuple(mx.swapaxes(plane, -1, -2) for plane in codes)
+
+        def encode(x, first):
+            x = x.astype(mx.float32)
+            if self.bias is not None:
+                x = x - self.bias.rotated(start + first, x.shape[2])
+            if self.balance is not None:
+                x = x / self.balance
+            codes = self.keys.encode(Rotation.forward(x, self.key_rotation.array))
+            return tuple(mx.swapaxes(plane, -1, -2) for plane in codes)
+
+        return _in_steps(encode, keys, axis=-1)
 
     def decode_keys(self, codes: Codes, start: int) -> mx.array:
         """The keys, fp32 (B, H, T, D), that ``codes`` stand for."""
@@ -106,9 +113,30 @@ class KVCodec:
 
     def encode_values(self, values: mx.array) -> Codes:
         """Codes of ``values`` (B, H, T, D)."""
-        x = values.astype(mx.float32)
-        return self.values.encode(Rotation.forward(x, self.value_rotation.array))
+
+        def encode(x, first):
+            return self.values.encode(
+                Rotation.forward(x.astype(mx.float32), self.value_rotation.array)
+            )
+
+        return _in_steps(encode, values, axis=-2)
 
     def decode_values(self, codes: Codes) -> mx.array:
         """The values, fp32 (B, H, T, D), that ``codes`` stand for."""
         return Rotation.inverse(self.values.decode(codes), self.value_rotation.array)
+
+
+def _in_steps(encode: Callable, x: mx.array, axis: int) -> Codes:
+    """Codes of ``x`` (B, H, T, D), made for some tokens at a time and joined along ``axis``."""
+    batch, heads, length, dim = x.shape
+    tokens = max(32, STEP[mx.default_device().type] // (batch * heads * dim))
+    steps = []
+    for first in range(0, length, tokens):
+        part = x[:, :, first : first + tokens]
+        if steps:
+            # One after the other, or all of them would be in memory at once.
+            part = mx.depends(part, steps[-1])
+        steps.append(encode(part, first))
+    if len(steps) == 1:
+        return steps[0]
+    return tuple(mx.concatenate(parts, axis=axis) for parts in zip(*steps))

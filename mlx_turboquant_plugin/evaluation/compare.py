@@ -14,6 +14,7 @@ from ..activation import disable
 from ..reporting import status
 from ..settings import BYPASSES, PRESETS, SettingsError
 from . import texts
+from .arguments import at_least
 from .runs import coded_tokens, compressed, compressed_prompt_cache, kv_bytes, load_model
 from .runs import prompt_cache
 from .teacher_forcing import Divergence, diverge
@@ -53,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", metavar="FILE", help="a text in UTF-8")
     source.add_argument("--tokens", metavar="FILE", help="token ids as .npy, the first one is bos")
-    parser.add_argument("--windows", type=_at_least(1), default=2, help="pieces of text (2)")
-    parser.add_argument("--length", type=_at_least(2), default=2048, help="tokens of each (2048)")
+    parser.add_argument("--windows", type=at_least(1), default=2, help="pieces of text (2)")
+    parser.add_argument("--length", type=at_least(2), default=2048, help="tokens of each (2048)")
     parser.add_argument(
-        "--chunk", type=_at_least(1), default=128, help="tokens per forward pass (128)"
+        "--chunk", type=at_least(1), default=128, help="tokens per forward pass (128)"
     )
     presets = list(PRESETS)
     parser.add_argument("--presets", nargs="+", choices=presets, default=presets)
@@ -100,15 +101,6 @@ def run(args: argparse.Namespace) -> int:
         text = "\n".join(_lines(notes, results))
     sys.stdout.write(text + "\n")
     return 0
-
-
-def _at_least(low: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} up")
-        return int(text)
-
-    return number
 
 
 def _probe(model: nn.Module):
