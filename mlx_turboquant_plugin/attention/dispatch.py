@@ -41,6 +41,5 @@ def attend(
         return original(queries, view.keys, view.values, cache=None, scale=scale, mask=mask)
     if cache.kernel == BRIDGE:
         return attend_bridge(original, queries, view, scale, mask)
-    codec = view.codec
-    functions = attention_functions(codec.keys, codec.values, cache.kernel == "compiled")
+    functions = attention_functions(view.codec.spec, cache.kernel == "compiled")
     return attend_tiles(queries, view, scale, mask, functions)

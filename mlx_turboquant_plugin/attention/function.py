@@ -6,14 +6,16 @@ keeping a running maximum and total (online softmax: Milakov and Gimelshein, arX
 
 The same functions are the eager tier and, under ``mx.compile``, the compiled one. They
 use no operation that looks at the number of tokens: a single trace serves every length
-(``shapeless=True``), and all layers share it.
+(``shapeless=True``), and all layers of the same head dims share it. A trace does keep the
+head dims of its first call, such as the factor of the Hadamard transform.
 """
 
 import functools
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import mlx.core as mx
 
+from ..codecs.kv_codec import CodecSpec, key_quantizer, value_quantizer
 from ..codecs.rotation import Rotation
 
 # Finite, so that a row without any visible token stays a number.
@@ -50,8 +52,10 @@ class AttentionFunctions(NamedTuple):
 
 
 @functools.lru_cache(maxsize=None)
-def attention_functions(keys: Any, values: Any, compiled: bool) -> AttentionFunctions:
-    """The functions for a pair of quantisers, as they are or under ``mx.compile``."""
+def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
+    """The functions for one kind of codec, as they are or under ``mx.compile``."""
+    keys = key_quantizer(spec.key_codec, spec.key_bits)
+    values = value_quantizer(spec.value_codec, spec.value_bits, spec.value_dim)
 
     def begin(queries, exact_keys, exact_values, rotation, balance, mask):
         scores = queries @ mx.swapaxes(exact_keys, -1, -2).astype(mx.float32)

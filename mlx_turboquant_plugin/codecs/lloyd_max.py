@@ -75,7 +75,7 @@ class LloydMax:
 
     def encode(self, x: mx.array) -> Tuple[mx.array, ...]:
         """The codes of rotated vectors ``x``, fp32 (..., T, D)."""
-        codes, scale = _encoder(self.bits)(x)
+        codes, scale = _encoder(self.bits, x.shape[-1])(x)
         return (*packing.pack(codes, self.bits), scale)
 
     def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
@@ -146,12 +146,12 @@ def _nearest(z: mx.array, bits: int) -> mx.array:
 
 
 @functools.lru_cache(maxsize=None)
-def _encoder(bits: int) -> Callable:
-    """The compiled function from x (..., T, D) to codes (..., T, D) and scales (..., T, 1)."""
+def _encoder(bits: int, dim: int) -> Callable:
+    """The compiled function from x (..., T, dim) to codes (..., T, dim) and scales (..., T, 1)."""
 
     def encode(x):
         rms = mx.maximum(mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True)), 1e-20)
-        norm = rms * math.sqrt(x.shape[-1])
+        norm = rms * math.sqrt(dim)
         start = mx.round((mx.log2(rms) - LOWEST_OCTAVE) * STEPS_PER_OCTAVE)
         best = None
         for step in SEARCH:
@@ -170,5 +170,6 @@ def _encoder(bits: int) -> Callable:
                 best = tuple(mx.where(better, new, old) for new, old in zip(found, best))
         return best[1:]
 
-    # One pass over elementwise work, and one trace for any number of vectors.
+    # One pass over elementwise work, and one trace for any number of vectors of
+    # this dimension: a trace keeps numbers made from shapes.
     return mx.compile(encode, shapeless=True)
