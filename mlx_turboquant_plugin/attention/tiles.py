@@ -18,8 +18,10 @@ Mask = Optional[Union[str, mx.array]]
 
 # Coded tokens that are dequantised at once, and bytes of a tile's scores with them.
 # On the CPU they should stay in the processor's cache; elsewhere few launches matter more.
-PIECE = {mx.cpu: 2048, mx.gpu: 65536}
-TILE_BYTES = {mx.cpu: 2 * 2**20, mx.gpu: 64 * 2**20}
+PIECE = {mx.cpu: 1024, mx.gpu: 65536}
+TILE_BYTES = {mx.cpu: 2**20, mx.gpu: 64 * 2**20}
+# A single query has so few scores that larger pieces fit as well, in fewer operations.
+SINGLE_QUERY = 4
 
 
 def attend_tiles(
@@ -31,7 +33,7 @@ def attend_tiles(
         mask: None, "causal", or an array (..., N, T), bool or additive.
     """
     batch, heads, count, _ = queries.shape
-    per_query = 4 * batch * heads * min(view.end, _piece())
+    per_query = 4 * batch * heads * min(view.end, _piece(count))
     rows = max(BLOCK, TILE_BYTES[mx.default_device().type] // per_query)
     tiles = []
     for i in range(0, count, rows):
@@ -43,8 +45,8 @@ def attend_tiles(
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
 
 
-def _piece() -> int:
-    return PIECE[mx.default_device().type]
+def _piece(queries: int) -> int:
+    return PIECE[mx.default_device().type] * (SINGLE_QUERY if queries == 1 else 1)
 
 
 def _rows(mask: Mask, start: int, count: int) -> Mask:
@@ -72,7 +74,7 @@ def _tile(queries, view: View, first: int, scale: float, mask: Mask, functions) 
     rotated, sums = functions.begin(
         q, keys, values, codec.key_rotation.array, codec.balance, exact_mask
     )
-    piece = _piece()
+    piece = _piece(count)
     for start in range(0, coded_to, piece):
         stop = min(start + piece, coded_to)
         part = None if code_mask is None else code_mask[..., start:stop]
