@@ -69,7 +69,7 @@ def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
         return rotated, (top, total, out, out * 0)
 
     def expand(key_codes, value_codes):
-        return keys.expand(key_codes, axis=-2), values.expand(value_codes, axis=-1)
+        return keys.expand(key_codes), values.expand(value_codes)
 
     def fold(rotated, sums, expanded_keys, expanded_values, bias, mask):
         top, total, out, rotated_out = sums

@@ -81,17 +81,19 @@ def _tile(queries, view: View, first: int, scale: float, mask: Mask, functions) 
         if part is None and start < sinks:
             part = _after_sinks(start, stop, sinks)
         bias = None if codec.bias is None else codec.bias.scores(q, start, stop - start)
-        expanded = functions.expand(*view.codes(start, stop))
-        sums = functions.fold(rotated, sums, *map(_prepared, codec.quantizers, expanded), bias, part)
+        coded_keys, coded_values = functions.expand(*view.codes(start, stop))
+        coded_keys = _prepared(codec.keys, coded_keys, -2)
+        coded_values = _prepared(codec.values, coded_values, -1)
+        sums = functions.fold(rotated, sums, coded_keys, coded_values, bias, part)
     out = functions.finish(sums, codec.value_rotation.array)
     return out.reshape(batch, heads, count, -1).astype(queries.dtype)
 
 
-def _prepared(quantizer, expanded):
-    levels, *rest = expanded
-    if levels.dtype != mx.uint8:
+def _prepared(quantizer, expanded, axis: int):
+    first, *rest = expanded
+    if not isinstance(first, tuple):
         return expanded
-    return (prepare(levels, quantizer.offset), *rest)
+    return (prepare(first, axis, quantizer.offset), *rest)
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,7 +1,7 @@
 """The affine codecs: x is close to scale * code + zero point, from the minimum and maximum."""
 
 from dataclasses import dataclass
-from typing import Tuple
+from typing import Any, Tuple
 
 import mlx.core as mx
 
@@ -29,12 +29,13 @@ class VectorAffine:
         return (*packing.pack(codes, self.bits), scale, zero)
 
     def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
-        steps, scale, zero = self.expand(codes, axis=-1)
+        *packed, scale, zero = codes
+        steps = packing.unpack(packed, self.bits)
         return steps.astype(mx.float32) * scale.astype(mx.float32) + zero.astype(mx.float32)
 
-    def expand(self, codes: Tuple[mx.array, ...], axis: int) -> Tuple[mx.array, ...]:
+    def expand(self, codes: Tuple[mx.array, ...]) -> Tuple[Any, mx.array, mx.array]:
         *packed, scale, zero = codes
-        return packing.unpack(packed, self.bits, axis), scale, zero
+        return packing.unpack_fields(packed, self.bits), scale, zero
 
     def scores(self, q: mx.array, steps, scale: mx.array, zero: mx.array) -> mx.array:
         total = mx.sum(q, axis=-1, keepdims=True)
@@ -67,7 +68,7 @@ class GroupAffine:
         x = mx.dequantize(*self._widen(codes), group_size=self.group_size, bits=self.bits)
         return self._unpad(x)
 
-    def expand(self, codes: Tuple[mx.array, ...], axis: int) -> Tuple[mx.array, ...]:
+    def expand(self, codes: Tuple[mx.array, ...]) -> Tuple[mx.array, ...]:
         return codes
 
     def mix(self, p: mx.array, *codes: mx.array) -> mx.array:

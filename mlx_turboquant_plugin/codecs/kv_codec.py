@@ -78,11 +78,6 @@ class KVCodec:
         self.value_rotation = Rotation(spec.value_dim, spec.seed)
 
     @property
-    def quantizers(self):
-        """The quantisers of keys and of values."""
-        return self.keys, self.values
-
-    @property
     def checksum(self) -> int:
         """Of both rotations: tells whether codes from elsewhere mean the same here."""
         return zlib.crc32(self.key_rotation.fingerprint() + self.value_rotation.fingerprint())

@@ -80,39 +80,42 @@ class LloydMax:
 
     def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
         """The vectors, fp32 (..., T, D) and still rotated, that token-major ``codes`` stand for."""
-        levels, scale = self.expand(codes, axis=-1)
+        *packed, scale = codes
+        levels = _bytes(packing.unpack(packed, self.bits), self.bits)
         return (levels.astype(mx.float32) - OFFSET) * self._width(scale)
 
-    def expand(self, codes: Tuple[mx.array, ...], axis: int) -> Tuple[mx.array, mx.array]:
-        """The levels as a matrix of bytes, channels along ``axis``, and the scales."""
+    def expand(self, codes: Tuple[mx.array, ...]) -> Tuple[Tuple[mx.array, ...], mx.array]:
+        """The levels as matrices of bytes, one for each field of channels, and their widths."""
         *packed, scale = codes
-        return _bytes(packing.unpack(packed, self.bits, axis), self.bits), scale
+        fields = packing.unpack_fields(packed, self.bits)
+        return tuple(_bytes(field, self.bits) for field in fields), self._width(scale)
 
-    def scores(self, q: mx.array, levels, scale: mx.array) -> mx.array:
+    def scores(self, q: mx.array, levels, width: mx.array) -> mx.array:
         """Dot products of queries with vectors.
 
         Args:
             q: fp32 (..., R, D).
-            levels, scale: of channel-major codes; the levels prepared for products.
+            levels, width: of channel-major codes; the levels prepared for products.
 
         Returns:
             fp32 (..., R, T).
         """
-        return multiply(q, levels, OFFSET) * self._width(scale)
+        return multiply(q, levels, OFFSET) * width
 
-    def mix(self, p: mx.array, levels, scale: mx.array) -> mx.array:
+    def mix(self, p: mx.array, levels, width: mx.array) -> mx.array:
         """Weighted sums of vectors.
 
         Args:
             p: the weights, fp32 (..., R, T).
-            levels, scale: of token-major codes; the levels prepared for products.
+            levels, width: of token-major codes; the levels prepared for products.
 
         Returns:
             fp32 (..., R, D).
         """
-        return multiply(p * mx.swapaxes(self._width(scale), -1, -2), levels, OFFSET)
+        return multiply(p * mx.swapaxes(width, -1, -2), levels, OFFSET)
 
     def _width(self, scale: mx.array) -> mx.array:
+        # What one step of a level, a byte, stands for.
         return _size(scale) * (1 / CODEBOOKS[self.bits].unit)
 
 

@@ -27,22 +27,26 @@ def pack(codes: mx.array, bits: int) -> Tuple[mx.array, ...]:
     return _join(low[:4], 2), _join(low[4:], 2), _join([field >> 2 for field in fields], 1)
 
 
-def unpack(packed: Sequence[mx.array], bits: int, axis: int) -> mx.array:
-    """Undo :func:`pack`: uint8 codes, with the channels along ``axis`` as they are in ``packed``.
+def unpack(packed: Sequence[mx.array], bits: int) -> mx.array:
+    """Undo :func:`pack`: uint8 codes (..., D)."""
+    return mx.concatenate(unpack_fields(packed, bits), axis=-1)
 
-    Can be traced once for any number of vectors (``mx.compile(shapeless=True)``).
+
+def unpack_fields(packed: Sequence[mx.array], bits: int) -> Tuple[mx.array, ...]:
+    """The codes of each field, uint8, in the order of the channels and not yet joined.
+
+    Channels are along the axis that they have in ``packed``. Can be traced once for any
+    number of vectors (``mx.compile(shapeless=True)``).
     """
     if bits == 8:
-        return packed[0]
+        return (packed[0],)
     if bits == 3:
         *low, high = packed
-        fields = [
+        return tuple(
             ((low[i // 4] >> (2 * (i % 4))) & 3) | (((high >> i) & 1) << 2)
             for i in range(FIELDS[3])
-        ]
-    else:
-        fields = [(packed[0] >> (bits * i)) & (2**bits - 1) for i in range(FIELDS[bits])]
-    return mx.concatenate(fields, axis=axis)
+        )
+    return tuple((packed[0] >> (bits * i)) & (2**bits - 1) for i in range(FIELDS[bits]))
 
 
 def _join(fields: Sequence[mx.array], width: int) -> mx.array:
