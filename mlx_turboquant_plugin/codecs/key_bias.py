@@ -10,6 +10,7 @@ R_t b is added to its scores:
 over the rotary pairs (1, 2) with the angles theta_f of the model's own rope object.
 """
 
+import weakref
 from typing import Any, Tuple
 
 import mlx.core as mx
@@ -71,6 +72,16 @@ class RotaryTable:
         return turned[:, self.first], turned[:, self.second]
 
 
+_tables: "weakref.WeakValueDictionary[tuple, RotaryTable]" = weakref.WeakValueDictionary()
+
+
+def shared_table(rope: Any, head_dim: int) -> RotaryTable:
+    """The table of a rope object, one for all layers that turn by the same angles."""
+    table = RotaryTable(rope, head_dim)
+    key = (head_dim, *map(bytes, (table.first, table.fine, *table.coarse)))
+    return _tables.setdefault(key, table)
+
+
 class KeyBias:
     """One layer's key bias, rotated to any position.
 
@@ -94,9 +105,9 @@ class KeyBias:
                 f"the key bias can't be separated from keys rotated by {type(rope).__name__}: "
                 "its angles depend on more than the position"
             )
-        table = self.table
-        self.b1, self.b2 = self.bias[:, table.first], self.bias[:, table.second]
-        mx.eval(self.bias, self.b1, self.b2)
+        # Not the table above, which has grown by looking far ahead.
+        self.table = shared_table(rope, bias.shape[-1])
+        mx.eval(self.bias)
 
     def rotated(self, start: int, count: int) -> mx.array:
         """R_t b for the positions start, ..., start + count - 1: fp32 (H, count, D)."""
@@ -121,7 +132,7 @@ class KeyBias:
         """q . R_t b for ``count`` positions from ``start``: (B, H, R, D) -> fp32 (B, H, R, count)."""
         table = self.table
         q1, q2 = q[..., table.first], q[..., table.second]
-        b1, b2 = self.b1[:, None], self.b2[:, None]
+        b1, b2 = self.bias[:, None, table.first], self.bias[:, None, table.second]
         c = (q1 * b1 + q2 * b2)[..., None, :]
         s = (q2 * b1 - q1 * b2)[..., None, :]
         cos, sin = table.blocks((start + count - 1) // BLOCK + 1)
