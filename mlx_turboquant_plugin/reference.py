@@ -1,0 +1,170 @@
+"""The whole method in NumPy and fp64, written to be read: the oracle that tests compare with.
+
+Nothing here is shared with the implementation; definitions are written down again,
+and in another way where there is one. B counts sequences, H KV heads, H_q query heads,
+T tokens, N queries and D channels.
+
+The life of a key: :func:`encode_keys` takes its rotated bias away, divides it by the
+balance, rotates it and quantises it; :func:`decode_keys` goes back. Values are only
+rotated and quantised. :func:`attention` reads some tokens exactly and the others decoded.
+"""
+
+import random
+
+import numpy as np
+
+SEED = 2504
+
+# The positive levels of the quantisers for N(0, 1). The best ones (Max 1960, table I),
+# rounded to what a curve of whole numbers can make.
+POSITIVE_LEVELS = {
+    2: np.array([35.5, 118.5]) / 78.4522,
+    3: np.array([13.5, 41.5, 73.5, 117.5]) / 54.6415,
+    4: np.array([5.5, 16.5, 28.5, 40.5, 54.5, 70.5, 90.5, 119.5]) / 43.6528,
+}
+LEVELS = {bits: np.concatenate([-half[::-1], half]) for bits, half in POSITIVE_LEVELS.items()}
+
+# The sizes a vector can be stored with, 1/12 octave apart.
+SIZES = 2.0 ** (np.arange(256) / 12 - 13)
+
+# What is tried around the root mean square, and the cost of errors along the vector.
+STEPS = (0, -1, 1, -2, 2)
+ALONG = 16
+
+BLOCK = 32
+
+
+def signs(dim, seed=SEED):
+    """The random signs of the rotation: (dim,), bit i of the generator's word is sign i."""
+    bits = random.Random(seed * 65536 + dim).getrandbits(dim)
+    return np.array([1.0 if bits >> i & 1 else -1.0 for i in range(dim)])
+
+
+def walsh_hadamard(order):
+    """The orthonormal Walsh-Hadamard matrix of a power of two, by Sylvester's doubling."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < order:
+        matrix = np.kron([[1, 1], [1, -1]], matrix)
+    return matrix / np.sqrt(order)
+
+
+def cosines(order):
+    """The orthonormal DCT-II matrix: row i is a cosine of frequency i."""
+    i, j = np.mgrid[:order, :order]
+    matrix = np.sqrt(2 / order) * np.cos(np.pi * (j + 0.5) * i / order)
+    matrix[0] /= np.sqrt(2)
+    return matrix
+
+
+def rotation(dim, seed=SEED):
+    """The orthogonal matrix R (dim, dim) that turns vectors x into x @ R.
+
+    arXiv 2504.19874, section 3.1, takes any random rotation. Here: random signs, then a
+    Walsh-Hadamard transform, times a DCT where dim is not a power of two.
+    """
+    power_of_two = dim & -dim
+    spread = np.kron(walsh_hadamard(power_of_two), cosines(dim // power_of_two))
+    return signs(dim, seed)[:, None] * spread
+
+
+def quantize(x, bits):
+    """TurboQuant-MSE of rotated vectors (arXiv 2504.19874, section 3.1) with a size per vector.
+
+    The size is the one of five near the root mean square with the least
+    |e|^2 + ALONG (e . x / |x|)^2, where e is the error.
+
+    Args:
+        x: (..., D).
+
+    Returns:
+        Codes (..., D), the indices of levels, and sizes (..., 1), indices of SIZES; ints.
+    """
+    x = np.asarray(x, np.float64)
+    norm = np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-20)
+    start = np.round(12 * (np.log2(norm / np.sqrt(x.shape[-1])) + 13)).astype(int)
+    tried = []
+    for step in STEPS:
+        size = np.clip(start + step, 0, 255)
+        codes = np.abs((x / SIZES[size])[..., None] - LEVELS[bits]).argmin(axis=-1)
+        error = x - dequantize(codes, size, bits)
+        along = np.sum(error * x / norm, axis=-1)
+        tried.append((np.sum(error**2, axis=-1) + ALONG * along**2, codes, size))
+    costs, codes, sizes = map(np.stack, zip(*tried))
+    best = costs.argmin(axis=0)[None, ..., None]
+    return tuple(np.take_along_axis(choice, best, axis=0)[0] for choice in (codes, sizes))
+
+
+def dequantize(codes, sizes, bits):
+    """The rotated vectors (..., D) of what :func:`quantize` returns."""
+    return LEVELS[bits][codes] * SIZES[sizes]
+
+
+def rope(x, positions, base=10000.0, traditional=False, dims=None):
+    """Rotary positions (arXiv 2104.09864): pair f turns by the angle t base^(-2f / dims).
+
+    Args:
+        x: (..., T, D).
+        positions: (T,).
+        traditional: pairs are neighbours; otherwise halves of the first ``dims`` channels.
+    """
+    dims = dims or x.shape[-1]
+    pairs = np.arange(dims).reshape((-1, 2) if traditional else (2, -1))
+    first, second = pairs.T if traditional else pairs
+    angle = np.asarray(positions)[:, None] * base ** (-2 * np.arange(dims // 2) / dims)
+    x1, x2 = x[..., first], x[..., second]
+    turned = np.array(x, np.float64)
+    turned[..., first] = x1 * np.cos(angle) - x2 * np.sin(angle)
+    turned[..., second] = x1 * np.sin(angle) + x2 * np.cos(angle)
+    return turned
+
+
+def encode_keys(keys, bits, rotated_bias=0.0, balance=1.0):
+    """Codes and sizes of keys (B, H, T, D), see :func:`quantize`.
+
+    Args:
+        rotated_bias: R_t b, the bias of ``k_proj`` under :func:`rope`, (H, T, D).
+        balance: (H, 1, D).
+    """
+    return quantize((keys - rotated_bias) / balance @ rotation(keys.shape[-1]), bits)
+
+
+def decode_keys(codes, sizes, bits, rotated_bias=0.0, balance=1.0):
+    """Undo :func:`encode_keys`. Without bias and balance: of values."""
+    x = dequantize(codes, sizes, bits) @ rotation(codes.shape[-1]).T
+    return x * balance + rotated_bias
+
+
+def reads_exactly(queries, keys, window, sinks):
+    """Which keys a query reads exactly: bool (N, T), for positions (N,) and (T,).
+
+    The first ``sinks``, and those whose block of 32 is at most window / 32 blocks older.
+    """
+    older = np.asarray(queries)[:, None] // BLOCK - np.asarray(keys) // BLOCK
+    return (np.asarray(keys) < sinks) | (older <= window // BLOCK)
+
+
+def attention(
+    q, keys, values, decoded_keys, decoded_values, positions, window, sinks, scale, causal=True
+):
+    """Attention that reads each token as :func:`reads_exactly` says.
+
+    Args:
+        q: (B, H_q, N, D), at ``positions`` (N,).
+        keys, values, decoded_keys, decoded_values: (B, H, T, D), positions 0, ..., T - 1.
+
+    Returns:
+        (B, H_q, N, D_v).
+    """
+    groups = q.shape[1] // keys.shape[1]
+    keys, values, decoded_keys, decoded_values = (
+        np.repeat(np.asarray(x, np.float64), groups, axis=1)
+        for x in (keys, values, decoded_keys, decoded_values)
+    )
+    tokens = np.arange(keys.shape[2])
+    exact = reads_exactly(positions, tokens, window, sinks)
+    scores = scale * np.where(exact, q @ keys.swapaxes(-1, -2), q @ decoded_keys.swapaxes(-1, -2))
+    if causal:
+        scores = np.where(tokens <= np.asarray(positions)[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return (weights * exact) @ values + (weights * ~exact) @ decoded_values
