@@ -36,7 +36,7 @@ class RotaryTable:
     def __init__(self, rope: Any, head_dim: int):
         self.head_dim = head_dim
         self._rope = rope if rope is not None else (lambda x, offset: x)
-        rotated = getattr(rope, "dims", getattr(rope, "dim", head_dim)) if rope else head_dim
+        rotated = getattr(rope, "dims", getattr(rope, "dim", head_dim))
         if getattr(rope, "traditional", False):
             self.first = mx.arange(0, rotated, 2)
             self.second = self.first + 1
@@ -98,7 +98,8 @@ class KeyBias:
         try:
             self.table = RotaryTable(rope, bias.shape[-1])
             agrees = all(self._agrees(rope, position) for position in (1, 300, 70_001))
-        except TypeError:
+        except (TypeError, ValueError):
+            # It does not take one offset for each sequence.
             agrees = False
         if not agrees:
             raise ValueError(

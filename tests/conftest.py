@@ -1,0 +1,18 @@
+import mlx.core as mx
+import pytest
+import tiny
+
+import mlx_turboquant_plugin
+
+
+@pytest.fixture(autouse=True)
+def plugin_is_off_again():
+    yield
+    mlx_turboquant_plugin.disable()
+
+
+@pytest.fixture(params=tiny.PATHS)
+def tiny_model(request):
+    """(model in fp32, 420 tokens of text (1, 420)): more than the window and the sinks."""
+    model, tokenizer = tiny.load(request.param)
+    return model, mx.array(tiny.text_tokens(tokenizer, 420))[None]
