@@ -18,18 +18,17 @@ def attend_bridge(
 ) -> mx.array:
     """Attention of ``queries`` (B, H_q, N, D) over a view, one block of queries at a time."""
     codec, sinks = view.codec, view.sinks
-    decoded = (
-        codec.decode_keys(view.key_codes, 0),
-        codec.decode_values(view.value_codes),
-    )
+    _, oldest = view.oldest(0)
+    key_codes, value_codes = view.codes(oldest, view.coded)
+    decoded = codec.decode_keys(key_codes, oldest), codec.decode_values(value_codes)
     out, first = [], view.start
     while first < view.end:
         last = min(view.end, (first // BLOCK + 1) * BLOCK)
-        exact_from = view.visibility.exact_from(first)
+        exact_from = max(oldest, view.visibility.exact_from(first))
         seen_to = last if isinstance(mask, str) else view.end
         keys, values = (
             mx.concatenate(
-                [x[:, :, :sinks], d[:, :, sinks:exact_from].astype(x.dtype), x[:, :, sinks:]],
+                [x[:, :, :sinks], d[:, :, : exact_from - oldest].astype(x.dtype), x[:, :, sinks:]],
                 axis=2,
             )
             for x, d in zip(view.exact(exact_from, seen_to), decoded)

@@ -1,12 +1,13 @@
 """Which attention answers a call of mlx-lm's function."""
 
-from typing import Any, Callable, Optional
+from typing import Any, Callable, List, Optional
 
 import mlx.core as mx
 
-from ..cache.compressed import CompressedKVCache
+from ..cache import BatchCompressedKVCache, CompressedKVCache, PackedRows, RowView, View
 from .bridge import attend_bridge
 from .function import attention_functions
+from .packed import attend_packed
 from .tiles import Mask, attend_tiles
 
 BRIDGE = "bridge"
@@ -31,15 +32,40 @@ def attend(
     Raises:
         ValueError: ``sinks`` (learned attention sinks) with a compressed cache.
     """
-    view = cache.view if isinstance(cache, CompressedKVCache) else None
+    ours = isinstance(cache, (CompressedKVCache, BatchCompressedKVCache))
+    view = cache.view if ours else None
     if view is None:
         return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
     if sinks is not None:
         raise ValueError("attention sinks of the model are not supported by the compressed KV cache")
-    if not view.coded:
+    if isinstance(view, PackedRows):
+        functions = attention_functions(view.codec.spec, view.kernel == "compiled")
+        return attend_packed(original, queries, view, scale, functions)
+    if isinstance(view, list):
+        return _attend_rows(original, queries, values, view, scale)
+    return _attend_view(original, queries, view, scale, mask)
+
+
+def _attend_view(original: Callable, queries, view: View, scale: float, mask: Mask) -> mx.array:
+    if view.coded == view.first_coded:
         # Nothing is compressed yet: this is mlx-lm's own result, bit for bit.
-        return original(queries, view.keys, view.values, cache=None, scale=scale, mask=mask)
-    if cache.kernel == BRIDGE:
+        keys, values = view.keys_and_values()
+        return original(queries, keys, values, cache=None, scale=scale, mask=mask)
+    if view.kernel == BRIDGE:
         return attend_bridge(original, queries, view, scale, mask)
-    functions = attention_functions(view.codec.spec, cache.kernel == "compiled")
+    functions = attention_functions(view.codec.spec, view.kernel == "compiled")
     return attend_tiles(queries, view, scale, mask, functions)
+
+
+def _attend_rows(original: Callable, queries, values, rows: List[RowView], scale) -> mx.array:
+    """Attention of each row by itself, zero where there is padding."""
+    out = []
+    for index, row in enumerate(rows):
+        own = queries[index : index + 1, :, row.first : row.last]
+        if row.view is not None:
+            own = _attend_view(original, own, row.view, scale, row.view.mask())
+        else:
+            own = mx.zeros((*own.shape[:-1], values.shape[-1]), own.dtype)
+        padding = [(0, 0), (0, 0), (row.first, queries.shape[2] - row.last), (0, 0)]
+        out.append(own if padding[2] == (0, 0) else mx.pad(own, padding))
+    return mx.concatenate(out)

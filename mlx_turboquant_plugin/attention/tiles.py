@@ -5,13 +5,15 @@ every query sees what the rule of visibility says, however the prompt was cut in
 """
 
 import functools
-from typing import Optional, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 import mlx.core as mx
+import numpy as np
 
 from ..cache.view import View
 from ..cache.visibility import BLOCK
 from ..codecs.byte_matrix import prepare
+from ..codecs.kv_codec import KVCodec
 from .function import MASKED, AttentionFunctions
 
 Mask = Optional[Union[str, mx.array]]
@@ -30,10 +32,13 @@ def attend_tiles(
     """Attention of ``queries`` (B, H_q, N, D) over ``view``; returns (B, H_q, N, D_v).
 
     Args:
-        mask: None, "causal", or an array (..., N, T), bool or additive.
+        mask: None, "causal", or an array (..., N, T), bool or additive. A view that is
+            a ring knows its own, which is not looked at.
     """
+    if view.ring is not None:
+        mask = "causal"
     batch, heads, count, _ = queries.shape
-    per_query = 4 * batch * heads * min(view.end, _piece(count))
+    per_query = 4 * batch * heads * min(view.end, piece_size(count))
     rows = max(BLOCK, TILE_BYTES[mx.default_device().type] // per_query)
     tiles = []
     for i in range(0, count, rows):
@@ -41,11 +46,12 @@ def attend_tiles(
         if tiles:
             # One after the other, or all of them would be in memory at once.
             tile = mx.depends(tile, tiles[-1])
-        tiles.append(_tile(tile, view, view.start + i, scale, _rows(mask, i, rows), functions))
+        tiles.append(_tile(tile, view, i, scale, _rows(mask, i, rows), functions))
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
 
 
-def _piece(queries: int) -> int:
+def piece_size(queries: int) -> int:
+    """How many coded tokens to dequantise at once for a number of queries."""
     return PIECE[mx.default_device().type] * (SINGLE_QUERY if queries == 1 else 1)
 
 
@@ -53,35 +59,78 @@ def _rows(mask: Mask, start: int, count: int) -> Mask:
     return mask[..., start : start + count, :] if isinstance(mask, mx.array) else mask
 
 
-def _tile(queries, view: View, first: int, scale: float, mask: Mask, functions) -> mx.array:
-    batch, heads, count, dim = queries.shape
-    kv_heads = view.keys.shape[1]
-    sinks, codec = view.visibility.sinks, view.codec
+def _tile(queries, view: View, index: int, scale: float, mask: Mask, functions) -> mx.array:
+    count, kv_heads = queries.shape[2], view.keys.shape[1]
+    first = view.start + index
     last = first + count - 1
-    exact_from = view.visibility.exact_from(first)
-    coded_to = view.visibility.exact_from(last)
+    _, oldest = view.oldest(index)
+    exact_from = max(oldest, view.visibility.exact_from(first))
+    coded_to = max(oldest, view.visibility.exact_from(last))
     seen_to = last + 1 if isinstance(mask, str) or count == 1 else view.end
     keys, values = view.exact(exact_from, seen_to)
-    if coded_to == sinks:
+    forgets = view.oldest(index + count - 1)[0] > 0
+    if coded_to == view.sinks and not forgets:
         part = mask[..., :seen_to] if isinstance(mask, mx.array) else mask
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=part)
+    # Whole blocks make matrices of a shape that is fast.
+    whole = max(view.first_coded, oldest // BLOCK * BLOCK)
+    codes = range(whole if coded_to > oldest else coded_to, coded_to)
     exact_mask, code_mask = (
-        _per_row(m, heads // kv_heads, kv_heads)
-        for m in _masks(view, first, count, exact_from, coded_to, seen_to, mask)
+        _per_row(m, queries.shape[1] // kv_heads, kv_heads)
+        for m in _masks(view, index, count, forgets, exact_from, codes, seen_to, mask)
     )
+    exact = Exact(keys, values, exact_mask)
+    return attend_codes(
+        queries, exact, view.codec, view.codes, codes, oldest, code_mask, scale, functions
+    )
+
+
+class Exact(NamedTuple):
+    """The exact tokens of an attention: keys and values (B, H, E, D) and their mask or None."""
+
+    keys: mx.array
+    values: mx.array
+    mask: Optional[mx.array]
+
+
+def attend_codes(
+    queries: mx.array,
+    exact: Exact,
+    codec: KVCodec,
+    codes: Callable,
+    positions: range,
+    oldest: int,
+    mask: Optional[mx.array],
+    scale: float,
+    functions: AttentionFunctions,
+) -> mx.array:
+    """Attention over exact tokens and coded ones.
+
+    Args:
+        queries: (B, H_q, N, D).
+        codes: ``f(first, last)`` gives the codes of the positions first, ..., last - 1.
+        positions: which coded tokens to attend to, without those before ``oldest``.
+        mask: of these tokens, (..., len(positions)), or None; it hides those, too.
+
+    Returns:
+        (B, H_q, N, D_v) in the dtype of the queries.
+    """
+    batch, heads, count, dim = queries.shape
+    kv_heads = exact.keys.shape[1]
     # All queries that share a KV head are rows of one matrix product.
     q = queries.astype(mx.float32).reshape(batch, kv_heads, -1, dim) * scale
     rotated, sums = functions.begin(
-        q, keys, values, codec.key_rotation.array, codec.balance, exact_mask
+        q, exact.keys, exact.values, codec.key_rotation.array, codec.balance, exact.mask
     )
-    piece = _piece(count)
-    for start in range(0, coded_to, piece):
-        stop = min(start + piece, coded_to)
-        part = None if code_mask is None else code_mask[..., start:stop]
-        if part is None and start < sinks:
-            part = _after_sinks(start, stop, sinks)
+    piece = piece_size(count)
+    for start in positions[::piece]:
+        stop = min(start + piece, positions.stop)
+        if mask is not None:
+            part = mask[..., start - positions.start : stop - positions.start]
+        else:
+            part = _from(oldest, start, stop) if start < oldest else None
         bias = None if codec.bias is None else codec.bias.scores(q, start, stop - start)
-        coded_keys, coded_values = functions.expand(*view.codes(start, stop))
+        coded_keys, coded_values = functions.expand(*codes(start, stop))
         coded_keys = _prepared(codec.keys, coded_keys, -2)
         coded_values = _prepared(codec.values, coded_values, -1)
         sums = functions.fold(rotated, sums, coded_keys, coded_values, bias, part)
@@ -96,35 +145,38 @@ def _prepared(quantizer, expanded, axis: int):
     return (prepare(first, axis, quantizer.offset), *rest)
 
 
-@functools.lru_cache(maxsize=4)
-def _after_sinks(start: int, stop: int, sinks: int) -> mx.array:
-    mask = mx.arange(start, stop) >= sinks
-    mx.eval(mask)
-    return mask
+@functools.lru_cache(maxsize=8)
+def _from(oldest: int, start: int, stop: int) -> mx.array:
+    # By way of NumPy, since lazy arrays must not be shared by threads.
+    return mx.array(np.arange(start, stop) >= oldest)
 
 
-def _masks(view: View, first, count, exact_from, coded_to, seen_to, mask: Mask):
+def _masks(
+    view: View, index: int, count: int, forgets: bool, exact_from, codes: range, seen_to, mask: Mask
+):
     """Masks of the exact tokens and of the codes, or None where all are seen."""
     exact_mask = code_mask = None
-    if count > 1:
-        sinks = view.sinks
+    sinks = view.sinks
+    if count > 1 or forgets:
         exact = mx.concatenate([mx.arange(sinks), mx.arange(exact_from, seen_to)])
-        positions = mx.arange(first, first + count)[:, None]
+        queries = mx.arange(index, index + count)[:, None]
+        hidden, oldest = view.oldest(queries)
+        positions = view.start + queries
         # exact_from(), for every query at once.
-        begins = mx.maximum(positions // BLOCK * BLOCK - view.visibility.window, sinks)
-        exact_mask = (exact < sinks) | (exact >= begins)
+        begins = mx.maximum(positions // BLOCK * BLOCK - view.visibility.window, oldest)
+        exact_mask = mx.where(exact < sinks, exact >= hidden, exact >= begins)
         if isinstance(mask, str):
             exact_mask = exact_mask & (exact <= positions)
-        if coded_to > exact_from or isinstance(mask, mx.array):
-            coded = mx.arange(coded_to)
-            code_mask = (coded >= sinks) & (coded < begins)
+        if forgets or codes.stop > exact_from:
+            coded = mx.arange(codes.start, codes.stop)
+            code_mask = (coded >= oldest) & (coded < begins)
     if isinstance(mask, mx.array):
         exact_given = mx.concatenate(
             [mask[..., : view.sinks], mask[..., exact_from:seen_to]], axis=-1
         )
-        code_given = mask[..., :coded_to]
+        code_given = mask[..., codes.start : codes.stop]
         if code_mask is None:
-            code_mask = _after_sinks(0, coded_to, view.sinks)
+            code_mask = _from(sinks, codes.start, codes.stop)
         exact_mask, code_mask = _both(exact_mask, exact_given), _both(code_mask, code_given)
     return exact_mask, code_mask
 

@@ -1,6 +1,18 @@
 """The caches that replace mlx-lm's."""
 
+from .batch import BatchCompressedKVCache, RowView
 from .compressed import CompressedKVCache
+from .packed import PackedRows
+from .rotating import RotatingCompressedKVCache
+from .view import View
 from .visibility import Visibility
 
-__all__ = ["CompressedKVCache", "Visibility"]
+__all__ = [
+    "BatchCompressedKVCache",
+    "CompressedKVCache",
+    "PackedRows",
+    "RotatingCompressedKVCache",
+    "RowView",
+    "View",
+    "Visibility",
+]

@@ -4,13 +4,17 @@ import copy
 from typing import Any, List, Optional, Tuple
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, KVCache, _BaseCache, create_attention_mask
+from mlx_lm.models.cache import KVCache, _BaseCache, create_attention_mask
 
 from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
 from ..log import log_once
 from . import state as saved
 from .view import View
-from .visibility import ROLLBACK, Visibility
+from .visibility import BLOCK, ROLLBACK, Ring, Visibility
+
+# How many tokens a batch encodes before it must: rows come to their blocks at different
+# steps, and each time all of them are unpacked.
+AHEAD = 64
 
 
 class CompressedKVCache(_BaseCache):
@@ -29,10 +33,14 @@ class CompressedKVCache(_BaseCache):
 
     Attributes:
         keys, values: the exact part, (B, H, E, D) in the model's dtype.
-        key_codes, value_codes: the codes, see :class:`KVCodec`.
-        coded: the number of tokens, from the first on, held as codes.
+        key_codes, value_codes: the codes of the positions first_coded, ..., coded - 1,
+            see :class:`KVCodec`.
         offset: the number of tokens seen.
     """
+
+    ring: Optional[Ring] = None
+    # Set by the module of the batch, which imports this one.
+    batch_type: type
 
     def __init__(
         self,
@@ -54,7 +62,7 @@ class CompressedKVCache(_BaseCache):
         self.keys = self.values = None
         self.key_codes: Codes = ()
         self.value_codes: Codes = ()
-        self.coded = 0
+        self.first_coded = self.coded = 0
         self.offset = 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Tuple[mx.array, mx.array]:
@@ -67,14 +75,15 @@ class CompressedKVCache(_BaseCache):
             Keys and values (B, H, T, D), the codes dequantised. Inside a patched
             attention, which reads the codes instead, ``keys`` and ``values`` as given.
         """
-        start = self.offset
-        self._append(keys, values)
-        if self.attending:
-            self.view = self._view(start)
-        self._forget(self._retained())
-        return (keys, values) if self.attending else self.keys_and_values()
+        view = self.append(keys, values)
+        if not self.attending:
+            return view.keys_and_values()
+        self.view = view
+        return keys, values
 
-    def _append(self, keys, values):
+    def append(self, keys: mx.array, values: mx.array) -> View:
+        """Append keys and values (B, H, N, D); returns what their queries see."""
+        start = self.offset
         if self.codec is None:
             self.codec = KVCodec(CodecSpec(keys.shape[-1], values.shape[-1]))
         if self.keys is None:
@@ -83,9 +92,12 @@ class CompressedKVCache(_BaseCache):
             self.keys = mx.concatenate([self.keys, keys], axis=2)
             self.values = mx.concatenate([self.values, values], axis=2)
         self.offset += keys.shape[2]
-        self._encode(self.visibility.exact_from(self.offset - 1))
+        self.encode(self.visibility.exact_from(self.offset - 1))
+        view = self._view(start)
+        self._forget()
+        return view
 
-    def _encode(self, end: int):
+    def encode(self, end: int) -> None:
         """Write the codes of the tokens before position ``end`` that have none."""
         start = self.coded
         if end <= max(start, self.visibility.sinks):
@@ -95,11 +107,32 @@ class CompressedKVCache(_BaseCache):
         new = slice(start + skip, end + skip)
         key_codes = self.codec.encode_keys(self.keys[:, :, new], start)
         value_codes = self.codec.encode_values(self.values[:, :, new])
-        if start:
+        if start > self.first_coded:
             key_codes = _join(self.key_codes, key_codes, axis=-1)
             value_codes = _join(self.value_codes, value_codes, axis=-2)
         self.key_codes, self.value_codes = key_codes, value_codes
         self.coded = end
+
+    def encode_ahead(self) -> None:
+        """Write codes that will be needed soon, so that they are there for a while."""
+        needed = self.visibility.exact_from(self.offset - 1)
+        if needed > self.visibility.sinks:
+            self.encode(min(self.offset // BLOCK * BLOCK, needed + AHEAD))
+
+    def emptied(self) -> "CompressedKVCache":
+        """An empty cache of the same layer."""
+        other = copy.copy(self)
+        other._clear()
+        return other
+
+    def detached(self) -> "CompressedKVCache":
+        """The same cache in arrays of its own, not parts of larger ones."""
+        other = copy.copy(self)
+        if self.keys is not None:
+            other.keys, other.values = _own(self.keys), _own(self.values)
+            other.key_codes = tuple(map(_own, self.key_codes))
+            other.value_codes = tuple(map(_own, self.value_codes))
+        return other
 
     def _check_codec(self):
         if self.biased and self.codec.bias is None:
@@ -108,13 +141,13 @@ class CompressedKVCache(_BaseCache):
                 "run the model it was made with, TURBOQUANT=1, before reading it"
             )
 
-    def _retained(self) -> int:
-        """The first position after the sinks that must stay exact."""
-        return self.visibility.exact_from(max(0, self.offset - ROLLBACK))
+    def _forget(self) -> None:
+        """Drop exact tokens after the sinks that no query will read exactly."""
+        retained = self.visibility.exact_from(max(0, self.offset - ROLLBACK))
+        self._drop_exact(min(retained, self.coded))
 
-    def _forget(self, before: int):
-        """Drop exact tokens after the sinks and before the position ``before``."""
-        drop = min(before, self.coded) - self._exact_start()
+    def _drop_exact(self, before: int) -> None:
+        drop = before - self._exact_start()
         if drop <= 0:
             return
         sinks = self._sinks()
@@ -133,32 +166,23 @@ class CompressedKVCache(_BaseCache):
         return View(
             self.codec,
             self.visibility,
+            self.kernel,
             self.keys,
             self.values,
             self.key_codes,
             self.value_codes,
+            self.first_coded,
             self.coded,
             start,
             self.offset,
+            self.ring,
         )
 
     def keys_and_values(self) -> Tuple[mx.array, mx.array]:
         """All keys and values, (B, H, T, D) in the model's dtype, codes dequantised."""
-        if not self.coded:
-            return self.keys, self.values
-        self._check_codec()
-        sinks = self.visibility.sinks
-        exact = self._view(self.offset).exact(self.coded, self.offset)
-        decoded = (
-            self.codec.decode_keys(self.key_codes, 0),
-            self.codec.decode_values(self.value_codes),
-        )
-        return tuple(
-            mx.concatenate(
-                [x[:, :, :sinks], d[:, :, sinks:].astype(x.dtype), x[:, :, sinks:]], axis=2
-            )
-            for x, d in zip(exact, decoded)
-        )
+        if self.coded:
+            self._check_codec()
+        return self._view(self.offset - 1).keys_and_values()
 
     def bind(self, codec: KVCodec, fingerprint: str, kernel: str):
         """Adopt what is known about the attention module that uses this cache.
@@ -170,7 +194,7 @@ class CompressedKVCache(_BaseCache):
         """
         if self.keys is not None:
             saved.check_fits(self, codec, fingerprint)
-        if self.coded:
+        if self.coded and not codec.makes_the_codes_of(self.codec, self.biased):
             bias = codec.bias if self.biased else None
             codec = KVCodec(self.codec.spec, self.codec.balance, bias)
         self.codec = codec
@@ -255,13 +279,9 @@ class CompressedKVCache(_BaseCache):
         return cache
 
     @classmethod
-    def merge(cls, caches: List[Any]) -> BatchKVCache:
-        """A batch of these caches, uncompressed: there is no compressed batch yet."""
-        log_once(
-            "a batch of sequences runs uncompressed: TurboQuant compresses single "
-            "sequences only; results are mlx-lm's own"
-        )
-        return BatchKVCache.merge([c.to_exact() if isinstance(c, cls) else c for c in caches])
+    def merge(cls, caches: List[Any]):
+        """The caches of several sequences as the cache of a batch; mlx-lm's KVCaches, too."""
+        return cls.batch_type.merge(caches)
 
     def __deepcopy__(self, memo):
         # Arrays are never written into, so a copy can share them.
@@ -270,3 +290,8 @@ class CompressedKVCache(_BaseCache):
 
 def _join(old: Codes, new: Codes, axis: int) -> Codes:
     return tuple(mx.concatenate(pair, axis=axis) for pair in zip(old, new))
+
+
+def _own(array: mx.array) -> mx.array:
+    # Unlike mx.contiguous(), concatenate() always makes a new array.
+    return mx.concatenate([array[:, :, :1], array[:, :, 1:]], axis=2)

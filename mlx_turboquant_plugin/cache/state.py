@@ -21,22 +21,19 @@ def to_state(cache: "CompressedKVCache") -> tuple:
 
     (format, description, fingerprint, offset, keys, values, key codes, value codes,
     balance); the description is JSON: the codec, the window, the sinks, whether the
-    model's key bias was left out of the codes, and a checksum of the rotations.
+    model's key bias was left out of the codes, a checksum of the rotations, the first
+    position that has codes, and for rotating caches how many tokens they hold.
     """
-    description, balance = "", None
-    if cache.codec is not None:
-        description = json.dumps(_describe(cache), sort_keys=True)
-        balance = cache.codec.balance
     return (
         FORMAT,
-        description,
+        json.dumps(_describe(cache), sort_keys=True),
         cache.fingerprint,
         cache.offset,
         cache.keys,
         cache.values,
         cache.key_codes,
         cache.value_codes,
-        balance,
+        cache.codec and cache.codec.balance,
     )
 
 
@@ -54,15 +51,14 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
     if len(state) != 9:
         raise ValueError(f"prompt cache: {len(state)} parts, expected 9: {REMEDY}")
     _, description, fingerprint, offset, keys, values, key_codes, value_codes, balance = state
-    cache.__init__()
-    cache.fingerprint = fingerprint
-    if not description:
-        return
     try:
         parts = json.loads(description)
-        spec = CodecSpec(**parts["codec"])
-        visibility = Visibility(**parts["visibility"])
-        codec = KVCodec(spec, balance)
+        cache.__init__(**parts["ring"])
+        cache.fingerprint = fingerprint
+        if parts["codec"] is None:
+            return
+        visibility, first_coded = Visibility(**parts["visibility"]), int(parts["first_coded"])
+        codec = KVCodec(CodecSpec(**parts["codec"]), balance)
         biased, checksum = parts["biased"], parts["rotation"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"prompt cache: unreadable description ({error!r}): {REMEDY}") from error
@@ -72,7 +68,8 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
         return
     cache.keys, cache.values, cache.offset = keys, values, offset
     cache.key_codes, cache.value_codes = tuple(key_codes or ()), tuple(value_codes or ())
-    cache.coded = cache.key_codes[0].shape[-1] if cache.key_codes else 0
+    cache.first_coded = first_coded
+    cache.coded = first_coded + (cache.key_codes[0].shape[-1] if cache.key_codes else 0)
     _check_arrays(cache)
 
 
@@ -92,11 +89,14 @@ def check_fits(cache: "CompressedKVCache", codec: KVCodec, fingerprint: str) -> 
 
 
 def _describe(cache: "CompressedKVCache") -> dict:
+    codec = cache.codec
     return {
-        "codec": asdict(cache.codec.spec),
+        "codec": codec and asdict(codec.spec),
         "visibility": asdict(cache.visibility),
         "biased": cache.biased,
-        "rotation": cache.codec.checksum,
+        "rotation": codec and codec.checksum,
+        "first_coded": cache.first_coded,
+        "ring": asdict(cache.ring) if cache.ring else {},
     }
 
 
@@ -112,9 +112,10 @@ def _check_arrays(cache: "CompressedKVCache") -> None:
     )
     batch, heads, exact, _ = keys.shape
     missing = cache.offset - exact
+    forgotten = cache.ring.oldest(cache.offset - 1, 0)[1] if cache.ring else 0
     _require(
-        0 <= missing <= max(0, cache.coded - cache.visibility.sinks)
-        and cache.coded <= cache.offset,
+        0 <= missing <= max(0, max(cache.coded, forgotten) - cache.visibility.sinks)
+        and 0 <= cache.first_coded <= cache.coded <= cache.offset,
         f"{exact} exact and {cache.coded} coded tokens do not make {cache.offset}",
     )
     # One encoded token shows what every array must look like.
@@ -125,10 +126,11 @@ def _check_arrays(cache: "CompressedKVCache") -> None:
         (cache.key_codes, key_model, 3),
         (cache.value_codes, value_model, 2),
     ):
-        fits = len(codes) == (len(model) if cache.coded else 0)
+        count = cache.coded - cache.first_coded
+        fits = len(codes) == (len(model) if count else 0)
         for array, expected in zip(codes, model):
             shape = list(expected.shape)
-            shape[0], shape[axis] = batch, cache.coded
+            shape[0], shape[axis] = batch, count
             fits = fits and list(array.shape) == shape and array.dtype == expected.dtype
         _require(fits, "its codes do not have the shapes of its description")
     balance = cache.codec.balance

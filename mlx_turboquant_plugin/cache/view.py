@@ -1,11 +1,12 @@
 """What the attention of one forward pass reads from a cache."""
 
 from dataclasses import dataclass
+from typing import Optional, Tuple, Union
 
 import mlx.core as mx
 
 from ..codecs.kv_codec import Codes, KVCodec
-from .visibility import Visibility
+from .visibility import Ring, Visibility
 
 
 @dataclass(frozen=True)
@@ -13,22 +14,27 @@ class View:
     """One layer's keys and values as the queries of one forward pass find them.
 
     Attributes:
+        kernel: what runs the attention.
         keys, values: exact, (B, H, E, D): the sinks, then the positions
             ``exact_start``, ..., ``end`` - 1.
-        key_codes, value_codes: of the positions 0, ..., ``coded`` - 1.
+        key_codes, value_codes: of the positions ``first_coded``, ..., ``coded`` - 1.
         start: position of the first query.
         end: one more than the position of the last query.
+        ring: how far back queries see, or None for all the way.
     """
 
     codec: KVCodec
     visibility: Visibility
+    kernel: str
     keys: mx.array
     values: mx.array
     key_codes: Codes
     value_codes: Codes
+    first_coded: int
     coded: int
     start: int
     end: int
+    ring: Optional[Ring] = None
 
     @property
     def sinks(self) -> int:
@@ -39,7 +45,24 @@ class View:
         """Position of the first exact token after the sinks."""
         return self.end - (self.keys.shape[2] - self.sinks)
 
-    def exact(self, first: int, last: int):
+    def oldest(self, query):
+        """Positions of the oldest sink and the oldest later token that a query sees.
+
+        Args:
+            query: the number of the query, or an array of such numbers.
+        """
+        if self.ring is None:
+            return 0, self.sinks
+        return self.ring.oldest(self.start, query)
+
+    def mask(self) -> Optional[Union[str, mx.array]]:
+        """mlx-lm's mask for the queries, for the tokens that the first of them sees."""
+        count = self.end - self.start
+        if self.ring is not None:
+            return self.ring.mask(self.start, count)
+        return "causal" if count > 1 else None
+
+    def exact(self, first: int, last: int) -> Tuple[mx.array, mx.array]:
         """Exact keys and values of the sinks and of the positions first, ..., last - 1."""
         if first == self.exact_start and last == self.end:
             return self.keys, self.values
@@ -49,12 +72,33 @@ class View:
             for x in (self.keys, self.values)
         )
 
-    def codes(self, first: int, last: int):
+    def codes(self, first: int, last: int) -> Tuple[Codes, Codes]:
         """Codes of keys and values of the positions first, ..., last - 1."""
-        if last - first == self.coded:
+        if (first, last) == (self.first_coded, self.coded):
             return self.key_codes, self.value_codes
+        first, last = first - self.first_coded, last - self.first_coded
         # Elementwise work on strided arrays is slow, copying packed codes is not.
         return (
             tuple(mx.contiguous(codes[..., first:last]) for codes in self.key_codes),
             tuple(mx.contiguous(codes[..., first:last, :]) for codes in self.value_codes),
+        )
+
+    def keys_and_values(self) -> Tuple[mx.array, mx.array]:
+        """All that the queries see, (B, H, T, D) in the model's dtype, codes dequantised."""
+        oldest = self.oldest(0)[1]
+        exact_from = max(self.visibility.exact_from(self.end - 1), self.exact_start)
+        coded = max(oldest, min(self.coded, exact_from))
+        exact = self.exact(coded, self.end)
+        if coded == oldest:
+            return exact
+        key_codes, value_codes = self.codes(oldest, coded)
+        decoded = (
+            self.codec.decode_keys(key_codes, oldest),
+            self.codec.decode_values(value_codes),
+        )
+        return tuple(
+            mx.concatenate(
+                [x[:, :, : self.sinks], d.astype(x.dtype), x[:, :, self.sinks :]], axis=2
+            )
+            for x, d in zip(exact, decoded)
         )

@@ -1,6 +1,10 @@
 """Who sees what: which tokens a query reads exactly and which through their codes."""
 
 from dataclasses import dataclass
+from typing import Optional, Union
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
 
 # Tokens that are encoded at once. Small, so that little more than the window is
 # kept exact; large enough that almost no step of decoding encodes anything.
@@ -31,3 +35,42 @@ class Visibility:
     def exact_from(self, position: int) -> int:
         """The first position, after the sinks, that a query at ``position`` reads exactly."""
         return max(self.sinks, (position // BLOCK) * BLOCK - self.window)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """How far back the queries of mlx-lm's RotatingKVCache see.
+
+    It keeps the first ``keep`` tokens and the newest of the others, ``max_size`` together.
+    With a chunk of several tokens, the queries after the first see ``max_size`` tokens
+    each, counted from the newest: towards the end of a chunk not even the kept ones.
+    """
+
+    max_size: int
+    keep: int
+
+    def oldest(self, start: int, query):
+        """The oldest kept and the oldest later position that a query sees.
+
+        Args:
+            start: the tokens before the chunk.
+            query: the number of the query in the chunk, or an array of such numbers.
+        """
+        before = min(self.max_size - 1, start)
+        hidden = _at_least(0, before + query + 1 - self.max_size)
+        return hidden, _at_least(self.keep, hidden) + start - before
+
+    def mask(
+        self, start: int, count: int, return_array: bool = False
+    ) -> Optional[Union[str, mx.array]]:
+        """The mask of a chunk of ``count`` tokens for the tokens that its first query sees."""
+        if count == 1:
+            return None
+        before = min(self.max_size - 1, start)
+        if before + count > self.max_size or return_array:
+            return create_causal_mask(count, before, window_size=self.max_size)
+        return "causal"
+
+
+def _at_least(low: int, number):
+    return mx.maximum(number, low) if isinstance(number, mx.array) else max(number, low)

@@ -77,6 +77,14 @@ class KVCodec:
         self.key_rotation = Rotation(spec.head_dim, spec.seed)
         self.value_rotation = Rotation(spec.value_dim, spec.seed)
 
+    def makes_the_codes_of(self, other: "KVCodec", biased: bool) -> bool:
+        """Whether codes made by ``other``, with the key bias left out or not, are its own."""
+        if self.spec != other.spec or biased != (self.bias is not None):
+            return False
+        if self.balance is None or other.balance is None:
+            return self.balance is other.balance
+        return self.balance is other.balance or mx.array_equal(self.balance, other.balance).item()
+
     @property
     def checksum(self) -> int:
         """Of both rotations: tells whether codes from elsewhere mean the same here."""

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from .. import patching
 from ..attention.dispatch import BRIDGE, attend
 from ..attention.kernels import resolve_kernel
-from ..cache import CompressedKVCache, Visibility
+from ..cache import BatchCompressedKVCache, CompressedKVCache, Visibility
 from ..codecs.kv_codec import CodecSpec, KVCodec
 from ..codecs.key_bias import KeyBias
 from ..settings import Settings
@@ -65,7 +65,7 @@ def _scaled_dot_product_attention(wrapped, instance, args, kwargs):
 
 def _attention_call(wrapped, instance, args, kwargs):
     cache = kwargs["cache"] if "cache" in kwargs else args[2] if len(args) > 2 else None
-    if not isinstance(cache, CompressedKVCache):
+    if not isinstance(cache, (CompressedKVCache, BatchCompressedKVCache)):
         return wrapped(*args, **kwargs)
     if cache.attention is None or cache.attention() is not instance:
         layer = known_layer(instance)

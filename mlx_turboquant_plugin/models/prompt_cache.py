@@ -3,10 +3,10 @@
 from types import ModuleType
 from typing import Any, Dict, List, Optional, Tuple
 
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from .. import patching, settings
-from ..cache import CompressedKVCache
+from ..cache import BatchCompressedKVCache, CompressedKVCache, RotatingCompressedKVCache
 from ..cache.files import check_file
 from ..log import log_once, logger
 from .family import family_of, known_layer
@@ -18,7 +18,8 @@ _reports: Dict[settings.ModelIdentity, str] = {}
 def patch(module: ModuleType) -> None:
     """Hook of ``mlx_lm.models.cache``."""
     # Saved caches are looked up by name there.
-    module.CompressedKVCache = CompressedKVCache
+    for kind in (CompressedKVCache, RotatingCompressedKVCache, BatchCompressedKVCache):
+        setattr(module, kind.__name__, kind)
     patching.wrap(module, "make_prompt_cache", _make_prompt_cache)
     patching.wrap(module, "load_prompt_cache", _load_prompt_cache)
 
@@ -71,10 +72,8 @@ def _compressed(
     layer: Any, cache: Any, chosen: settings.Settings
 ) -> Tuple[Optional[CompressedKVCache], str]:
     """A compressed cache for one layer, or None and the reason."""
-    if type(cache) is not KVCache:
-        kind = type(cache).__name__
-        hint = " (max_kv_size or a sliding window)" if "Rotating" in kind else ""
-        return None, f"{kind}{hint} is not supported yet"
+    if type(cache) not in (KVCache, RotatingKVCache):
+        return None, f"{type(cache).__name__} is not supported"
     attention = getattr(layer, "self_attn", None)
     family = family_of(attention)
     if family is None:
@@ -83,7 +82,10 @@ def _compressed(
         known = known_layer(attention, getattr(layer, family.layer_norm, None), chosen)
     except ValueError as error:
         return None, str(error)
-    return CompressedKVCache(known.codec, known.visibility, known.kernel), ""
+    parts = known.codec, known.visibility, known.kernel
+    if type(cache) is KVCache:
+        return CompressedKVCache(*parts), ""
+    return RotatingCompressedKVCache(cache.max_size, cache.keep, *parts), ""
 
 
 def _leave(identity: settings.ModelIdentity, caches: List[Any], reason: str) -> List[Any]:

@@ -1,0 +1,73 @@
+"""Attention of the newest token of every row of a batch, all rows at once."""
+
+import functools
+from typing import Callable, Sequence, Tuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..cache.packed import PackedRows
+from ..cache.visibility import Visibility
+from .function import AttentionFunctions
+from .tiles import Exact, attend_codes
+
+
+def attend_packed(
+    original: Callable,
+    queries: mx.array,
+    rows: PackedRows,
+    scale: float,
+    functions: AttentionFunctions,
+) -> mx.array:
+    """Attention of ``queries`` (B, H_q, 1, D); returns (B, H_q, 1, D_v).
+
+    Args:
+        original: mlx-lm's own function, for rows that are all so short that nothing
+            is compressed.
+    """
+    sinks = rows.visibility.sinks
+    exact_mask, codes_end, code_mask = masks(rows.lengths, rows.keys.shape[2], rows.visibility)
+    if codes_end <= sinks:
+        return original(
+            queries, rows.keys, rows.values, cache=None, scale=scale, mask=exact_mask
+        )
+    exact = Exact(rows.keys, rows.values, exact_mask)
+
+    def codes(first, last):
+        if (first, last) == (0, max(rows.coded)):
+            return rows.key_codes, rows.value_codes
+        return (
+            tuple(mx.contiguous(x[..., first:last]) for x in rows.key_codes),
+            tuple(mx.contiguous(x[..., first:last, :]) for x in rows.value_codes),
+        )
+
+    return attend_codes(
+        queries, exact, rows.codec, codes, range(codes_end), sinks, code_mask, scale, functions
+    )
+
+
+# All layers ask for the same.
+@functools.lru_cache(maxsize=4)
+def masks(
+    lengths: Sequence[int], exact: int, visibility: Visibility
+) -> Tuple[mx.array, int, mx.array]:
+    """What the newest token of each row sees.
+
+    Args:
+        lengths: the tokens of each row.
+        exact: the number of exact tokens that are packed, E of :class:`PackedRows`.
+
+    Returns:
+        The mask of the exact tokens (B, 1, 1, E), the number of positions that some
+        row reads as codes, and the mask of these (B, 1, 1, positions), or None if
+        that many positions are the same for all.
+    """
+    sinks = visibility.sinks
+    end = np.array(lengths)[:, None]
+    begins = np.array([visibility.exact_from(length - 1) for length in lengths])[:, None]
+    positions = end - (exact - sinks) + np.arange(exact - sinks)
+    seen = np.concatenate([np.ones((len(lengths), sinks), bool), positions >= begins], axis=1)
+    codes_end = int(begins.max())
+    coded = np.arange(codes_end)
+    seen_codes = (coded >= sinks) & (coded < begins)
+    return mx.array(seen[:, None, None]), codes_end, mx.array(seen_codes[:, None, None])

@@ -1,0 +1,286 @@
+"""The compressed KV cache of a batch of sequences."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, List, Optional, Sequence, Tuple, Union
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import KVCache, _BaseCache
+
+from ..codecs.kv_codec import KVCodec
+from .compressed import CompressedKVCache
+from .packed import PackedRows
+from .rotating import RotatingCompressedKVCache
+from .view import View
+
+
+@dataclass(frozen=True)
+class RowView:
+    """What the queries of one sequence see: those from ``first`` to before ``last``."""
+
+    view: Optional[View]
+    first: int
+    last: int
+
+
+BatchView = Union[PackedRows, List[RowView]]
+
+
+class BatchCompressedKVCache(_BaseCache):
+    """Stands where mlx-lm's BatchKVCache would: each row is a cache of its own.
+
+    Rows hold no padding. Joining, leaving, splitting and padding move rows and copy
+    nothing, and what a row holds never depends on its neighbours. While every row
+    grows by one token at a time they are packed side by side, so that one attention
+    serves them all.
+
+    Args:
+        left_padding: the padding of each row, as in BatchKVCache.
+
+    Attributes:
+        offset: int32 (B,), the position of each row's next token; negative in padding.
+        left_padding: int32 (B,), as BatchKVCache would count it.
+    """
+
+    def __init__(self, left_padding: Sequence[int]):
+        self._rows: List[CompressedKVCache] = [CompressedKVCache() for _ in left_padding]
+        self._packed: Optional[PackedRows] = None
+        self._left_padding = list(left_padding)
+        self._index = 0
+        self._lengths: Optional[List[int]] = None
+        self.attention = None
+        self.attending = False
+        self.view: Optional[BatchView] = None
+
+    @classmethod
+    def merge(cls, caches: Sequence[Any]) -> "BatchCompressedKVCache":
+        """The batch of single caches: compressed ones and mlx-lm's KVCaches, filled or empty.
+
+        Raises:
+            TypeError: a cache is of another kind.
+        """
+        model = next(c for c in caches if isinstance(c, CompressedKVCache))
+        rows = [_row(cache, model) for cache in caches]
+        longest = max(row.offset for row in rows)
+        batch = cls([longest - row.offset for row in rows])
+        batch._rows, batch._index = rows, longest
+        return batch
+
+    @property
+    def rows(self) -> List[CompressedKVCache]:
+        """The cache of each sequence."""
+        if self._packed is not None:
+            self._rows, self._packed = self._packed.rows(), None
+        return self._rows
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Tuple[mx.array, mx.array]:
+        """Append keys and values and return all that the cache holds.
+
+        Args:
+            keys, values: (B, H, N, D).
+
+        Returns:
+            Keys and values (B, H, T, D), left-padded with zeros, the codes dequantised.
+            Inside a patched attention ``keys`` and ``values`` as given.
+        """
+        parts = self._parts(keys.shape[2])
+        if keys.shape[2] == 1 and all(part == (0, 1) for part in parts):
+            view = self._append_packed(keys, values)
+        else:
+            view = self._append_rows(keys, values, parts)
+        self._index += keys.shape[2]
+        if self.attending:
+            self.view = view
+            return keys, values
+        return (keys, values) if self.empty() else self.keys_and_values()
+
+    def _parts(self, count: int) -> List[Tuple[int, int]]:
+        """Which of the next ``count`` tokens belong to each row: padding is left and right."""
+        parts = []
+        for row, padding in enumerate(self._left_padding):
+            position = self._index - padding
+            last = count
+            if self._lengths is not None:
+                last = min(count, self._lengths[row] - position)
+            first = min(count, max(0, -position))
+            parts.append((first, max(first, last)))
+        return parts
+
+    def _append_packed(self, keys, values) -> BatchView:
+        if self._packed is None:
+            self._packed = PackedRows.of(self._rows)
+        if self._packed is None:
+            return self._append_rows(keys, values, [(0, 1)] * len(self._rows))
+        self._packed.append(keys, values)
+        if self._packed.needs_codes():
+            rows = self.rows
+            for row in rows:
+                row.encode_ahead()
+            self._packed = PackedRows.of(rows)
+        return self._packed
+
+    def _append_rows(self, keys, values, parts) -> BatchView:
+        views = []
+        for index, (row, (first, last)) in enumerate(zip(self.rows, parts)):
+            view = None
+            if last > first:
+                own = (slice(index, index + 1), slice(None), slice(first, last))
+                view = row.append(keys[own], values[own])
+            views.append(RowView(view, first, last))
+        return views
+
+    def keys_and_values(self) -> Tuple[mx.array, mx.array]:
+        """All keys and values, left-padded with zeros, (B, H, T, D) in the model's dtype."""
+        pairs = [None if row.empty() else row.keys_and_values() for row in self.rows]
+        some = next(pair for pair in pairs if pair is not None)
+        length = max(pair[0].shape[2] for pair in pairs if pair is not None)
+        length += max(0, min(self._left_padding))
+        padded = []
+        for pair in pairs:
+            pair = pair or tuple(x[:, :, :0] for x in some)
+            padding = length - pair[0].shape[2]
+            padded.append([mx.pad(x, [(0, 0), (0, 0), (padding, 0), (0, 0)]) for x in pair])
+        return tuple(mx.concatenate(arrays) for arrays in zip(*padded))
+
+    def bind(self, codec: KVCodec, fingerprint: str, kernel: str) -> None:
+        """Adopt what is known about the attention module; see :class:`CompressedKVCache`."""
+        for row in self.rows:
+            row.bind(codec, fingerprint, kernel)
+
+    def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
+        """Expect padding in the next tokens; arguments as in BatchKVCache."""
+        if left_padding is not None:
+            if not self.empty():
+                raise ValueError(
+                    "Left padding can only be added to an empty BatchCompressedKVCache"
+                )
+            self._left_padding = [a + b for a, b in zip(self._left_padding, left_padding)]
+        if right_padding is not None and max(right_padding) > 0:
+            self._lengths = [
+                self._index - left + length for length, left in zip(lengths, self._left_padding)
+            ]
+
+    def finalize(self) -> None:
+        """The padding on the right has been processed: it counts as left padding now."""
+        if self._lengths is not None:
+            self._left_padding = [self._index - length for length in self._lengths]
+            self._lengths = None
+
+    def filter(self, batch_indices) -> None:
+        """Keep just the rows with the given indices."""
+        rows = self.rows
+        self._rows = [rows[i] for i in _ints(batch_indices)]
+        self._left_padding = [self._left_padding[i] for i in _ints(batch_indices)]
+        least = min(self._left_padding, default=0)
+        if least > 0:
+            self._index -= least
+            self._left_padding = [padding - least for padding in self._left_padding]
+
+    def extend(self, other: "BatchCompressedKVCache") -> None:
+        """Add the rows of another batch."""
+        index = max(self._index, other._index)
+        self._left_padding = [
+            padding + index - batch._index
+            for batch in (self, other)
+            for padding in batch._left_padding
+        ]
+        self._rows = self.rows + other.rows
+        self._index = index
+        # The new rows may not know yet which layer they serve.
+        self.attention = None
+
+    def extract(self, idx: int) -> CompressedKVCache:
+        """The cache of one sequence, sharing nothing with the batch."""
+        return self.rows[idx].detached()
+
+    def trim(self, n: int) -> int:
+        """Forget the last ``n`` tokens of every row, at most all of the longest row."""
+        n = max(0, min(self._index, n))
+        for row in self.rows:
+            row.trim(n)
+        self._index -= n
+        return n
+
+    def is_trimmable(self) -> bool:
+        return all(row.is_trimmable() for row in self.rows)
+
+    def size(self) -> int:
+        return self._index
+
+    def empty(self) -> bool:
+        return self._packed is None and all(row.empty() for row in self._rows)
+
+    def make_mask(self, N: int, return_array: bool = False, **kwargs):
+        """The mask of BatchKVCache, for layers that are not compressed."""
+        return create_causal_mask(
+            N, offset=self._index, left_padding=self.left_padding, **kwargs
+        )
+
+    @property
+    def offset(self) -> mx.array:
+        return mx.array([self._index - padding for padding in self._left_padding])
+
+    @property
+    def left_padding(self) -> mx.array:
+        return mx.array(self._left_padding)
+
+    @property
+    def keys(self) -> Optional[mx.array]:
+        """Exact keys, of the first row unless all are packed: callers hang dependencies here."""
+        holder = self._packed if self._packed is not None else self._rows[0]
+        return holder.keys
+
+    @keys.setter
+    def keys(self, v: mx.array):
+        holder = self._packed if self._packed is not None else self._rows[0]
+        holder.keys = v
+
+    @property
+    def nbytes(self) -> int:
+        """Every byte of all rows."""
+        if self._packed is not None:
+            return self._packed.nbytes
+        return sum(row.nbytes for row in self._rows)
+
+    @property
+    def state(self):
+        rows = [(type(row).__name__, row.state) for row in self.rows]
+        return self._index, self._left_padding, rows
+
+    @state.setter
+    def state(self, v):
+        index, left_padding, rows = v
+        self.__init__(left_padding)
+        self._index = index
+        self._rows = [_KINDS[kind].from_state(state) for kind, state in rows]
+
+    def __deepcopy__(self, memo):
+        # Arrays are never written into, so copies can share them.
+        other = copy.copy(self)
+        other._rows = [copy.copy(row) for row in self.rows]
+        return other
+
+
+_KINDS = {kind.__name__: kind for kind in (CompressedKVCache, RotatingCompressedKVCache)}
+
+
+def _row(cache: Any, model: CompressedKVCache) -> CompressedKVCache:
+    if isinstance(cache, CompressedKVCache):
+        return copy.copy(cache)
+    if type(cache) is not KVCache:
+        raise TypeError(
+            f"a {type(cache).__name__} can't join a batch of compressed caches: make the "
+            "prompt cache again with mlx_lm's make_prompt_cache"
+        )
+    row = CompressedKVCache(model.codec, model.visibility, model.kernel)
+    if not cache.empty():
+        row.append(*cache.keys_and_values())
+    return row
+
+
+def _ints(indices) -> List[int]:
+    return indices.tolist() if isinstance(indices, mx.array) else list(indices)
+
+
+CompressedKVCache.batch_type = BatchCompressedKVCache

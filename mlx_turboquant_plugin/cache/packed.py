@@ -1,0 +1,150 @@
+"""The rows of a batch side by side in arrays, for decoding."""
+
+from typing import List, Optional, Sequence
+
+import mlx.core as mx
+
+from ..codecs.kv_codec import Codes, KVCodec
+from .compressed import CompressedKVCache
+from .visibility import BLOCK, ROLLBACK, Visibility
+
+
+class PackedRows:
+    """Several sequences that grow by one token each.
+
+    Args:
+        model: one of the rows; the others have the same codec, window and kernel.
+
+    Attributes:
+        keys, values: (B, H, S + E, D): the S sinks, then the newest tokens of each row,
+            the very newest last. What stands before a row's own tokens has no meaning.
+        key_codes, value_codes: of the positions 0, 1, ... of every row, followed by
+            zeros in rows that have fewer codes.
+        lengths: the number of tokens of each row.
+        coded: the number of tokens of each row that are held as codes.
+    """
+
+    def __init__(
+        self,
+        model: CompressedKVCache,
+        keys: mx.array,
+        values: mx.array,
+        key_codes: Codes,
+        value_codes: Codes,
+        lengths: Sequence[int],
+        coded: Sequence[int],
+    ):
+        self._model = model.emptied()
+        self.keys, self.values = keys, values
+        self.key_codes, self.value_codes = key_codes, value_codes
+        self.lengths, self.coded = tuple(lengths), tuple(coded)
+
+    @classmethod
+    def of(cls, rows: Sequence[CompressedKVCache]) -> Optional["PackedRows"]:
+        """Pack ``rows``, or None: too short ones, or ones that were not encoded alike."""
+        if not rows or not all(_alike(row, rows[0]) for row in rows):
+            return None
+        keys = _side_by_side([row.keys for row in rows], rows[0].visibility.sinks)
+        values = _side_by_side([row.values for row in rows], rows[0].visibility.sinks)
+        longest = max(rows, key=lambda row: row.coded)
+        return cls(
+            rows[0],
+            keys,
+            values,
+            _stack([row.key_codes for row in rows], longest.key_codes, -1),
+            _stack([row.value_codes for row in rows], longest.value_codes, -2),
+            [row.offset for row in rows],
+            [row.coded for row in rows],
+        )
+
+    @property
+    def codec(self) -> KVCodec:
+        return self._model.codec
+
+    @property
+    def visibility(self) -> Visibility:
+        return self._model.visibility
+
+    @property
+    def kernel(self) -> str:
+        return self._model.kernel
+
+    def append(self, keys: mx.array, values: mx.array) -> None:
+        """Append one token (B, H, 1, D) to every row."""
+        sinks = self.visibility.sinks
+        room = sinks + self.visibility.window + BLOCK + ROLLBACK
+        drop = max(0, self.keys.shape[2] + 1 - room)
+        self.keys, self.values = (
+            mx.concatenate([x[:, :, :sinks], x[:, :, sinks + drop :], new], axis=2)
+            for x, new in ((self.keys, keys), (self.values, values))
+        )
+        self.lengths = tuple(length + 1 for length in self.lengths)
+
+    def needs_codes(self) -> bool:
+        """Whether the newest token of some row sees tokens as codes that have none yet."""
+        sinks = self.visibility.sinks
+        return any(
+            self.visibility.exact_from(length - 1) > max(coded, sinks)
+            for length, coded in zip(self.lengths, self.coded)
+        )
+
+    def rows(self) -> List[CompressedKVCache]:
+        """The rows as caches of their own."""
+        return [self._row(i) for i in range(len(self.lengths))]
+
+    def _row(self, index: int) -> CompressedKVCache:
+        row = self._model.emptied()
+        own, sinks = slice(index, index + 1), self.visibility.sinks
+        row.offset, row.coded = self.lengths[index], self.coded[index]
+        tokens = min(self.keys.shape[2] - sinks, row.offset - sinks)
+        row.keys, row.values = (
+            mx.concatenate([x[own, :, :sinks], x[own, :, x.shape[2] - tokens :]], axis=2)
+            for x in (self.keys, self.values)
+        )
+        row.key_codes = row.value_codes = ()
+        if row.coded:
+            row.key_codes = tuple(x[own, :, :, : row.coded] for x in self.key_codes)
+            row.value_codes = tuple(x[own, :, : row.coded] for x in self.value_codes)
+        return row
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.keys, self.values, *self.key_codes, *self.value_codes)
+        return sum(array.nbytes for array in arrays)
+
+
+def _alike(row: CompressedKVCache, other: CompressedKVCache) -> bool:
+    return (
+        type(row) is CompressedKVCache
+        and row.codec is other.codec
+        and row.visibility == other.visibility
+        and row.kernel == other.kernel
+        and row.offset >= row.visibility.sinks
+        and row.keys is not None
+        and row.keys.dtype == other.keys.dtype
+    )
+
+
+def _side_by_side(arrays: Sequence[mx.array], sinks: int) -> mx.array:
+    """Sinks at the left, newest tokens at the right, (B, H, S + E, D)."""
+    longest = max(x.shape[2] for x in arrays)
+    rows = []
+    for x in arrays:
+        gap = mx.zeros((1, x.shape[1], longest - x.shape[2], x.shape[3]), x.dtype)
+        rows.append(mx.concatenate([x[:, :, :sinks], gap, x[:, :, sinks:]], axis=2))
+    return mx.concatenate(rows)
+
+
+def _stack(rows: Sequence[Codes], longest: Codes, axis: int) -> Codes:
+    """Codes (B, ...), shorter rows filled up with zeros along ``axis``."""
+    planes = []
+    for index, model in enumerate(longest):
+        filled = []
+        for codes in rows:
+            plane = codes[index] if codes else None
+            shape = list(model.shape)
+            shape[axis] -= plane.shape[axis] if codes else 0
+            zeros = mx.zeros(shape, model.dtype)
+            filled.append(mx.concatenate([plane, zeros], axis=axis) if codes else zeros)
+        planes.append(mx.concatenate(filled))
+    return tuple(planes)

@@ -1,0 +1,73 @@
+"""The compressed KV cache of one sequence that forgets: for ``max_kv_size``."""
+
+from dataclasses import replace
+from typing import Optional
+
+import mlx.core as mx
+
+from ..codecs.kv_codec import KVCodec
+from .compressed import CompressedKVCache
+from .visibility import BLOCK, Ring, Visibility
+
+
+class RotatingCompressedKVCache(CompressedKVCache):
+    """Stands where mlx-lm's RotatingKVCache would, and sees what that one sees.
+
+    The sinks are the tokens that are kept. Of the others as many are there as fit into
+    ``max_size``, the newest exact.
+
+    Args:
+        max_size: the number of tokens to hold.
+        keep: how many of them are the first tokens.
+        codec, visibility, kernel: as in :class:`CompressedKVCache`, but for the number
+            of sinks.
+    """
+
+    def __init__(
+        self,
+        max_size: int,
+        keep: int = 0,
+        codec: Optional[KVCodec] = None,
+        visibility: Visibility = Visibility(),
+        kernel: str = "eager",
+    ):
+        super().__init__(codec, replace(visibility, sinks=keep), kernel)
+        self.ring = Ring(max_size, keep)
+
+    @property
+    def max_size(self) -> int:
+        return self.ring.max_size
+
+    @property
+    def keep(self) -> int:
+        return self.ring.keep
+
+    def _forget(self) -> None:
+        super()._forget()
+        _, oldest = self.ring.oldest(self.offset - 1, 0)
+        self._drop_exact(oldest)
+        if self._exact_start() > max(self.coded, self.keep):
+            # The ring is so small that tokens leave it before they need codes.
+            self.key_codes = self.value_codes = ()
+            self.first_coded = self.coded = self._exact_start()
+        drop = (oldest - self.first_coded) // BLOCK * BLOCK
+        if drop > 0 and self.key_codes:
+            self.key_codes = tuple(mx.contiguous(x[..., drop:]) for x in self.key_codes)
+            self.value_codes = tuple(mx.contiguous(x[..., drop:, :]) for x in self.value_codes)
+            self.first_coded += drop
+
+    def is_trimmable(self) -> bool:
+        return self.offset < self.max_size
+
+    def size(self) -> int:
+        return min(self.offset, self.max_size)
+
+    def make_mask(
+        self, N: int, window_size: Optional[int] = None, return_array: bool = False
+    ):
+        if window_size not in (None, self.max_size):
+            raise ValueError(
+                f"a sliding window of {window_size} tokens over a compressed cache of "
+                f"{self.max_size} is not supported: they must be the same, or opt the model out"
+            )
+        return self.ring.mask(self.offset, N, return_array)
