@@ -24,7 +24,7 @@ def attend_bridge(
     out, first = [], view.start
     while first < view.end:
         last = min(view.end, (first // BLOCK + 1) * BLOCK)
-        exact_from = max(oldest, view.visibility.exact_from(first))
+        exact_from = max(oldest, view.exact_from(first))
         seen_to = last if isinstance(mask, str) else view.end
         keys, values = (
             mx.concatenate(

@@ -26,7 +26,9 @@ def attend_packed(
             is compressed.
     """
     sinks = rows.visibility.sinks
-    exact_mask, codes_end, code_mask = masks(rows.lengths, rows.keys.shape[2], rows.visibility)
+    exact_mask, codes_end, code_mask = _masks(
+        rows.lengths, rows.exact_start, rows.keys.shape[2], rows.visibility
+    )
     if codes_end <= sinks:
         return original(
             queries, rows.keys, rows.values, cache=None, scale=scale, mask=exact_mask
@@ -48,23 +50,23 @@ def attend_packed(
 
 # All layers ask for the same.
 @functools.lru_cache(maxsize=4)
-def masks(
-    lengths: Sequence[int], exact: int, visibility: Visibility
+def _masks(
+    lengths: Sequence[int], exact_start: Sequence[int], exact: int, visibility: Visibility
 ) -> Tuple[mx.array, int, mx.array]:
     """What the newest token of each row sees.
 
     Args:
-        lengths: the tokens of each row.
-        exact: the number of exact tokens that are packed, E of :class:`PackedRows`.
+        lengths, exact_start: of each row.
+        exact: the number of exact tokens that are packed, sinks included.
 
     Returns:
         The mask of the exact tokens (B, 1, 1, E), the number of positions that some
-        row reads as codes, and the mask of these (B, 1, 1, positions), or None if
-        that many positions are the same for all.
+        row reads as codes, and the mask of these (B, 1, 1, positions).
     """
     sinks = visibility.sinks
     end = np.array(lengths)[:, None]
     begins = np.array([visibility.exact_from(length - 1) for length in lengths])[:, None]
+    begins = np.maximum(begins, np.array(exact_start)[:, None])
     positions = end - (exact - sinks) + np.arange(exact - sinks)
     seen = np.concatenate([np.ones((len(lengths), sinks), bool), positions >= begins], axis=1)
     codes_end = int(begins.max())

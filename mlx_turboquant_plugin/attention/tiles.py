@@ -38,7 +38,7 @@ def attend_tiles(
     if view.ring is not None:
         mask = "causal"
     batch, heads, count, _ = queries.shape
-    per_query = 4 * batch * heads * min(view.end, piece_size(count))
+    per_query = 4 * batch * heads * min(view.end, _piece_size(batch, count))
     rows = max(BLOCK, TILE_BYTES[mx.default_device().type] // per_query)
     tiles = []
     for i in range(0, count, rows):
@@ -50,9 +50,10 @@ def attend_tiles(
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
 
 
-def piece_size(queries: int) -> int:
-    """How many coded tokens to dequantise at once for a number of queries."""
-    return PIECE[mx.default_device().type] * (SINGLE_QUERY if queries == 1 else 1)
+def _piece_size(batch: int, queries: int) -> int:
+    """How many coded tokens of each row to dequantise at once."""
+    piece = PIECE[mx.default_device().type]
+    return max(piece // 4, piece * SINGLE_QUERY // batch) if queries == 1 else piece
 
 
 def _rows(mask: Mask, start: int, count: int) -> Mask:
@@ -64,8 +65,8 @@ def _tile(queries, view: View, index: int, scale: float, mask: Mask, functions) 
     first = view.start + index
     last = first + count - 1
     _, oldest = view.oldest(index)
-    exact_from = max(oldest, view.visibility.exact_from(first))
-    coded_to = max(oldest, view.visibility.exact_from(last))
+    exact_from = max(oldest, view.exact_from(first))
+    coded_to = max(oldest, view.exact_from(last))
     seen_to = last + 1 if isinstance(mask, str) or count == 1 else view.end
     keys, values = view.exact(exact_from, seen_to)
     forgets = view.oldest(index + count - 1)[0] > 0
@@ -122,7 +123,7 @@ def attend_codes(
     rotated, sums = functions.begin(
         q, exact.keys, exact.values, codec.key_rotation.array, codec.balance, exact.mask
     )
-    piece = piece_size(count)
+    piece = _piece_size(batch, count)
     for start in positions[::piece]:
         stop = min(start + piece, positions.stop)
         if mask is not None:
@@ -162,8 +163,9 @@ def _masks(
         queries = mx.arange(index, index + count)[:, None]
         hidden, oldest = view.oldest(queries)
         positions = view.start + queries
-        # exact_from(), for every query at once.
-        begins = mx.maximum(positions // BLOCK * BLOCK - view.visibility.window, oldest)
+        # view.exact_from(), for every query at once.
+        begins = mx.maximum(positions // BLOCK * BLOCK - view.visibility.window, view.exact_start)
+        begins = mx.maximum(begins, oldest)
         exact_mask = mx.where(exact < sinks, exact >= hidden, exact >= begins)
         if isinstance(mask, str):
             exact_mask = exact_mask & (exact <= positions)

@@ -103,7 +103,7 @@ class CompressedKVCache(_BaseCache):
         if end <= max(start, self.visibility.sinks):
             return
         self._check_codec()
-        skip = self._sinks() - self._exact_start()
+        skip = self._sinks() - self.exact_start
         new = slice(start + skip, end + skip)
         key_codes = self.codec.encode_keys(self.keys[:, :, new], start)
         value_codes = self.codec.encode_values(self.values[:, :, new])
@@ -147,7 +147,7 @@ class CompressedKVCache(_BaseCache):
         self._drop_exact(min(retained, self.coded))
 
     def _drop_exact(self, before: int) -> None:
-        drop = before - self._exact_start()
+        drop = before - self.exact_start
         if drop <= 0:
             return
         sinks = self._sinks()
@@ -159,7 +159,9 @@ class CompressedKVCache(_BaseCache):
     def _sinks(self) -> int:
         return min(self.visibility.sinks, self.offset)
 
-    def _exact_start(self) -> int:
+    @property
+    def exact_start(self) -> int:
+        """Position of the first exact token after the sinks."""
         return self.offset - (self.keys.shape[2] - self._sinks())
 
     def _view(self, start: int) -> View:
@@ -215,7 +217,7 @@ class CompressedKVCache(_BaseCache):
         if end == 0:
             self._clear()
             return n
-        exact_start = self._exact_start()
+        exact_start = self.exact_start
         exact = self._sinks() + max(0, end - exact_start) if end > self._sinks() else end
         coded = min(self.coded, end, max(self.visibility.exact_from(end), exact_start))
         self._keep_codes(coded if coded > self.visibility.sinks else 0)

@@ -22,6 +22,7 @@ class PackedRows:
             zeros in rows that have fewer codes.
         lengths: the number of tokens of each row.
         coded: the number of tokens of each row that are held as codes.
+        exact_start: the position of each row's first exact token after the sinks.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class PackedRows:
         value_codes: Codes,
         lengths: Sequence[int],
         coded: Sequence[int],
+        exact_start: Sequence[int],
     ):
         self._model = model.emptied()
         self.keys, self.values = keys, values
         self.key_codes, self.value_codes = key_codes, value_codes
         self.lengths, self.coded = tuple(lengths), tuple(coded)
+        self.exact_start = tuple(exact_start)
 
     @classmethod
     def of(cls, rows: Sequence[CompressedKVCache]) -> Optional["PackedRows"]:
@@ -55,6 +58,7 @@ class PackedRows:
             _stack([row.value_codes for row in rows], longest.value_codes, -2),
             [row.offset for row in rows],
             [row.coded for row in rows],
+            [row.exact_start for row in rows],
         )
 
     @property
@@ -79,6 +83,10 @@ class PackedRows:
             for x, new in ((self.keys, keys), (self.values, values))
         )
         self.lengths = tuple(length + 1 for length in self.lengths)
+        held = self.keys.shape[2] - sinks
+        self.exact_start = tuple(
+            max(start, length - held) for start, length in zip(self.exact_start, self.lengths)
+        )
 
     def needs_codes(self) -> bool:
         """Whether the newest token of some row sees tokens as codes that have none yet."""
@@ -96,7 +104,7 @@ class PackedRows:
         row = self._model.emptied()
         own, sinks = slice(index, index + 1), self.visibility.sinks
         row.offset, row.coded = self.lengths[index], self.coded[index]
-        tokens = min(self.keys.shape[2] - sinks, row.offset - sinks)
+        tokens = row.offset - self.exact_start[index]
         row.keys, row.values = (
             mx.concatenate([x[own, :, :sinks], x[own, :, x.shape[2] - tokens :]], axis=2)
             for x in (self.keys, self.values)

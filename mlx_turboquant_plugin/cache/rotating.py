@@ -46,10 +46,10 @@ class RotatingCompressedKVCache(CompressedKVCache):
         super()._forget()
         _, oldest = self.ring.oldest(self.offset - 1, 0)
         self._drop_exact(oldest)
-        if self._exact_start() > max(self.coded, self.keep):
+        if self.exact_start > max(self.coded, self.keep):
             # The ring is so small that tokens leave it before they need codes.
             self.key_codes = self.value_codes = ()
-            self.first_coded = self.coded = self._exact_start()
+            self.first_coded = self.coded = self.exact_start
         drop = (oldest - self.first_coded) // BLOCK * BLOCK
         if drop > 0 and self.key_codes:
             self.key_codes = tuple(mx.contiguous(x[..., drop:]) for x in self.key_codes)

@@ -45,6 +45,13 @@ class View:
         """Position of the first exact token after the sinks."""
         return self.end - (self.keys.shape[2] - self.sinks)
 
+    def exact_from(self, position: int) -> int:
+        """The first position, after the sinks, that a query at ``position`` reads exactly.
+
+        After a long trim some tokens are only there as codes that would have been exact.
+        """
+        return max(self.visibility.exact_from(position), self.exact_start)
+
     def oldest(self, query):
         """Positions of the oldest sink and the oldest later token that a query sees.
 
@@ -86,8 +93,7 @@ class View:
     def keys_and_values(self) -> Tuple[mx.array, mx.array]:
         """All that the queries see, (B, H, T, D) in the model's dtype, codes dequantised."""
         oldest = self.oldest(0)[1]
-        exact_from = max(self.visibility.exact_from(self.end - 1), self.exact_start)
-        coded = max(oldest, min(self.coded, exact_from))
+        coded = max(oldest, min(self.coded, self.exact_from(self.end - 1)))
         exact = self.exact(coded, self.end)
         if coded == oldest:
             return exact

@@ -11,14 +11,14 @@ import time
 from typing import Any, Callable, Dict, Iterator, List
 
 import mlx.core as mx
-from mlx_lm.models.base import scaled_dot_product_attention
+from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache
 
 from .. import settings
 from ..activation import disable
 from ..attention.dispatch import attend
 from ..attention.kernels import resolve_kernel
-from ..cache import CompressedKVCache, Visibility
+from ..cache import BatchCompressedKVCache, CompressedKVCache, Visibility
 from ..codecs.kv_codec import CodecSpec, KVCodec
 from .demo import MODEL
 from .runs import compressed, compressed_prompt_cache, kv_bytes, load_model, prompt_cache
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--heads", type=int, nargs=2, default=[8, 2], metavar=("QUERY", "KV"), help="of the layer"
     )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences, of one layer")
     parser.add_argument("--head-dim", type=int, default=128, help="of the layer")
     parser.add_argument("--repeats", type=int, default=20, help="decode steps of each arm")
     parser.add_argument(
@@ -52,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     chosen = settings.load().general
     result = {
         "kernel": resolve_kernel(chosen.kernel),
-        "decode": [decode(args, chosen, length) for length in args.lengths],
+        "decode": [
+            decode(args, chosen, length, batch) for batch in args.batch for length in args.lengths
+        ],
         "prefill": prefill(args),
     }
     text = json.dumps(result, indent=2) if args.json else "\n".join(_lines(args, result))
@@ -60,34 +63,39 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def decode(args: argparse.Namespace, chosen: settings.Settings, length: int) -> Dict[str, Any]:
+def decode(
+    args: argparse.Namespace, chosen: settings.Settings, length: int, batch: int
+) -> Dict[str, Any]:
     """One decode step of one attention layer: median milliseconds of each arm.
 
-    The arms are mlx-lm's KVCache and attention, and the compressed ones, in fp32 and fp16.
+    The arms are mlx-lm's KVCache and attention, and the compressed ones, in fp32 and fp16;
+    for several sequences of the same length the batched forms of both.
     """
     (heads, kv_heads), dim = args.heads, args.head_dim
+    spec = CodecSpec(
+        dim, dim, chosen.key_codec, chosen.key_bits, chosen.value_codec, chosen.value_bits
+    )
+    codec, visibility = KVCodec(spec), Visibility(chosen.window, chosen.sinks)
+    kernel = resolve_kernel(chosen.kernel)
     arms: Dict[str, Callable[[], mx.array]] = {}
     for dtype in (mx.float32, mx.float16):
-        keys, values = (mx.random.normal((1, kv_heads, length, dim)).astype(dtype) for _ in range(2))
-        query = mx.random.normal((1, heads, 1, dim)).astype(dtype)
-        token = mx.random.normal((1, kv_heads, 1, dim)).astype(dtype)
+        query = mx.random.normal((batch, heads, 1, dim)).astype(dtype)
+        token = mx.random.normal((batch, kv_heads, 1, dim)).astype(dtype)
+        stock = [KVCache() for _ in range(batch)]
+        ours = [CompressedKVCache(codec, visibility, kernel) for _ in range(batch)]
+        for row in zip(stock, ours):
+            keys, values = mx.random.normal((2, 1, kv_heads, length, dim)).astype(dtype)
+            for cache in row:
+                cache.update_and_fetch(keys, values)
+                mx.eval(cache.state)
         mx.eval(query, token)
-        spec = CodecSpec(
-            dim, dim, chosen.key_codec, chosen.key_bits, chosen.value_codec, chosen.value_bits
-        )
-        kernel = resolve_kernel(chosen.kernel)
-        compressed = CompressedKVCache(
-            KVCodec(spec), Visibility(chosen.window, chosen.sinks), kernel
-        )
-        stock = KVCache()
-        for cache in (stock, compressed):
-            cache.update_and_fetch(keys, values)
-            mx.eval(cache.state)
         name = str(dtype).rpartition(".")[2]
-        arms[f"kvcache {name}"] = _step(stock, query, token)
-        arms[f"compressed {name}"] = _step(compressed, query, token)
+        for arm, caches in (("kvcache", stock), ("compressed", ours)):
+            cache = caches[0] if batch == 1 else caches[0].merge(caches)
+            arms[f"{arm} {name}"] = _step(cache, query, token)
     times = _alternate(arms, args.repeats)
-    return {"tokens": length, **{name: 1e3 * seconds for name, seconds in times.items()}}
+    milliseconds = {name: 1e3 * seconds for name, seconds in times.items()}
+    return {"tokens": length, "batch": batch, **milliseconds}
 
 
 def prefill(args: argparse.Namespace) -> Dict[str, Any]:
@@ -135,10 +143,11 @@ def _step(cache: Any, query: mx.array, token: mx.array) -> Callable[[], mx.array
     scale = query.shape[-1] ** -0.5
 
     def step():
-        if isinstance(cache, CompressedKVCache):
+        if isinstance(cache, (CompressedKVCache, BatchCompressedKVCache)):
             cache.attending = True
+        mask = create_attention_mask(token[:, 0], cache)
         keys, values = cache.update_and_fetch(token, token)
-        return attend(scaled_dot_product_attention, query, keys, values, cache, scale, None)
+        return attend(scaled_dot_product_attention, query, keys, values, cache, scale, mask)
 
     return step
 
@@ -160,11 +169,14 @@ def _lines(args: argparse.Namespace, result: Dict[str, Any]) -> Iterator[str]:
         f"decode, one layer, {heads} query and {kv_heads} KV heads of {args.head_dim}, kernel "
         f"{result['kernel']}: milliseconds a step, and how many times faster than KVCache"
     )
-    yield f"{'tokens':>8} {'dtype':>8} {'KVCache':>9} {'compressed':>11} {'ratio':>6}"
+    yield f"{'tokens':>8} {'batch':>6} {'dtype':>8} {'KVCache':>9} {'compressed':>11} {'ratio':>6}"
     for row in result["decode"]:
         for dtype in ("float32", "float16"):
             stock, ours = row[f"kvcache {dtype}"], row[f"compressed {dtype}"]
-            yield f"{row['tokens']:>8} {dtype:>8} {stock:>9.2f} {ours:>11.2f} {stock / ours:>6.2f}"
+            yield (
+                f"{row['tokens']:>8} {row['batch']:>6} {dtype:>8} "
+                f"{stock:>9.2f} {ours:>11.2f} {stock / ours:>6.2f}"
+            )
     yield ""
     report = result["prefill"]
     yield f"prefill of {report['tokens']} tokens in steps of {report['chunk']}, {args.model}"

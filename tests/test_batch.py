@@ -1,0 +1,321 @@
+"""The batched cache is the same as its rows by themselves, whatever joins and leaves."""
+
+import copy
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
+from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
+
+from mlx_turboquant_plugin.attention.dispatch import attend
+from mlx_turboquant_plugin.cache import (
+    BatchCompressedKVCache,
+    CompressedKVCache,
+    RotatingCompressedKVCache,
+    Visibility,
+)
+from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
+
+HEADS, KV_HEADS, DIM = 4, 2, 32
+VISIBILITY = Visibility(window=64, sinks=4)
+CODEC = KVCodec(CodecSpec(DIM, DIM))
+SCALE = DIM**-0.5
+
+
+class Sequence:
+    """Random keys, values and queries of one sequence, at every position."""
+
+    def __init__(self, seed, length=700):
+        rng = np.random.default_rng(seed)
+        self.keys, self.values = rng.standard_normal((2, KV_HEADS, length, DIM), np.float32)
+        self.queries = rng.standard_normal((HEADS, length, DIM), np.float32)
+
+
+def single(ring=None):
+    if ring is None:
+        return CompressedKVCache(CODEC, VISIBILITY, "compiled")
+    return RotatingCompressedKVCache(ring, 4, CODEC, VISIBILITY, "compiled")
+
+
+def forward(cache, queries, keys, values):
+    """One layer's attention over numpy arrays (B, H, N, D), as a patched model runs it."""
+    queries, keys, values = map(mx.array, (queries, keys, values))
+    mask = create_attention_mask(queries[:, 0], cache)
+    cache.attending = True
+    keys, values = cache.update_and_fetch(keys, values)
+    out = attend(scaled_dot_product_attention, queries, keys, values, cache, SCALE, mask)
+    cache.attending, cache.view = False, None
+    mx.eval(out, cache.state)
+    return np.array(out)
+
+
+class Schedule:
+    """A batched cache and, beside it, each of its sequences alone.
+
+    Every method does to both what mlx-lm does to a batch, and compares what attention gives.
+    """
+
+    def __init__(self, count, seeds, ring=None):
+        self.ring, self.seeds = ring, seeds
+        self.sequences = [Sequence(next(seeds)) for _ in range(count)]
+        self.alone = [single(ring) for _ in range(count)]
+        self.batch = single(ring).merge([single(ring) for _ in range(count)])
+
+    def prompt(self, lengths, chunk):
+        """Tokens of different number for each row, padded on the right."""
+        longest = max(lengths)
+        padding = [longest - length for length in lengths]
+        if any(padding):
+            self.batch.prepare(lengths=lengths, right_padding=padding)
+        before = [cache.offset for cache in self.alone]
+        for first in range(0, longest, chunk):
+            count = min(chunk, longest - first)
+            parts = [slice(o + first, o + first + count) for o in before]
+            out = forward(self.batch, *self.tokens(parts))
+            for row, (part, length, start) in enumerate(zip(parts, lengths, before)):
+                valid = min(part.stop, start + length) - part.start
+                if valid > 0:
+                    self.check_row(row, out[row, :, :valid], slice(part.start, part.start + valid))
+        if any(padding):
+            self.batch.finalize()
+
+    def decode(self, steps):
+        for _ in range(steps):
+            parts = [slice(cache.offset, cache.offset + 1) for cache in self.alone]
+            out = forward(self.batch, *self.tokens(parts))
+            for row, part in enumerate(parts):
+                self.check_row(row, out[row], part)
+
+    def tokens(self, parts):
+        return [
+            np.stack([getattr(s, name)[:, part] for s, part in zip(self.sequences, parts)])
+            for name in ("queries", "keys", "values")
+        ]
+
+    def check_row(self, row, out, part):
+        s = self.sequences[row]
+        expected = forward(
+            self.alone[row], s.queries[None, :, part], s.keys[None, :, part], s.values[None, :, part]
+        )
+        np.testing.assert_allclose(out, expected[0], atol=2e-5)
+
+    def filter(self, keep):
+        self.batch.filter(keep)
+        self.sequences = [self.sequences[i] for i in keep]
+        self.alone = [self.alone[i] for i in keep]
+
+    def extend(self, other):
+        self.batch.extend(other.batch)
+        self.sequences += other.sequences
+        self.alone += other.alone
+
+    def split(self, keep):
+        """As PromptProcessingBatch does: a copy, and each half filtered."""
+        other = copy.copy(self)
+        other.batch = copy.deepcopy(self.batch)
+        other.filter(keep)
+        self.filter([i for i in range(len(self.alone)) if i not in keep])
+        return other
+
+    def remake(self):
+        """Take all rows out and merge them again."""
+        rows = [self.batch.extract(i) for i in range(len(self.alone))]
+        for row, alone in zip(rows, self.alone):
+            assert row.offset == alone.offset
+            np.testing.assert_array_equal(row.keys_and_values()[0], alone.keys_and_values()[0])
+        self.batch = rows[0].merge(rows)
+
+    def trim(self, n):
+        assert self.batch.trim(n) == n
+        for cache in self.alone:
+            cache.trim(n)
+
+    def check(self):
+        offsets = [cache.offset for cache in self.alone]
+        assert self.batch.offset.tolist() == offsets
+        assert (self.batch.left_padding + self.batch.offset).tolist() == [
+            self.batch.size()
+        ] * len(offsets)
+
+
+def test_prompts_of_every_length_decode_as_alone():
+    schedule = Schedule(8, iter(range(8)))
+    schedule.prompt([1, 3, 4, 63, 70, 100, 131, 300], chunk=128)
+    schedule.decode(70)
+    schedule.check()
+
+
+@pytest.mark.parametrize("ring", [None, 40, 150])
+@pytest.mark.parametrize("seed", range(10))
+def test_random_schedules(seed, ring):
+    rng = np.random.default_rng(seed)
+    seeds = iter(range(1000 * seed, 1000 * seed + 1000))
+
+    def fresh():
+        count = int(rng.integers(1, 4))
+        schedule = Schedule(count, seeds, ring)
+        schedule.prompt(rng.integers(1, 160, count).tolist(), int(rng.integers(2, 100)))
+        return schedule
+
+    schedule = fresh()
+    for _ in range(8):
+        action = rng.choice(["decode", "prompt", "join", "leave", "split", "remake", "trim"])
+        count = len(schedule.alone)
+        if action == "decode":
+            schedule.decode(int(rng.integers(1, 12)))
+        elif action == "prompt":
+            schedule.prompt(rng.integers(1, 60, count).tolist(), int(rng.integers(1, 50)))
+        elif action == "join":
+            schedule.extend(fresh())
+        elif action == "leave" and count > 1:
+            schedule.filter(sorted(rng.choice(count, count - 1, replace=False).tolist()))
+        elif action == "split" and count > 1:
+            other = schedule.split([0])
+            other.decode(3)
+            schedule.extend(other)
+        elif action == "remake":
+            schedule.remake()
+        elif action == "trim" and schedule.batch.is_trimmable():
+            schedule.trim(int(rng.integers(0, min(c.offset for c in schedule.alone))))
+        schedule.check()
+    schedule.decode(40)
+
+
+def test_left_padded_prompts_as_batchkvcache_takes_them():
+    lengths = [200, 17, 130]
+    longest = max(lengths)
+    sequences = [Sequence(i) for i in range(3)]
+    batch = BatchCompressedKVCache([longest - n for n in lengths])
+    for row, alone in zip(batch.rows, [single() for _ in lengths]):
+        row.bind(CODEC, "", "compiled")
+    padded = []
+    for name in ("queries", "keys", "values"):
+        rows = [getattr(s, name)[:, :n] for s, n in zip(sequences, lengths)]
+        padded.append(np.stack([np.pad(r, [(0, 0), (longest - r.shape[1], 0), (0, 0)]) for r in rows]))
+    outs = [forward(batch, *(x[:, :, a : a + 90] for x in padded)) for a in (0, 90, 180)]
+    out = np.concatenate(outs, axis=2)
+    for row, (s, n) in enumerate(zip(sequences, lengths)):
+        alone = CompressedKVCache(CODEC, kernel="compiled")
+        expected = forward(alone, *(getattr(s, x)[None, :, :n] for x in ("queries", "keys", "values")))
+        np.testing.assert_allclose(out[row, :, longest - n :], expected[0], atol=2e-5)
+        assert not out[row, :, : longest - n].any()
+    assert batch.offset.tolist() == lengths
+
+
+def test_counts_and_masks_are_those_of_batchkvcache():
+    """Models with uncompressed layers share one mask, so both must lay tokens out alike."""
+    lengths, more = [5, 80, 33], [20, 1, 7]
+    ours = single().merge([single() for _ in lengths])
+    stock = BatchKVCache([0, 0, 0])
+
+    def step(count):
+        x = mx.random.normal((len(ours.left_padding), KV_HEADS, count, DIM))
+        for cache in (ours, stock):
+            cache.update_and_fetch(x, x)
+        same()
+
+    def same():
+        assert ours.offset.tolist() == stock.offset.tolist()
+        assert ours.left_padding.tolist() == stock.left_padding.tolist()
+        assert ours.size() == stock.size()
+        assert mx.array_equal(ours.make_mask(3), stock.make_mask(3))
+
+    for chunk in (lengths, more):
+        padding = [max(chunk) - n for n in chunk]
+        for cache in (ours, stock):
+            cache.prepare(lengths=chunk, right_padding=padding)
+        step(max(chunk))
+        for cache in (ours, stock):
+            cache.finalize()
+        same()
+    step(1)
+    for cache in (ours, stock):
+        cache.filter([0, 2])
+    same()
+    for cache, other in ((ours, single().merge([single()])), (stock, BatchKVCache([0]))):
+        cache.extend(other)
+    same()
+    for cache in (ours, stock):
+        assert cache.trim(4) == 4
+    same()
+
+
+def test_fetched_keys_are_those_of_batchkvcache_while_nothing_is_coded():
+    ours, stock = BatchCompressedKVCache([3, 0]), BatchKVCache([3, 0])
+    for count in (10, 1, 1):
+        x = mx.random.normal((2, KV_HEADS, count, DIM))
+        got, expected = ours.update_and_fetch(x, x)[0], stock.update_and_fetch(x, x)[0]
+        assert got.shape == expected.shape
+        np.testing.assert_array_equal(got[0, :, 3:], expected[0, :, 3:])
+        np.testing.assert_array_equal(got[1], expected[1])
+
+
+def test_mlx_lms_own_caches_can_join():
+    s = Sequence(0)
+    stock = KVCache()
+    stock.update_and_fetch(mx.array(s.keys[None, :, :150]), mx.array(s.values[None, :, :150]))
+    alone = single()
+    alone.update_and_fetch(mx.array(s.keys[None, :, :150]), mx.array(s.values[None, :, :150]))
+    batch = single().merge([single(), stock, KVCache()])
+    assert batch.offset.tolist() == [0, 150, 0]
+    ours, expected = batch.extract(1).keys_and_values(), alone.keys_and_values()
+    np.testing.assert_array_equal(ours[0], expected[0])
+    with pytest.raises(TypeError, match="QuantizedKVCache can't join"):
+        single().merge([single(), QuantizedKVCache()])
+
+
+def test_left_padding_comes_before_any_token():
+    batch = single().merge([single(), single()])
+    x = mx.zeros((2, KV_HEADS, 1, DIM))
+    batch.update_and_fetch(x, x)
+    with pytest.raises(ValueError, match="empty BatchCompressedKVCache"):
+        batch.prepare(left_padding=[1, 0])
+
+
+def test_every_byte_of_16_sequences_is_counted():
+    """What the rows take is what they take alone, and packing adds little."""
+    rows, tokens = [], 2048
+    for _ in range(16):
+        row = CompressedKVCache(KVCodec(CodecSpec(128, 128)))
+        keys = mx.random.normal((1, 1, tokens, 128)).astype(mx.bfloat16)
+        row.update_and_fetch(keys, keys)
+        rows.append(row)
+    alone = sum(row.nbytes for row in rows)
+    batch = rows[0].merge(rows)
+    assert batch.nbytes == alone
+    token = mx.random.normal((16, 1, 1, 128)).astype(mx.bfloat16)
+    batch.update_and_fetch(token, token)
+    mx.eval(batch.state)
+    assert batch.nbytes <= 1.03 * alone
+
+
+def test_an_extracted_row_does_not_hold_the_memory_of_the_batch():
+    rows = []
+    for _ in range(8):
+        rows.append(single())
+        x = mx.random.normal((1, 1, 4096, DIM))
+        rows[-1].update_and_fetch(x, x)
+    batch = rows[0].merge(rows)
+    token = mx.zeros((8, 1, 1, DIM))
+    batch.attending = True
+    batch.update_and_fetch(token, token)
+    mx.eval(batch.keys, batch.view.key_codes, batch.view.value_codes)
+    batch.view = None
+    del rows, x, token
+    row = batch.extract(0)
+    mx.eval(row.state)
+    del batch
+    mx.clear_cache()
+    assert mx.get_active_memory() < 3 * row.nbytes + 2**20
+
+
+def test_state_round_trip():
+    schedule = Schedule(3, iter(range(3)), None)
+    schedule.prompt([100, 3, 150], chunk=64)
+    schedule.decode(2)
+    schedule.batch = BatchCompressedKVCache.from_state(schedule.batch.state)
+    for row in schedule.batch.rows:
+        row.bind(CODEC, "", "compiled")
+    schedule.decode(5)
+    schedule.check()
