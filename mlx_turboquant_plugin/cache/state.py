@@ -115,7 +115,8 @@ def _check_arrays(cache: "CompressedKVCache") -> None:
     forgotten = cache.ring.oldest(cache.offset - 1, 0)[1] if cache.ring else 0
     _require(
         0 <= missing <= max(0, max(cache.coded, forgotten) - cache.visibility.sinks)
-        and 0 <= cache.first_coded <= cache.coded <= cache.offset,
+        and 0 <= cache.first_coded <= cache.coded <= cache.offset
+        and (cache.ring is not None or cache.first_coded == 0),
         f"{exact} exact and {cache.coded} coded tokens do not make {cache.offset}",
     )
     # One encoded token shows what every array must look like.
