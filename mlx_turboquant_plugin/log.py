@@ -22,8 +22,9 @@ def start(level: Optional[str]) -> None:
 
 
 def stop() -> None:
-    """Undo :func:`start`."""
+    """Undo :func:`start`, and let :func:`log_once` say everything again."""
     global _handler
+    log_once.cache_clear()
     if _handler is not None:
         logger.removeHandler(_handler)
         logger.setLevel(logging.NOTSET)
@@ -33,5 +34,5 @@ def stop() -> None:
 
 @functools.lru_cache(maxsize=None)
 def log_once(message: str, *args) -> None:
-    """Warn about something that is the same for every cache, once per process."""
+    """Warn about something that is the same for every cache, once until :func:`stop`."""
     logger.warning(message, *args)
