@@ -3,7 +3,7 @@
     with emulator.patch(mode="checked", schedule=0, poison=0):
         ...  # unmodified code that builds and calls Metal kernels
 
-The text that MLX would give to Metal's compiler (``signature``) is compiled as C++ (``build``)
+The text that MLX would give to Metal's compiler (``signature``) is compiled as C++ (``compiler``)
 against the headers of ``shim.h``; ``runtime.cpp`` runs its threads. In the mode "checked" every
 access to memory is looked at, and the first thing that Metal does not define raises
 :class:`EmulatorError` with its line: accesses out of bounds or misaligned, reads of memory that
@@ -28,11 +28,11 @@ from typing import Optional, Sequence, Tuple
 import mlx.core as mx
 import numpy as np
 
-import build
-from build import CompilerMissing, EmulatorError
+import compiler
+from compiler import EmulatorError, Unavailable
 from signature import Signature, generate
 
-__all__ = ["CompilerMissing", "EmulatorError", "POISONS", "metal_kernel", "patch"]
+__all__ = ["EmulatorError", "POISONS", "Unavailable", "metal_kernel", "patch", "unavailable"]
 
 # NaN as float, half and bfloat; a large number; zeros, which hide most faults.
 POISONS = (0x7FFE7FFE, 0x5A5A5A5A, 0)
@@ -50,6 +50,15 @@ class Settings:
 
 _settings = Settings()
 _one_launch = threading.Lock()
+
+
+def unavailable() -> Optional[str]:
+    """Why this machine can't run the emulator, or None: a reason to skip tests."""
+    try:
+        compiler.clang()
+    except Unavailable as error:
+        return str(error)
+    return None
 
 
 @contextlib.contextmanager
@@ -191,7 +200,7 @@ class _Launch(ctypes.Structure):
 
 def _launch(signature: Signature, buffers, grid, threadgroup, initialised: bool) -> None:
     settings = _settings
-    library = build.kernel(signature, settings.mode == "checked")
+    library = compiler.kernel(signature, settings.mode == "checked")
     arguments = (_Argument * len(signature.parameters))()
     for argument, parameter in zip(arguments, signature.parameters):
         memory = buffers[parameter.array, parameter.content]
@@ -213,11 +222,11 @@ def _launch(signature: Signature, buffers, grid, threadgroup, initialised: bool)
         seconds=settings.seconds,
     )
     with _one_launch:
-        good = build.runtime().emu_run(ctypes.byref(launch))
+        good = compiler.runtime().emu_run(ctypes.byref(launch))
     if good:
         return
     finding = launch.finding.decode(errors="replace")
-    line = launch.line or build.source_line(library, launch.instruction)
+    line = launch.line or compiler.source_line(library, launch.instruction)
     if line:
         finding += f" (line {line}: `{signature.text.splitlines()[line - 1].strip()}`)"
     raise EmulatorError(f"{signature.instance}: {finding}")

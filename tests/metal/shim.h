@@ -64,7 +64,7 @@ EMU_VECTORS(bool)
 #define EMU_THREADGROUP(owner, name, number)                                      \
   threadgroup decltype(owner::name)& name =                                       \
       *(threadgroup decltype(owner::name)*)emu_threadgroup_variable(              \
-          number, #name, sizeof(owner::name), alignof(decltype(owner::name)));
+          number, #name, sizeof(owner::name), alignof(decltype(owner::name)))
 
 #define EMU_SITE int emu_line = __builtin_LINE(), int emu_column = __builtin_COLUMN()
 #define EMU_AT emu_line, emu_column
@@ -112,147 +112,125 @@ template <class V, class... A> METAL_FUNC V emu_make(A... parts) {
   static_assert(splat || given == emu_shape<V>::size, "vector: wrong number of elements");
   V result = {};
   int count = 0;
-  for (int i = 0; i < (splat ? emu_shape<V>::size : 1); i++) (emu_append(result, count, parts), ...);
+  for (int i = 0; i < (splat ? emu_shape<V>::size : 1); i++)
+    (emu_append(result, count, parts), ...);
   return result;
 }
 
 template <class T> struct numeric_limits;
-#define EMU_LIMITS(T, LOWEST, MAX)                                       \
-  template <> struct numeric_limits<T> {                                 \
-    static constexpr T max() { return T(MAX); }                          \
-    static constexpr T lowest() { return T(LOWEST); }                    \
-    static constexpr T infinity() { return (T)INFINITY; }                \
+#define EMU_LIMITS(T, MAX)                                    \
+  template <> struct numeric_limits<T> {                      \
+    static constexpr T max() { return (T)MAX; }               \
+    static constexpr T lowest() { return (T)-MAX; }           \
+    static constexpr T infinity() { return (T)INFINITY; }     \
   };
-EMU_LIMITS(float, -FLT_MAX, FLT_MAX)
-EMU_LIMITS(half, -65504.0f, 65504.0f)
-EMU_LIMITS(bfloat, -3.38953139e+38f, 3.38953139e+38f)
+EMU_LIMITS(float, FLT_MAX)
+EMU_LIMITS(half, 65504.0f)
+EMU_LIMITS(bfloat, 3.38953139e+38f)
 
 // ---------------------------------------------------------------------- mathematics
-// One overload per type: calls with mixed types are ambiguous, as they are in Metal.
+// Arguments of different types are errors, as in Metal, where they are ambiguous.
 
-#define EMU_EACH_1(NAME)                                                                   \
-  template <class T, int N> METAL_FUNC vec<T, N> NAME(vec<T, N> a) {                       \
-    vec<T, N> r;                                                                           \
-    for (int i = 0; i < N; i++) r[i] = NAME((T)a[i]);                                      \
-    return r;                                                                              \
-  }
-#define EMU_EACH_2(NAME)                                                                   \
-  template <class T, int N> METAL_FUNC vec<T, N> NAME(vec<T, N> a, vec<T, N> b) {          \
-    vec<T, N> r;                                                                           \
-    for (int i = 0; i < N; i++) r[i] = NAME((T)a[i], (T)b[i]);                             \
-    return r;                                                                              \
-  }
-#define EMU_EACH_3(NAME)                                                                   \
-  template <class T, int N> METAL_FUNC vec<T, N> NAME(vec<T, N> a, vec<T, N> b, vec<T, N> c) { \
-    vec<T, N> r;                                                                           \
-    for (int i = 0; i < N; i++) r[i] = NAME((T)a[i], (T)b[i], (T)c[i]);                    \
-    return r;                                                                              \
-  }
-#define EMU_MATH_1(NAME, F)                                            \
-  METAL_FUNC float NAME(float a) { return F(a); }                      \
-  METAL_FUNC half NAME(half a) { return (half)NAME((float)a); }        \
-  METAL_FUNC bfloat NAME(bfloat a) { return (bfloat)NAME((float)a); }  \
-  EMU_EACH_1(NAME)
-#define EMU_MATH_2(NAME, F)                                                                 \
-  METAL_FUNC float NAME(float a, float b) { return F(a, b); }                               \
-  METAL_FUNC half NAME(half a, half b) { return (half)NAME((float)a, (float)b); }           \
-  METAL_FUNC bfloat NAME(bfloat a, bfloat b) { return (bfloat)NAME((float)a, (float)b); }   \
-  EMU_EACH_2(NAME)
-#define EMU_MATH_3(NAME, F)                                                                 \
-  METAL_FUNC float NAME(float a, float b, float c) { return F(a, b, c); }                   \
-  METAL_FUNC half NAME(half a, half b, half c) {                                            \
-    return (half)NAME((float)a, (float)b, (float)c);                                        \
-  }                                                                                         \
-  METAL_FUNC bfloat NAME(bfloat a, bfloat b, bfloat c) {                                    \
-    return (bfloat)NAME((float)a, (float)b, (float)c);                                      \
-  }                                                                                         \
-  EMU_EACH_3(NAME)
+template <class T>
+constexpr bool emu_is_float = is_same_v<T, float> || is_same_v<T, half> || is_same_v<T, bfloat>;
 
-METAL_FUNC float emu_rsqrt(float a) { return 1.0f / __builtin_sqrtf(a); }
-METAL_FUNC float emu_sign(float a) { return a > 0 ? 1.0f : a < 0 ? -1.0f : a == a ? a : 0.0f; }
-METAL_FUNC float emu_mix(float a, float b, float t) { return a + (b - a) * t; }
-METAL_FUNC float emu_clamp(float a, float low, float high) {
-  return __builtin_fminf(__builtin_fmaxf(a, low), high);
+// F::of() of a scalar, or of each element of vectors.
+template <class F, class T, class... Same> METAL_FUNC T emu_map(T a, Same... more) {
+  if constexpr (emu_shape<T>::size == 1) return (T)F::of(a, more...);
+  else {
+    T result;
+    for (int i = 0; i < emu_shape<T>::size; i++)
+      result[i] = (emu_element<T>)F::of((emu_element<T>)a[i], (emu_element<T>)more[i]...);
+    return result;
+  }
 }
-EMU_MATH_1(exp, __builtin_expf)
-EMU_MATH_1(exp2, __builtin_exp2f)
-EMU_MATH_1(log, __builtin_logf)
-EMU_MATH_1(log2, __builtin_log2f)
-EMU_MATH_1(sin, __builtin_sinf)
-EMU_MATH_1(cos, __builtin_cosf)
-EMU_MATH_1(tanh, __builtin_tanhf)
-EMU_MATH_1(sqrt, __builtin_sqrtf)
-EMU_MATH_1(rsqrt, emu_rsqrt)
-EMU_MATH_1(fabs, __builtin_fabsf)
-EMU_MATH_1(abs, __builtin_fabsf)
-EMU_MATH_1(floor, __builtin_floorf)
-EMU_MATH_1(ceil, __builtin_ceilf)
-EMU_MATH_1(trunc, __builtin_truncf)
-EMU_MATH_1(round, __builtin_roundf)
-EMU_MATH_1(rint, __builtin_rintf)
-EMU_MATH_1(sign, emu_sign)
-EMU_MATH_2(pow, __builtin_powf)
-EMU_MATH_2(fmod, __builtin_fmodf)
-EMU_MATH_2(fmin, __builtin_fminf)
-EMU_MATH_2(fmax, __builtin_fmaxf)
-EMU_MATH_2(min, __builtin_fminf)
-EMU_MATH_2(max, __builtin_fmaxf)
-EMU_MATH_3(fma, __builtin_fmaf)
-EMU_MATH_3(mix, emu_mix)
-EMU_MATH_3(clamp, emu_clamp)
+#define EMU_MATH_1(NAME, EXPRESSION)                                      \
+  struct emu_##NAME {                                                     \
+    METAL_FUNC static float of(float a) { return EXPRESSION; }            \
+  };                                                                      \
+  template <class T> METAL_FUNC T NAME(T a) {                             \
+    static_assert(emu_is_float<emu_element<T>>, #NAME " takes floats");   \
+    return emu_map<emu_##NAME>(a);                                        \
+  }
+#define EMU_MATH_2(NAME, EXPRESSION)                                      \
+  struct emu_##NAME {                                                     \
+    METAL_FUNC static float of(float a, float b) { return EXPRESSION; }   \
+  };                                                                      \
+  template <class T> METAL_FUNC T NAME(T a, T b) {                        \
+    static_assert(emu_is_float<emu_element<T>>, #NAME " takes floats");   \
+    return emu_map<emu_##NAME>(a, b);                                     \
+  }
+EMU_MATH_1(exp, __builtin_expf(a))
+EMU_MATH_1(exp2, __builtin_exp2f(a))
+EMU_MATH_1(log, __builtin_logf(a))
+EMU_MATH_1(log2, __builtin_log2f(a))
+EMU_MATH_1(sin, __builtin_sinf(a))
+EMU_MATH_1(cos, __builtin_cosf(a))
+EMU_MATH_1(tanh, __builtin_tanhf(a))
+EMU_MATH_1(sqrt, __builtin_sqrtf(a))
+EMU_MATH_1(rsqrt, 1.0f / __builtin_sqrtf(a))
+EMU_MATH_1(fabs, __builtin_fabsf(a))
+EMU_MATH_1(floor, __builtin_floorf(a))
+EMU_MATH_1(ceil, __builtin_ceilf(a))
+EMU_MATH_1(trunc, __builtin_truncf(a))
+EMU_MATH_1(round, __builtin_roundf(a))
+EMU_MATH_1(rint, __builtin_rintf(a))
+EMU_MATH_1(sign, a > 0 ? 1.0f : a < 0 ? -1.0f : a == a ? a : 0.0f)
+EMU_MATH_2(pow, __builtin_powf(a, b))
+EMU_MATH_2(fmod, __builtin_fmodf(a, b))
+EMU_MATH_2(fmin, __builtin_fminf(a, b))
+EMU_MATH_2(fmax, __builtin_fmaxf(a, b))
 namespace precise = ::metal;
 namespace fast = ::metal;
 
-template <class T> METAL_FUNC bool isnan(T a) { return a != a; }
-template <class T> METAL_FUNC bool isinf(T a) { return __builtin_isinf((float)a); }
-template <class T> METAL_FUNC bool isfinite(T a) { return __builtin_isfinite((float)a); }
+struct emu_fma {
+  METAL_FUNC static float of(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+};
+template <class T> METAL_FUNC T fma(T a, T b, T c) { return emu_map<emu_fma>(a, b, c); }
+template <class T> METAL_FUNC T mix(T a, T b, T t) { return a + (b - a) * t; }
+template <class T, int N> METAL_FUNC vec<T, N> mix(vec<T, N> a, vec<T, N> b, T t) {
+  return a + (b - a) * t;
+}
 template <class T, int N> METAL_FUNC T dot(vec<T, N> a, vec<T, N> b) {
   T sum = a[0] * b[0];
   for (int i = 1; i < N; i++) sum += a[i] * b[i];
   return sum;
 }
-template <class T, int N> METAL_FUNC vec<T, N> mix(vec<T, N> a, vec<T, N> b, T t) {
-  return mix(a, b, (vec<T, N>)t);
-}
+template <class T> METAL_FUNC bool isnan(T a) { return a != a; }
+template <class T> METAL_FUNC bool isinf(T a) { return __builtin_isinf((float)a); }
+template <class T> METAL_FUNC bool isfinite(T a) { return __builtin_isfinite((float)a); }
+
+// Of all scalars.
+#define EMU_EACH(NAME, ARGUMENTS, PASSED, EXPRESSION)                                    \
+  struct emu_each_##NAME {                                                               \
+    template <class T> METAL_FUNC static T of ARGUMENTS {                                \
+      constexpr int width = 8 * sizeof(T);                                               \
+      (void)width;                                                                       \
+      return (T)(EXPRESSION);                                                            \
+    }                                                                                    \
+  };                                                                                     \
+  template <class T> METAL_FUNC T NAME ARGUMENTS { return emu_map<emu_each_##NAME> PASSED; }
+EMU_EACH(min, (T a, T b), (a, b), b < a || a != a ? b : a)
+EMU_EACH(max, (T a, T b), (a, b), b > a || a != a ? b : a)
+EMU_EACH(abs, (T a), (a), a < (T)0 ? -a : a)
+EMU_EACH(popcount, (T a), (a), __builtin_popcountl((__make_unsigned(T))a))
+EMU_EACH(clz, (T a), (a), a ? __builtin_clzl((__make_unsigned(T))a) - (64 - width) : width)
+EMU_EACH(ctz, (T a), (a), a ? __builtin_ctzl((__make_unsigned(T))a) : width)
+template <class T> METAL_FUNC T clamp(T a, T low, T high) { return min(max(a, low), high); }
 template <class T, int N> METAL_FUNC vec<T, N> clamp(vec<T, N> a, T low, T high) {
   return clamp(a, (vec<T, N>)low, (vec<T, N>)high);
 }
-
-#define EMU_SELECT(T) METAL_FUNC T select(T a, T b, bool c) { return c ? b : a; }
-#define EMU_INTEGER(T, U)                                                                   \
-  EMU_SELECT(T)                                                                             \
-  METAL_FUNC T min(T a, T b) { return a < b ? a : b; }                                      \
-  METAL_FUNC T max(T a, T b) { return a > b ? a : b; }                                      \
-  METAL_FUNC T clamp(T a, T low, T high) { return min(max(a, low), high); }                 \
-  METAL_FUNC U abs(T a) { return a < 0 ? -(U)a : (U)a; }                                    \
-  METAL_FUNC T popcount(T a) { return (T)__builtin_popcountl((U)a); }                       \
-  METAL_FUNC T clz(T a) {                                                                   \
-    return (T)(a ? __builtin_clzl((U)a) - (64 - 8 * (int)sizeof(T)) : 8 * (int)sizeof(T));  \
-  }                                                                                         \
-  METAL_FUNC T ctz(T a) { return (T)(a ? __builtin_ctzl((U)a) : 8 * (int)sizeof(T)); }      \
-  METAL_FUNC T extract_bits(T a, uint offset, uint bits) {                                  \
-    constexpr uint width = 8 * sizeof(T);                                                   \
-    if (offset + bits > width) emu_undefined("extract_bits outside of the number");         \
-    return bits ? (T)((T)((U)a << (width - offset - bits)) >> (width - bits)) : (T)0;       \
-  }                                                                                         \
-  METAL_FUNC T insert_bits(T a, T b, uint offset, uint bits) {                              \
-    constexpr uint width = 8 * sizeof(T);                                                   \
-    if (offset + bits > width) emu_undefined("insert_bits outside of the number");          \
-    U mask = bits ? (U)((U)~(U)0 >> (width - bits)) << offset : (U)0;                       \
-    return (T)(((U)a & ~mask) | ((U)((U)b << offset) & mask));                              \
-  }
-EMU_SELECT(float)
-EMU_SELECT(half)
-EMU_SELECT(bfloat)
-EMU_INTEGER(int8_t, uint8_t)
-EMU_INTEGER(uint8_t, uint8_t)
-EMU_INTEGER(int16_t, uint16_t)
-EMU_INTEGER(uint16_t, uint16_t)
-EMU_INTEGER(int32_t, uint32_t)
-EMU_INTEGER(uint32_t, uint32_t)
-EMU_INTEGER(int64_t, uint64_t)
-EMU_INTEGER(uint64_t, uint64_t)
-EMU_EACH_1(popcount)
+template <class T> METAL_FUNC T select(T a, T b, bool c) { return c ? b : a; }
+template <class T, int N> METAL_FUNC vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<bool, N> c) {
+  for (int i = 0; i < N; i++) a[i] = c[i] ? b[i] : a[i];
+  return a;
+}
+template <class T> METAL_FUNC T extract_bits(T a, uint offset, uint bits) {
+  constexpr uint width = 8 * sizeof(T);
+  if (offset + bits > width) emu_undefined("extract_bits outside of the number");
+  if (bits == 0) return (T)0;
+  return (T)((T)((__make_unsigned(T))a << (width - offset - bits)) >> (width - bits));
+}
 
 // ---------------------------------------------------------------------- meetings of threads
 

@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -23,7 +24,8 @@ _FLAGS = """
 -gline-tables-only
 """.split()
 _KERNEL_FLAGS = """
--x c++ -std=c++14 -nostdinc -fno-rtti -fvisibility=hidden -ftrivial-auto-var-init=pattern
+-x c++ -std=c++14 -nostdinc -fno-rtti -fvisibility=hidden -fstack-clash-protection
+-ftrivial-auto-var-init=pattern
 -Xclang -cl-single-precision-constant -Xclang -ffloat16-excess-precision=none
 -Xclang -fbfloat16-excess-precision=none
 -Wno-unknown-attributes -Wno-ignored-attributes -Wno-c++17-extensions -Wno-psabi
@@ -45,8 +47,8 @@ class EmulatorError(RuntimeError):
     """The kernel is not valid Metal, or did something that Metal does not define."""
 
 
-class CompilerMissing(EmulatorError):
-    """There is no clang that is new enough."""
+class Unavailable(EmulatorError):
+    """This machine can't run the emulator."""
 
 
 @lru_cache(maxsize=None)
@@ -54,13 +56,15 @@ def clang() -> str:
     """The path of the newest clang.
 
     Raises:
-        CompilerMissing: there is none, or it is too old.
+        Unavailable: there is none, or it is too old, or the machine is of another kind.
     """
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        raise Unavailable("the Metal emulator needs Linux on x86-64")
     for name in [f"clang++-{n}" for n in range(25, OLDEST_CLANG - 1, -1)] + ["clang++"]:
         path = shutil.which(name)
         if path and _version(path) >= OLDEST_CLANG:
             return path
-    raise CompilerMissing(
+    raise Unavailable(
         f"the Metal emulator needs clang {OLDEST_CLANG} or newer (apt-get install clang-19)"
     )
 
@@ -73,13 +77,12 @@ def _version(path: str) -> int:
 
 @lru_cache(maxsize=None)
 def runtime() -> ctypes.CDLL:
-    """The library that runs kernels; theirs find its functions, so it has to be loaded first."""
+    """The library that runs kernels; theirs are linked to it."""
 
     def build(target):
         _compile([*_FLAGS, "-std=c++17", "-O2", "-shared", HERE / "runtime.cpp", "-o", target])
 
-    path = _cached("runtime", build, _sources())
-    return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(_cached("runtime", build, _sources())))
 
 
 @lru_cache(maxsize=None)
@@ -89,12 +92,14 @@ def kernel(signature: Signature, checked: bool) -> ctypes.CDLL:
     Raises:
         EmulatorError: it does not compile, or breaks a rule that C++ does not have.
     """
-    runtime()
     text = _as_cpp(signature)
-    path = _cached(
-        "kernel", lambda target: _build_kernel(text, checked, target), _sources(), text, checked
-    )
-    return ctypes.CDLL(str(path))
+
+    def build(target):
+        _build_kernel(text, checked, target)
+
+    path = _cached("kernel", build, _sources(), text, checked)
+    # Its own runtime before any that the process has loaded for other ends.
+    return ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
 
 
 def source_line(library: ctypes.CDLL, instruction: int) -> int:
@@ -159,9 +164,9 @@ def _share_variables(text: str) -> str:
             name = re.findall(r"\w+", declarator)[-1]
             parts.append(f"EMU_THREADGROUP({owner}, {name}, {number})")
             number += 1
-        return f"{before}struct {owner} {{ {declaration}; }}; {' '.join(parts)}"
+        return f"{before}struct {owner} {{ {declaration}; }}; {'; '.join(parts)}"
 
-    return re.sub(r"([;{}]\s*)threadgroup\s+([^;*&()=]+);", replace, text)
+    return re.sub(r"([;{}]\s*)threadgroup\s+((?:[^][;*&()=]|\[[^]]*\])+)(?=;)", replace, text)
 
 
 # What points has to say where to; plain C++ takes silence for thread memory.
@@ -198,12 +203,14 @@ def _build_kernel(text: str, checked: bool, target: Path) -> None:
     flags = [*_FLAGS, *_KERNEL_FLAGS, level, *checks, f"-I{HERE}"]
     warnings = _compile([*flags, source, "-o", code])
     for warning in warnings.splitlines():
-        if "floating-point precision" in warning and warning.split(" to ")[-1].startswith("'bfloat"):
+        if "floating-point precision" in warning and warning.split(" to ")[-1].startswith(
+            "'bfloat"
+        ):
             raise EmulatorError(f"bfloat takes no float without a conversion: {warning}")
     code.write_text(_one_address_space(code.read_text()))
     checks = _THREAD_CHECKS if checked else []
-    flags = [*_FLAGS, "-x", "ir", "-Wno-override-module", "-shared", level, *checks]
-    _compile([*flags, code, "-o", target])
+    flags = [*_FLAGS, "-Wno-override-module", "-shared", level, *checks]
+    _compile([*flags, "-Wl,-z,defs", code, runtime()._name, "-o", target])
 
 
 def _one_address_space(code: str) -> str:
@@ -250,7 +257,7 @@ def _compile(arguments) -> str:
 
 @lru_cache(maxsize=None)
 def _sources() -> bytes:
-    names = ("build.py", "interface.h", "runtime.cpp", "shim.h")
+    names = "compiler.py interface.h launch.h memory.h runtime.cpp shim.h threads.h".split()
     return b"".join((HERE / name).read_bytes() for name in names) + clang().encode()
 
 
