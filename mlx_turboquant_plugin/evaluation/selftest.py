@@ -115,11 +115,11 @@ QUICK = (
     case(128, groups=8, keys=("lloyd-max", 3), values=("lloyd-max", 3), lengths=(1300,)),
     case(128, groups=1, lengths=(101,), keys=("affine", 4), values=("affine", 4)),
     case(128, groups=2, lengths=(5, 170, 333, 69), extras=True, rope="partial"),
-    case(128, groups=6, count=8, lengths=(200,), keys=("lloyd-max", 2), values=("affine", 2)),
+    case(128, groups=6, count=8, lengths=(196,), keys=("lloyd-max", 2), values=("affine", 2)),
     case(256, groups=7, lengths=(260,), extras=True, dtype="bfloat16"),
     case(256, groups=1, keys=("affine", 8), values=("affine", 8)),
     case(256, groups=2, keys=("affine", 2), values=("lloyd-max", 4), lengths=(330, 290)),
-    case(64, groups=2, lengths=(397,), extras=True, ring=263),
+    case(64, groups=2, lengths=(430,), extras=True, ring=263),
     Case(192, 128, groups=2, keys=("lloyd-max", 3), values=("lloyd-max", 2)),
 )
 
