@@ -14,7 +14,7 @@ from pathlib import Path
 from signature import Signature
 
 HERE = Path(__file__).resolve().parent
-OLDEST_CLANG = 16  # the first with arithmetic in __bf16
+OLDEST_CLANG = 17  # the first with arithmetic in __bf16
 
 # C++14 is what Metal is based on. Every operation in half precision is rounded, and nothing
 # is contracted to a fused multiply-add.
@@ -26,12 +26,12 @@ _KERNEL_FLAGS = """
 -x c++ -std=c++14 -nostdinc -fno-rtti -fvisibility=hidden -fstack-clash-protection
 -ftrivial-auto-var-init=pattern
 -Xclang -cl-single-precision-constant -Xclang -ffloat16-excess-precision=none
+-Xclang -fbfloat16-excess-precision=none
 -Wno-unknown-attributes -Wno-ignored-attributes -Wno-c++17-extensions -Wno-psabi
 -Wno-duplicate-decl-specifier -Wno-user-defined-literals -Wno-reserved-user-defined-literal
 -Wno-unused-value -Wimplicit-float-conversion
 -S -emit-llvm -Xclang -disable-llvm-passes
 """.split()
-_KERNEL_FLAGS_OF_17 = ["-Xclang", "-fbfloat16-excess-precision=none"]
 # The sanitizers only put calls into the code; the runtime answers them.
 _CHECKS = """
 -fsanitize=thread,shift-exponent,integer-divide-by-zero,float-cast-overflow,bounds
@@ -68,7 +68,6 @@ def clang() -> str:
     )
 
 
-@lru_cache(maxsize=None)
 def _version(path: str) -> int:
     text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     match = re.search(r"version (\d+)", text)
@@ -202,8 +201,6 @@ def _build_kernel(text: str, checked: bool, target: Path) -> None:
     source.write_text(text)
     flags = [*_FLAGS, "-O1" if checked else "-O2"]
     front = [*flags, *_KERNEL_FLAGS, *(_CHECKS if checked else [])]
-    if _version(clang()) >= 17:
-        front += _KERNEL_FLAGS_OF_17
     warnings = _compile([*front, f"-I{HERE}", source, "-o", code])
     narrowed = re.search(r"kernel\.metal:.*floating-point precision.* to 'bfloat.*", warnings)
     if narrowed:
