@@ -76,6 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-bits", type=int, choices=(2, 3, 4, 6, 8), default=4, help="of QuantizedKVCache (4)"
     )
+    parser.add_argument(
+        "--kernel", choices=settings.KERNELS,
+        help="of the compressed cache (default: what TURBOQUANT_KERNEL says, or auto)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures")
     parser.add_argument("--plot", metavar="FILE", help="draw speed and memory, a PNG")
 
@@ -86,7 +90,13 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0; bad settings and models that can't be measured are raised as SettingsError.
     """
-    chosen = settings.load().general
+    overrides = {"kernel": args.kernel} if args.kernel else {}
+    chosen = settings.load(overrides=overrides).general
+    if chosen.bypass:
+        raise settings.SettingsError(
+            f"TURBOQUANT_BYPASS is {chosen.bypass!r}: bench measures compression, which that "
+            "leaves out: unset it"
+        )
     disable()  # TURBOQUANT=1 would compress every cache
     if args.heads[0] % args.heads[1]:
         raise settings.SettingsError(
@@ -98,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         plot.check()
     notes = _notes(args, chosen)
-    results = _measure(args, chosen)
+    results = _measure(args, chosen, overrides)
+    notes["fallbacks"] = status().fallbacks
     sys.stdout.write("\n".join(lines(notes, results)) + "\n")
     if args.json:
         Path(args.json).write_text(json.dumps(as_json(notes, results), indent=2) + "\n")
@@ -115,7 +126,9 @@ class Job(NamedTuple):
     run: Callable[[Callable], None]
 
 
-def _measure(args: argparse.Namespace, chosen: settings.Settings) -> Results:
+def _measure(
+    args: argparse.Namespace, chosen: settings.Settings, overrides: Dict[str, Any]
+) -> Results:
     results = Results([], [])
     jobs = []
     if {"decode", "prefill"} & set(args.parts):
@@ -123,7 +136,7 @@ def _measure(args: argparse.Namespace, chosen: settings.Settings) -> Results:
         if args.model_dtype:
             model.set_dtype(DTYPES[args.model_dtype])
             mx.eval(model.parameters())
-        jobs += _model_jobs(args, ModelBench(model, args.kv_bits), results)
+        jobs += _model_jobs(args, ModelBench(model, args.kv_bits, overrides), results)
     if "layer" in args.parts:
         jobs += _layer_jobs(args, chosen, results)
     # Without a terminal there is nobody to watch.

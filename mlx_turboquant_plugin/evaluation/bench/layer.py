@@ -13,7 +13,7 @@ from ...attention.dispatch import attend
 from ...attention.kernels import resolve_kernel
 from ...cache import BatchCompressedKVCache, CompressedKVCache, Visibility
 from ...codecs.kv_codec import CodecSpec, KVCodec
-from ..runs import kv_bytes
+from ..runs import kv_bytes, table_bytes
 from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, ROUND
 from .measurement import Measurement, Results, Skipped, dtype_name, filled, quantized_group
 from .measurement import take_turns, too_large
@@ -80,10 +80,11 @@ class LayerBench:
                 for run in timers.values():
                     run()
             for name, seconds in take_turns(timers, rounds * ROUND, tick).items():
+                size = kv_bytes(arms[name])
+                if name == COMPRESSED:
+                    size += table_bytes([CompressedKVCache(self._codec)])
                 results.measurements.append(
-                    Measurement(
-                        part, tokens, batch, dtype_name(dtype), name, seconds, kv_bytes(arms[name])
-                    )
+                    Measurement(part, tokens, batch, dtype_name(dtype), name, seconds, size)
                 )
 
     def _arms(self, tokens: int, batch: int, dtype: mx.Dtype) -> Dict[str, List[Any]]:

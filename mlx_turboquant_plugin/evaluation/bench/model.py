@@ -2,7 +2,7 @@
 
 import time
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,8 +10,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 from mlx_lm.models.cache import KVCache
 
+from ...codecs.byte_matrix import constants
 from ...settings import SettingsError
-from ..runs import compressed, compressed_prompt_cache, kv_bytes, prompt_cache
+from ..runs import compressed, compressed_prompt_cache, kv_bytes, prompt_cache, table_bytes
 from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, ROUND
 from .measurement import Measurement, Results, Skipped, dtype_name, filled, quantized_group
 from .measurement import slow_when_quantized, take_turns, too_large
@@ -60,13 +61,14 @@ class ModelBench:
 
     Args:
         kv_bits: of mlx-lm's QuantizedKVCache.
+        overrides: settings of the compressed cache, stronger than the environment.
 
     Raises:
         SettingsError: the model's caches can't be filled, or not compressed.
     """
 
-    def __init__(self, model: nn.Module, kv_bits: int):
-        self.model, self.kv_bits = model, kv_bits
+    def __init__(self, model: nn.Module, kv_bits: int, overrides: Mapping[str, Any]):
+        self.model, self.kv_bits, self.overrides = model, kv_bits, overrides
         caches = prompt_cache(model)
         if any(type(cache) is not KVCache for cache in caches):
             kinds = ", ".join(sorted({type(cache).__name__ for cache in caches}))
@@ -74,7 +76,7 @@ class ModelBench:
                 f"bench fills caches of the kind KVCache only, and this model has {kinds}: "
                 "choose another --model"
             )
-        with compressed():
+        with self._patched(COMPRESSED):
             compressed_prompt_cache(model)
         # Never evaluated: shapes and dtypes are known without.
         logits = model(mx.zeros((1, 1), mx.int32), cache=caches)
@@ -101,9 +103,10 @@ class ModelBench:
         kinds = [KVCACHE, QUANTIZED, COMPRESSED] if batch == 1 else [BATCH_KVCACHE, COMPRESSED]
         arms: Dict[str, List[Any]] = {}
         peaks: Dict[str, int] = {}
+        tables: Dict[str, int] = {}
         for kind in self._possible(kinds, "decode", tokens, batch, results):
             before = _fresh_peak()
-            arms[kind] = self._filled(kind, tokens, batch)
+            arms[kind], tables[kind] = self._filled(kind, tokens, batch)
             mx.clear_cache()
             mx.reset_peak_memory()
             # Warms up, too.
@@ -121,7 +124,7 @@ class ModelBench:
                     dtype_name(self.dtype),
                     kind,
                     seconds,
-                    kv_bytes(arms[kind]),
+                    kv_bytes(arms[kind]) + tables[kind],
                     peaks[kind],
                 )
             )
@@ -148,7 +151,7 @@ class ModelBench:
                         mx.clear_cache()
                     seconds = time.perf_counter() - start
                 peaks[kind] = mx.get_peak_memory() - before
-                sizes[kind] = kv_bytes(caches)
+                sizes[kind] = kv_bytes(caches) + table_bytes(caches)
                 return seconds
 
             return run
@@ -198,7 +201,8 @@ class ModelBench:
             return [c.to_quantized(group_size=self._group(), bits=self.kv_bits) for c in caches]
         return caches
 
-    def _filled(self, kind: str, tokens: int, batch: int) -> List[Any]:
+    def _filled(self, kind: str, tokens: int, batch: int) -> Tuple[List[Any], int]:
+        """Full caches, and the bytes of their tables."""
         with self._patched(kind):
             caches = self._caches(kind)
             for index, heads in enumerate(self.layers):
@@ -206,10 +210,11 @@ class ModelBench:
                     mx.random.normal((1, heads.kv_heads, tokens, dim)).astype(self.dtype)
                     for dim in (heads.key_dim, heads.value_dim)
                 )
-                cache = filled(caches[index], keys, values)
-                if batch > 1:
-                    caches[index] = type(cache).merge([cache] * batch)
-            return caches
+                filled(caches[index], keys, values)
+            tables = table_bytes(caches)
+            if batch > 1:
+                caches = [type(cache).merge([cache] * batch) for cache in caches]
+            return caches, tables
 
     def _decode(self, kind: str, caches: List[Any], batch: int) -> float:
         """Seconds of a step. As mlx-lm does it: while one is computed the next is prepared."""
@@ -231,11 +236,13 @@ class ModelBench:
             return (time.perf_counter() - start) / ROUND
 
     def _patched(self, kind: str) -> AbstractContextManager:
-        return compressed() if kind == COMPRESSED else nullcontext()
+        return compressed(**self.overrides) if kind == COMPRESSED else nullcontext()
 
 
 def _fresh_peak() -> int:
     """Start to look for the peak of memory; returns what is in use now."""
+    # Left over from an earlier measurement they would be missing in this one.
+    constants.cache_clear()
     mx.synchronize()
     mx.clear_cache()
     mx.reset_peak_memory()

@@ -41,6 +41,7 @@ def lines(notes: Dict[str, Any], results: Results) -> Iterator[str]:
             f"not measured: {skipped.part}, {skipped.tokens} tokens, batch {skipped.batch}, "
             f"{skipped.cache}: {skipped.reason}"
         )
+    yield from notes["fallbacks"]
     yield ""
     yield (
         "speed: how many times faster than the first cache of the group, by medians; by means "
