@@ -158,7 +158,7 @@ def compare(args: argparse.Namespace) -> Report:
     caches, vocabulary = _probe(model)
     texts.check_ids(np.concatenate(windows), vocabulary)
     dtype, shapes = caches[0].keys.dtype, layer_shapes(caches)
-    arms = [BESIDE[name] for name in args.beside] + [PRESET_ARMS[name] for name in args.presets]
+    arms = [PRESET_ARMS[name] for name in args.presets] + [BESIDE[name] for name in args.beside]
     arms, left_out = _applicable(arms, shapes)
     lengths = sorted({*LENGTHS, args.length})
     sizes = {arm.name: bytes_by_length(arm, model, shapes, dtype, lengths) for arm in arms}
