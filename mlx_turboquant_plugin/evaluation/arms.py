@@ -1,5 +1,6 @@
 """The arms of a comparison: ways to keep keys and values, each beside the exact run."""
 
+import copy
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -83,6 +84,12 @@ class Run:
         self.caches: List[Any] = []
         self.seconds, self.tokens = 0.0, 0
         self._model = model
+
+    def fork(self) -> "Run":
+        """Another run that has read the same tokens."""
+        other = Run(self.arm, self._model)
+        other.caches = copy.deepcopy(self.caches)
+        return other
 
     def __call__(self, inputs: mx.array) -> mx.array:
         """Logits (N, vocabulary) of the next tokens ``inputs`` (N,)."""

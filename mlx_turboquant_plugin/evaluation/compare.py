@@ -20,8 +20,7 @@ from tqdm import tqdm
 from ..activation import disable
 from ..cache import CompressedKVCache
 from ..settings import PRESETS, SettingsError
-from . import texts
-from .arguments import at_least
+from .arguments import add_text_arguments, at_least, read_windows
 from .arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
 from .free_running import Agreement, agreement, generate
 from .memory import bf16_bytes, bytes_by_length, layer_shapes
@@ -104,15 +103,7 @@ class Report:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
-    parser.add_argument("--model", required=True, help="folder or Hub name of a model")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", metavar="FILE", help="a text in UTF-8 (Python's own manual)")
-    source.add_argument("--tokens", metavar="FILE", help="token ids as .npy, the first one is bos")
-    parser.add_argument("--windows", type=at_least(1), default=6, help="pieces of text (6)")
-    parser.add_argument("--length", type=at_least(2), default=2048, help="tokens of each (2048)")
-    parser.add_argument(
-        "--chunk", type=at_least(1), default=128, help="tokens per forward pass (128)"
-    )
+    add_text_arguments(parser, windows=6)
     parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=list(PRESETS))
     parser.add_argument(
         "--beside",
@@ -149,14 +140,11 @@ def run(args: argparse.Namespace) -> int:
 
 def compare(args: argparse.Namespace) -> Report:
     """Measure every arm that ``args`` asks for."""
-    tokens = texts.read_token_file(args.tokens) if args.tokens else None
     model, tokenizer = load_model(args.model)
-    if tokens is None:
-        tokens = texts.read_text_file(args.text, tokenizer)
-    first_repeats = args.tokens is not None or tokens[:1] == [tokenizer.bos_token_id]
-    windows = texts.windows(tokens, args.windows, args.length, first_repeats)
-    caches, vocabulary = _probe(model)
-    texts.check_ids(np.concatenate(windows), vocabulary)
+    windows = read_windows(args, model, tokenizer)
+    caches = prompt_cache(model)
+    # Never evaluated: shapes and dtypes are known without.
+    model(mx.zeros((1, 1), mx.int32), cache=caches)
     dtype, shapes = caches[0].keys.dtype, layer_shapes(caches)
     arms = [PRESET_ARMS[name] for name in args.presets] + [BESIDE[name] for name in args.beside]
     arms, left_out = _applicable(arms, shapes)
@@ -225,14 +213,6 @@ def compare(args: argparse.Namespace) -> Report:
         layer_arm=layer_arm.name,
         kl_by_layer=by_layer,
     )
-
-
-def _probe(model: nn.Module):
-    """Caches that have seen a token in the model's own dtype, and the size of its vocabulary."""
-    caches = prompt_cache(model)
-    # Never evaluated: shapes and dtypes are known without.
-    logits = model(mx.zeros((1, 1), mx.int32), cache=caches)
-    return caches, logits.shape[-1]
 
 
 def _applicable(arms: Sequence[Arm], shapes: Sequence[Any]):
