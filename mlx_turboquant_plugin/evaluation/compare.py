@@ -147,7 +147,7 @@ def compare(args: argparse.Namespace) -> Report:
     model(mx.zeros((1, 1), mx.int32), cache=caches)
     dtype, shapes = caches[0].keys.dtype, layer_shapes(caches)
     arms = [PRESET_ARMS[name] for name in args.presets] + [BESIDE[name] for name in args.beside]
-    arms, left_out = _applicable(arms, shapes)
+    arms, left_out = applicable(arms, shapes)
     lengths = sorted({*LENGTHS, args.length})
     sizes = {arm.name: bytes_by_length(arm, model, shapes, dtype, lengths) for arm in arms}
     model.set_dtype(mx.float32)
@@ -215,7 +215,7 @@ def compare(args: argparse.Namespace) -> Report:
     )
 
 
-def _applicable(arms: Sequence[Arm], shapes: Sequence[Any]):
+def applicable(arms: Sequence[Arm], shapes: Sequence[Any]):
     """The arms that the head dims allow, and a line about each of the others."""
     odd = sorted({dim for shape in shapes for _, dim in shape if dim % MLX_LM_GROUP})
     kept = [arm for arm in arms if arm.mlx_lm_bits is None or not odd]

@@ -197,9 +197,9 @@ class Probe(KVCache):
 @contextmanager
 def _queries_seen(model: nn.Module) -> Iterator[None]:
     """Meanwhile the attention of ``model`` shows its queries to each :class:`Probe`."""
-    modules = {sys.modules[type(layer.self_attn).__module__] for layer in model.layers}
     name = "scaled_dot_product_attention"
-    originals = {module: getattr(module, name) for module in modules}
+    modules = {sys.modules[type(part).__module__] for part in model.modules()}
+    originals = {module: getattr(module, name) for module in modules if hasattr(module, name)}
 
     def observed(original):
         def attention(queries, keys, values, *args, cache, scale, **kwargs):
