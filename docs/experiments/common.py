@@ -17,7 +17,8 @@ from mlx_turboquant_plugin.evaluation.runs import (
 )
 from mlx_turboquant_plugin.evaluation.teacher_forcing import Divergence, join, lockstep
 
-Change = Callable[[KVCodec], KVCodec]
+# From the index of a layer and its codec to the codec that it gets instead.
+Change = Callable[[int, KVCodec], KVCodec]
 
 
 def load(description: str):
@@ -32,10 +33,10 @@ def load(description: str):
 
 
 def changed_caches(model: nn.Module, change: Change) -> List[Any]:
-    """Compressed caches whose codecs are ``change(codec)``; inside ``compressed()``."""
+    """Compressed caches whose codecs are ``change(index, codec)``; inside ``compressed()``."""
     caches = compressed_prompt_cache(model)
-    for layer, cache in zip(model.layers, caches):
-        cache.codec = change(cache.codec)
+    for index, (layer, cache) in enumerate(zip(model.layers, caches)):
+        cache.codec = change(index, cache.codec)
         cache.biased = cache.codec.bias is not None
         # Bound already, so that it does not adopt the codec that its layer would have.
         cache.attention = weakref.ref(layer.self_attn)

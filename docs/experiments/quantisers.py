@@ -217,7 +217,7 @@ def variance_normalised(restore):
 
 
 def simulated(keys, values):
-    def change(codec):
+    def change(index, codec):
         spec = replace(codec.spec, key_codec="exact", value_codec="exact")
         other = KVCodec(spec, codec.balance, codec.bias)
         other.keys, other.values = Simulated(keys), Simulated(values)
@@ -232,7 +232,7 @@ def main():
     entropy = Entropy(k), Entropy(v)
     plain = per_vector(lloyd_max(k)), per_vector(lloyd_max(v))
     arms = {
-        "shipped": lambda codec: codec,
+        "shipped": lambda index, codec: codec,
         "Lloyd-Max, simulated": simulated(*plain),
         "trellis, 8 states": simulated(per_vector(trellis(k)), per_vector(trellis(v))),
         "E8 in a ball": simulated(per_vector(e8(k)), per_vector(e8(v))),

@@ -1,12 +1,15 @@
 """Arguments that several subcommands have, and what they stand for."""
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any, Callable, List
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..settings import SettingsError
 from . import texts
 from .runs import prompt_cache
 
@@ -22,18 +25,49 @@ def at_least(low: int) -> Callable[[str], int]:
     return number
 
 
+def output_file(text: str) -> Path:
+    """An argparse type: a file that can be written, as far as can be told beforehand."""
+    path = Path(text)
+    folder = path.absolute().parent
+    for wrong, why in (
+        (path.is_dir(), "it is a folder: name a file in it"),
+        (not folder.is_dir(), f"there is no folder {folder}: make it"),
+        (not os.access(path if path.exists() else folder, os.W_OK), "it is write-protected"),
+    ):
+        if wrong:
+            raise argparse.ArgumentTypeError(f"{text!r} can't be written: {why}")
+    return path
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file in UTF-8.
+
+    Raises:
+        SettingsError: it can't be written.
+    """
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise SettingsError(
+            f"{str(path)!r} can't be written ({error}): choose another place"
+        ) from error
+
+
 def add_text_arguments(parser: argparse.ArgumentParser, windows: int) -> None:
     """Declare the model, the text, and how it is cut; ``windows`` is the default."""
-    parser.add_argument("--model", required=True, help="folder or Hub name of a model")
+    parser.add_argument("--model", required=True, metavar="PATH", help="folder or Hub name of a model")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", metavar="FILE", help="a text in UTF-8 (Python's own manual)")
+    source.add_argument("--text", metavar="FILE", help="a text in UTF-8 (the manual that Python brings)")
     source.add_argument("--tokens", metavar="FILE", help="token ids as .npy, the first one is bos")
     parser.add_argument(
-        "--windows", type=at_least(1), default=windows, help=f"pieces of text ({windows})"
+        "--windows", type=at_least(1), metavar="N", default=windows,
+        help=f"pieces of text ({windows})",
     )
-    parser.add_argument("--length", type=at_least(2), default=2048, help="tokens of each (2048)")
     parser.add_argument(
-        "--chunk", type=at_least(1), default=128, help="tokens per forward pass (128)"
+        "--length", type=at_least(2), metavar="N", default=2048, help="tokens of each (2048)"
+    )
+    parser.add_argument(
+        "--chunk", type=at_least(1), metavar="N", default=128, help="tokens per forward pass (128)"
     )
 
 

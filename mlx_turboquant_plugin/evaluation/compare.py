@@ -8,9 +8,8 @@ may part, is shown beside it.
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from dataclasses import asdict
+from typing import Any, Dict, List, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,104 +18,44 @@ from tqdm import tqdm
 
 from ..activation import disable
 from ..cache import CompressedKVCache
-from ..settings import PRESETS, SettingsError
-from .arguments import add_text_arguments, at_least, read_windows
+from ..settings import PRESETS
+from .arguments import add_text_arguments, at_least, output_file, read_windows, write
 from .arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
-from .free_running import Agreement, agreement, generate
+from .free_running import agreement, generate
 from .memory import bf16_bytes, bytes_by_length, layer_shapes
 from .page import page
+from .report import Report, Result, lines
 from .runs import coded_tokens, load_model, prompt_cache
-from .statistics import Interval, Summary, Verdict, summarise, verdict
+from .statistics import summarise, verdict
 from .teacher_forcing import Divergence, lockstep
 
 # Positions that one point of a curve by position stands for.
 BIN = 64
-SHOWN_LENGTHS = (8192, 32768)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 MLX_LM_GROUP = 64
-
-
-@dataclass(frozen=True)
-class Result:
-    """One arm against the exact run.
-
-    Attributes:
-        bits: of keys and values, in words.
-        summary: of the same tokens fed to both.
-        free: of greedy generation, or None without one.
-        verdict: what the sample says.
-        kv_bytes_per_token: of all layers at the end of a window, everything counted.
-        kv_ratio: how many times smaller that is than a KVCache in bfloat16.
-        coded_tokens: how many tokens of a window are held as codes at its end.
-        tokens_per_second: of the windows, ``decode_tokens_per_second`` of the generation.
-        kl_by_position: mean KL of each 64 positions, over the windows.
-        bytes_by_length: of all layers, at the report's ``lengths``.
-        kl_by_window, change_by_window: what the intervals are made from.
-    """
-
-    name: str
-    bits: str
-    summary: Summary
-    free: Optional[Agreement]
-    verdict: Optional[Verdict]
-    kv_bytes_per_token: float
-    kv_ratio: float
-    coded_tokens: int
-    tokens_per_second: float
-    decode_tokens_per_second: Optional[float]
-    kl_by_position: List[float]
-    bytes_by_length: List[int]
-    kl_by_window: List[float]
-    change_by_window: List[float]
-
-
-@dataclass(frozen=True)
-class Report:
-    """A whole comparison.
-
-    Attributes:
-        kl_by_layer: mean KL with one layer compressed at a time, by ``layer_arm``, in the
-            first window; empty if it was not asked for.
-        bf16_by_length: bytes of an uncompressed KVCache at ``lengths``.
-    """
-
-    model: str
-    source: str
-    windows: int
-    length: int
-    chunk: int
-    generated: int
-    prompt: int
-    quality_dtype: str
-    kv_bytes_dtype: str
-    exact_perplexity: float
-    exact_tokens_per_second: float
-    exact_decode_tokens_per_second: Optional[float]
-    left_out: List[str]
-    results: List[Result]
-    bin: int
-    lengths: List[int]
-    bf16_by_length: List[int]
-    layer_arm: str
-    kl_by_layer: List[float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
     add_text_arguments(parser, windows=6)
-    parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=list(PRESETS))
     parser.add_argument(
-        "--beside",
-        nargs="*",
-        choices=list(BESIDE),
+        "--presets", nargs="+", metavar="NAME", choices=list(PRESETS), default=list(PRESETS),
+        help=f"some of {', '.join(PRESETS)} (all)",
+    )
+    parser.add_argument(
+        "--beside", nargs="*", metavar="NAME", choices=list(BESIDE),
         default=["identity", "mlx-lm-4bit", "mlx-lm-8bit"],
-        help="what else to measure: bypasses, and mlx-lm's own quantised caches",
+        help=f"what else to measure, bypasses and mlx-lm's own quantised caches: some of "
+        f"{', '.join(BESIDE)} (all but bridge)",
     )
     parser.add_argument(
-        "--generate", type=at_least(0), default=256, help="tokens to generate greedily (256)"
+        "--generate", type=at_least(0), metavar="N", default=256,
+        help="tokens to generate greedily (256); 0 leaves it out",
     )
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
-    parser.add_argument("--html", metavar="FILE", help="write a page with plots")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write everything that was measured"
+    )
+    parser.add_argument("--html", type=output_file, metavar="FILE", help="write a page with plots")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -126,15 +65,12 @@ def run(args: argparse.Namespace) -> int:
         0; what is wrong with the arguments is raised as SettingsError.
     """
     disable()  # TURBOQUANT=1 would compress the exact run too
-    for path in (args.json, args.html):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise SettingsError(f"{path!r} can't be written: its folder does not exist: make it")
     report = compare(args)
+    sys.stdout.write("\n".join(lines(report)) + "\n")
     if args.json:
-        Path(args.json).write_text(json.dumps(asdict(report), indent=1) + "\n", "utf-8")
+        write(args.json, json.dumps(asdict(report), indent=1) + "\n")
     if args.html:
-        Path(args.html).write_text(page(report), "utf-8")
-    sys.stdout.write("\n".join(_lines(report)) + "\n")
+        write(args.html, page(report))
     return 0
 
 
@@ -146,7 +82,8 @@ def compare(args: argparse.Namespace) -> Report:
     # Never evaluated: shapes and dtypes are known without.
     model(mx.zeros((1, 1), mx.int32), cache=caches)
     dtype, shapes = caches[0].keys.dtype, layer_shapes(caches)
-    arms = [PRESET_ARMS[name] for name in args.presets] + [BESIDE[name] for name in args.beside]
+    # A name that is given twice is measured once.
+    arms = [{**PRESET_ARMS, **BESIDE}[name] for name in dict.fromkeys(args.presets + args.beside)]
     arms, left_out = applicable(arms, shapes)
     lengths = sorted({*LENGTHS, args.length})
     sizes = {arm.name: bytes_by_length(arm, model, shapes, dtype, lengths) for arm in arms}
@@ -263,76 +200,3 @@ def _result(runs: Sequence[Run], windows: Sequence[Divergence], **others: Any) -
         change_by_window=[w.perplexity / w.exact_perplexity - 1 for w in windows],
         **others,
     )
-
-
-def _lines(report: Report) -> Iterator[str]:
-    yield (
-        f"{report.model}: {report.windows} x {report.length} tokens of {report.source}, "
-        f"in chunks of {report.chunk}, weights in {report.quality_dtype}"
-    )
-    yield (
-        f"smaller: nbytes of all layers, filled in {report.kv_bytes_dtype} up to so many tokens, "
-        "against a KVCache in bfloat16"
-    )
-    yield from report.left_out
-    yield ""
-    columns: List[tuple] = [
-        ("arm", "<", lambda r: r.name),
-        ("bits", ">", lambda r: r.bits),
-        ("mean KL", ">", lambda r: f"{r.summary.kl.estimate:.1e}"),
-        ("99% KL", ">", lambda r: f"{r.summary.kl_p99:.1e}"),
-        ("top-1", ">", lambda r: f"{r.summary.top1.estimate:.2%}"),
-        ("ppl", ">", lambda r: f"{r.summary.perplexity:.4f}"),
-        ("change [95% interval]", ">", lambda r: _change(r.summary.change)),
-        ("tokens/s", ">", lambda r: f"{r.tokens_per_second:.0f}"),
-    ]
-    columns += [
-        (f"smaller at {length}" if not index else str(length), ">", _smaller(report, length))
-        for index, length in enumerate(sorted({report.length, *SHOWN_LENGTHS}))
-    ]
-    yield from _table(columns, report.results)
-    yield (
-        f"exact: perplexity {report.exact_perplexity:.4f}, "
-        f"{report.exact_tokens_per_second:.0f} tokens/s"
-    )
-    yield ""
-    if report.generated:
-        yield (
-            f"greedy generation of {report.generated} tokens after {report.prompt}: "
-            f"exact at {report.exact_decode_tokens_per_second:.1f} tokens/s"
-        )
-        columns = [
-            ("arm", "<", lambda r: r.name),
-            ("same for", ">", lambda r: r.free.same_for),
-            ("same places", ">", lambda r: f"{r.free.agreement:.0%}"),
-            ("tokens/s", ">", lambda r: f"{r.decode_tokens_per_second:.1f}"),
-        ]
-        yield from _table(columns, report.results)
-        yield ""
-    columns = [
-        ("arm", "<", lambda r: r.name),
-        ("verdict", "<", lambda r: "no verdict" if r.verdict.word == "none" else r.verdict.word),
-        ("because", "<", lambda r: r.verdict.reason),
-    ]
-    yield from _table(columns, report.results)
-
-
-def _smaller(report: Report, length: int) -> Callable[[Result], str]:
-    at = report.lengths.index(length)
-    return lambda r: f"{report.bf16_by_length[at] / r.bytes_by_length[at]:.2f}x"
-
-
-def _change(change: Interval) -> str:
-    if change.low is None:
-        return f"{change.estimate:+.2%} [too few windows]"
-    return f"{change.estimate:+.2%} [{change.low:+.2%}, {change.high:+.2%}]"
-
-
-def _table(columns: Sequence[tuple], rows: Sequence[Result]) -> Iterator[str]:
-    """Lines of a table; a column is a title, how to align it, and what to read from a row."""
-    shown = [[title, *(str(read(row)) for row in rows)] for title, _, read in columns]
-    widths = [max(map(len, cells)) for cells in shown]
-    for line in zip(*shown):
-        yield "  ".join(
-            f"{cell:{align}{width}}" for cell, (_, align, _), width in zip(line, columns, widths)
-        ).rstrip()

@@ -23,7 +23,7 @@ from ..activation import disable
 from ..cache import CompressedKVCache, Visibility
 from ..codecs.kv_codec import KVCodec
 from ..settings import PRESETS, SettingsError
-from .arguments import add_text_arguments, read_windows
+from .arguments import add_text_arguments, output_file, read_windows, write
 from .arms import EXACT, PRESET_ARMS, Run
 from .runs import load_model, prompt_cache
 from .teacher_forcing import lockstep
@@ -66,9 +66,14 @@ class LayerDrift:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
     add_text_arguments(parser, windows=1)
-    parser.add_argument("--preset", choices=list(PRESETS), default="default")
+    parser.add_argument(
+        "--preset", metavar="NAME", choices=list(PRESETS), default="default",
+        help=f"one of {', '.join(PRESETS)} (default)",
+    )
     parser.add_argument("--heads", action="store_true", help="a line for each KV head, too")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write everything that was measured"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,11 +87,10 @@ def run(args: argparse.Namespace) -> int:
     windows = read_windows(args, model, tokenizer)
     model.set_dtype(mx.float32)
     heads, layers = measure(model, windows, args.chunk, args.preset)
+    sys.stdout.write("\n".join(_lines(args, heads, layers)) + "\n")
     if args.json:
         report = {"heads": [asdict(h) for h in heads], "layers": [asdict(x) for x in layers]}
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
-    sys.stdout.write("\n".join(_lines(args, heads, layers)) + "\n")
+        write(args.json, json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -2,13 +2,11 @@
 
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, List, Sequence
+from typing import Iterator, List, Sequence
 
 from . import plots
+from .report import Report, Result
 from .statistics import SAME_CHANGE, SAME_KL, SAME_TOP1
-
-if TYPE_CHECKING:
-    from .compare import Report, Result
 
 STYLE = Path(__file__).with_name("page.css")
 # Below this a KL is rounding: curves start there.
@@ -17,12 +15,12 @@ FLOOR = 1e-6
 QUOTED = 8192
 
 
-def page(report: "Report") -> str:
+def page(report: Report) -> str:
     """HTML, with its style sheet and its plots inside."""
     return "\n".join(_page(report)) + "\n"
 
 
-def _page(report: "Report") -> Iterator[str]:
+def _page(report: Report) -> Iterator[str]:
     name = escape(Path(report.model).name)
     yield '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -46,7 +44,7 @@ def _page(report: "Report") -> Iterator[str]:
     yield "</main>\n</body>\n</html>"
 
 
-def _cards(report: "Report") -> Iterator[str]:
+def _cards(report: Report) -> Iterator[str]:
     yield '<div class="cards">'
     for index, r in enumerate(report.results):
         word = "no verdict" if r.verdict.word == "none" else r.verdict.word
@@ -55,7 +53,7 @@ def _cards(report: "Report") -> Iterator[str]:
         else:
             bits = f"{r.bits} bits"
             size = (
-                f"{_ratio(report, r, QUOTED):.2f}<small>× smaller at {plots.count(QUOTED)} "
+                f"{report.smaller(r, QUOTED):.2f}<small>× smaller at {plots.count(QUOTED)} "
                 "tokens</small>"
             )
         yield (
@@ -69,7 +67,7 @@ def _cards(report: "Report") -> Iterator[str]:
     yield "</div>"
 
 
-def _figures(report: "Report") -> Iterator[tuple]:
+def _figures(report: Report) -> Iterator[tuple]:
     """Heading, explanation, chart and the indices of the arms it shows."""
     lossy = [i for i, r in enumerate(report.results) if r.summary.kl.estimate > FLOOR]
     if lossy:
@@ -83,9 +81,9 @@ def _figures(report: "Report") -> Iterator[tuple]:
         yield _changes(report, spans)
 
 
-def _quality_against_size(report: "Report", lossy: Sequence[int]) -> tuple:
+def _quality_against_size(report: Report, lossy: Sequence[int]) -> tuple:
     points = [
-        plots.Point(r.name, i, _ratio(report, r, QUOTED), r.summary.kl.estimate)
+        plots.Point(r.name, i, report.smaller(r, QUOTED), r.summary.kl.estimate)
         for i, r in ((i, report.results[i]) for i in lossy)
     ]
     x = plots.linear("times smaller than bfloat16", 1, max(p.x for p in points) + 0.5)
@@ -98,7 +96,7 @@ def _quality_against_size(report: "Report", lossy: Sequence[int]) -> tuple:
     )
 
 
-def _by_position(report: "Report", lossy: Sequence[int]) -> tuple:
+def _by_position(report: Report, lossy: Sequence[int]) -> tuple:
     lines = [
         plots.Line(
             report.results[i].name,
@@ -125,13 +123,13 @@ def _by_position(report: "Report", lossy: Sequence[int]) -> tuple:
     )
 
 
-def _by_length(report: "Report") -> tuple:
+def _by_length(report: Report) -> tuple:
     shown = [i for i, r in enumerate(report.results) if r.bits != "exact"]
     lines = [
         plots.Line(
             report.results[i].name,
             i,
-            [(length, _ratio(report, report.results[i], length)) for length in report.lengths],
+            [(length, report.smaller(report.results[i], length)) for length in report.lengths],
         )
         for i in shown
     ]
@@ -153,7 +151,7 @@ def _by_length(report: "Report") -> tuple:
     )
 
 
-def _by_layer(report: "Report") -> tuple:
+def _by_layer(report: Report) -> tuple:
     series = next(i for i, r in enumerate(report.results) if r.name == report.layer_arm)
     top = max(report.kl_by_layer)
     return (
@@ -167,7 +165,7 @@ def _by_layer(report: "Report") -> tuple:
     )
 
 
-def _changes(report: "Report", shown: Sequence[int]) -> tuple:
+def _changes(report: Report, shown: Sequence[int]) -> tuple:
     points: List[plots.Point] = []
     for row, i in enumerate(shown):
         change = report.results[i].summary.change
@@ -187,11 +185,13 @@ def _changes(report: "Report", shown: Sequence[int]) -> tuple:
     )
 
 
-def _details(report: "Report") -> Iterator[str]:
-    heads = (
+def _details(report: Report) -> Iterator[str]:
+    heads = [
         "arm", "bits K/V", "mean KL", "99% KL", "top-1", "perplexity", "change [95%]",
-        "bytes a token", "smaller", "tokens/s", "greedy: same for", "same places", "tokens/s",
-    )
+        "bytes a token", "smaller", "tokens/s",
+    ]
+    if report.generated:
+        heads += ["greedy: same for", "same places", "tokens/s"]
     yield '<h2>All figures</h2>\n<div class="scroll"><table><thead><tr>'
     yield "".join(f"<th>{head}</th>" for head in heads) + "</tr></thead><tbody>"
     for r in report.results:
@@ -207,7 +207,7 @@ def _details(report: "Report") -> Iterator[str]:
     yield "</tbody></table></div>"
 
 
-def _footer(report: "Report") -> Iterator[str]:
+def _footer(report: Report) -> Iterator[str]:
     notes = [
         f"Weights in {report.quality_dtype}; bytes counted in caches filled in "
         f"{report.kv_bytes_dtype}; bytes a token and the table's sizes at {report.length:,} tokens; "
@@ -225,7 +225,7 @@ def _footer(report: "Report") -> Iterator[str]:
     yield '<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
 
 
-def _legend(report: "Report", shown: Sequence[int]) -> str:
+def _legend(report: Report, shown: Sequence[int]) -> str:
     items = "".join(
         f'<span class="s{i}"><i></i>{escape(report.results[i].name)}</span>' for i in shown
     )
@@ -236,16 +236,11 @@ def _kl(value: float) -> str:
     return f"{value:.1e}" if value > FLOOR else "rounding"
 
 
-def _change(r: "Result") -> str:
+def _change(r: Result) -> str:
     change = r.summary.change
     if change.low is None:
         return f"{change.estimate:+.2%}"
     return f"{change.estimate:+.2%} [{change.low:+.2%}, {change.high:+.2%}]"
-
-
-def _ratio(report: "Report", r: "Result", length: int) -> float:
-    at = report.lengths.index(length)
-    return report.bf16_by_length[at] / r.bytes_by_length[at]
 
 
 def _mib(size: int) -> str:

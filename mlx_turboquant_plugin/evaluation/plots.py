@@ -107,11 +107,12 @@ def scatter(title: str, x: Axis, y: Axis, points: Sequence[Point]) -> str:
         if point.span:
             low, high = (_x(x, end) for end in point.span)
             bar = f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{py:.1f}" y2="{py:.1f}"/>'
-        right = px > WIDTH * 0.75
+        right, above = px > WIDTH * 0.75, py > TOP + 20
         marks.append(
             f'<g class="s{point.series}">{bar}<circle cx="{px:.1f}" cy="{py:.1f}" r="5">'
             f"<title>{escape(point.name)}: {point.x:.3g}, {point.y:.3g}</title></circle></g>"
-            f'<text class="name" x="{px + (-10 if right else 10):.1f}" y="{py - 7:.1f}" '
+            f'<text class="name" x="{px + (-10 if right else 10):.1f}" '
+            f'y="{py + (-7 if above else 17):.1f}" '
             f'text-anchor="{"end" if right else "start"}">{escape(point.name)}</text>'
         )
     return _chart(title, x, y, marks)

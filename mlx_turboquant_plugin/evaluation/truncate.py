@@ -20,7 +20,7 @@ import numpy as np
 from ..activation import disable
 from ..cache import CompressedKVCache
 from ..settings import PRESETS, SettingsError
-from .arguments import add_text_arguments, at_least, read_windows
+from .arguments import add_text_arguments, at_least, output_file, read_windows, write
 from .arms import PRESET_ARMS, Run
 from .runs import load_model
 from .teacher_forcing import lockstep
@@ -59,7 +59,10 @@ class Cut:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
     add_text_arguments(parser, windows=1)
-    parser.add_argument("--preset", choices=list(PRESETS), default="default")
+    parser.add_argument(
+        "--preset", metavar="NAME", choices=list(PRESETS), default="default",
+        help=f"one of {', '.join(PRESETS)} (default)",
+    )
     parser.add_argument(
         "--at", type=at_least(1), nargs="+", metavar="N", help="tokens to keep (some places)"
     )
@@ -67,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--remove", type=at_least(1), nargs="+", metavar="N", default=[1, 16, 17, 300],
         help="tokens to trim off at each place (1 16 17 300)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write everything that was measured"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,10 +98,9 @@ def run(args: argparse.Namespace) -> int:
         for at in places
         for one in cut(model, mx.array(window), args.chunk, args.preset, at, args.remove)
     ]
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump([asdict(c) for c in cuts], file, indent=1)
     sys.stdout.write("\n".join(_lines(args, cuts)) + "\n")
+    if args.json:
+        write(args.json, json.dumps([asdict(c) for c in cuts], indent=1) + "\n")
     return int(any(c.outcome == "differs" for c in cuts))
 
 
