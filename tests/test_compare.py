@@ -12,9 +12,11 @@ import tiny
 from mlx_turboquant_plugin.cli import main
 from mlx_turboquant_plugin.codecs import packing
 from mlx_turboquant_plugin.evaluation import free_running, memory
+from mlx_turboquant_plugin.evaluation.arguments import write
 from mlx_turboquant_plugin.evaluation.arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
 from mlx_turboquant_plugin.evaluation.statistics import summarise, verdict
 from mlx_turboquant_plugin.evaluation.teacher_forcing import lockstep
+from mlx_turboquant_plugin.settings import SettingsError
 
 # A small window, so that short texts read codes.
 SMALL = Arm("small window", {"preset": "quality", "window": 32})
@@ -63,9 +65,8 @@ def test_arms_side_by_side_are_what_they_are_alone():
     assert together[0].kl < together[1].kl
 
 
-def test_two_runs_of_one_arm_do_not_differ(tiny_model):
-    model, _ = tiny_model
-    _, tokenizer = tiny.load("tiny-llama")
+def test_two_runs_of_one_arm_do_not_differ():
+    model, tokenizer = tiny.load("tiny-qwen3")
     found = summarise(compared(model, windows(tokenizer), EXACT))
     assert found.change.low <= 0 <= found.change.high
     assert found.change.high - found.change.low < 1e-6
@@ -189,12 +190,27 @@ def test_table_and_refusal(capsys):
         (["--windows", "999", "--text", str(tiny.TEXT)], "--windows is 999"),
         (["--text", "no-such-file"], "--text is 'no-such-file'"),
         (["--tokens", str(tiny.TEXT)], "--tokens is"),
-        (["--json", "no-such-folder/report.json"], "no-such-folder"),
     ],
 )
 def test_mistakes_are_named(arguments, named, caplog):
     assert main(["compare", "--model", str(tiny.PATHS["tiny-llama"]), *arguments]) == 2
     assert named in caplog.text
+
+
+@pytest.mark.parametrize("command", ["compare", "drift", "truncate"])
+@pytest.mark.parametrize(
+    "place, named", [("", "it is a folder"), ("no/report.json", "there is no folder")]
+)
+def test_places_that_cannot_be_written_are_found_first(command, place, named, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--model", "no-such-model", "--json", str(tmp_path / place)])
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_writing_that_fails_is_said(tmp_path):
+    with pytest.raises(SettingsError, match="can't be written"):
+        write(tmp_path / "gone" / "report.json", "")
 
 
 def test_head_dims_that_mlx_lm_cannot_quantise_are_left_out():

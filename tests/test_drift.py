@@ -98,4 +98,4 @@ def test_command(tmp_path, capsys):
 def test_text_that_is_too_short(caplog):
     arguments = ["drift", "--model", str(tiny.PATHS["tiny-llama"]), "--length", "100"]
     assert main([*arguments, "--text", str(tiny.TEXT)]) == 2
-    assert "--length" in caplog.text
+    assert "--length is 100" in caplog.text and "more than 228" in caplog.text

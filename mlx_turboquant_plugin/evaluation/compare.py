@@ -26,7 +26,7 @@ from .memory import bf16_bytes, bytes_by_length, layer_shapes
 from .page import page
 from .report import Report, Result, lines
 from .runs import coded_tokens, load_model, prompt_cache
-from .statistics import summarise, verdict
+from .statistics import BROKEN_CHANGE, SAME_CHANGE, SAME_KL, SAME_TOP1, summarise, verdict
 from .teacher_forcing import Divergence, lockstep
 
 # Positions that one point of a curve by position stands for.
@@ -38,6 +38,12 @@ MLX_LM_GROUP = 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
     add_text_arguments(parser, windows=6)
+    parser.epilog = (
+        f"Verdicts. same: perplexity within {SAME_CHANGE:.1%}, mean KL within {SAME_KL:g} nats and "
+        f"top-1 agreement from {SAME_TOP1:.0%} up, each with its whole 95% interval. costs: one of "
+        f"them surely worse. broken: perplexity surely grows by more than {BROKEN_CHANGE:.0%}. no "
+        "verdict: the sample is too small to tell."
+    )
     parser.add_argument(
         "--presets", nargs="+", metavar="NAME", choices=list(PRESETS), default=list(PRESETS),
         help=f"some of {', '.join(PRESETS)} (all)",

@@ -99,11 +99,20 @@ def measure(model: nn.Module, windows: List[np.ndarray], chunk: int, preset: str
 
     Returns:
         HeadDrift of each head, and LayerDrift of each compressed layer.
+
+    Raises:
+        SettingsError: the windows are too short to read codes, or the model can't be compressed.
     """
     arm = PRESET_ARMS[preset]
     with arm.on():
         codecs = arm.caches(model)
     probed = [i for i, c in enumerate(codecs) if isinstance(c, CompressedKVCache)]
+    length, visibility = len(windows[0]), codecs[probed[0]].visibility
+    if visibility.exact_from(length - 1) <= visibility.sinks:
+        raise SettingsError(
+            f"--length is {length}, and no token of so short a text is read as a code: choose more "
+            f"than {visibility.window + visibility.sinks + 32}"
+        )
     sums = {i: [] for i in probed}
     kls = []
     for window in windows:
@@ -122,8 +131,6 @@ def measure(model: nn.Module, windows: List[np.ndarray], chunk: int, preset: str
     heads, layers = [], []
     for i, kl in zip(probed, np.mean(kls, axis=0)):
         total = np.sum(sums[i], axis=0)
-        if not total[:, -1].all():
-            raise SettingsError("no position reads codes: choose a larger --length")
         heads += [HeadDrift(i, head, *_ratios(row)) for head, row in enumerate(total)]
         layers.append(LayerDrift(i, *_ratios(total.sum(axis=0)), float(kl)))
     return heads, layers
