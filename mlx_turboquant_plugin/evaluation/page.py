@@ -1,5 +1,6 @@
 """The report of ``mlx_turboquant compare`` as one page that needs nothing else."""
 
+import re
 from html import escape
 from pathlib import Path
 from typing import Iterator, List, Sequence
@@ -61,8 +62,8 @@ def _cards(report: Report) -> Iterator[str]:
             f'<p class="big">{size}</p>'
             f"<dl><dt>mean KL</dt><dd>{_kl(r.summary.kl.estimate)}</dd>"
             f"<dt>same next token</dt><dd>{r.summary.top1.estimate:.2%}</dd>"
-            f"<dt>perplexity</dt><dd>{r.summary.change.estimate:+.2%}</dd></dl>"
-            f'<p><b class="{r.verdict.word}">{word}</b> {escape(r.verdict.reason)}</p></section>'
+            f"<dt>perplexity</dt><dd>{r.summary.change.estimate:+z.2%}</dd></dl>"
+            f'<p><b class="{r.verdict.word}">{word}</b> {_unbroken(r.verdict.reason)}</p></section>'
         )
     yield "</div>"
 
@@ -167,17 +168,21 @@ def _by_layer(report: Report) -> tuple:
 
 def _changes(report: Report, shown: Sequence[int]) -> tuple:
     points: List[plots.Point] = []
+    ends = [-0.1, 0.1]
     for row, i in enumerate(shown):
-        change = report.results[i].summary.change
+        name, change = report.results[i].name, report.results[i].summary.change
         span = 100 * change.low, 100 * change.high
-        points.append(plots.Point(report.results[i].name, i, 100 * change.estimate, -row, span))
-    ends = [end for p in points for end in p.span]
+        if report.results[i].verdict.word == "broken":
+            name += f": {change.estimate:+.0%}, off the scale"
+        else:
+            ends += span
+        points.append(plots.Point(name, i, 100 * change.estimate, -row, span))
     return (
         "Change of perplexity",
         "Per cent, with 95% confidence intervals over windows.",
         plots.scatter(
             "change of perplexity",
-            plots.linear("per cent", min(-0.1, *ends), max(0.1, *ends)),
+            plots.linear("per cent", min(ends), max(ends)),
             plots.Axis("", -len(shown) + 0.5, 0.8, []),
             points,
         ),
@@ -225,6 +230,11 @@ def _footer(report: Report) -> Iterator[str]:
     yield '<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
 
 
+def _unbroken(text: str) -> str:
+    """Text whose command line arguments stay on one line."""
+    return re.sub(r"--\w+( \d+)?", r"<code>\g<0></code>", escape(text))
+
+
 def _legend(report: Report, shown: Sequence[int]) -> str:
     items = "".join(
         f'<span class="s{i}"><i></i>{escape(report.results[i].name)}</span>' for i in shown
@@ -239,8 +249,8 @@ def _kl(value: float) -> str:
 def _change(r: Result) -> str:
     change = r.summary.change
     if change.low is None:
-        return f"{change.estimate:+.2%}"
-    return f"{change.estimate:+.2%} [{change.low:+.2%}, {change.high:+.2%}]"
+        return f"{change.estimate:+z.2%}"
+    return f"{change.estimate:+z.2%} [{change.low:+z.2%}, {change.high:+z.2%}]"
 
 
 def _mib(size: int) -> str:

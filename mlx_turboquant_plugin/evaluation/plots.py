@@ -101,13 +101,15 @@ def line_chart(title: str, x: Axis, y: Axis, lines: Sequence[Line]) -> str:
 def scatter(title: str, x: Axis, y: Axis, points: Sequence[Point]) -> str:
     """Dots with their names beside them, and bars through those that have a span."""
     marks = []
-    for point in points:
-        px, py = _x(x, point.x), _y(y, point.y)
+    places = [(_x(x, point.x), _y(y, point.y)) for point in points]
+    for point, (px, py) in zip(points, places):
         bar = ""
         if point.span:
             low, high = (_x(x, end) for end in point.span)
             bar = f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{py:.1f}" y2="{py:.1f}"/>'
-        right, above = px > WIDTH * 0.75, py > TOP + 20
+        right = px > WIDTH * 0.75
+        in_the_way = any(0 < a - px < 80 and -25 < b - py < 5 for a, b in places)
+        above = py > TOP + 20 and not in_the_way
         marks.append(
             f'<g class="s{point.series}">{bar}<circle cx="{px:.1f}" cy="{py:.1f}" r="5">'
             f"<title>{escape(point.name)}: {point.x:.3g}, {point.y:.3g}</title></circle></g>"

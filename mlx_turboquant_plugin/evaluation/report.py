@@ -139,8 +139,8 @@ def _smaller(report: Report, length: int) -> Callable[[Result], str]:
 
 def _change(change: Interval) -> str:
     if change.low is None:
-        return f"{change.estimate:+.2%} [too few windows]"
-    return f"{change.estimate:+.2%} [{change.low:+.2%}, {change.high:+.2%}]"
+        return f"{change.estimate:+z.2%} [too few windows]"
+    return f"{change.estimate:+z.2%} [{change.low:+z.2%}, {change.high:+z.2%}]"
 
 
 def _table(columns: Sequence[tuple], rows: Sequence[Result]) -> Iterator[str]:

@@ -153,7 +153,7 @@ def verdict(summary: Summary, coded: float) -> Verdict:
     wide = [
         f"{name} {low:{form}} to {high:{form}}"
         for name, low, high, form, inside in (
-            ("perplexity", change.low, change.high, "+.2%", _within(change, SAME_CHANGE)),
+            ("perplexity", change.low, change.high, "+z.2%", _within(change, SAME_CHANGE)),
             ("mean KL", kl.low, kl.high, ".1e", kl.high <= SAME_KL),
             ("top-1", top1.low, top1.high, ".1%", top1.low >= SAME_TOP1),
         )
