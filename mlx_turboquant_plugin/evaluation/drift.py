@@ -254,7 +254,7 @@ def _lines(args, heads: List[HeadDrift], layers: List[LayerDrift]) -> Iterator[s
             side = "keys" if layer.keys > layer.values else "values"
             yield (
                 f"layer {layer.layer} costs {layer.kl / sum(x.kl for x in layers):.0%} of the sum "
-                f"of all layers' KL, most of it through its {side}: it deserves more bits"
+                f"of all layers' KL, most of it through its {side}"
             )
     else:
         yield f"no layer costs more than {OUTSTANDING:g} times the median of all"
