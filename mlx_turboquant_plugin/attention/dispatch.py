@@ -28,42 +28,45 @@ def attend(
     Args:
         original: mlx-lm's own function; it serves every other cache.
         queries: (B, H_q, N, D), as the other arguments those of mlx-lm's function.
-
-    Raises:
-        ValueError: ``sinks`` (learned attention sinks) with a compressed cache.
+        sinks: learned attention sinks (H_q,), see :func:`attend_codes`.
     """
     ours = isinstance(cache, (CompressedKVCache, BatchCompressedKVCache))
     view = cache.view if ours else None
+    if ours:
+        cache.view = None
     if view is None:
+        cache = None if ours else cache
         return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
-    if sinks is not None:
-        raise ValueError("attention sinks of the model are not supported by the compressed KV cache")
     if isinstance(view, PackedRows):
         functions = attention_functions(view.codec.spec, view.kernel == "compiled")
-        return attend_packed(original, queries, view, scale, functions)
+        return attend_packed(original, queries, view, scale, functions, sinks)
     if isinstance(view, list):
-        return _attend_rows(original, queries, values, view, scale)
-    return _attend_view(original, queries, view, scale, mask)
+        return _attend_rows(original, queries, values, view, scale, sinks)
+    return _attend_view(original, queries, view, scale, mask, sinks)
 
 
-def _attend_view(original: Callable, queries, view: View, scale: float, mask: Mask) -> mx.array:
+def _attend_view(
+    original: Callable, queries, view: View, scale: float, mask: Mask, sinks
+) -> mx.array:
     if view.coded == view.first_coded:
         # Nothing is compressed yet: this is mlx-lm's own result, bit for bit.
         keys, values = view.keys_and_values()
-        return original(queries, keys, values, cache=None, scale=scale, mask=mask)
+        return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=sinks)
     if view.kernel == BRIDGE:
-        return attend_bridge(original, queries, view, scale, mask)
+        return attend_bridge(original, queries, view, scale, mask, sinks)
     functions = attention_functions(view.codec.spec, view.kernel == "compiled")
-    return attend_tiles(queries, view, scale, mask, functions)
+    return attend_tiles(queries, view, scale, mask, functions, sinks)
 
 
-def _attend_rows(original: Callable, queries, values, rows: List[RowView], scale) -> mx.array:
+def _attend_rows(
+    original: Callable, queries, values, rows: List[RowView], scale, sinks
+) -> mx.array:
     """Attention of each row by itself, zero where there is padding."""
     out = []
     for index, row in enumerate(rows):
         own = queries[index : index + 1, :, row.first : row.last]
         if row.view is not None:
-            own = _attend_view(original, own, row.view, scale, row.view.mask())
+            own = _attend_view(original, own, row.view, scale, row.view.mask(), sinks)
         else:
             own = mx.zeros((*own.shape[:-1], values.shape[-1]), own.dtype)
         padding = [(0, 0), (0, 0), (row.first, queries.shape[2] - row.last), (0, 0)]
