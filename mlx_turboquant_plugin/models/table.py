@@ -31,6 +31,12 @@ def _compressed_if_dense(attention: Any) -> Optional[str]:
     return "block-sparse attention is not supported" if attention.block_sparse else None
 
 
+def _compressed_if_global(attention: Any) -> Optional[str]:
+    if attention.full_attn:
+        return None
+    return "queries of sliding layers see one token more than their cache keeps"
+
+
 def _with_blocks(*kinds: str):
     return lambda model: [layer for layer in model.layers if layer.block_type in kinds]
 
@@ -70,8 +76,6 @@ FAMILIES: Dict[str, Family] = {
         projections=("query_key_value",),
         head_norms=LATE_NORMS,
     ),
-    # Its weights are packed in a way of their own.
-    "bitnet": replace(OWN, projections=("k_proj",), dims=("head_dim", "head_dim")),
     "cohere": OWN,
     "cohere2": OWN,
     "dbrx": replace(
@@ -210,6 +214,7 @@ FAMILIES: Dict[str, Family] = {
         heads="q_num_heads",
         kv_heads="k_num_heads",
         projections=FUSED,
+        obstacle=_compressed_if_global,
     ),
     "qwen": Family(
         layer_attention="attn",
@@ -277,6 +282,7 @@ UNSUPPORTED: Dict[str, str] = {
     "afm7": _SHARED,
     "bailing_hybrid": _LATENTS,
     "bailing_moe_v3": _LATENTS,
+    "bitnet": "its linear layers need Metal, and nobody has tested it",
     "deepseek_v2": _LATENTS,
     "deepseek_v3": _LATENTS,
     "deepseek_v32": _LATENTS,
