@@ -239,17 +239,6 @@ SPECIAL = {
     "ministral3": MINISTRAL,
     "mistral3": text("ministral3", **MINISTRAL),
     "muse_glimmer": dict(layer_types=SLIDING, layer_rope_theta=[1e4, 0]),
-    "muse_spark": text(
-        "muse_spark_text",
-        layer_types=SLIDING,
-        layer_rope_theta=[1e4, 0],
-        rope_parameters=ROPE,
-        post_norm_eps=1e-8,
-        final_logit_softcapping=20.0,
-        output_multiplier=1.0,
-        moe_hidden_size=64,
-        num_shared_experts=0,
-    ),
     "nanbeige": dict(num_loops=2),
     "nemotron": dict(hidden_act="relu2", norm_eps=1e-5),
     "nemotron-nas": dict(
@@ -293,7 +282,7 @@ SPECIAL = {
     "pixtral": text("llama"),
     "plamo3": dict(window_size=WINDOW, sliding_window_pattern=2),
     "prism_hadamard_qwen35": dict(
-        text("qwen3_5_text", **QWEN3_5),
+        text("qwen3_5_text", **QWEN3_5, num_experts=0),
         schema_version=1,
         tensor_namespace="mlx-lm-text",
         quantization=dict(bits=2, group_size=128, mode="affine"),

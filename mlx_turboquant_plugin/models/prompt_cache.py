@@ -12,7 +12,7 @@ from ..attention.dispatch import attend
 from ..cache import BatchCompressedKVCache, CompressedKVCache, RotatingCompressedKVCache
 from ..cache.files import check_file
 from ..log import log_once, logger
-from . import upstream
+from . import table, upstream
 from .attention import bind
 from .family import attention_of, layers_of
 from .identity import identity_of
@@ -47,6 +47,9 @@ def compress(model: Any, caches: List[Any]) -> List[Any]:
     pattern = chosen.opted_out(identity)
     if pattern is not None:
         return _leave(identity, caches, f"opt_out pattern {pattern!r} matches it")
+    reason = table.why_not(type(model).__module__)
+    if reason:
+        return _leave(identity, caches, reason)
     layers = layers_of(model)
     if len(layers) != len(caches):
         return _leave(identity, caches, "its layers and its caches do not correspond")
@@ -112,6 +115,9 @@ def _compressed(layer: Any, cache: Any, chosen: settings.Settings) -> Tuple[Any,
     attention, family = attention_of(layer)
     if family is None:
         return None, "this architecture is not supported"
+    if type(cache) is KVCache and getattr(layer, "use_sliding", False):
+        # Pixtral and Mistral 3: the mask alone says how far back queries see.
+        return None, "a sliding window over a KVCache that does not rotate is not supported"
     try:
         known = known_layer(attention, family.norm_of(layer), chosen)
     except ValueError as error:

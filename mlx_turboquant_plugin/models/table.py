@@ -17,6 +17,12 @@ def patch(module: ModuleType) -> None:
     patch_family(module, FAMILIES[module.__name__.rpartition(".")[2]])
 
 
+def why_not(module: str) -> Optional[str]:
+    """Why the models of a module of mlx-lm can't be compressed, or None."""
+    package, _, name = module.rpartition(".")
+    return UNSUPPORTED.get(name) if package == "mlx_lm.models" else None
+
+
 def _compressed_if_own_keys(attention: Any) -> Optional[str]:
     if attention.config.num_kv_shared_layers:
         return "later layers read its keys as arrays"
@@ -173,7 +179,6 @@ FAMILIES: Dict[str, Family] = {
     "ministral3": OWN,
     "mixtral": replace(MIXED, attention="MixtralAttention"),
     "muse_glimmer": replace(OWN, layer_norm=None),
-    "muse_spark": replace(OWN, projections=("qkvg_proj",), dims=("head_dim", "head_dim")),
     "nanbeige": replace(OWN, cached_layers=_layers_of_every_loop),
     "nanochat": replace(
         SHORT, layer_attention="attn", layer_norm=None, projections=("c_q", "c_k", "c_v")
@@ -302,6 +307,7 @@ UNSUPPORTED: Dict[str, str] = {
     "mamba2": _RECURRENT,
     "minimax_m3_vl": "an indexer picks blocks of keys for every query (sparse attention)",
     "mistral4": _LATENTS,
+    "muse_spark": "its rotary positions need Metal, and nobody has tested it",
     "olmo": "it attends in code of the package ai2-olmo",
     "plamo": "its query heads h, h + n, ... share KV head h, not neighbouring ones",
     "plamo2": "it calls MLX's attention directly, without its cache",
