@@ -6,7 +6,8 @@ import zlib
 import mlx.core as mx
 from mlx.utils import tree_map_with_path
 
-from mlx_turboquant_plugin.models.family import attention_of
+from mlx_turboquant_plugin.models import table
+from mlx_turboquant_plugin.models.family import attention_of, register
 
 WINDOW = 48
 
@@ -325,15 +326,21 @@ SPECIAL = {
 def build(name):
     """The model of ``mlx_lm.models.<name>`` in fp32, the same at every call."""
     module = importlib.import_module(f"mlx_lm.models.{name}")
+    for part in table.THROUGH.get(name, name).split(", "):
+        if part in table.FAMILIES:
+            described, family = importlib.import_module(f"mlx_lm.models.{part}"), table.FAMILIES[part]
+            register(getattr(described, family.attention), described.__name__, family)
     mx.random.seed(zlib.crc32(name.encode()))
     config = {**COMMON, **SPECIAL.get(name, {}), "model_type": name}
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(mx.float32)
-    for layer in model.layers:
-        attention, _ = attention_of(layer)
-        if attention is not None:
-            attention.update(tree_map_with_path(_uneven, attention.parameters()))
+    found = [attention_of(layer) for layer in model.layers]
+    attentions = [(attention, family) for attention, family in found if family is not None]
+    for attention, _ in attentions:
+        attention.update(tree_map_with_path(_uneven, attention.parameters()))
     model.update(tree_map_with_path(_no_constant, model.parameters()))
+    for attention, family in attentions:
+        _enlarge_key_bias(attention, family)
     mx.eval(model.parameters())
     model.eval()
     return model
@@ -342,6 +349,18 @@ def build(name):
 def _uneven(path, weight):
     """Queries, keys and values large enough for attention that is far from uniform."""
     return 2.5 * weight if weight.ndim == 2 and weight.dtype == mx.float32 else weight
+
+
+def _enlarge_key_bias(attention, family):
+    """A bias of keys, if there is any, that is larger than all the rest of them (Qwen2)."""
+    try:
+        projections = family.projections_of(attention)
+    except ValueError:
+        return
+    keys = projections[min(1, len(projections) - 1)]
+    if keys.bias() is not None:
+        rows = slice(None) if keys.rows is None else keys.rows
+        keys.linear.bias[rows] = 2.0 * mx.random.normal(keys.bias().shape)
 
 
 def _no_constant(path, weight):
