@@ -1,4 +1,4 @@
-"""A tiny model with random weights of every architecture that can be compressed."""
+"""A tiny model with random weights of almost every architecture of mlx-lm."""
 
 import importlib
 import zlib
@@ -320,6 +320,121 @@ SPECIAL = {
         moe_layers_enum="1",
     ),
     "youtu_llm": LATENT,
+}
+
+MLA = dict(LATENT, rope_scaling=None, topk_method="noaux_tc")
+INDEXER = dict(index_head_dim=32, index_n_heads=2, index_topk=32)
+KDA = dict(
+    kda_layers=[1],
+    full_attn_layers=[2],
+    num_heads=2,
+    head_dim=32,
+    short_conv_kernel_size=4,
+    gate_lower_bound=-5.0,
+)
+LONGCAT = dict(
+    MLA,
+    attention_method="MLA",
+    zero_expert_type="identity",
+    ffn_hidden_size=64,
+    moe_topk=2,
+    expert_ffn_hidden_size=32,
+    zero_expert_num=1,
+    num_layers=2,
+    mla_scale_q_lora=True,
+    mla_scale_kv_lora=True,
+    attention_bias=False,
+)
+
+# The same of those that can't be compressed; they are called what table.UNSUPPORTED says.
+SPECIAL |= {
+    "afm7": dict(hidden_dim=128, num_layers=4, num_kv_reuse_layers=2, num_heads=4, num_kv_heads=2),
+    "bailing_hybrid": dict(MLA, layer_group_size=2, group_norm_size=1),
+    "bailing_moe_v3": dict(MLA, layer_group_size=2, moe_shared_expert_intermediate_size=32),
+    "deepseek_v2": dict(
+        MLA,
+        topk_method="greedy",
+        rope_scaling=dict(type="yarn", factor=1.0, original_max_position_embeddings=4096),
+    ),
+    "deepseek_v3": MLA,
+    "deepseek_v32": dict(MLA, **INDEXER),
+    "deepseek_v41": dict(
+        head_dim=64,
+        qk_rope_head_dim=32,
+        q_lora_rank=32,
+        o_groups=2,
+        o_lora_rank=32,
+        compress_ratios=[4, 0],
+        kv_source_layer_ids=[-1, -1],
+        index_source_layer_ids=[-1, -1],
+        index_n_heads=2,
+        index_head_dim=64,
+        index_topk=16,
+        hc_mult=2,
+    ),
+    "gemma3n": text(
+        "gemma3n",
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=64,
+        rope_local_base_freq=1e4,
+        final_logit_softcapping=30.0,
+        layer_types=SLIDING * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+        hidden_size_per_layer_input=16,
+        altup_num_inputs=2,
+        altup_coef_clip=120.0,
+        altup_correct_scale=True,
+        altup_active_idx=0,
+        laurel_rank=16,
+    ),
+    "glm4_moe_lite": MLA,
+    "glm_moe_dsa": dict(MLA, **INDEXER, rope_parameters=ROPE, moe_layer_freq=1),
+    "kimi_k25": text("deepseek_v3", **MLA),
+    "kimi_k3": text("kimi_linear", **LATENT, linear_attn_config=KDA, num_experts_per_token=2),
+    "kimi_linear": dict(
+        LATENT, linear_attn_config=KDA, num_experts_per_token=2, model_max_length=4096
+    ),
+    "kimi_vl": text("deepseek_v3", **MLA),
+    "longcat_flash": LONGCAT,
+    "longcat_flash_ngram": LONGCAT,
+    "mamba": dict(state_size=16, conv_kernel=4, use_conv_bias=True, time_step_rank=8),
+    "mamba2": dict(
+        num_heads=4,
+        state_size=16,
+        conv_kernel=4,
+        n_groups=1,
+        use_conv_bias=True,
+        time_step_limit=(0.0, 100.0),
+        time_step_rank=8,
+        intermediate_size=128,
+    ),
+    "minimax_m3_vl": text(
+        "minimax_m3",
+        dense_intermediate_size=64,
+        shared_intermediate_size=64,
+        layer_types=["full_attention", "sparse"],
+        index_n_heads=2,
+        index_head_dim=32,
+        index_block_size=16,
+        index_topk_blocks=4,
+    ),
+    "mistral4": dict(LATENT, rope_parameters=MINISTRAL["rope_parameters"]),
+    "plamo": dict(n_shared_head=2),
+    "plamo2": dict(
+        hidden_size_per_head=32,
+        mamba_num_heads=4,
+        mamba_d_state=16,
+        mamba_chunk_size=32,
+        full_attention_idx=[1],
+    ),
+    "rwkv7": dict(
+        norm_eps=1e-5,
+        a_low_rank_dim=8,
+        v_low_rank_dim=8,
+        gate_low_rank_dim=8,
+        decay_low_rank_dim=8,
+    ),
 }
 
 
