@@ -94,6 +94,15 @@ MINISTRAL = dict(
         original_max_position_embeddings=64,
     ),
 )
+LFM2 = dict(
+    norm_eps=1e-5,
+    conv_bias=False,
+    block_dim=128,
+    block_multiple_of=32,
+    block_ffn_dim_multiplier=1.0,
+    block_auto_adjust_ff_dim=False,
+    layer_types=CONV,
+)
 
 
 def text(model_type, **special):
@@ -168,25 +177,8 @@ SPECIAL = {
         mlp_layer_types=["dense", "sparse"],
         rope_parameters=dict(full_attention=ROPE, sliding_attention=ROPE),
     ),
-    "lfm2": dict(
-        norm_eps=1e-5,
-        conv_bias=False,
-        block_dim=128,
-        block_multiple_of=32,
-        block_ffn_dim_multiplier=1.0,
-        block_auto_adjust_ff_dim=False,
-        layer_types=CONV,
-    ),
-    "lfm2-vl": text(
-        "lfm2",
-        norm_eps=1e-5,
-        conv_bias=False,
-        block_dim=128,
-        block_multiple_of=32,
-        block_ffn_dim_multiplier=1.0,
-        block_auto_adjust_ff_dim=False,
-        layer_types=CONV,
-    ),
+    "lfm2": LFM2,
+    "lfm2-vl": text("lfm2", **LFM2),
     "lfm2_moe": dict(
         norm_eps=1e-5, conv_bias=False, use_expert_bias=True, num_dense_layers=1, layer_types=CONV
     ),
