@@ -1,10 +1,8 @@
 """Give each model that mlx-lm makes a prompt cache for a compressed one."""
 
-import functools
 from types import ModuleType
 from typing import Any, Dict, List, Optional, Tuple
 
-from mlx_lm.models import base
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
 from .. import patching, settings
@@ -25,8 +23,7 @@ def patch(module: ModuleType) -> None:
     """Hook of ``mlx_lm.models.cache``."""
     kinds = (CompressedKVCache, RotatingCompressedKVCache, BatchCompressedKVCache)
     if upstream.available():
-        upstream.register(_hook, kinds)
-        upstream.register_attention(functools.partial(attend, base.scaled_dot_product_attention), kinds)
+        upstream.register(_prepare, attend, kinds)
         return
     # Saved caches are looked up by name there.
     for kind in kinds:
@@ -81,11 +78,11 @@ def _all_or_no_rings(caches: List[Any], pairs: List[Tuple[Any, str]]) -> List[Tu
     ]
 
 
-def _hook(model: Any, caches: List[Any], fresh: bool) -> List[Any]:
-    """What a mlx-lm with hooks calls for every prompt cache."""
+def _prepare(model: Any, caches: List[Any], new: bool) -> List[Any]:
+    """What an mlx-lm with hooks calls for every prompt cache, made by it or handed to it."""
     if not patching.active():
         return caches
-    if fresh:
+    if new:
         caches = compress(model, caches)
     for layer, cache in zip(layers_of(model), caches):
         attention, _ = attention_of(layer)
