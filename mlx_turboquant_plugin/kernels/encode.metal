@@ -29,14 +29,14 @@ const int start = places[0];
 const int rotary = places[1], between = places[2], distance = places[3];
 
 // The positive levels, and the thresholds half-way between them.
-float level[HALF], threshold[HALF - 1];
+float positive[HALF], threshold[HALF - 1];
 UNROLL
 for (int m = 0; m < HALF; m++) {
-  level[m] = levels[HALF + m];
+  positive[m] = levels[HALF + m];
 }
 UNROLL
 for (int m = 0; m < HALF - 1; m++) {
-  threshold[m] = 0.5f * (level[m] + level[m + 1]);
+  threshold[m] = 0.5f * (positive[m] + positive[m + 1]);
 }
 
 for (int token = simd; token < count; token += SIMDS) {
@@ -111,10 +111,10 @@ for (int token = simd; token < count; token += SIMDS) {
     UNROLL
     for (int j = 0; j < COUNT; j++) {
       const float magnitude = fabs(y[j]);
-      float coded = level[0];
+      float coded = positive[0];
       UNROLL
       for (int m = 0; m < HALF - 1; m++) {
-        coded = magnitude > threshold[m] * size ? level[m + 1] : coded;
+        coded = magnitude > threshold[m] * size ? positive[m + 1] : coded;
       }
       const float missing = 32 * j + lane < D ? magnitude - coded * size : 0.0f;
       across += missing * missing;
