@@ -25,15 +25,21 @@ MAX_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    """The shipped model in fp32: in bfloat16 rounding alone decides close choices."""
-    path = tmp_path_factory.mktemp("model")
-    model, tokenizer, config = mlx_lm.load(str(tiny.PATHS["tiny-qwen3"]), return_config=True)
-    model.set_dtype(mx.float32)
-    save_model(path, model)
-    save_config({**config, "torch_dtype": "float32"}, path / "config.json")
-    tokenizer.save_pretrained(str(path))
-    return path
+def models(tmp_path_factory):
+    """Folders of the shipped models in fp32: in bfloat16 rounding alone decides close choices."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, original in tiny.PATHS.items():
+        model, tokenizer, config = mlx_lm.load(str(original), return_config=True)
+        model.set_dtype(mx.float32)
+        save_model(folder / name, model)
+        save_config({**config, "torch_dtype": "float32"}, folder / name / "config.json")
+        tokenizer.save_pretrained(str(folder / name))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_path(models):
+    return models / "tiny-qwen3"
 
 
 class Server:
@@ -71,9 +77,10 @@ class Server:
         self.process.terminate()
         self.process.wait(30)
 
-    def chat(self, messages, stop_after=None):
-        """The streamed answer and its usage; ``stop_after`` chunks the client hangs up."""
+    def chat(self, messages, stop_after=None, **options):
+        """The streamed answer and its usage; after ``stop_after`` chunks the client hangs up."""
         body = {
+            **options,
             "messages": messages,
             "max_tokens": MAX_TOKENS,
             "temperature": 0,
@@ -95,7 +102,6 @@ class Server:
                 break
         connection.close()
         return text, usage
-
 
     def _post(self, path, body):
         # Python's HTTP server has a queue of five for new connections and drops the rest.
@@ -143,6 +149,25 @@ def test_many_clients_at_once_get_what_each_gets_alone(model_path, tmp_path):
     errors = set(re.findall(r"^(\w+(?:Error|Exception))\b", log, re.MULTILINE))
     assert errors <= {"BrokenPipeError", "ConnectionResetError"}
     assert "Prompt Cache:" in log
+
+
+def test_models_are_switched(models, tmp_path):
+    names = "tiny-qwen3", "tiny-qwen2", "tiny-llama", "tiny-qwen3"
+    log = tmp_path / "log"
+    with Server(models / names[0], log, TURBOQUANT="1", TURBOQUANT_LOG="info") as server:
+        texts = [server.chat(CHATS[15], model=str(models / name))[0] for name in names]
+    assert texts[0] == texts[3]
+    assert len(set(texts)) == 3
+    for kind in ("qwen2", "qwen3", "llama"):
+        assert re.search(rf"{kind} .* layers compressed", log.read_text())
+
+
+def test_a_draft_model_changes_nothing(models, model_path, tmp_path):
+    draft = "--draft-model", models / "tiny-llama"
+    with Server(model_path, tmp_path / "log", *draft, TURBOQUANT="1") as server:
+        drafted = server.chat(CHATS[15])[0]
+    with Server(model_path, tmp_path / "log", TURBOQUANT="1") as server:
+        assert drafted == server.chat(CHATS[15])[0]
 
 
 def test_the_servers_prompt_cache_shares_counts_and_trims():

@@ -90,8 +90,8 @@ class BatchCompressedKVCache(_BaseCache):
         else:
             view = self._append_rows(keys, values, parts)
         self._index += keys.shape[2]
+        self.view = view
         if self.attending:
-            self.view = view
             return keys, values
         return (keys, values) if self.empty() else self.keys_and_values()
 
