@@ -26,7 +26,7 @@ Codes are not compared: by rounding one can fall to the other side of a threshol
 size, with all codes of its vector, to the other side of a tie. That costs little, so
 what a vector x loses, by the measure that the codec minimises, may be
 
-    1.1 (what it loses in the codes of reference.py) + sqrt(1 + ALONG) (u (64 |x| + t |b|) + 4 U |x|)
+    1.2 (what it loses in the codes of reference.py) + sqrt(1 + ALONG) (u (64 |x| + t |b|) + 4 U |x|)
 
 - 64 u |x|: the rotation, and sizes that are powers of two.
 - u t |b|: angles up to t are rounded, and turn the bias b that is taken away from keys.
@@ -333,7 +333,7 @@ class _Layer:
         inexact = ROUNDOFF["float32"] * (64 + turned[:, :, some] / length)
         if mx.default_device().type == mx.gpu and encoder(self.kernel) is KVCodec:
             inexact = inexact + 4 * TF32_ROUNDOFF
-        most = 1.1 * stored.least_loss(x, bits, inexact)
+        most = 1.2 * stored.least_loss(x, bits, inexact)
         most = most + (1 + reference.ALONG) ** 0.5 * inexact * length
         return (stored.loss(x, decoded) / most).max()
 
