@@ -14,7 +14,7 @@ from ..cache.visibility import BLOCK
 
 
 def attend_bridge(
-    original: Callable, queries: mx.array, view: View, scale: float, mask
+    original: Callable, queries: mx.array, view: View, scale: float, mask, learned_sinks=None
 ) -> mx.array:
     """Attention of ``queries`` (B, H_q, N, D) over a view, one block of queries at a time."""
     codec, sinks = view.codec, view.sinks
@@ -35,6 +35,16 @@ def attend_bridge(
         )
         rows = slice(first - view.start, last - view.start)
         part = mask[..., rows, :] if isinstance(mask, mx.array) else mask
-        out.append(original(queries[:, :, rows], keys, values, cache=None, scale=scale, mask=part))
+        out.append(
+            original(
+                queries[:, :, rows],
+                keys,
+                values,
+                cache=None,
+                scale=scale,
+                mask=part,
+                sinks=learned_sinks,
+            )
+        )
         first = last
     return mx.concatenate(out, axis=2)

@@ -13,6 +13,7 @@ from .packed import attend_packed
 from .tiles import Mask, attend_tiles
 
 BRIDGE = "bridge"
+LEARNED_SINKS = "learned attention sinks"
 
 
 def attend(
@@ -30,48 +31,57 @@ def attend(
     Args:
         original: mlx-lm's own function; it serves every other cache.
         queries: (B, H_q, N, D), as the other arguments those of mlx-lm's function.
-
-    Raises:
-        ValueError: ``sinks`` (learned attention sinks) with a compressed cache.
+        sinks: learned attention sinks (H_q,), see :func:`attend_codes`.
     """
     ours = isinstance(cache, (CompressedKVCache, BatchCompressedKVCache))
     view = cache.view if ours else None
+    if ours:
+        cache.view = None
     if view is None:
+        cache = None if ours else cache
         return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
-    if sinks is not None:
-        raise ValueError("attention sinks of the model are not supported by the compressed KV cache")
     if isinstance(view, PackedRows):
-        return _attend_packed(original, queries, view, scale)
+        return _attend_packed(original, queries, view, scale, sinks)
     if isinstance(view, list):
-        return _attend_rows(original, queries, values, view, scale)
-    return _attend_view(original, queries, view, scale, mask)
+        return _attend_rows(original, queries, values, view, scale, sinks)
+    return _attend_view(original, queries, view, scale, mask, sinks)
 
 
-def _attend_view(original: Callable, queries, view: View, scale: float, mask: Mask) -> mx.array:
+def _attend_view(
+    original: Callable, queries, view: View, scale: float, mask: Mask, sinks
+) -> mx.array:
     if view.coded == view.first_coded:
         # Nothing is compressed yet: this is mlx-lm's own result, bit for bit.
         keys, values = view.keys_and_values()
-        return original(queries, keys, values, cache=None, scale=scale, mask=mask)
+        return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=sinks)
     if view.kernel == BRIDGE:
-        return attend_bridge(original, queries, view, scale, mask)
+        return attend_bridge(original, queries, view, scale, mask, sinks)
     count = queries.shape[2]
     if view.kernel in FUSED and count <= MAX_QUERIES:
         # A ring makes its own mask.
-        if view.ring is not None or isinstance(mask, str) or (mask is None and count == 1):
+        causal = view.ring is not None or isinstance(mask, str) or (mask is None and count == 1)
+        if sinks is not None:
+            fall_back(view.kernel, LEARNED_SINKS)
+        elif not causal:
+            fall_back(view.kernel, "masks other than the causal one")
+        else:
             out = attend_fused(view.kernel, problem_of_view(queries, view, scale))
             if out is not None:
                 return out
-        else:
-            fall_back(view.kernel, "masks other than the causal one")
-    return attend_tiles(queries, view, scale, mask, _functions(view))
+    return attend_tiles(queries, view, scale, mask, _functions(view), sinks)
 
 
-def _attend_packed(original: Callable, queries, rows: PackedRows, scale: float) -> mx.array:
+def _attend_packed(
+    original: Callable, queries, rows: PackedRows, scale: float, sinks
+) -> mx.array:
     if rows.kernel in FUSED and rows.key_codes:
-        out = attend_fused(rows.kernel, problem_of_rows(queries, rows, scale))
-        if out is not None:
-            return out
-    return attend_packed(original, queries, rows, scale, _functions(rows))
+        if sinks is not None:
+            fall_back(rows.kernel, LEARNED_SINKS)
+        else:
+            out = attend_fused(rows.kernel, problem_of_rows(queries, rows, scale))
+            if out is not None:
+                return out
+    return attend_packed(original, queries, rows, scale, _functions(rows), sinks)
 
 
 def _functions(view: Union[View, PackedRows]) -> AttentionFunctions:
@@ -79,13 +89,15 @@ def _functions(view: Union[View, PackedRows]) -> AttentionFunctions:
     return attention_functions(view.codec.spec, view.kernel in ("compiled", *FUSED))
 
 
-def _attend_rows(original: Callable, queries, values, rows: List[RowView], scale) -> mx.array:
+def _attend_rows(
+    original: Callable, queries, values, rows: List[RowView], scale, sinks
+) -> mx.array:
     """Attention of each row by itself, zero where there is padding."""
     out = []
     for index, row in enumerate(rows):
         own = queries[index : index + 1, :, row.first : row.last]
         if row.view is not None:
-            own = _attend_view(original, own, row.view, scale, row.view.mask())
+            own = _attend_view(original, own, row.view, scale, row.view.mask(), sinks)
         else:
             own = mx.zeros((*own.shape[:-1], values.shape[-1]), own.dtype)
         padding = [(0, 0), (0, 0), (row.first, queries.shape[2] - row.last), (0, 0)]

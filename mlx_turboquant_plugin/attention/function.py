@@ -38,8 +38,9 @@ class AttentionFunctions(NamedTuple):
 
     Attributes:
         begin: (queries (B, H, R, D), scaled; exact keys and values (B, H, E, D);
-            rotation of keys; balance or None; mask) to (rotated queries, running
-            sums) over the exact tokens.
+            rotation of keys; balance or None; mask; scores of learned sinks, tokens
+            without values, (H, R, 1) or None) to (rotated queries, running sums) over
+            the exact tokens.
         expand: (key codes, value codes) to what the quantisers make products with.
         fold: (rotated queries, running sums, expanded keys and values of C tokens,
             bias scores (B, H, R, C) or None, mask) to the running sums with them.
@@ -58,12 +59,16 @@ def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
     keys = key_quantizer(spec.key_codec, spec.key_bits)
     values = value_quantizer(spec.value_codec, spec.value_bits, spec.value_dim)
 
-    def begin(queries, exact_keys, exact_values, rotation, balance, mask):
+    def begin(queries, exact_keys, exact_values, rotation, balance, mask, sink_scores):
         scores = queries @ mx.swapaxes(exact_keys, -1, -2).astype(mx.float32)
         scores = _masked(scores, mask)
         top = mx.max(scores, axis=-1, keepdims=True)
+        if sink_scores is not None:
+            top = mx.maximum(top, sink_scores)
         weights = exp(scores - top)
         total = mx.sum(weights, axis=-1, keepdims=True)
+        if sink_scores is not None:
+            total = total + mx.exp(sink_scores - top)
         out = weights @ exact_values.astype(mx.float32)
         rotated = Rotation.forward(queries if balance is None else queries * balance, rotation)
         # zeros_like() would keep the shape of the first trace.

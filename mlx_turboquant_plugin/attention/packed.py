@@ -1,7 +1,7 @@
 """Attention of the newest token of every row of a batch, all rows at once."""
 
 import functools
-from typing import Callable, Sequence, Tuple
+from typing import Callable, Optional, Sequence, Tuple
 
 import mlx.core as mx
 import numpy as np
@@ -19,12 +19,14 @@ def attend_packed(
     rows: PackedRows,
     scale: float,
     functions: AttentionFunctions,
+    learned_sinks: Optional[mx.array] = None,
 ) -> mx.array:
     """Attention of ``queries`` (B, H_q, 1, D); returns (B, H_q, 1, D_v).
 
     Args:
         original: mlx-lm's own function, for rows that are all so short that nothing
             is compressed.
+        learned_sinks: (H_q,), see :func:`attend_codes`.
     """
     sinks = rows.visibility.sinks
     exact_mask, codes_end, code_mask = _masks(
@@ -32,7 +34,13 @@ def attend_packed(
     )
     if codes_end <= sinks:
         return original(
-            queries, rows.keys, rows.values, cache=None, scale=scale, mask=exact_mask
+            queries,
+            rows.keys,
+            rows.values,
+            cache=None,
+            scale=scale,
+            mask=exact_mask,
+            sinks=learned_sinks,
         )
     exact = Exact(rows.keys, rows.values, exact_mask)
 
@@ -42,7 +50,16 @@ def attend_packed(
         return code_range(rows.key_codes, rows.value_codes, first, last)
 
     return attend_codes(
-        queries, exact, rows.codec, codes, range(codes_end), sinks, code_mask, scale, functions
+        queries,
+        exact,
+        rows.codec,
+        codes,
+        range(codes_end),
+        sinks,
+        code_mask,
+        scale,
+        functions,
+        learned_sinks,
     )
 
 

@@ -27,13 +27,19 @@ SINGLE_QUERY = 4
 
 
 def attend_tiles(
-    queries: mx.array, view: View, scale: float, mask: Mask, functions: AttentionFunctions
+    queries: mx.array,
+    view: View,
+    scale: float,
+    mask: Mask,
+    functions: AttentionFunctions,
+    learned_sinks: Optional[mx.array] = None,
 ) -> mx.array:
     """Attention of ``queries`` (B, H_q, N, D) over ``view``; returns (B, H_q, N, D_v).
 
     Args:
         mask: None, "causal", or an array (..., N, T), bool or additive. A view that is
             a ring knows its own, which is not looked at.
+        learned_sinks: (H_q,), see :func:`attend_codes`.
     """
     if view.ring is not None:
         mask = "causal"
@@ -46,7 +52,7 @@ def attend_tiles(
         if tiles:
             # One after the other, or all of them would be in memory at once.
             tile = mx.depends(tile, tiles[-1])
-        tiles.append(_tile(tile, view, i, scale, _rows(mask, i, rows), functions))
+        tiles.append(_tile(tile, view, i, scale, _rows(mask, i, rows), functions, learned_sinks))
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
 
 
@@ -60,7 +66,9 @@ def _rows(mask: Mask, start: int, count: int) -> Mask:
     return mask[..., start : start + count, :] if isinstance(mask, mx.array) else mask
 
 
-def _tile(queries, view: View, index: int, scale: float, mask: Mask, functions) -> mx.array:
+def _tile(
+    queries, view: View, index: int, scale: float, mask: Mask, functions, learned_sinks
+) -> mx.array:
     count, kv_heads = queries.shape[2], view.keys.shape[1]
     first = view.start + index
     last = first + count - 1
@@ -72,7 +80,9 @@ def _tile(queries, view: View, index: int, scale: float, mask: Mask, functions) 
     forgets = view.oldest(index + count - 1)[0] > 0
     if coded_to == view.sinks and not forgets:
         part = mask[..., :seen_to] if isinstance(mask, mx.array) else mask
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=part)
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=scale, mask=part, sinks=learned_sinks
+        )
     # Whole blocks make matrices of a shape that is fast.
     whole = max(view.first_coded, oldest // BLOCK * BLOCK)
     codes = range(whole if coded_to > oldest else coded_to, coded_to)
@@ -82,7 +92,16 @@ def _tile(queries, view: View, index: int, scale: float, mask: Mask, functions) 
     )
     exact = Exact(keys, values, exact_mask)
     return attend_codes(
-        queries, exact, view.codec, view.codes, codes, oldest, code_mask, scale, functions
+        queries,
+        exact,
+        view.codec,
+        view.codes,
+        codes,
+        oldest,
+        code_mask,
+        scale,
+        functions,
+        learned_sinks,
     )
 
 
@@ -104,6 +123,7 @@ def attend_codes(
     mask: Optional[mx.array],
     scale: float,
     functions: AttentionFunctions,
+    learned_sinks: Optional[mx.array] = None,
 ) -> mx.array:
     """Attention over exact tokens and coded ones.
 
@@ -112,6 +132,8 @@ def attend_codes(
         codes: ``f(first, last)`` gives the codes of the positions first, ..., last - 1.
         positions: which coded tokens to attend to, without those before ``oldest``.
         mask: of these tokens, (..., len(positions)), or None; it hides those, too.
+        learned_sinks: for each query head, (H_q,), the score of one more token whose
+            value is zero (GPT-OSS), or None.
 
     Returns:
         (B, H_q, N, D_v) in the dtype of the queries.
@@ -120,8 +142,17 @@ def attend_codes(
     kv_heads = exact.keys.shape[1]
     # All queries that share a KV head are rows of one matrix product.
     q = queries.astype(mx.float32).reshape(batch, kv_heads, -1, dim) * scale
+    if learned_sinks is not None:
+        learned_sinks = mx.repeat(learned_sinks.astype(mx.float32), count)
+        learned_sinks = learned_sinks.reshape(kv_heads, -1, 1)
     rotated, sums = functions.begin(
-        q, exact.keys, exact.values, codec.key_rotation.array, codec.balance, exact.mask
+        q,
+        exact.keys,
+        exact.values,
+        codec.key_rotation.array,
+        codec.balance,
+        exact.mask,
+        learned_sinks,
     )
     piece = _piece_size(batch, count)
     for start in positions[::piece]:

@@ -90,8 +90,8 @@ class BatchCompressedKVCache(_BaseCache):
         else:
             view = self._append_rows(keys, values, parts)
         self._index += keys.shape[2]
+        self.view = view
         if self.attending:
-            self.view = view
             return keys, values
         return (keys, values) if self.empty() else self.keys_and_values()
 
@@ -132,7 +132,9 @@ class BatchCompressedKVCache(_BaseCache):
 
     def keys_and_values(self) -> Tuple[mx.array, mx.array]:
         """All keys and values, left-padded with zeros, (B, H, T, D) in the model's dtype."""
-        pairs = [None if row.empty() else row.keys_and_values() for row in self.rows]
+        # Only to look at: what is packed stays packed.
+        rows = self._rows if self._packed is None else self._packed.rows()
+        pairs = [None if row.empty() else row.keys_and_values() for row in rows]
         some = next(pair for pair in pairs if pair is not None)
         length = max(pair[0].shape[2] for pair in pairs if pair is not None)
         length += max(0, min(self._left_padding))
@@ -227,14 +229,18 @@ class BatchCompressedKVCache(_BaseCache):
 
     @property
     def keys(self) -> Optional[mx.array]:
-        """Exact keys, of the first row unless all are packed: callers hang dependencies here."""
-        holder = self._packed if self._packed is not None else self._rows[0]
-        return holder.keys
+        """Exact keys of some of the rows, or None: callers hang dependencies here."""
+        return self._holder().keys
 
     @keys.setter
     def keys(self, v: mx.array):
-        holder = self._packed if self._packed is not None else self._rows[0]
-        holder.keys = v
+        self._holder().keys = v
+
+    def _holder(self) -> Union[PackedRows, CompressedKVCache]:
+        if self._packed is not None:
+            return self._packed
+        # A row with nothing but padding so far has no keys.
+        return next((row for row in self._rows if not row.empty()), self._rows[0])
 
     @property
     def nbytes(self) -> int:

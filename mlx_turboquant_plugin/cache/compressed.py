@@ -75,11 +75,13 @@ class CompressedKVCache(_BaseCache):
             Keys and values (B, H, T, D), the codes dequantised. Inside a patched
             attention, which reads the codes instead, ``keys`` and ``values`` as given.
         """
-        view = self.append(keys, values)
-        if not self.attending:
-            return view.keys_and_values()
-        self.view = view
-        return keys, values
+        self.view = self.append(keys, values)
+        if self.attending:
+            return keys, values
+        if self.coded:
+            self._check_codec()
+        # Nobody pays for these but who evaluates them.
+        return self.view.keys_and_values()
 
     def append(self, keys: mx.array, values: mx.array) -> View:
         """Append keys and values (B, H, N, D); returns what their queries see."""

@@ -11,39 +11,38 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-
-def base_linear(projection: nn.Module) -> nn.Module:
-    """The linear layer below a LoRA or DoRA adapter, or ``projection`` itself."""
-    return getattr(projection, "linear", projection)
+from .projections import Projection
 
 
-def projection_rms(attention: nn.Module, norm: nn.Module, name: str, heads: int) -> mx.array:
-    """Root mean square of each output channel of ``attention.<name>``: fp32 (heads, D).
+def projection_rms(
+    projection: Projection, norm: nn.Module, heads: int, biased: bool = False
+) -> mx.array:
+    """Root mean square of each output channel of a projection: fp32 (heads, D).
 
-    Its input is a vector of unit mean square times the weight of ``norm``. The bias
-    counts for queries; that of keys is kept out of the codes.
+    Args:
+        norm: what makes the projection's input a vector of unit mean square times the
+            norm's weight.
+        biased: whether the bias counts: that of queries does, that of keys is kept out
+            of the codes.
     """
-    linear = base_linear(getattr(attention, name))
-    weight = linear.weight
-    if isinstance(linear, nn.QuantizedLinear):
-        weight = mx.dequantize(
-            weight,
-            linear.scales,
-            linear.get("biases"),
-            group_size=linear.group_size,
-            bits=linear.bits,
-            mode=linear.mode,
-        )
-    square = mx.sum((weight.astype(mx.float32) * norm.weight.astype(mx.float32)) ** 2, axis=-1)
-    if name == "q_proj" and "bias" in linear:
-        square = square + linear.bias.astype(mx.float32) ** 2
+    weight = projection.weight()
+    square = mx.sum((weight * norm_rms(norm, 1, weight.shape[1])) ** 2, axis=-1)
+    bias = projection.bias()
+    if biased and bias is not None:
+        square = square + bias.astype(mx.float32) ** 2
     return mx.sqrt(square).reshape(heads, -1)
 
 
-def norm_rms(attention: nn.Module, norm: nn.Module, name: str, heads: int) -> mx.array:
-    """The same for models that normalise each head: |weight| of the head's norm."""
-    weight = getattr(attention, {"q_proj": "q_norm", "k_proj": "k_norm"}[name]).weight
-    return mx.broadcast_to(mx.abs(weight.astype(mx.float32)), (heads, weight.shape[0]))
+def norm_rms(norm: nn.Module, heads: int, dim: int) -> mx.array:
+    """The same for heads that a norm has made: |weight| of the norm, fp32 (heads, D).
+
+    Norms keep their weights as they like (Gemma's as the difference to 1), one vector
+    for every head or one for all of them: look at what the norm makes of ones.
+    """
+    signs = mx.where(mx.arange(heads * dim) % 2 == 0, 1.0, -1.0)
+    flat = heads > 1 and getattr(norm, "weight", signs[:1]).shape == signs.shape
+    made = norm(signs if flat else signs.reshape(heads, dim))
+    return mx.abs(made.astype(mx.float32)).reshape(heads, dim)
 
 
 def balance(key_rms: mx.array, query_rms: mx.array, rope: Any) -> mx.array:

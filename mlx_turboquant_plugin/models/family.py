@@ -1,57 +1,98 @@
-"""What all supported architectures have in common: patching, and reading a layer."""
+"""What distinguishes one architecture from another, and which ones are supported."""
 
-import weakref
-import zlib
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Callable, Dict, Optional, Tuple
+from operator import attrgetter
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
-import mlx.core as mx
 import mlx.nn as nn
 
-from .. import patching
-from ..attention.dispatch import BRIDGE, attend
-from ..attention.kernels import resolve_kernel
-from ..cache import BatchCompressedKVCache, CompressedKVCache, Visibility
-from ..codecs.kv_codec import CodecSpec, KVCodec
-from ..codecs.key_bias import KeyBias
-from ..settings import Settings
-from .balance import balance, base_linear
+from .projections import Projection, base_linear, fused_projections
+
+
+def _layers(model: Any) -> List[Any]:
+    return getattr(model, "layers", None) or []
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: which attributes of a layer hold what.
+    """One architecture: the names of what the cache must know about.
+
+    A family is right if keys and values reach the cache at the positions where the
+    queries expect them, and its attention calls ``scaled_dot_product_attention`` with
+    that cache, query heads h n, ..., h n + n - 1 sharing KV head h.
 
     Attributes:
-        channel_rms: ``f(attention, norm, "q_proj" or "k_proj", heads)`` gives the
-            root mean square of the channels, see :mod:`balance`.
-        attention: the name of the attention class in the model's module, and
-        layer_attention, layer_norm: of a layer's attention and of the norm before it.
+        attention: the attention class in the model's module.
+        layer_attention, layer_norm: the attention and the norm before it in a layer,
+            dotted where they are deeper; ``layer_norm`` is None where there is none
+            with the weights of the projections' input.
+        heads, kv_heads: the numbers of heads in an attention, names or a number.
+        projections: the linear layers of queries, keys and values in an attention, or
+            the one that makes all three.
+        grouped: how such a fused one is laid out, see :func:`fused_projections`.
+        head_norms: the norms of queries and keys in an attention; it may lack them.
+        rope: the rope object in an attention, which may lack it.
+        dims: names of the head dims of keys and values in an attention, where
+            ``projections`` do not make keys and values as they are.
+        obstacle: ``f(attention)`` says why the keys of a layer can't be compressed,
+            or returns None.
+        cached_layers: ``f(model)`` gives the layer of each cache, where this is not
+            ``model.layers``.
     """
 
-    channel_rms: Callable[[nn.Module, nn.Module, str, int], mx.array]
     attention: str = "Attention"
     layer_attention: str = "self_attn"
-    layer_norm: str = "input_layernorm"
+    layer_norm: Optional[str] = "input_layernorm"
+    heads: str = "n_heads"
+    kv_heads: Union[str, int] = "n_kv_heads"
+    projections: Tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    grouped: bool = False
+    head_norms: Tuple[str, str] = ("q_norm", "k_norm")
+    rope: str = "rope"
+    dims: Optional[Tuple[str, str]] = None
+    obstacle: Callable[[nn.Module], Optional[str]] = lambda attention: None
+    cached_layers: Callable[[Any], List[Any]] = _layers
+
+    def attention_of(self, layer: Any) -> Any:
+        """The attention of a layer, or None."""
+        return _deep(layer, self.layer_attention)
+
+    def norm_of(self, layer: Any) -> Optional[nn.Module]:
+        """The norm before the attention of a layer, or None."""
+        return self.layer_norm and _deep(layer, self.layer_norm)
+
+    def head_counts(self, attention: nn.Module) -> Tuple[int, int]:
+        """The numbers of query heads and of KV heads."""
+        kv_heads = self.kv_heads
+        return (
+            getattr(attention, self.heads),
+            kv_heads if isinstance(kv_heads, int) else getattr(attention, kv_heads),
+        )
+
+    def projections_of(self, attention: nn.Module) -> Tuple[Projection, ...]:
+        """The projections of queries, keys and values, as far as there are any.
+
+        Raises:
+            ValueError: the layer has no keys of its own.
+        """
+        missing = [name for name in self.projections[:2] if name not in attention]
+        if missing:
+            raise ValueError(f"a layer without {missing[0]} shares the keys of another")
+        linears = [base_linear(attention[n]) for n in self.projections if n in attention]
+        if len(self.projections) > 1 or self.dims:
+            return tuple(map(Projection, linears))
+        return fused_projections(linears[0], *self.head_counts(attention), self.grouped)
 
 
 _families: Dict[type, Family] = {}
+# By module, for those that say where the layers of a model are.
+_modules: Dict[str, Family] = {}
 
 
-def patch_family(module: ModuleType, family: Family) -> None:
-    """Let the models of ``module`` attend over compressed caches.
-
-    Replaces the module's name ``scaled_dot_product_attention``, and wraps the
-    attention class's ``__call__`` so that a cache learns which layer it serves.
-
-    Raises:
-        AttributeError: the module does not have what the family describes.
-    """
-    attention = getattr(module, family.attention)
-    patching.wrap(module, "scaled_dot_product_attention", _scaled_dot_product_attention)
-    patching.wrap(attention, "__call__", _attention_call)
+def register(attention: type, module: str, family: Family) -> None:
+    """Support the attention class and the models of the module with this name."""
     _families[attention] = family
+    _modules[module] = family
 
 
 def family_of(attention: Any) -> Optional[Family]:
@@ -59,106 +100,24 @@ def family_of(attention: Any) -> Optional[Family]:
     return _families.get(type(attention))
 
 
-def _scaled_dot_product_attention(wrapped, instance, args, kwargs):
-    return attend(wrapped, *args, **kwargs)
+def layers_of(model: Any) -> List[Any]:
+    """The layer of each of the model's caches; may be of another number than these."""
+    family = _modules.get(type(model).__module__)
+    return list((family or Family()).cached_layers(model) or [])
 
 
-def _attention_call(wrapped, instance, args, kwargs):
-    cache = kwargs["cache"] if "cache" in kwargs else args[2] if len(args) > 2 else None
-    if not isinstance(cache, (CompressedKVCache, BatchCompressedKVCache)):
-        return wrapped(*args, **kwargs)
-    if cache.attention is None or cache.attention() is not instance:
-        layer = known_layer(instance)
-        cache.bind(layer.codec, layer.fingerprint, layer.kernel)
-        cache.attention = weakref.ref(instance)
-    cache.attending = True
+def attention_of(layer: Any) -> Tuple[Any, Optional[Family]]:
+    """The attention of a layer and its family; (None, None) if none is supported."""
+    for path in {family.layer_attention for family in _families.values()}:
+        attention = _deep(layer, path)
+        family = family_of(attention)
+        if family is not None and family.layer_attention == path:
+            return attention, family
+    return None, None
+
+
+def _deep(owner: Any, path: str) -> Any:
     try:
-        return wrapped(*args, **kwargs)
-    finally:
-        cache.attending, cache.view = False, None
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What a cache needs to know about one attention layer."""
-
-    codec: KVCodec
-    visibility: Visibility
-    kernel: str
-    fingerprint: str
-    settings: Settings
-    weights: Tuple[Any, ...]
-
-
-_layers: Dict[int, Tuple[weakref.ref, Layer]] = {}
-
-
-def known_layer(
-    attention: nn.Module, norm: Optional[nn.Module] = None, settings: Optional[Settings] = None
-) -> Layer:
-    """The layer of an attention module, made again if its weights or settings changed.
-
-    Args:
-        norm: the norm before it; without one its keys are not balanced.
-        settings: None stands for the settings it is known with, or the defaults.
-
-    Raises:
-        ValueError: its keys and values can't be compressed.
-    """
-    reference, layer = _layers.get(id(attention), (None, None))
-    if reference is not None and reference() is attention:
-        same = all(a is b for a, b in zip(layer.weights, _weights(attention)))
-        if same and settings in (None, layer.settings):
-            return layer
-    layer = _read_layer(attention, norm, settings or Settings())
-    key = id(attention)
-    _layers[key] = (weakref.ref(attention, lambda _: _layers.pop(key, None)), layer)
-    return layer
-
-
-def _weights(attention: nn.Module) -> Tuple[Any, ...]:
-    linear = base_linear(attention.k_proj)
-    return linear.weight, linear.get("bias"), attention.q_proj
-
-
-def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Settings) -> Layer:
-    family = _families[type(attention)]
-    heads = attention.n_kv_heads
-    linear = base_linear(attention.k_proj)
-    head_dim = linear.weight.shape[0] // heads
-    value_dim = base_linear(attention.v_proj).weight.shape[0] // heads
-    for dim in (head_dim, value_dim):
-        if dim % 8 or not 32 <= dim <= 512:
-            raise ValueError(
-                f"head dim {dim} can't be compressed; allowed are multiples of 8 from 32 to 512"
-            )
-    rope = getattr(attention, "rope", None)
-    bias = linear.get("bias")
-    factors = None
-    if settings.balance and norm is not None:
-        factors = balance(
-            family.channel_rms(attention, norm, "k_proj", heads),
-            family.channel_rms(attention, norm, "q_proj", attention.n_heads),
-            rope,
-        )
-        mx.eval(factors)
-    exact = settings.bypass == "identity"
-    spec = CodecSpec(
-        head_dim,
-        value_dim,
-        "exact" if exact else settings.key_codec,
-        settings.key_bits,
-        "exact" if exact else settings.value_codec,
-        settings.value_bits,
-    )
-    codec = KVCodec(
-        spec, factors, None if bias is None else KeyBias(bias.reshape(heads, -1), rope)
-    )
-    return Layer(
-        codec,
-        Visibility(settings.window, settings.sinks),
-        BRIDGE if settings.bypass == BRIDGE else resolve_kernel(settings.kernel),
-        f"{zlib.crc32(bytes(linear.weight[:1].view(mx.uint8))):08x}",
-        settings,
-        _weights(attention),
-    )
+        return attrgetter(path)(owner)
+    except AttributeError:
+        return None

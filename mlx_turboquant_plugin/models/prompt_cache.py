@@ -3,22 +3,30 @@
 from types import ModuleType
 from typing import Any, Dict, List, Optional, Tuple
 
-from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
 from .. import patching, settings
+from ..attention.dispatch import attend
 from ..cache import BatchCompressedKVCache, CompressedKVCache, RotatingCompressedKVCache
 from ..cache.files import check_file
 from ..log import log_once, logger
-from .family import family_of, known_layer
+from . import table, upstream
+from .attention import bind
+from .family import attention_of, layers_of
 from .identity import identity_of
+from .layer import known_layer
 
 _reports: Dict[settings.ModelIdentity, str] = {}
 
 
 def patch(module: ModuleType) -> None:
     """Hook of ``mlx_lm.models.cache``."""
+    kinds = (CompressedKVCache, RotatingCompressedKVCache, BatchCompressedKVCache)
+    if upstream.available():
+        upstream.register(_prepare, attend, kinds)
+        return
     # Saved caches are looked up by name there.
-    for kind in (CompressedKVCache, RotatingCompressedKVCache, BatchCompressedKVCache):
+    for kind in kinds:
         setattr(module, kind.__name__, kind)
     patching.wrap(module, "make_prompt_cache", _make_prompt_cache)
     patching.wrap(module, "load_prompt_cache", _load_prompt_cache)
@@ -36,15 +44,16 @@ def compress(model: Any, caches: List[Any]) -> List[Any]:
     pattern = chosen.opted_out(identity)
     if pattern is not None:
         return _leave(identity, caches, f"opt_out pattern {pattern!r} matches it")
-    layers = list(getattr(model, "layers", None) or [])
+    reason = table.why_not(type(model).__module__)
+    if reason:
+        return _leave(identity, caches, reason)
+    layers = layers_of(model)
     if len(layers) != len(caches):
         return _leave(identity, caches, "its layers and its caches do not correspond")
-    compressed, reasons = [], []
-    for layer, cache in zip(layers, caches):
-        replacement, reason = _compressed(layer, cache, chosen)
-        compressed.append(replacement or cache)
-        if reason:
-            reasons.append(reason)
+    pairs = [_compressed(layer, cache, chosen) for layer, cache in zip(layers, caches)]
+    pairs = _all_or_no_rings(caches, pairs)
+    compressed = [new or old for (new, _), old in zip(pairs, caches)]
+    reasons = [reason for _, reason in pairs if reason]
     count = len(layers) - len(reasons)
     if count == 0:
         return _leave(identity, caches, reasons[0] if reasons else "it has no layers")
@@ -55,6 +64,32 @@ def compress(model: Any, caches: List[Any]) -> List[Any]:
         logger.info("%s", text)
     _reports[identity] = text
     return compressed
+
+
+def _all_or_no_rings(caches: List[Any], pairs: List[Tuple[Any, str]]) -> List[Tuple[Any, str]]:
+    """Rotating caches share one mask, and compressed batches of them have another layout."""
+    reasons = [why for cache, (_, why) in zip(caches, pairs) if type(cache) is RotatingKVCache]
+    reason = next(filter(None, reasons), "")
+    if not reason:
+        return pairs
+    return [
+        (None, why or reason) if type(cache) is RotatingKVCache else (new, why)
+        for cache, (new, why) in zip(caches, pairs)
+    ]
+
+
+def _prepare(model: Any, caches: List[Any], new: bool) -> List[Any]:
+    """What an mlx-lm with hooks calls for every prompt cache, made by it or handed to it."""
+    if not patching.active():
+        return caches
+    if new:
+        caches = compress(model, caches)
+    for layer, cache in zip(layers_of(model), caches):
+        attention, _ = attention_of(layer)
+        for one in getattr(cache, "caches", [cache]):
+            if isinstance(one, CompressedKVCache) and attention is not None:
+                bind(one, attention)
+    return caches
 
 
 def _make_prompt_cache(wrapped, instance, args, kwargs):
@@ -68,24 +103,36 @@ def _load_prompt_cache(wrapped, instance, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
-def _compressed(
-    layer: Any, cache: Any, chosen: settings.Settings
-) -> Tuple[Optional[CompressedKVCache], str]:
+def _compressed(layer: Any, cache: Any, chosen: settings.Settings) -> Tuple[Any, str]:
     """A compressed cache for one layer, or None and the reason."""
+    if type(cache) is CacheList:
+        return _compressed_in_list(layer, cache, chosen)
     if type(cache) not in (KVCache, RotatingKVCache):
         return None, f"{type(cache).__name__} is not supported"
-    attention = getattr(layer, "self_attn", None)
-    family = family_of(attention)
+    attention, family = attention_of(layer)
     if family is None:
         return None, "this architecture is not supported"
+    if type(cache) is KVCache and getattr(layer, "use_sliding", False):
+        # Pixtral and Mistral 3: the mask alone says how far back queries see.
+        return None, "a sliding window over a KVCache that does not rotate is not supported"
     try:
-        known = known_layer(attention, getattr(layer, family.layer_norm, None), chosen)
+        known = known_layer(attention, family.norm_of(layer), chosen)
     except ValueError as error:
         return None, str(error)
     parts = known.codec, known.visibility, known.kernel
     if type(cache) is KVCache:
         return CompressedKVCache(*parts), ""
     return RotatingCompressedKVCache(cache.max_size, cache.keep, *parts), ""
+
+
+def _compressed_in_list(
+    layer: Any, caches: CacheList, chosen: settings.Settings
+) -> Tuple[Optional[CacheList], str]:
+    """The same for a layer that has several caches: its keys and values among them."""
+    pairs = [_compressed(layer, cache, chosen) for cache in caches.caches]
+    if not any(replacement for replacement, _ in pairs):
+        return None, pairs[-1][1]
+    return CacheList(*(new or old for (new, _), old in zip(pairs, caches.caches))), ""
 
 
 def _leave(identity: settings.ModelIdentity, caches: List[Any], reason: str) -> List[Any]:

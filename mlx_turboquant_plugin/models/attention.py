@@ -1,0 +1,77 @@
+"""Patching the attention of a family of models, so that it reads compressed caches."""
+
+import functools
+import inspect
+import weakref
+from types import ModuleType
+from typing import Any, Union
+
+import mlx.nn as nn
+from mlx_lm.models.cache import CacheList
+
+from .. import patching
+from ..attention.dispatch import attend
+from ..cache import BatchCompressedKVCache, CompressedKVCache
+from . import upstream
+from .family import Family, register
+from .layer import known_layer
+
+
+def patch_family(module: ModuleType, family: Family) -> None:
+    """Let the models of ``module`` attend over compressed caches.
+
+    Replaces the module's name ``scaled_dot_product_attention``, and wraps the
+    attention class's ``__call__`` so that a cache learns which layer it serves;
+    nothing at all where mlx-lm asks for it (see :mod:`upstream`).
+
+    Raises:
+        AttributeError: the module does not have what the family describes.
+    """
+    attention = getattr(module, family.attention)
+    if not upstream.available():
+        parameters = list(inspect.signature(attention.__call__).parameters)
+        if "cache" not in parameters:
+            raise AttributeError(
+                f"{attention.__qualname__}.__call__ has no parameter cache, only "
+                f"{', '.join(parameters)}: name the class that updates the cache"
+            )
+        position = parameters.index("cache") - 1
+        patching.wrap(module, "scaled_dot_product_attention", _scaled_dot_product_attention)
+        patching.wrap(attention, "__call__", functools.partial(_attention_call, position))
+    register(attention, module.__name__, family)
+
+
+def _scaled_dot_product_attention(wrapped, instance, args, kwargs):
+    return attend(wrapped, *args, **kwargs)
+
+
+def _attention_call(position, wrapped, instance, args, kwargs):
+    cache = kwargs["cache"] if "cache" in kwargs else None
+    if len(args) > position:
+        cache = args[position]
+    if type(cache) is CacheList:
+        cache = next((c for c in cache.caches if _ours(c)), None)
+    if not _ours(cache):
+        return wrapped(*args, **kwargs)
+    if cache.attention is None or cache.attention() is not instance:
+        bind(cache, instance)
+    cache.attending = True
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        cache.attending, cache.view = False, None
+
+
+def _ours(cache: Any) -> bool:
+    return isinstance(cache, (CompressedKVCache, BatchCompressedKVCache))
+
+
+def bind(cache: Union[CompressedKVCache, BatchCompressedKVCache], attention: nn.Module) -> None:
+    """Tell a cache which layer it serves.
+
+    Raises:
+        ValueError: it was filled by another model.
+    """
+    layer = known_layer(attention)
+    cache.bind(layer.codec, layer.fingerprint, layer.kernel)
+    cache.attention = weakref.ref(attention)

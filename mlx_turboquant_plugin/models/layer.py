@@ -1,0 +1,142 @@
+"""What a cache needs to know about an attention layer, read from its weights."""
+
+import weakref
+import zlib
+from dataclasses import dataclass
+from typing import Any, Dict, Optional, Tuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..attention.dispatch import BRIDGE
+from ..attention.kernels import resolve_kernel
+from ..cache import Visibility
+from ..codecs.key_bias import KeyBias
+from ..codecs.kv_codec import CodecSpec, KVCodec
+from ..settings import Settings
+from .balance import balance, norm_rms, projection_rms
+from .family import Family, family_of
+from .projections import Projection, base_linear
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer as its caches see it."""
+
+    codec: KVCodec
+    visibility: Visibility
+    kernel: str
+    fingerprint: str
+    settings: Settings
+    weights: Tuple[Any, ...]
+
+
+_layers: Dict[int, Tuple[weakref.ref, Layer]] = {}
+
+
+def known_layer(
+    attention: nn.Module, norm: Optional[nn.Module] = None, settings: Optional[Settings] = None
+) -> Layer:
+    """The layer of an attention module, made again if its weights or settings changed.
+
+    Args:
+        norm: the norm before it; without one, and without norms of its heads, its keys
+            are not balanced.
+        settings: None stands for the settings it is known with, or the defaults.
+
+    Raises:
+        ValueError: its keys and values can't be compressed.
+    """
+    reference, layer = _layers.get(id(attention), (None, None))
+    if reference is not None and reference() is attention:
+        same = all(a is b for a, b in zip(layer.weights, _weights(attention)))
+        if same and settings in (None, layer.settings):
+            return layer
+    layer = _read_layer(attention, norm, settings or Settings())
+    key = id(attention)
+    _layers[key] = (weakref.ref(attention, lambda _: _layers.pop(key, None)), layer)
+    return layer
+
+
+def _weights(attention: nn.Module) -> Tuple[Any, ...]:
+    """What is replaced when a layer is loaded, quantised, sharded or adapted."""
+    names = family_of(attention).projections[:2]
+    linears = [base_linear(attention[name]) for name in names if name in attention]
+    return (*linears, *(x.weight for x in linears), *(x.get("bias") for x in linears))
+
+
+def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Settings) -> Layer:
+    family = family_of(attention)
+    obstacle = family.obstacle(attention)
+    if obstacle:
+        raise ValueError(obstacle)
+    projections = family.projections_of(attention)
+    head_dim, value_dim = _head_dims(family, attention, projections)
+    exact = settings.bypass == "identity"
+    spec = CodecSpec(
+        head_dim,
+        value_dim,
+        "exact" if exact else settings.key_codec,
+        settings.key_bits,
+        "exact" if exact else settings.value_codec,
+        settings.value_bits,
+    )
+    factors, bias = _balance_and_bias(family, attention, norm, projections, head_dim)
+    linear = projections[min(1, len(projections) - 1)].linear
+    return Layer(
+        KVCodec(spec, factors if settings.balance else None, bias),
+        Visibility(settings.window, settings.sinks),
+        BRIDGE if settings.bypass == BRIDGE else resolve_kernel(settings.kernel),
+        f"{zlib.crc32(bytes(linear.weight[:1].view(mx.uint8))):08x}",
+        settings,
+        _weights(attention),
+    )
+
+
+def _head_dims(
+    family: Family, attention: nn.Module, projections: Tuple[Projection, ...]
+) -> Tuple[int, int]:
+    if family.dims:
+        dims = tuple(getattr(attention, name) for name in family.dims)
+    else:
+        _, kv_heads = family.head_counts(attention)
+        # Models that make values of their keys have no third projection.
+        dims = tuple(x.outputs // kv_heads for x in (projections[1], projections[-1]))
+    for dim in dims:
+        if dim % 8 or not 32 <= dim <= 512:
+            raise ValueError(
+                f"head dim {dim} can't be compressed; allowed are multiples of 8 from 32 to 512"
+            )
+    return dims
+
+
+def _balance_and_bias(
+    family: Family,
+    attention: nn.Module,
+    norm: Optional[nn.Module],
+    projections: Tuple[Projection, ...],
+    head_dim: int,
+) -> Tuple[Optional[mx.array], Optional[KeyBias]]:
+    """The factors of the keys' channels and the bias of the keys, where there are any."""
+    if family.dims:
+        return None, None
+    heads, kv_heads = family.head_counts(attention)
+    rope = getattr(attention, family.rope, None)
+    query_norm, key_norm = (getattr(attention, name, None) for name in family.head_norms)
+    bias = rms = None
+    if key_norm is not None:
+        # What a norm makes of a bias is not the same for every token.
+        rms = norm_rms(key_norm, kv_heads, head_dim), norm_rms(query_norm, heads, head_dim)
+    else:
+        queries, keys, *_ = projections
+        if keys.bias() is not None:
+            bias = KeyBias(keys.bias().reshape(kv_heads, -1), rope)
+        if norm is not None:
+            rms = (
+                projection_rms(keys, norm, kv_heads),
+                projection_rms(queries, norm, heads, biased=True),
+            )
+    factors = rms and balance(*rms, rope)
+    if factors is not None:
+        mx.eval(factors)
+    return factors, bias

@@ -1,0 +1,69 @@
+"""Where an attention module keeps the projections of its queries, keys and values."""
+
+from typing import NamedTuple, Optional, Tuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+
+class Projection(NamedTuple):
+    """Some or all outputs of a linear layer.
+
+    Attributes:
+        linear: dense, quantised or sharded; see :func:`base_linear`.
+        rows: which outputs, in the order of heads and channels; None for all.
+    """
+
+    linear: nn.Module
+    rows: Optional[mx.array] = None
+
+    @property
+    def outputs(self) -> int:
+        return self.linear.weight.shape[0] if self.rows is None else self.rows.size
+
+    def weight(self) -> mx.array:
+        """The weights, dequantised: fp32 (outputs, inputs)."""
+        linear = self.linear
+        weight = self._chosen(linear.weight)
+        if "scales" in linear:
+            biases = linear.get("biases")
+            weight = mx.dequantize(
+                weight,
+                self._chosen(linear.scales),
+                None if biases is None else self._chosen(biases),
+                group_size=linear.group_size,
+                bits=linear.bits,
+                mode=getattr(linear, "mode", "affine"),
+            )
+        return weight.astype(mx.float32)
+
+    def bias(self) -> Optional[mx.array]:
+        """The bias, (outputs,), or None."""
+        return self._chosen(self.linear.bias) if "bias" in self.linear else None
+
+    def _chosen(self, array: mx.array) -> mx.array:
+        return array if self.rows is None else array[self.rows]
+
+
+def base_linear(projection: nn.Module) -> nn.Module:
+    """The linear layer below a LoRA or DoRA adapter, or ``projection`` itself."""
+    return getattr(projection, "linear", projection)
+
+
+def fused_projections(
+    linear: nn.Module, heads: int, kv_heads: int, grouped: bool
+) -> Tuple[Projection, Projection, Projection]:
+    """The queries', keys' and values' parts of one projection.
+
+    Args:
+        grouped: whether the outputs of each KV head stand together, its queries first,
+            then its key and its value; else all queries come before all keys.
+    """
+    every = np.arange(linear.weight.shape[0]).reshape(heads + 2 * kv_heads, -1)
+    if grouped:
+        groups = every.reshape(kv_heads, -1, every.shape[1])
+        parts = groups[:, :-2], groups[:, -2], groups[:, -1]
+    else:
+        parts = np.split(every, [heads, heads + kv_heads])
+    return tuple(Projection(linear, mx.array(part.flatten())) for part in parts)
