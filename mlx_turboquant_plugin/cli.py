@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": ("evaluation.demo", "generate with and without compression, side by side"),
     "compare": ("evaluation.compare", "measure what each preset costs and saves on a model"),
     "bench": ("evaluation.bench", "measure speed and memory against mlx-lm's own KV cache"),
+    "selftest": ("evaluation.selftest", "check the attention kernels of this device"),
 }
 BAD_SETTINGS = 2
 

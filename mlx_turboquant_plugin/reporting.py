@@ -23,6 +23,7 @@ class Status:
         device: what mlx computes on; None before mlx is imported.
         kernels: the attention kernels of this machine; None before mlx is imported.
         kernel: what the setting ``kernel`` comes down to here; None if unknown.
+        fallbacks: what that kernel had to leave to another so far.
         hooks: module, function and outcome of each entry point.
         patched: dotted names of what is replaced in mlx_lm now.
         config: the settings file, if any.
@@ -38,6 +39,7 @@ class Status:
     device: Optional[str]
     kernels: Optional[List[str]]
     kernel: Optional[str]
+    fallbacks: List[str]
     hooks: List[Dict[str, str]]
     patched: List[str]
     config: Optional[str]
@@ -65,6 +67,7 @@ def status() -> Status:
         except settings.SettingsError as bad:
             error = str(bad)
     prompt_cache = sys.modules.get(f"{__package__}.models.prompt_cache")
+    fused = sys.modules.get(f"{__package__}.attention.fused")
     return Status(
         active=patching.active(),
         reason=None if patching.active() else _why_off(configuration, error),
@@ -73,6 +76,7 @@ def status() -> Status:
         device=device,
         kernels=kernels,
         kernel=kernel,
+        fallbacks=fused.fallbacks() if fused else [],
         hooks=[
             {"module": h.module, "function": h.function, "outcome": h.outcome}
             for h in activation.hooks()

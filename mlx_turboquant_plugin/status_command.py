@@ -76,6 +76,7 @@ def _lines(snapshot: Status) -> Iterator[str]:
             "chosen": snapshot.kernel,
         },
     )
+    yield from _section("fallbacks", dict.fromkeys(snapshot.fallbacks, ""))
     yield from _section("hooks", {h["module"]: h["outcome"] for h in snapshot.hooks})
     yield from _section("patched", dict.fromkeys(snapshot.patched, ""))
     yield from _section("models", dict.fromkeys(snapshot.models, ""))

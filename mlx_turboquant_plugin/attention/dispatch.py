@@ -1,12 +1,14 @@
 """Which attention answers a call of mlx-lm's function."""
 
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, List, Optional, Union
 
 import mlx.core as mx
 
 from ..cache import BatchCompressedKVCache, CompressedKVCache, PackedRows, RowView, View
+from ..kernels import FUSED
 from .bridge import attend_bridge
-from .function import attention_functions
+from .function import AttentionFunctions, attention_functions
+from .fused import MAX_QUERIES, attend_fused, fall_back, problem_of_rows, problem_of_view
 from .packed import attend_packed
 from .tiles import Mask, attend_tiles
 
@@ -39,8 +41,7 @@ def attend(
     if sinks is not None:
         raise ValueError("attention sinks of the model are not supported by the compressed KV cache")
     if isinstance(view, PackedRows):
-        functions = attention_functions(view.codec.spec, view.kernel == "compiled")
-        return attend_packed(original, queries, view, scale, functions)
+        return _attend_packed(original, queries, view, scale)
     if isinstance(view, list):
         return _attend_rows(original, queries, values, view, scale)
     return _attend_view(original, queries, view, scale, mask)
@@ -53,8 +54,29 @@ def _attend_view(original: Callable, queries, view: View, scale: float, mask: Ma
         return original(queries, keys, values, cache=None, scale=scale, mask=mask)
     if view.kernel == BRIDGE:
         return attend_bridge(original, queries, view, scale, mask)
-    functions = attention_functions(view.codec.spec, view.kernel == "compiled")
-    return attend_tiles(queries, view, scale, mask, functions)
+    count = queries.shape[2]
+    if view.kernel in FUSED and count <= MAX_QUERIES:
+        # A ring makes its own mask.
+        if view.ring is not None or isinstance(mask, str) or (mask is None and count == 1):
+            out = attend_fused(view.kernel, problem_of_view(queries, view, scale))
+            if out is not None:
+                return out
+        else:
+            fall_back(view.kernel, "masks other than the causal one")
+    return attend_tiles(queries, view, scale, mask, _functions(view))
+
+
+def _attend_packed(original: Callable, queries, rows: PackedRows, scale: float) -> mx.array:
+    if rows.kernel in FUSED and rows.key_codes:
+        out = attend_fused(rows.kernel, problem_of_rows(queries, rows, scale))
+        if out is not None:
+            return out
+    return attend_packed(original, queries, rows, scale, _functions(rows))
+
+
+def _functions(view: Union[View, PackedRows]) -> AttentionFunctions:
+    # What a fused kernel leaves to others is for the compiled functions.
+    return attention_functions(view.codec.spec, view.kernel in ("compiled", *FUSED))
 
 
 def _attend_rows(original: Callable, queries, values, rows: List[RowView], scale) -> mx.array:

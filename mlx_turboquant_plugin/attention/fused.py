@@ -6,7 +6,7 @@ in ``kernels``; long blocks of queries and array masks are served by tiles.
 
 import functools
 from dataclasses import dataclass
-from typing import Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import mlx.core as mx
 import numpy as np
@@ -14,9 +14,13 @@ import numpy as np
 from ..cache.packed import PackedRows
 from ..cache.view import View
 from ..codecs.kv_codec import Codes, KVCodec
+from ..kernels import fused_kernel
+from ..log import log_once
 
 # Speculative decoding verifies a few tokens at once; more are better served by tiles.
 MAX_QUERIES = 8
+
+_fallbacks: List[str] = []
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,29 @@ class Problem:
     first_coded: int
     bounds: mx.array
     scale: float
+
+
+def attend_fused(kernel: str, problem: Problem) -> Optional[mx.array]:
+    """The attention (B, H_q, N, D_v), or None if the kernel can't do it, which is logged."""
+    module = fused_kernel(kernel)
+    missing = module.supports(problem)
+    if missing is None:
+        return module.attend(problem)
+    fall_back(kernel, missing)
+    return None
+
+
+def fall_back(kernel: str, missing: str) -> None:
+    """Say, once, that attention is left to the compiled functions because of ``missing``."""
+    message = f"the {kernel} kernel does not support {missing}: the compiled one serves instead"
+    if message not in _fallbacks:
+        _fallbacks.append(message)
+    log_once(message)
+
+
+def fallbacks() -> List[str]:
+    """What fused kernels had to leave to the compiled functions so far."""
+    return list(_fallbacks)
 
 
 def problem_of_view(queries: mx.array, view: View, scale: float) -> Problem:

@@ -2,12 +2,13 @@
 
 from typing import List
 
+from ..kernels import fused_kernels
 from ..settings import SettingsError
 
 
 def available_kernels() -> List[str]:
     """The kernels that this machine can run, the best first."""
-    return ["compiled", "eager"]
+    return [*fused_kernels(), "compiled", "eager"]
 
 
 def resolve_kernel(name: str) -> str:

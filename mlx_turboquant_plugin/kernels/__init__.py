@@ -1,0 +1,30 @@
+"""Fused attention kernels: codes are dequantised in registers, never in memory.
+
+Each is a module named after what it is written in, with two functions of a
+:class:`~mlx_turboquant_plugin.attention.fused.Problem`:
+
+``supports(problem) -> Optional[str]``
+    None, or what the kernel can't do about the problem, in words.
+``attend(problem) -> mx.array``
+    The attention, (B, H_q, N, D_v) in the dtype of the queries.
+"""
+
+from importlib import import_module
+from types import ModuleType
+from typing import List
+
+import mlx.core as mx
+
+FUSED = ("metal", "cuda")
+
+
+def fused_kernels() -> List[str]:
+    """The names of the fused kernels that can run on the default device."""
+    if mx.default_device().type != mx.gpu:
+        return []
+    return [name for name in FUSED if getattr(mx, name).is_available()]
+
+
+def fused_kernel(name: str) -> ModuleType:
+    """The module of a fused kernel."""
+    return import_module(f".{name}", __package__)

@@ -1,0 +1,290 @@
+// What the kernels share: rotations, and products with packed codes.
+//
+// ROWS is the number of query rows (pairs of a query head and a position) that a
+// threadgroup serves: 1, 2, 4 or 8. Rows lie side by side in threadgroup memory, so that
+// one load serves a channel or a token for all of them.
+
+#define UNROLL _Pragma("clang loop unroll(full)")
+
+// Scores of tokens that a row does not see. Finite, since kernels may be compiled as if
+// there were no infinities.
+constant constexpr float MASKED = -1e30f;
+
+// Tokens of a tile of codes, four for each lane, and of a tile of exact tokens.
+constant constexpr int TILE = 128;
+constant constexpr int EXACT_TILE = 32;
+
+template <int ROWS>
+METAL_FUNC void load_rows(threadgroup const float* from, thread float (&to)[ROWS]) {
+  if (ROWS % 4 == 0) {
+    threadgroup const float4* four = (threadgroup const float4*)from;
+    UNROLL
+    for (int i = 0; i < ROWS; i += 4) {
+      float4 x = four[i / 4];
+      UNROLL
+      for (int k = 0; k < 4 && i + k < ROWS; k++) {
+        to[i + k] = x[k];
+      }
+    }
+  } else {
+    UNROLL
+    for (int i = 0; i < ROWS; i++) {
+      to[i] = from[i];
+    }
+  }
+}
+
+// COUNT neighbouring elements, at a multiple of so many, in one load.
+template <int COUNT, typename T>
+METAL_FUNC void load_wide(device const T* from, thread float (&to)[COUNT]) {
+  metal::vec<T, COUNT> x = *(device const metal::vec<T, COUNT>*)from;
+  UNROLL
+  for (int k = 0; k < COUNT; k++) {
+    to[k] = float(x[k]);
+  }
+}
+
+// The orthonormal Walsh-Hadamard transform of order 32 * COUNT. Element 32 * j + lane is
+// x[j] of that lane; every lane of the simdgroup must take part.
+template <int COUNT>
+METAL_FUNC void walsh_hadamard(thread float (&x)[COUNT], uint lane) {
+  UNROLL
+  for (int step = 1; step < COUNT; step *= 2) {
+    UNROLL
+    for (int j = 0; j < COUNT; j++) {
+      if ((j & step) == 0) {
+        float low = x[j], high = x[j + step];
+        x[j] = low + high;
+        x[j + step] = low - high;
+      }
+    }
+  }
+  const float norm = rsqrt(32.0f * COUNT);
+  UNROLL
+  for (int j = 0; j < COUNT; j++) {
+    UNROLL
+    for (ushort step = 1; step < 32; step *= 2) {
+      float other = simd_shuffle_xor(x[j], step);
+      x[j] = (lane & step) ? other - x[j] : x[j] + other;
+    }
+    x[j] *= norm;
+  }
+}
+
+// Four neighbouring bytes, of which `count` are there. They start at a multiple of four
+// bytes if `aligned`.
+METAL_FUNC uint load_four(device const uint8_t* from, int count, bool aligned) {
+  if (aligned && count >= 4) {
+    return *(device const uint*)from;
+  }
+  uint word = 0;
+  for (int i = 0; i < min(count, 4); i++) {
+    word |= uint(from[i]) << (8 * i);
+  }
+  return word;
+}
+
+// The size that a scale byte stands for: 12 steps to the octave from 2^-13 on.
+METAL_FUNC float size_of(uint scale) {
+  return fast::exp2(float(scale) * (1.0f / 12.0f) - 13.0f);
+}
+
+// The arrays of packed codes: one, or three for 3 bits.
+struct Planes {
+  device const uint8_t* low;
+  device const uint8_t* low_of_upper_fields;
+  device const uint8_t* high;
+};
+
+template <bool AFFINE>
+METAL_FUNC float level(threadgroup const float* levels, uint code) {
+  return AFFINE ? float(code) : levels[code];
+}
+
+// Products of all rows with four neighbouring channel-major vectors, of which `count`
+// are there: products[k][r] = sum over c of queries[c][r] * level of channel c of vector k.
+//   planes: of the first of these vectors; byte i of a vector is `stride` * i further.
+template <int D, int BITS, bool AFFINE, int ROWS>
+METAL_FUNC void multiply_keys(
+    threadgroup const float* queries,
+    threadgroup const float* levels,
+    Planes planes,
+    int stride,
+    int count,
+    thread float (&products)[4][ROWS]) {
+  constexpr int FIELDS = BITS == 3 ? 8 : 8 / BITS;
+  constexpr int BYTES = D / FIELDS;
+  const bool aligned = stride % 4 == 0;
+  for (int i = 0; i < BYTES; i++) {
+    uint low = load_four(planes.low + i * stride, count, aligned);
+    uint upper = 0, high = 0;
+    if (BITS == 3) {
+      upper = load_four(planes.low_of_upper_fields + i * stride, count, aligned);
+      high = load_four(planes.high + i * stride, count, aligned);
+    }
+    UNROLL
+    for (int field = 0; field < FIELDS; field++) {
+      float q[ROWS];
+      load_rows<ROWS>(queries + (field * BYTES + i) * ROWS, q);
+      UNROLL
+      for (int k = 0; k < 4; k++) {
+        uint code;
+        if (BITS == 3) {
+          code = ((field < 4 ? low : upper) >> (8 * k + 2 * (field % 4))) & 3;
+          code |= ((high >> (8 * k + field)) & 1) << 2;
+        } else {
+          code = (low >> (8 * k + BITS * field)) & ((1 << BITS) - 1);
+        }
+        float x = level<AFFINE>(levels, code);
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+          products[k][r] += q[r] * x;
+        }
+      }
+    }
+  }
+}
+
+// How the channels of token-major values are dealt to the lanes of a simdgroup.
+//
+// A unit is what one byte of low bits holds: FIELDS channels. A lane owns UNITS
+// neighbouring units, if there are so many. Three bits of the affine codec are twelve bits
+// at a time.
+template <int D, int BITS, bool AFFINE>
+struct ValueLayout {
+  static constant constexpr const int FIELDS = BITS == 3 ? 4 : 8 / BITS;
+  static constant constexpr const int ALL = D / FIELDS;
+  static constant constexpr const int UNITS = ALL <= 32 ? 1 : ALL <= 64 ? 2 : ALL <= 128 ? 4 : 8;
+  static constant constexpr const int CHANNELS = UNITS * FIELDS;
+  // Bytes of a plane of one token; the affine codec pads to whole groups.
+  static constant constexpr const int GROUP = D % 64 == 0 ? 64 : 32;
+  static constant constexpr const int GROUPS = (D + GROUP - 1) / GROUP;
+  static constant constexpr const int BYTES =
+      AFFINE ? GROUPS * GROUP * BITS / 8 : (BITS == 3 ? D / 8 : D / FIELDS);
+
+  // The channel of field `field` of unit `unit`.
+  static int channel(int unit, int field) {
+    if (AFFINE) {
+      return unit * FIELDS + field;
+    }
+    if (BITS == 3) {
+      return (unit / BYTES * 4 + field) * BYTES + unit % BYTES;
+    }
+    return field * BYTES + unit;
+  }
+};
+
+// The levels of a lane's channels of one token: x[FIELDS * u + field].
+//   planes: of the token.
+template <int D, int BITS, bool AFFINE, typename Scale, int CHANNELS>
+METAL_FUNC void load_values(
+    threadgroup const float* levels,
+    Planes planes,
+    device const Scale* scales,
+    device const Scale* zeros,
+    uint lane,
+    thread float (&x)[CHANNELS]) {
+  using Layout = ValueLayout<D, BITS, AFFINE>;
+  const int first = lane * Layout::UNITS;
+  UNROLL
+  for (int k = 0; k < CHANNELS; k++) {
+    x[k] = 0;
+  }
+  if (first >= Layout::ALL) {
+    return;
+  }
+  uint codes[Layout::UNITS];
+  if (BITS != 3) {
+    if (Layout::UNITS == 1) {
+      codes[0] = planes.low[first];
+    } else if (Layout::UNITS == 2) {
+      uint two = *(device const ushort*)(planes.low + first);
+      UNROLL
+      for (int u = 0; u < Layout::UNITS; u++) {
+        codes[u] = (two >> (8 * u)) & 255;
+      }
+    } else {
+      device const uint* words = (device const uint*)(planes.low + first);
+      UNROLL
+      for (int u = 0; u < Layout::UNITS; u++) {
+        codes[u] = (words[u / 4] >> (8 * (u % 4))) & 255;
+      }
+    }
+  } else {
+    UNROLL
+    for (int u = 0; u < Layout::UNITS; u++) {
+      int unit = first + u;
+      if (AFFINE) {
+        int byte = unit / 2 * 3 + unit % 2;
+        uint two = planes.low[byte] | uint(planes.low[byte + 1]) << 8;
+        codes[u] = (two >> (4 * (unit % 2))) & 4095;
+      } else {
+        bool upper = unit >= Layout::BYTES;
+        int i = upper ? unit - Layout::BYTES : unit;
+        uint low = upper ? planes.low_of_upper_fields[i] : planes.low[i];
+        // The high bits of the four fields, in the place above the low ones.
+        codes[u] = low | ((uint(planes.high[i]) >> (upper ? 4 : 0)) & 15) << 8;
+      }
+    }
+  }
+  UNROLL
+  for (int u = 0; u < Layout::UNITS; u++) {
+    float scale = 1, zero = 0;
+    if (AFFINE) {
+      int group = (first + u) * Layout::FIELDS / Layout::GROUP;
+      scale = float(scales[group]);
+      zero = float(zeros[group]);
+    }
+    UNROLL
+    for (int field = 0; field < Layout::FIELDS; field++) {
+      uint code;
+      if (BITS == 3 && !AFFINE) {
+        code = ((codes[u] >> (2 * field)) & 3) | ((codes[u] >> (8 + field)) & 1) << 2;
+      } else {
+        code = (codes[u] >> (BITS * field)) & ((1 << BITS) - 1);
+      }
+      float value = level<AFFINE>(levels, code);
+      x[u * Layout::FIELDS + field] = AFFINE ? value * scale + zero : value;
+    }
+  }
+}
+
+// The online softmax of one simdgroup (Milakov and Gimelshein, arXiv 1805.02867), in
+// powers of two: running maxima, the same in all lanes, and totals, each lane's own.
+template <int ROWS>
+struct Softmax {
+  float top[ROWS];
+  float total[ROWS];
+
+  Softmax() {
+    UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      top[r] = MASKED;
+      total[r] = 0;
+    }
+  }
+
+  // Turn the scores of a tile, COUNT tokens of each lane, into weights, and give the
+  // factor by which what was accumulated shrinks.
+  template <int COUNT>
+  void add(thread float (&scores)[COUNT][ROWS], thread float (&shrink)[ROWS]) {
+    UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      float best = scores[0][r];
+      UNROLL
+      for (int k = 1; k < COUNT; k++) {
+        best = max(best, scores[k][r]);
+      }
+      best = max(top[r], simd_max(best));
+      shrink[r] = fast::exp2(top[r] - best);
+      top[r] = best;
+      total[r] *= shrink[r];
+      UNROLL
+      for (int k = 0; k < COUNT; k++) {
+        float weight = scores[k][r] > 0.5f * MASKED ? fast::exp2(scores[k][r] - best) : 0.0f;
+        total[r] += weight;
+        scores[k][r] = weight;
+      }
+    }
+  }
+};

@@ -1,0 +1,409 @@
+// Attention of a few queries over part of the tokens: one threadgroup of four simdgroups
+// for each (split, chunk of ROWS query rows, KV head of a sequence). The first splits are
+// for exact tokens and the others for codes; the simdgroups take tiles of tokens in turns.
+//
+// Output: partial (B * H, chunks, splits, ROWS, DV + 2), fp32: for each row the values'
+// weighted sum, rotated in the splits of codes, then the maximum and the total of the
+// softmax. Scores are in powers of two: `scale` includes log2(e).
+constexpr int SIMDS = 4;
+constexpr int THREADS = 32 * SIMDS;
+constexpr bool FAST_ROTATION = (DK & (DK - 1)) == 0;
+using Values = ValueLayout<DV, VALUE_BITS, VALUE_AFFINE>;
+// Neighbouring channels of exact values that a lane loads at once, and how often.
+constexpr int WIDE = DV >= 128 ? 4 : 2;
+constexpr int LOADS = (DV / WIDE + 31) / 32;
+constexpr int CHANNELS = Values::CHANNELS > WIDE * LOADS ? Values::CHANNELS : WIDE * LOADS;
+// Scratch of a simdgroup: weights of a tile, turned pairs of a bias, at last its sums.
+constexpr int WIDEST = DK > DV ? DK : DV;
+constexpr int SCRATCH = (WIDEST > TILE ? WIDEST : TILE) * ROWS;
+
+// Declared as float4 to be aligned for it.
+threadgroup float4 q_memory[DK * ROWS / 4];
+threadgroup float4 pairs_memory[BIASED ? DK * ROWS / 4 : 1];
+threadgroup float4 scratch_memory[SIMDS * SCRATCH / 4];
+threadgroup float key_levels[16];
+threadgroup float value_levels[16];
+threadgroup float query_sums[ROWS];
+threadgroup float rest[ROWS];
+threadgroup int limits[ROWS * 4];
+threadgroup float statistics[SIMDS * ROWS * 2];
+threadgroup float* q = (threadgroup float*)q_memory;
+threadgroup float* pairs = (threadgroup float*)pairs_memory;
+threadgroup float* all_scratch = (threadgroup float*)scratch_memory;
+
+const int thread_index = thread_position_in_threadgroup.x;
+const int lane = thread_index_in_simdgroup;
+const int simd = simdgroup_index_in_threadgroup;
+const int split = threadgroup_position_in_grid.x;
+const int splits = threadgroups_per_grid.x;
+const int chunk = threadgroup_position_in_grid.y;
+const int chunks = threadgroups_per_grid.y;
+const int kv_index = threadgroup_position_in_grid.z;
+threadgroup float* scratch = all_scratch + simd * SCRATCH;
+
+const int kv_heads = keys_shape[1];
+const int exact_count = keys_shape[2];
+const int count = queries_shape[2];
+const int rows = queries_shape[1] / kv_heads * count;
+const int code_count = k0_shape[3];
+const int first_coded = sizes[0];
+const int sinks = sizes[1];
+const int exact_splits = sizes[2];
+const int sequence = kv_index / kv_heads;
+const int kv_head = kv_index % kv_heads;
+const bool exact = split < exact_splits;
+// The queries of a KV head are neighbours: row = head in the group * count + position.
+const int first_row = chunk * ROWS;
+const int query_offset = (kv_index * rows + first_row) * DK;
+const int present = min(ROWS, rows - first_row);
+
+// What each row sees, in indices of codes, and the codes that any row sees.
+const int bounds_offset = sequence * count * 4;
+const int end = bounds[bounds_offset + (count - 1) * 4 + 3] + 1;
+int codes_from = code_count, codes_to = 0;
+for (int n = 0; n < count; n++) {
+  codes_from = min(codes_from, bounds[bounds_offset + n * 4 + 1] - first_coded);
+  codes_to = max(codes_to, bounds[bounds_offset + n * 4 + 2] - first_coded);
+}
+codes_from = max(codes_from, 0);
+codes_to = min(codes_to, code_count);
+if (thread_index < ROWS * 4) {
+  int r = thread_index / 4, which = thread_index % 4;
+  int bound = bounds[bounds_offset + (first_row + r) % count * 4 + which];
+  // Rows that are not there see nothing.
+  limits[thread_index] = r < present ? bound : INT_MAX;
+}
+if (thread_index < 16) {
+  key_levels[thread_index] = levels[thread_index];
+  value_levels[thread_index] = levels[16 + thread_index];
+}
+
+if (exact) {
+  // [row][channel]
+  for (int i = thread_index; i < ROWS * DK; i += THREADS) {
+    q[i] = i < present * DK ? float(queries[query_offset + i]) * scale[0] : 0.0f;
+  }
+} else {
+  // [channel][row], times the balance and rotated
+  for (int r = simd; r < ROWS; r += SIMDS) {
+    float x[(DK + 31) / 32];
+    UNROLL
+    for (int j = 0; j < (DK + 31) / 32; j++) {
+      int c = 32 * j + lane;
+      x[j] = 0;
+      if (c < DK && r < present) {
+        x[j] = float(queries[query_offset + r * DK + c]) * scale[0];
+        x[j] *= BALANCED ? balance[kv_head * DK + c] : 1.0f;
+        x[j] *= FAST_ROTATION ? key_rotation[c] : 1.0f;
+      }
+    }
+    if (FAST_ROTATION) {
+      walsh_hadamard<(DK + 31) / 32>(x, lane);
+    }
+    UNROLL
+    for (int j = 0; j < (DK + 31) / 32; j++) {
+      int c = 32 * j + lane;
+      if (c < DK) {
+        (FAST_ROTATION ? q : all_scratch)[c * ROWS + r] = x[j];
+      }
+    }
+  }
+  if (!FAST_ROTATION) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int c = thread_index; c < DK; c += THREADS) {
+      float y[ROWS] = {0};
+      for (int i = 0; i < DK; i++) {
+        float x[ROWS];
+        load_rows<ROWS>(all_scratch + i * ROWS, x);
+        float turn = key_rotation[i * DK + c];
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+          y[r] += x[r] * turn;
+        }
+      }
+      UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        q[c * ROWS + r] = y[r];
+      }
+    }
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+const int rotary = sizes[3];
+if (!exact && (KEY_AFFINE || BIASED)) {
+  for (int r = simd; r < ROWS; r += SIMDS) {
+    float sum = 0, unturned = 0;
+    for (int c = lane; c < DK; c += 32) {
+      sum += q[c * ROWS + r];
+      if (BIASED && c >= 2 * rotary && r < present) {
+        unturned += float(queries[query_offset + r * DK + c]) * bias[kv_head * DK + c];
+      }
+    }
+    sum = simd_sum(sum);
+    unturned = simd_sum(unturned);
+    if (lane == 0) {
+      query_sums[r] = sum;
+      rest[r] = unturned * scale[0];
+    }
+  }
+  if (BIASED) {
+    // Of each rotary pair what the cosine and what the sine of its angle is multiplied by.
+    for (int i = thread_index; i < rotary * ROWS; i += THREADS) {
+      int f = i / ROWS, r = i % ROWS;
+      int first = f * sizes[4], second = first + sizes[5];
+      float q1 = 0, q2 = 0;
+      if (r < present) {
+        q1 = float(queries[query_offset + r * DK + first]) * scale[0];
+        q2 = float(queries[query_offset + r * DK + second]) * scale[0];
+      }
+      float b1 = bias[kv_head * DK + first], b2 = bias[kv_head * DK + second];
+      pairs[f * ROWS + r] = q1 * b1 + q2 * b2;
+      pairs[(rotary + f) * ROWS + r] = q2 * b1 - q1 * b2;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+Softmax<ROWS> softmax;
+float sums[ROWS][CHANNELS];
+UNROLL
+for (int r = 0; r < ROWS; r++) {
+  UNROLL
+  for (int c = 0; c < CHANNELS; c++) {
+    sums[r][c] = 0;
+  }
+}
+
+if (exact) {
+  const auto own_keys = keys + size_t(kv_index) * exact_count * DK;
+  const auto own_values = values + size_t(kv_index) * exact_count * DV;
+  for (int start = (split * SIMDS + simd) * EXACT_TILE; start < exact_count;
+       start += exact_splits * SIMDS * EXACT_TILE) {
+    // Eight lanes share a token.
+    const int part = lane % 8;
+    for (int i = lane / 8; i < EXACT_TILE; i += 4) {
+      float products[ROWS] = {0};
+      if (start + i < exact_count) {
+        for (int c = 4 * part; c < DK; c += 32) {
+          float x[4], y[4];
+          load_wide<4>(own_keys + (start + i) * DK + c, x);
+          UNROLL
+          for (int r = 0; r < ROWS; r++) {
+            load_rows<4>(q + r * DK + c, y);
+            products[r] += x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3];
+          }
+        }
+      }
+      UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        products[r] += simd_shuffle_xor(products[r], 4);
+        products[r] += simd_shuffle_xor(products[r], 2);
+        products[r] += simd_shuffle_xor(products[r], 1);
+        if (part == r) {
+          scratch[i * ROWS + r] = products[r];
+        }
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    const int slot = start + lane;
+    const int position = slot < sinks ? slot : end - exact_count + slot;
+    float weights[1][ROWS], shrink[ROWS];
+    UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      int oldest = limits[r * 4 + (slot < sinks ? 0 : 2)];
+      bool seen = slot < exact_count && position >= oldest && position <= limits[r * 4 + 3];
+      weights[0][r] = seen ? scratch[lane * ROWS + r] : MASKED;
+    }
+    softmax.template add<1>(weights, shrink);
+    UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      scratch[lane * ROWS + r] = weights[0][r];
+      UNROLL
+      for (int c = 0; c < CHANNELS; c++) {
+        sums[r][c] *= shrink[r];
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = 0; i < min(EXACT_TILE, exact_count - start); i++) {
+      float weight[ROWS];
+      load_rows<ROWS>(scratch + i * ROWS, weight);
+      UNROLL
+      for (int j = 0; j < LOADS; j++) {
+        int c = (32 * j + lane) * WIDE;
+        if (c < DV) {
+          float x[WIDE];
+          load_wide<WIDE>(own_values + (start + i) * DV + c, x);
+          UNROLL
+          for (int k = 0; k < WIDE; k++) {
+            UNROLL
+            for (int r = 0; r < ROWS; r++) {
+              sums[r][j * WIDE + k] += weight[r] * x[k];
+            }
+          }
+        }
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+} else {
+  constexpr int KEY_BYTES = KEY_BITS == 3 ? DK / 8 : DK * KEY_BITS / 8;
+  const size_t first_code = size_t(kv_index) * code_count;
+  for (int start = (codes_from / TILE + (split - exact_splits) * SIMDS + simd) * TILE;
+       start < codes_to; start += (splits - exact_splits) * SIMDS * TILE) {
+    const int own = start + 4 * lane;
+    const int own_count = clamp(code_count - own, 0, 4);
+    const bool aligned = code_count % 4 == 0;
+    float weights[4][ROWS] = {{0}};
+    if (own_count > 0) {
+      const size_t at = first_code * KEY_BYTES + own;
+      Planes planes = {k0 + at, k1 + at, k2 + at};
+      multiply_keys<DK, KEY_BITS, KEY_AFFINE, ROWS>(
+          q, key_levels, planes, code_count, own_count, weights);
+      for (int k = 0; k < own_count; k++) {
+        float size, zero = 0;
+        if (KEY_AFFINE) {
+          size = float(key_scale[first_code + own + k]);
+          zero = float(key_zero[first_code + own + k]);
+        } else {
+          size = size_of(uint(key_scale[first_code + own + k]));
+        }
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+          weights[k][r] = weights[k][r] * size + (KEY_AFFINE ? query_sums[r] * zero : 0.0f);
+        }
+      }
+    }
+    if (BIASED) {
+      // Turn the pairs to the tile's first position, then the table serves its tokens.
+      const int position = first_coded + start;
+      const int block = position / TILE, within = position % TILE;
+      for (int f = lane; f < rotary; f += 32) {
+        float block_cos = coarse_cos[block * rotary + f];
+        float block_sin = coarse_sin[block * rotary + f];
+        float fine_cos = fine[f * TILE + within], fine_sin = fine[(rotary + f) * TILE + within];
+        float cosine = block_cos * fine_cos - block_sin * fine_sin;
+        float sine = block_sin * fine_cos + block_cos * fine_sin;
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+          float a = pairs[f * ROWS + r], b = pairs[(rotary + f) * ROWS + r];
+          scratch[f * ROWS + r] = a * cosine + b * sine;
+          scratch[(rotary + f) * ROWS + r] = b * cosine - a * sine;
+        }
+      }
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      for (int f = 0; f < 2 * rotary; f++) {
+        float turned[ROWS];
+        load_rows<ROWS>(scratch + f * ROWS, turned);
+        UNROLL
+        for (int k = 0; k < 4; k++) {
+          float x = fine[f * TILE + 4 * lane + k];
+          UNROLL
+          for (int r = 0; r < ROWS; r++) {
+            weights[k][r] += turned[r] * x;
+          }
+        }
+      }
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    UNROLL
+    for (int k = 0; k < 4; k++) {
+      const int position = first_coded + own + k;
+      UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        bool seen = k < own_count && position >= limits[r * 4 + 1] && position < limits[r * 4 + 2];
+        weights[k][r] = seen ? weights[k][r] + (BIASED ? rest[r] : 0.0f) : MASKED;
+      }
+    }
+    float shrink[ROWS];
+    softmax.template add<4>(weights, shrink);
+    UNROLL
+    for (int k = 0; k < 4; k++) {
+      float size = 0;
+      if (k < own_count) {
+        size = VALUE_AFFINE ? 1.0f : size_of(uint(value_scale[first_code + own + k]));
+      }
+      UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        scratch[(4 * lane + k) * ROWS + r] = weights[k][r] * size;
+      }
+    }
+    UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      UNROLL
+      for (int c = 0; c < CHANNELS; c++) {
+        sums[r][c] *= shrink[r];
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = max(start, codes_from); i < min(start + TILE, codes_to); i++) {
+      float weight[ROWS], x[Values::CHANNELS];
+      const size_t token = first_code + i;
+      const size_t at = token * Values::BYTES;
+      Planes planes = {
+          (device const uint8_t*)v0 + at,
+          (device const uint8_t*)v1 + at,
+          (device const uint8_t*)v2 + at};
+      load_values<DV, VALUE_BITS, VALUE_AFFINE>(
+          value_levels, planes, value_scale + token * Values::GROUPS,
+          value_zero + token * Values::GROUPS, lane, x);
+      load_rows<ROWS>(scratch + (i - start) * ROWS, weight);
+      UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        UNROLL
+        for (int c = 0; c < Values::CHANNELS; c++) {
+          sums[r][c] += weight[r] * x[c];
+        }
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
+// Merge the simdgroups.
+UNROLL
+for (int r = 0; r < ROWS; r++) {
+  float total = simd_sum(softmax.total[r]);
+  if (lane == 0) {
+    statistics[(simd * ROWS + r) * 2] = softmax.top[r];
+    statistics[(simd * ROWS + r) * 2 + 1] = total;
+  }
+  if (exact) {
+    UNROLL
+    for (int j = 0; j < LOADS; j++) {
+      UNROLL
+      for (int k = 0; k < WIDE; k++) {
+        int c = (32 * j + lane) * WIDE + k;
+        if (c < DV) {
+          scratch[r * DV + c] = sums[r][j * WIDE + k];
+        }
+      }
+    }
+  } else {
+    UNROLL
+    for (int u = 0; u < Values::UNITS; u++) {
+      int unit = lane * Values::UNITS + u;
+      for (int field = 0; field < Values::FIELDS && unit < Values::ALL; field++) {
+        scratch[r * DV + Values::channel(unit, field)] = sums[r][u * Values::FIELDS + field];
+      }
+    }
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+device float* own_partial =
+    partial + size_t((kv_index * chunks + chunk) * splits + split) * ROWS * (DV + 2);
+for (int i = thread_index; i < ROWS * (DV + 2); i += THREADS) {
+  const int r = i / (DV + 2), c = i % (DV + 2);
+  float top = MASKED, sum = 0;
+  UNROLL
+  for (int s = 0; s < SIMDS; s++) {
+    top = max(top, statistics[(s * ROWS + r) * 2]);
+  }
+  UNROLL
+  for (int s = 0; s < SIMDS; s++) {
+    float share = fast::exp2(statistics[(s * ROWS + r) * 2] - top);
+    float own = c < DV ? all_scratch[s * SCRATCH + r * DV + c] : statistics[(s * ROWS + r) * 2 + 1];
+    sum += share * own;
+  }
+  own_partial[i] = c == DV ? top : sum;
+}

@@ -1,0 +1,92 @@
+// The attention from the partial sums of its splits: one threadgroup of four simdgroups
+// for each query row. The sums over codes are rotated back.
+//
+// Input: what decode.metal makes. Output: (B, H_q, N, DV).
+constexpr int SIMDS = 4;
+constexpr int THREADS = 32 * SIMDS;
+constexpr bool FAST_ROTATION = (DV & (DV - 1)) == 0;
+constexpr int COUNT = (DV + 31) / 32;
+
+threadgroup float exact_sums[SIMDS * DV];
+threadgroup float coded_sums[SIMDS * DV];
+
+const int thread_index = thread_position_in_threadgroup.x;
+const int lane = thread_index_in_simdgroup;
+const int simd = simdgroup_index_in_threadgroup;
+const int row = threadgroup_position_in_grid.x;
+const int kv_index = threadgroup_position_in_grid.y;
+const int rows = threadgroups_per_grid.x;
+
+const int chunks = partial_shape[1];
+const int splits = partial_shape[2];
+const int exact_splits = sizes[2];
+const device float* own =
+    partial + (size_t(kv_index * chunks + row / ROWS) * splits * ROWS + row % ROWS) * (DV + 2);
+const int stride = ROWS * (DV + 2);
+
+float top = MASKED;
+for (int s = lane; s < splits; s += 32) {
+  top = max(top, own[s * stride + DV]);
+}
+top = simd_max(top);
+float total = 0;
+for (int s = lane; s < splits; s += 32) {
+  total += fast::exp2(own[s * stride + DV] - top) * own[s * stride + DV + 1];
+}
+total = simd_sum(total);
+// A row that sees nothing gives zeros.
+const float norm = total > 0 ? 1 / total : 0.0f;
+
+float exact[COUNT], coded[COUNT];
+for (int j = 0; j < COUNT; j++) {
+  exact[j] = coded[j] = 0;
+}
+for (int s = simd; s < splits; s += SIMDS) {
+  float share = fast::exp2(own[s * stride + DV] - top) * norm;
+  for (int j = 0; j < COUNT; j++) {
+    int c = 32 * j + lane;
+    float x = c < DV ? own[s * stride + c] * share : 0.0f;
+    exact[j] += s < exact_splits ? x : 0.0f;
+    coded[j] += s < exact_splits ? 0.0f : x;
+  }
+}
+for (int j = 0; j < COUNT; j++) {
+  int c = 32 * j + lane;
+  if (c < DV) {
+    exact_sums[simd * DV + c] = exact[j];
+    coded_sums[simd * DV + c] = coded[j];
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+const size_t out_offset = size_t(kv_index * rows + row) * DV;
+if (FAST_ROTATION) {
+  if (simd == 0) {
+    for (int j = 0; j < COUNT; j++) {
+      int c = 32 * j + lane;
+      exact[j] = coded[j] = 0;
+      for (int s = 0; s < SIMDS && c < DV; s++) {
+        exact[j] += exact_sums[s * DV + c];
+        coded[j] += coded_sums[s * DV + c];
+      }
+    }
+    walsh_hadamard<COUNT>(coded, lane);
+    for (int j = 0; j < COUNT; j++) {
+      int c = 32 * j + lane;
+      if (c < DV) {
+        out[out_offset + c] = static_cast<T>(exact[j] + coded[j] * value_rotation[c]);
+      }
+    }
+  }
+} else {
+  for (int c = thread_index; c < DV; c += THREADS) {
+    float y = 0;
+    for (int s = 0; s < SIMDS; s++) {
+      y += exact_sums[s * DV + c];
+      for (int i = 0; i < DV; i++) {
+        y += coded_sums[s * DV + i] * value_rotation[i * DV + c];
+      }
+    }
+    out[out_offset + c] = static_cast<T>(y);
+  }
+}

@@ -1,0 +1,228 @@
+"""Launches the Metal kernels: attention of a few queries in two launches.
+
+``decode.metal`` makes partial sums over splits of the tokens, ``merge.metal`` the
+attention from them; both begin with ``codes.metal``. A kernel is compiled once for head
+dims, bits, dtypes and numbers of queries; lengths are looked up while it runs.
+"""
+
+import functools
+import math
+import weakref
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..codecs.key_bias import BLOCK, RotaryTable
+from ..codecs.kv_codec import Codes, CodecSpec
+from ..codecs.lloyd_max import CODEBOOKS
+from ..codecs.rotation import Rotation
+
+if TYPE_CHECKING:
+    from ..attention.fused import Problem
+
+# Those of decode.metal.
+SIMDS = 4
+THREADS = 32 * SIMDS
+TILE = 128
+
+# Threadgroups that keep the largest GPU busy; more than that only make the merge longer.
+GROUPS = 1024
+MAX_SPLITS = 64
+
+# MLX puts smaller arrays into another address space.
+DEVICE_SIZE = 8
+
+# Names of inputs and of the output.
+ARGUMENTS = {
+    "decode": (
+        "queries keys values k0 k1 k2 key_scale key_zero v0 v1 v2 value_scale value_zero "
+        "key_rotation levels balance bias fine coarse_cos coarse_sin bounds sizes scale",
+        "partial",
+    ),
+    "merge": ("partial value_rotation sizes", "out"),
+}
+
+DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+
+
+def supports(problem: "Problem") -> Optional[str]:
+    """None, or what the kernels can't do about ``problem``, in words."""
+    spec = problem.codec.spec
+    for codec in (spec.key_codec, spec.value_codec):
+        if codec not in ("lloyd-max", "affine"):
+            return f"the {codec} codec"
+    for dim in (spec.head_dim, spec.value_dim):
+        if dim % 8 or not 32 <= dim <= 256:
+            return f"a head dim of {dim}: it must be a multiple of 8 from 32 to 256"
+    for array in (problem.queries, problem.keys, problem.values):
+        if array.dtype not in DTYPES:
+            return f"{array.dtype}: queries, keys and values must be float16, bfloat16 or float32"
+    return None
+
+
+def attend(problem: "Problem") -> mx.array:
+    """Attention (B, H_q, N, D_v), in the dtype of the queries."""
+    codec, spec = problem.codec, problem.codec.spec
+    batch, heads, count, dim = problem.queries.shape
+    kv_heads, exact = problem.keys.shape[1:3]
+    rows = heads // kv_heads * count
+    chunk = _chunk(rows, max(dim, spec.value_dim))
+    chunks = -(-rows // chunk)
+    keys = _arrays(problem.key_codes, spec.key_codec, batch * kv_heads, -1)
+    values = _arrays(problem.value_codes, spec.value_codec, batch * kv_heads, -2)
+    coded = keys[0].shape[-1] if problem.key_codes else 0
+    exact_splits, code_splits = _splits(exact, coded, batch * kv_heads * chunks)
+    splits = exact_splits + code_splits
+    levels = _levels(spec)
+    layout, fine, coarse_cos, coarse_sin = (0, 0, 0), levels, levels, levels
+    if codec.bias is not None:
+        table = codec.bias.table
+        layout, fine = _layout(table)
+        table.blocks((problem.first_coded + coded) // BLOCK + 1)
+        coarse_cos, coarse_sin = table.coarse
+    sizes = _ints(problem.first_coded, problem.sinks, exact_splits, *layout)
+    (partial,) = _kernel("decode")(
+        inputs=[
+            problem.queries,
+            problem.keys,
+            problem.values,
+            *keys,
+            *values,
+            codec.key_rotation.array,
+            levels,
+            levels if codec.balance is None else codec.balance,
+            levels if codec.bias is None else codec.bias.bias,
+            fine,
+            coarse_cos,
+            coarse_sin,
+            problem.bounds,
+            sizes,
+            _scale(problem.scale),
+        ],
+        template=[
+            ("DK", dim),
+            ("DV", spec.value_dim),
+            ("ROWS", chunk),
+            ("KEY_BITS", spec.key_bits),
+            ("KEY_AFFINE", spec.key_codec == "affine"),
+            ("VALUE_BITS", spec.value_bits),
+            ("VALUE_AFFINE", spec.value_codec == "affine"),
+            ("BALANCED", codec.balance is not None),
+            ("BIASED", codec.bias is not None),
+        ],
+        grid=(splits * THREADS, chunks, batch * kv_heads),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[(batch * kv_heads, chunks, splits, chunk, spec.value_dim + 2)],
+        output_dtypes=[mx.float32],
+    )
+    (out,) = _kernel("merge")(
+        inputs=[partial, _inverse(codec.value_rotation), sizes],
+        template=[("T", problem.queries.dtype), ("DV", spec.value_dim), ("ROWS", chunk)],
+        grid=(rows * THREADS, batch * kv_heads, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[(batch, heads, count, spec.value_dim)],
+        output_dtypes=[problem.queries.dtype],
+    )
+    return out
+
+
+def _chunk(rows: int, dim: int) -> int:
+    """How many query rows a threadgroup serves: what its registers and memory can hold."""
+    most = 8 if dim <= 128 else 4
+    return next(n for n in (1, 2, 4, 8) if n >= min(rows, most))
+
+
+def _splits(exact: int, coded: int, others: int) -> Tuple[int, int]:
+    """Into how many parts the exact and the coded tokens are split.
+
+    Args:
+        others: the threadgroups that each part has.
+    """
+    most = max(1, min(MAX_SPLITS, GROUPS // others))
+    return min(most, -(-exact // TILE)), min(most, -(-coded // (TILE * SIMDS)))
+
+
+def _arrays(codes: Codes, codec: str, heads: int, axis: int) -> Sequence[mx.array]:
+    """Three planes, scales and zero points; those that a codec lacks are repetitions.
+
+    Args:
+        heads: the KV heads of all sequences.
+        axis: that of the tokens.
+    """
+    if not codes:
+        return [mx.zeros((1, 1, 1, DEVICE_SIZE), mx.uint8)] * 5
+    tokens = codes[-1].shape[axis]
+    if heads * tokens < DEVICE_SIZE:
+        padding = [(0, 0)] * 4
+        padding[axis] = (0, DEVICE_SIZE - tokens)
+        codes = tuple(mx.pad(plane, padding) for plane in codes)
+    *planes, scale, zero = codes if codec == "affine" else (*codes, codes[-1])
+    return [*(planes if len(planes) == 3 else planes * 3), scale, zero]
+
+
+@functools.lru_cache(maxsize=None)
+def _kernel(name: str) -> Any:
+    sources = files(__package__)
+    inputs, outputs = ARGUMENTS[name]
+    return mx.fast.metal_kernel(
+        name=f"turboquant_{name}",
+        input_names=inputs.split(),
+        output_names=[outputs],
+        source=sources.joinpath(f"{name}.metal").read_text("utf-8"),
+        header=sources.joinpath("codes.metal").read_text("utf-8"),
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def _levels(spec: CodecSpec) -> mx.array:
+    """Levels of keys, then of values, 16 places each, for vectors of unit mean square."""
+    levels = np.zeros((2, 16), np.float32)
+    for row, codec, bits in zip(
+        levels, (spec.key_codec, spec.value_codec), (spec.key_bits, spec.value_bits)
+    ):
+        if codec == "lloyd-max":
+            half = np.array(CODEBOOKS[bits].levels) / CODEBOOKS[bits].unit
+            row[: 2**bits] = np.concatenate([-half[::-1], half])
+    return mx.array(levels)
+
+
+@functools.lru_cache(maxsize=None)
+def _inverse(rotation: Rotation) -> mx.array:
+    """What turns vectors back: the signs, or the transposed matrix."""
+    array = mx.contiguous(rotation.array.T)
+    mx.eval(array)
+    return array
+
+
+_layouts: "weakref.WeakKeyDictionary[RotaryTable, tuple]" = weakref.WeakKeyDictionary()
+
+
+def _layout(table: RotaryTable) -> Tuple[Tuple[int, int, int], mx.array]:
+    """Where the rotary pairs are, and their angles.
+
+    Returns:
+        The number of pairs F, the distance of the first channels of two pairs and of the
+        channels of a pair; cosines and then sines of the table's first positions,
+        (2 F, BLOCK).
+    """
+    if table not in _layouts:
+        first, second = table.first.tolist(), table.second.tolist()
+        between = first[1] - first[0] if len(first) > 1 else 1
+        fine = mx.contiguous(table.fine.T)
+        mx.eval(fine)
+        _layouts[table] = (len(first), between, second[0] - first[0]), fine
+    return _layouts[table]
+
+
+# All layers ask for the same. By way of NumPy, since lazy arrays must not be shared by threads.
+@functools.lru_cache(maxsize=64)
+def _ints(*numbers: int) -> mx.array:
+    return mx.array(np.array(numbers, np.int32))
+
+
+@functools.lru_cache(maxsize=64)
+def _scale(scale: float) -> mx.array:
+    """The scale of scores in powers of two."""
+    return mx.array(np.array([scale * math.log2(math.e)], np.float32))
