@@ -4,7 +4,7 @@ import functools
 import math
 import zlib
 from importlib.resources import files
-from typing import TYPE_CHECKING, List, Tuple
+from typing import TYPE_CHECKING, List, Optional, Tuple
 
 import mlx.core as mx
 import numpy as np
@@ -26,15 +26,19 @@ MOST_PARTS = 256
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
-def supports(problem: "Problem") -> bool:
-    """Whether :func:`attend` can solve ``problem``: Lloyd-Max codes of common head dims."""
+def supports(problem: "Problem") -> Optional[str]:
+    """None, or what the kernel can't do about ``problem``, in words."""
     spec = problem.codec.spec
-    return (
-        spec.key_codec == spec.value_codec == "lloyd-max"
-        and all(32 <= dim <= 256 and dim % 16 == 0 for dim in (spec.head_dim, spec.value_dim))
-        and problem.queries.dtype in DTYPES
-        and problem.keys.dtype in DTYPES
-    )
+    for codec in (spec.key_codec, spec.value_codec):
+        if codec != "lloyd-max":
+            return f"the {codec} codec"
+    for dim in (spec.head_dim, spec.value_dim):
+        if dim % 8 or not 32 <= dim <= 256:
+            return f"a head dim of {dim}: it must be a multiple of 8 from 32 to 256"
+    for array in (problem.queries, problem.keys, problem.values):
+        if array.dtype not in DTYPES:
+            return f"{array.dtype}: queries, keys and values must be float16, bfloat16 or float32"
+    return None
 
 
 def attend(problem: "Problem") -> mx.array:
