@@ -34,6 +34,9 @@ def replaced() -> List[str]:
 def wrap(owner: Any, name: str, wrapper: Callable) -> None:
     """Wrap the function ``owner.name`` (a module's or a class's) with a wrapt wrapper.
 
+    If the module defines the function, the modules that imported it follow; a name that the
+    module has imported is replaced there alone.
+
     Args:
         owner: a module or a class.
         name: the attribute; wrapping it again does nothing.
@@ -49,7 +52,7 @@ def wrap(owner: Any, name: str, wrapper: Callable) -> None:
     wrapped = wrapt.FunctionWrapper(original, wrapper, enabled=active)
     setattr(owner, name, wrapped)
     _replaced.append((owner, name, original, wrapped))
-    if not isinstance(owner, type):
+    if _defines(owner, original):
         _rebind(original, wrapped, name)
 
 
@@ -66,16 +69,25 @@ def rollback(count: int) -> None:
         owner, name, original, wrapped = _replaced.pop()
         if owner.__dict__.get(name) is wrapped:
             setattr(owner, name, original)
-        if not isinstance(owner, type):
+        if _defines(owner, original):
             _rebind(wrapped, original, name)
 
 
+def _defines(owner: Any, function: Any) -> bool:
+    """Whether others import ``function`` from ``owner``, which did not import it itself."""
+    return not isinstance(owner, type) and function.__module__ == owner.__name__
+
+
 def _rebind(old: Any, new: Any, name: str) -> None:
-    """Follow ``from module import name`` in the modules of mlx_lm loaded already."""
-    for module_name, module in list(sys.modules.items()):
-        if module_name == "mlx_lm" or module_name.startswith("mlx_lm."):
-            if getattr(module, "__dict__", {}).get(name) is old:
-                setattr(module, name, new)
+    """Follow ``from module import name`` in the modules loaded already, scripts included."""
+    for module in list(sys.modules.values()):
+        try:
+            # Plain getattr() would load the modules that are only loaded when looked into.
+            names = object.__getattribute__(module, "__dict__")
+        except AttributeError:  # anything can stand in sys.modules
+            continue
+        if names.get(name) is old:
+            names[name] = new
 
 
 def _name(owner: Any) -> str:

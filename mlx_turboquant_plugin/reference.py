@@ -144,13 +144,24 @@ def reads_exactly(queries, keys, window, sinks):
 
 
 def attention(
-    q, keys, values, decoded_keys, decoded_values, positions, window, sinks, scale, causal=True
+    q,
+    keys,
+    values,
+    decoded_keys,
+    decoded_values,
+    positions,
+    window,
+    sinks,
+    scale,
+    causal=True,
+    seen=True,
 ):
     """Attention that reads each token as :func:`reads_exactly` says.
 
     Args:
         q: (B, H_q, N, D), at ``positions`` (N,).
         keys, values, decoded_keys, decoded_values: (B, H, T, D), positions 0, ..., T - 1.
+        seen: bool (N, T) or (T,), the tokens that have not been forgotten.
 
     Returns:
         (B, H_q, N, D_v).
@@ -164,7 +175,8 @@ def attention(
     exact = reads_exactly(positions, tokens, window, sinks)
     scores = scale * np.where(exact, q @ keys.swapaxes(-1, -2), q @ decoded_keys.swapaxes(-1, -2))
     if causal:
-        scores = np.where(tokens <= np.asarray(positions)[:, None], scores, -np.inf)
+        seen = seen & (tokens <= np.asarray(positions)[:, None])
+    scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     return (weights * exact) @ values + (weights * ~exact) @ decoded_values

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from mlx_lm.generate import batch_generate, generate_step, stream_generate
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models import phi, qwen3
+from mlx_lm.models import base, llama, phi, qwen2, qwen3
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from processes import ROOT, run, run_python
 
@@ -173,14 +173,28 @@ def test_kv_bits_is_left_to_the_plugin(caplog):
 
 
 def test_names_imported_before_it_is_enabled_see_the_caches_of_a_model_too():
-    """mlx-lm's modules import make_prompt_cache by name."""
+    """mlx-lm's modules and scripts like this one import make_prompt_cache by name."""
     model, tokenizer = tiny.load("tiny-llama")
+    importers = sys.modules["mlx_lm.generate"], sys.modules[__name__]
+
+    def kinds():
+        return {type(c) for importer in importers for c in importer.make_prompt_cache(model)}
+
     mlx_turboquant_plugin.enable()
-    generate = sys.modules["mlx_lm.generate"]
-    assert all(type(c) is CompressedKVCache for c in generate.make_prompt_cache(model))
+    assert kinds() == {CompressedKVCache}
     mlx_turboquant_plugin.disable()
-    assert all(type(c) is KVCache for c in generate.make_prompt_cache(model))
-    assert generate.make_prompt_cache is make_prompt_cache
+    assert kinds() == {KVCache}
+    assert importers[0].make_prompt_cache is mlx_lm_cache.make_prompt_cache
+
+
+def test_only_supported_architectures_get_another_attention():
+    original = base.scaled_dot_product_attention
+    mlx_turboquant_plugin.enable()
+    assert phi.scaled_dot_product_attention is base.scaled_dot_product_attention is original
+    for module in (qwen2, qwen3, llama):
+        assert module.scaled_dot_product_attention.__wrapped__ is original
+    mlx_turboquant_plugin.disable()
+    assert qwen3.scaled_dot_product_attention is original
 
 
 def test_one_of_two_models_is_opted_out(caplog):

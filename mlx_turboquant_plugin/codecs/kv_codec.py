@@ -100,7 +100,8 @@ class KVCodec:
             if self.balance is not None:
                 x = x / self.balance
             codes = self.keys.encode(Rotation.forward(x, self.key_rotation.array))
-            return tuple(mx.swapaxes(plane, -1, -2) for plane in codes)
+            # A kernel copies what is not contiguous, and attention reads codes on every step.
+            return tuple(mx.contiguous(mx.swapaxes(plane, -1, -2)) for plane in codes)
 
         return _in_steps(encode, keys, axis=-1)
 

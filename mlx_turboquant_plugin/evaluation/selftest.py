@@ -38,7 +38,7 @@ from .. import reference
 from ..attention.dispatch import attend
 from ..attention.fused import MAX_QUERIES, fallbacks
 from ..attention.kernels import available_kernels, resolve_kernel
-from ..cache import CompressedKVCache, Visibility
+from ..cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
 from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
 from ..kernels import FUSED, fused_kernels
@@ -66,6 +66,7 @@ class Case:
         keys, values: "lloyd-max" or "affine", and bits.
         extras: with a key bias and balanced keys; ``rope`` is how positions are encoded:
             "halves", "traditional" or "partial".
+        ring: the ``max_kv_size`` of a cache that forgets, or 0.
     """
 
     dim: int = 128
@@ -78,6 +79,7 @@ class Case:
     dtype: str = "float32"
     extras: bool = False
     rope: str = "halves"
+    ring: int = 0
 
     def __str__(self):
         dims = str(self.dim) if self.dim == self.value_dim else f"{self.dim}/{self.value_dim}"
@@ -87,7 +89,8 @@ class Case:
         )
         lengths = ",".join(map(str, self.lengths))
         text = f"D={dims} GQA={self.groups} N={self.count} T={lengths}{codecs} {self.dtype}"
-        return text + (f" bias,{self.rope}" if self.extras else "")
+        extras = f" bias,{self.rope}" if self.extras else ""
+        return text + extras + (f" ring={self.ring}" if self.ring else "")
 
 
 def case(dim: int = 128, **values) -> Case:
@@ -112,10 +115,11 @@ QUICK = (
     case(128, groups=8, keys=("lloyd-max", 3), values=("lloyd-max", 3), lengths=(1300,)),
     case(128, groups=1, lengths=(101,), keys=("affine", 4), values=("affine", 4)),
     case(128, groups=2, lengths=(5, 170, 333, 69), extras=True, rope="partial"),
-    case(128, groups=6, count=8, lengths=(200,), keys=("lloyd-max", 2), values=("affine", 2)),
+    case(128, groups=6, count=8, lengths=(196,), keys=("lloyd-max", 2), values=("affine", 2)),
     case(256, groups=7, lengths=(260,), extras=True, dtype="bfloat16"),
     case(256, groups=1, keys=("affine", 8), values=("affine", 8)),
     case(256, groups=2, keys=("affine", 2), values=("lloyd-max", 4), lengths=(330, 290)),
+    case(64, groups=2, lengths=(430,), extras=True, ring=263),
     Case(192, 128, groups=2, keys=("lloyd-max", 3), values=("lloyd-max", 2)),
 )
 
@@ -146,6 +150,10 @@ def table() -> Iterator[Case]:
             yield case(dim, lengths=lengths, groups=2, extras=len(lengths) == 3)
     for rope, dim in product(("halves", "traditional", "partial"), DIMS):
         yield case(dim, groups=2, extras=True, rope=rope, lengths=(500,))
+    for ring, length in product((100, 150, 333), (99, 150, 640)):
+        yield case(lengths=(length,), ring=ring, extras=ring == 333)
+    # So many tokens that every part of a kernel has more than one turn.
+    yield case(lengths=(40_000,))
 
 
 class Result(NamedTuple):
@@ -211,18 +219,24 @@ class _Layer:
 
     def _keys(self, length: int) -> mx.array:
         keys = self._normal(1, KV_HEADS, length, self.case.dim)
-        return self._array(keys + self._rotated_bias(length))
+        return self._array(keys + self._rotated_bias(0, length))
 
-    def _rotated_bias(self, length: int):
+    def _rotated_bias(self, start: int, stop: int):
         if self.bias is None:
             return 0.0
-        bias = np.repeat(self.bias[:, None], length, axis=1)
-        return reference.rope(bias, np.arange(length), **self.rope)
+        bias = np.repeat(self.bias[:, None], stop - start, axis=1)
+        return reference.rope(bias, np.arange(start, stop), **self.rope)
+
+    def _cache(self) -> CompressedKVCache:
+        parts = self.codec, VISIBILITY, self.kernel
+        if self.case.ring:
+            return RotatingCompressedKVCache(self.case.ring, VISIBILITY.sinks, *parts)
+        return CompressedKVCache(*parts)
 
     def attend(self) -> mx.array:
         """What mlx-lm's patched attention gives, (B, H_q, N, D_v)."""
         count = self.case.count
-        caches = [CompressedKVCache(self.codec, VISIBILITY, self.kernel) for _ in self.keys]
+        caches = [self._cache() for _ in self.keys]
         for cache, keys, values in zip(caches, self.keys, self.values):
             cache.update_and_fetch(keys[:, :, :-count], values[:, :, :-count])
         cache = caches[0] if len(caches) == 1 else CompressedKVCache.merge(caches)
@@ -247,9 +261,10 @@ class _Layer:
             )
             length = self.case.lengths[index]
             decoded_keys, decoded_values = np.zeros_like(keys), np.zeros_like(values)
-            if row.coded:
-                decoded_keys[:, :, : row.coded] = self._decode_keys(row.key_codes)
-                decoded_values[:, :, : row.coded] = self._decode_values(row.value_codes)
+            if row.key_codes:
+                coded = slice(row.first_coded, row.coded)
+                decoded_keys[:, :, coded] = self._decode_keys(row.key_codes, coded)
+                decoded_values[:, :, coded] = self._decode_values(row.value_codes)
             positions = np.arange(length - self.case.count, length)
             outs.append(
                 reference.attention(
@@ -262,6 +277,7 @@ class _Layer:
                     VISIBILITY.window,
                     VISIBILITY.sinks,
                     self.scale,
+                    seen=self._remembered(length),
                 )
             )
             scores = queries @ np.repeat(keys, self.case.groups, axis=1).swapaxes(-1, -2)
@@ -270,18 +286,24 @@ class _Layer:
         out = np.concatenate(outs)
         return out, self._tolerance(np.abs(out).max(), score, value)
 
+    def _remembered(self, length: int):
+        if not self.case.ring:
+            return True
+        newest = length - (self.case.ring - VISIBILITY.sinks)
+        return (np.arange(length) < VISIBILITY.sinks) | (np.arange(length) >= newest)
+
     def _tolerance(self, out: float, score: float, value: float) -> float:
         tf32 = self.kernel not in FUSED and mx.default_device().type == mx.gpu
         u = TF32_ROUNDOFF if tf32 else ROUNDOFF["float32"]
         inner = u * value * (64 + score * (self.case.dim**0.5 + 18))
         return ROUNDOFF[self.case.dtype] * out + inner
 
-    def _decode_keys(self, codes: Codes) -> np.ndarray:
+    def _decode_keys(self, codes: Codes, positions: slice) -> np.ndarray:
         arrays = [np.array(x).swapaxes(-1, -2) for x in codes]
         x = _levels(arrays, *self.case.keys) @ reference.rotation(self.case.dim).T
         if self.balance is not None:
             x = x * self.balance
-        return x + self._rotated_bias(x.shape[2])
+        return x + self._rotated_bias(positions.start, positions.stop)
 
     def _decode_values(self, codes: Codes) -> np.ndarray:
         arrays, (codec, bits) = [np.array(x) for x in codes], self.case.values

@@ -10,6 +10,9 @@
 // there were no infinities.
 constant constexpr float MASKED = -1e30f;
 
+// A position that no sequence reaches.
+constant constexpr int NEVER = 0x7fffffff;
+
 // Tokens of a tile of codes, four for each lane, and of a tile of exact tokens.
 constant constexpr int TILE = 128;
 constant constexpr int EXACT_TILE = 32;
@@ -17,14 +20,9 @@ constant constexpr int EXACT_TILE = 32;
 template <int ROWS>
 METAL_FUNC void load_rows(threadgroup const float* from, thread float (&to)[ROWS]) {
   if (ROWS % 4 == 0) {
-    threadgroup const float4* four = (threadgroup const float4*)from;
     UNROLL
-    for (int i = 0; i < ROWS; i += 4) {
-      float4 x = four[i / 4];
-      UNROLL
-      for (int k = 0; k < 4 && i + k < ROWS; k++) {
-        to[i + k] = x[k];
-      }
+    for (int i = 0; i < ROWS; i++) {
+      to[i] = ((threadgroup const float4*)from)[i / 4][i % 4];
     }
   } else {
     UNROLL
@@ -114,31 +112,38 @@ METAL_FUNC void multiply_keys(
     thread float (&products)[4][ROWS]) {
   constexpr int FIELDS = BITS == 3 ? 8 : 8 / BITS;
   constexpr int BYTES = D / FIELDS;
+  // Loads that are under way at once.
+  constexpr int DEPTH = BYTES % 4 == 0 ? 4 : BYTES % 2 == 0 ? 2 : 1;
   const bool aligned = stride % 4 == 0;
-  for (int i = 0; i < BYTES; i++) {
-    uint low = load_four(planes.low + i * stride, count, aligned);
-    uint upper = 0, high = 0;
-    if (BITS == 3) {
-      upper = load_four(planes.low_of_upper_fields + i * stride, count, aligned);
-      high = load_four(planes.high + i * stride, count, aligned);
+  for (int start = 0; start < BYTES; start += DEPTH) {
+    uint low[DEPTH], upper[DEPTH], high[DEPTH];
+    UNROLL
+    for (int d = 0; d < DEPTH; d++) {
+      const int at = (start + d) * stride;
+      low[d] = load_four(planes.low + at, count, aligned);
+      upper[d] = BITS == 3 ? load_four(planes.low_of_upper_fields + at, count, aligned) : 0;
+      high[d] = BITS == 3 ? load_four(planes.high + at, count, aligned) : 0;
     }
     UNROLL
-    for (int field = 0; field < FIELDS; field++) {
-      float q[ROWS];
-      load_rows<ROWS>(queries + (field * BYTES + i) * ROWS, q);
+    for (int d = 0; d < DEPTH; d++) {
       UNROLL
-      for (int k = 0; k < 4; k++) {
-        uint code;
-        if (BITS == 3) {
-          code = ((field < 4 ? low : upper) >> (8 * k + 2 * (field % 4))) & 3;
-          code |= ((high >> (8 * k + field)) & 1) << 2;
-        } else {
-          code = (low >> (8 * k + BITS * field)) & ((1 << BITS) - 1);
-        }
-        float x = level<AFFINE>(levels, code);
+      for (int field = 0; field < FIELDS; field++) {
+        float q[ROWS];
+        load_rows<ROWS>(queries + (field * BYTES + start + d) * ROWS, q);
         UNROLL
-        for (int r = 0; r < ROWS; r++) {
-          products[k][r] += q[r] * x;
+        for (int k = 0; k < 4; k++) {
+          uint code;
+          if (BITS == 3) {
+            code = ((field < 4 ? low[d] : upper[d]) >> (8 * k + 2 * (field % 4))) & 3;
+            code |= ((high[d] >> (8 * k + field)) & 1) << 2;
+          } else {
+            code = (low[d] >> (8 * k + BITS * field)) & ((1 << BITS) - 1);
+          }
+          float x = level<AFFINE>(levels, code);
+          UNROLL
+          for (int r = 0; r < ROWS; r++) {
+            products[k][r] += q[r] * x;
+          }
         }
       }
     }

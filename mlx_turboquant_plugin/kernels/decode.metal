@@ -13,6 +13,8 @@ using Values = ValueLayout<DV, VALUE_BITS, VALUE_AFFINE>;
 constexpr int WIDE = DV >= 128 ? 4 : 2;
 constexpr int LOADS = (DV / WIDE + 31) / 32;
 constexpr int CHANNELS = Values::CHANNELS > WIDE * LOADS ? Values::CHANNELS : WIDE * LOADS;
+// Coded values that are loaded at once.
+constexpr int STEP = Values::CHANNELS <= 4 ? 4 : 2;
 // Scratch of a simdgroup: weights of a tile, turned pairs of a bias, at last its sums.
 constexpr int WIDEST = DK > DV ? DK : DV;
 constexpr int SCRATCH = (WIDEST > TILE ? WIDEST : TILE) * ROWS;
@@ -71,7 +73,7 @@ if (thread_index < ROWS * 4) {
   int r = thread_index / 4, which = thread_index % 4;
   int bound = bounds[bounds_offset + (first_row + r) % count * 4 + which];
   // Rows that are not there see nothing.
-  limits[thread_index] = r < present ? bound : INT_MAX;
+  limits[thread_index] = r < present ? bound : NEVER;
 }
 if (thread_index < 16) {
   key_levels[thread_index] = levels[thread_index];
@@ -336,23 +338,31 @@ if (exact) {
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    for (int i = max(start, codes_from); i < min(start + TILE, codes_to); i++) {
-      float weight[ROWS], x[Values::CHANNELS];
-      const size_t token = first_code + i;
-      const size_t at = token * Values::BYTES;
-      Planes planes = {
-          (device const uint8_t*)v0 + at,
-          (device const uint8_t*)v1 + at,
-          (device const uint8_t*)v2 + at};
-      load_values<DV, VALUE_BITS, VALUE_AFFINE>(
-          value_levels, planes, value_scale + token * Values::GROUPS,
-          value_zero + token * Values::GROUPS, lane, x);
-      load_rows<ROWS>(scratch + (i - start) * ROWS, weight);
+    // Tokens that no row sees, and those that make up a full step, weigh nothing.
+    for (int i = start; i < min(start + TILE, codes_to); i += STEP) {
+      float x[STEP][Values::CHANNELS];
       UNROLL
-      for (int r = 0; r < ROWS; r++) {
+      for (int k = 0; k < STEP; k++) {
+        const size_t token = first_code + min(i + k, code_count - 1);
+        const size_t at = token * Values::BYTES;
+        Planes planes = {
+            (device const uint8_t*)v0 + at,
+            (device const uint8_t*)v1 + at,
+            (device const uint8_t*)v2 + at};
+        load_values<DV, VALUE_BITS, VALUE_AFFINE>(
+            value_levels, planes, value_scale + token * Values::GROUPS,
+            value_zero + token * Values::GROUPS, lane, x[k]);
+      }
+      UNROLL
+      for (int k = 0; k < STEP; k++) {
+        float weight[ROWS];
+        load_rows<ROWS>(scratch + (i + k - start) * ROWS, weight);
         UNROLL
-        for (int c = 0; c < Values::CHANNELS; c++) {
-          sums[r][c] += weight[r] * x[c];
+        for (int r = 0; r < ROWS; r++) {
+          UNROLL
+          for (int c = 0; c < Values::CHANNELS; c++) {
+            sums[r][c] += weight[r] * x[k][c];
+          }
         }
       }
     }

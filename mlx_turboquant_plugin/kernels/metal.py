@@ -164,15 +164,18 @@ def _arrays(codes: Codes, codec: str, heads: int, axis: int) -> Sequence[mx.arra
 
 @functools.lru_cache(maxsize=None)
 def _kernel(name: str) -> Any:
-    sources = files(__package__)
     inputs, outputs = ARGUMENTS[name]
     return mx.fast.metal_kernel(
         name=f"turboquant_{name}",
         input_names=inputs.split(),
         output_names=[outputs],
-        source=sources.joinpath(f"{name}.metal").read_text("utf-8"),
-        header=sources.joinpath("codes.metal").read_text("utf-8"),
+        source=_source(name),
+        header=_source("codes"),
     )
+
+
+def _source(name: str) -> str:
+    return files(__package__).joinpath(f"{name}.metal").read_text("utf-8")
 
 
 @functools.lru_cache(maxsize=None)

@@ -10,12 +10,11 @@ import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import List
 
-from signature import ATTRIBUTES, Signature
+from signature import Signature
 
 HERE = Path(__file__).resolve().parent
-OLDEST_CLANG = 16  # the first with arithmetic in __bf16
+OLDEST_CLANG = 17  # the first with arithmetic in __bf16
 
 # C++14 is what Metal is based on. Every operation in half precision is rounded, and nothing
 # is contracted to a fused multiply-add.
@@ -37,8 +36,8 @@ _KERNEL_FLAGS = """
 _CHECKS = """
 -fsanitize=thread,shift-exponent,integer-divide-by-zero,float-cast-overflow,bounds
 """.split()
-_THREAD_CHECKS = """
--Xclang -fsanitize=thread -mllvm -tsan-instrument-func-entry-exit=0
+_ACCESS_CHECKS = """
+-Xclang -fsanitize=thread,local-bounds -mllvm -tsan-instrument-func-entry-exit=0
 -mllvm -tsan-instrument-read-before-write=1
 """.split()
 
@@ -82,7 +81,9 @@ def runtime() -> ctypes.CDLL:
     def build(target):
         _compile([*_FLAGS, "-std=c++17", "-O2", "-shared", HERE / "runtime.cpp", "-o", target])
 
-    return ctypes.CDLL(str(_cached("runtime", build, _sources())))
+    names = "compiler.py interface.h launch.h memory.h runtime.cpp shim.h threads.h".split()
+    sources = [(HERE / name).read_bytes() for name in names]
+    return ctypes.CDLL(str(_cached("runtime", build, clang(), *sources)))
 
 
 @lru_cache(maxsize=None)
@@ -97,7 +98,7 @@ def kernel(signature: Signature, checked: bool) -> ctypes.CDLL:
     def build(target):
         _build_kernel(text, checked, target)
 
-    path = _cached("kernel", build, _sources(), text, checked)
+    path = _cached("kernel", build, runtime()._name, text, checked)
     # Its own runtime before any that the process has loaded for other ends.
     return ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
 
@@ -107,7 +108,7 @@ def source_line(library: ctypes.CDLL, instruction: int) -> int:
     tool = shutil.which("llvm-symbolizer") or shutil.which("addr2line")
     if not tool or not instruction:
         return 0
-    command = [tool, "-e", library._name, hex(instruction)]
+    command = [tool, "-i", "-e", library._name, hex(instruction)]
     output = subprocess.run(command, capture_output=True, text=True).stdout
     match = re.search(r"kernel\.metal:(\d+)", output)
     return int(match.group(1)) if match else 0
@@ -198,19 +199,15 @@ def _build_kernel(text: str, checked: bool, target: Path) -> None:
     source = target.with_suffix(".cpp")
     code = target.with_suffix(".ll")
     source.write_text(text)
-    level = "-O1" if checked else "-O2"
-    checks = _CHECKS if checked else []
-    flags = [*_FLAGS, *_KERNEL_FLAGS, level, *checks, f"-I{HERE}"]
-    warnings = _compile([*flags, source, "-o", code])
-    for warning in warnings.splitlines():
-        if "floating-point precision" in warning and warning.split(" to ")[-1].startswith(
-            "'bfloat"
-        ):
-            raise EmulatorError(f"bfloat takes no float without a conversion: {warning}")
+    flags = [*_FLAGS, "-O1" if checked else "-O2"]
+    front = [*flags, *_KERNEL_FLAGS, *(_CHECKS if checked else [])]
+    warnings = _compile([*front, f"-I{HERE}", source, "-o", code])
+    narrowed = re.search(r"kernel\.metal:.*floating-point precision.* to 'bfloat.*", warnings)
+    if narrowed:
+        raise EmulatorError(f"bfloat takes no float without a conversion: {narrowed.group()}")
     code.write_text(_one_address_space(code.read_text()))
-    checks = _THREAD_CHECKS if checked else []
-    flags = [*_FLAGS, "-Wno-override-module", "-shared", level, *checks]
-    _compile([*flags, "-Wl,-z,defs", code, runtime()._name, "-o", target])
+    back = [*flags, "-Wno-override-module", "-shared", "-Wl,-z,defs"]
+    _compile([*back, *(_ACCESS_CHECKS if checked else []), code, runtime()._name, "-o", target])
 
 
 def _one_address_space(code: str) -> str:
@@ -226,16 +223,11 @@ def _one_address_space(code: str) -> str:
             )
     code = re.sub(r" addrspace\(\d\)", "", code)
     code = re.sub(r"\.p[123]\b", ".p0", code)
-    lines: List[str] = []
-    declared = set()
-    for line in code.splitlines():
-        name = re.match(r"declare .*?(@[\w.]+)\(", line)
-        if name and name.group(1) in declared:
-            continue
-        if name:
-            declared.add(name.group(1))
-        lines.append(line)
-    return "\n".join(lines)
+    # Intrinsic functions of several spaces are now declared several times.
+    declarations = {}
+    for match in re.finditer(r"^declare .*?(@[\w.]+)\(.*\n", code, re.M):
+        declarations[match.group(1)] = match.group()
+    return re.sub(r"^declare .*\n", "", code, flags=re.M) + "".join(declarations.values())
 
 
 def _place(code: str, line: str) -> str:
@@ -253,12 +245,6 @@ def _compile(arguments) -> str:
     if done.returncode:
         raise EmulatorError(f"the kernel does not compile:\n{done.stderr[:4000]}")
     return done.stderr
-
-
-@lru_cache(maxsize=None)
-def _sources() -> bytes:
-    names = "compiler.py interface.h launch.h memory.h runtime.cpp shim.h threads.h".split()
-    return b"".join((HERE / name).read_bytes() for name in names) + clang().encode()
 
 
 def _cached(kind: str, build, *content) -> Path:

@@ -16,7 +16,8 @@ descending, and each other number in a random order of its own. ``poison`` is th
 pattern in :data:`POISONS` that uninitialised memory is filled with.
 
 No statement about speed, registers, fast mathematics or a real compiler's faults follows from
-any of this, and atomics, textures and simdgroup matrices do not exist here.
+any of this. Atomics, textures and simdgroup matrices do not exist here, and comparisons of
+vectors give -1 and not true.
 """
 
 import contextlib

@@ -21,9 +21,12 @@ void on_signal(int signal, siginfo_t* info, void* context) {
   if (signal == SIGXCPU)
     fail_at(after, "hang: threadgroup %u has not come to its end in %g s; thread %u %s",
             threadgroup, launch->seconds, thread, STATES[fibers[thread].state]);
-  if (signal != SIGSEGV && signal != SIGBUS)
-    fail_at(after, "undefined: thread %u of threadgroup %u: %s", thread, threadgroup,
-            strsignal(signal));
+  if (signal == SIGILL)  // what the check of local pointers ends with
+    fail_at(after, "undefined: thread %u of threadgroup %u: an index outside of a thread's array",
+            thread, threadgroup);
+  if (signal == SIGFPE)
+    fail_at(after, "undefined: thread %u of threadgroup %u: an integer division by zero", thread,
+            threadgroup);
   byte* address = (byte*)info->si_addr;
   if (size_t(address - stacks) < MAX_THREADS * STACK)
     fail_at(after, "limit: the stack of thread %u has no room for its arrays", thread);
@@ -160,7 +163,10 @@ void emu_simdgroup_barrier(uint fence, int line, int column) {
 void emu_threadgroup_barrier(uint fence, int line, int column) {
   wait(THREADGROUP_BARRIER, line, column, fence);
 }
-void emu_undefined(const char* what) { fail(current->line, "undefined: %s", what); }
+void emu_undefined(const char* what) {
+  if (current->state == SIMD_FUNCTION) fail(current->line, "undefined: %s", what);
+  fail_at(__builtin_return_address(0), "undefined: %s", what);
+}
 
 unsigned long emu_threadgroup_variable(uint number, const char* name, unsigned long bytes,
                                        unsigned long alignment, int line) {

@@ -131,9 +131,6 @@ EMU_LIMITS(bfloat, 3.38953139e+38f)
 // ---------------------------------------------------------------------- mathematics
 // Arguments of different types are errors, as in Metal, where they are ambiguous.
 
-template <class T>
-constexpr bool emu_is_float = is_same_v<T, float> || is_same_v<T, half> || is_same_v<T, bfloat>;
-
 // F::of() of a scalar, or of each element of vectors.
 template <class F, class T, class... Same> METAL_FUNC T emu_map(T a, Same... more) {
   if constexpr (emu_shape<T>::size == 1) return (T)F::of(a, more...);
@@ -144,49 +141,48 @@ template <class F, class T, class... Same> METAL_FUNC T emu_map(T a, Same... mor
     return result;
   }
 }
-#define EMU_MATH_1(NAME, EXPRESSION)                                      \
-  struct emu_##NAME {                                                     \
-    METAL_FUNC static float of(float a) { return EXPRESSION; }            \
-  };                                                                      \
-  template <class T> METAL_FUNC T NAME(T a) {                             \
-    static_assert(emu_is_float<emu_element<T>>, #NAME " takes floats");   \
-    return emu_map<emu_##NAME>(a);                                        \
-  }
-#define EMU_MATH_2(NAME, EXPRESSION)                                      \
-  struct emu_##NAME {                                                     \
-    METAL_FUNC static float of(float a, float b) { return EXPRESSION; }   \
-  };                                                                      \
-  template <class T> METAL_FUNC T NAME(T a, T b) {                        \
-    static_assert(emu_is_float<emu_element<T>>, #NAME " takes floats");   \
-    return emu_map<emu_##NAME>(a, b);                                     \
-  }
-EMU_MATH_1(exp, __builtin_expf(a))
-EMU_MATH_1(exp2, __builtin_exp2f(a))
-EMU_MATH_1(log, __builtin_logf(a))
-EMU_MATH_1(log2, __builtin_log2f(a))
-EMU_MATH_1(sin, __builtin_sinf(a))
-EMU_MATH_1(cos, __builtin_cosf(a))
-EMU_MATH_1(tanh, __builtin_tanhf(a))
-EMU_MATH_1(sqrt, __builtin_sqrtf(a))
-EMU_MATH_1(rsqrt, 1.0f / __builtin_sqrtf(a))
-EMU_MATH_1(fabs, __builtin_fabsf(a))
-EMU_MATH_1(floor, __builtin_floorf(a))
-EMU_MATH_1(ceil, __builtin_ceilf(a))
-EMU_MATH_1(trunc, __builtin_truncf(a))
-EMU_MATH_1(round, __builtin_roundf(a))
-EMU_MATH_1(rint, __builtin_rintf(a))
-EMU_MATH_1(sign, a > 0 ? 1.0f : a < 0 ? -1.0f : a == a ? a : 0.0f)
-EMU_MATH_2(pow, __builtin_powf(a, b))
-EMU_MATH_2(fmod, __builtin_fmodf(a, b))
-EMU_MATH_2(fmin, __builtin_fminf(a, b))
-EMU_MATH_2(fmax, __builtin_fmaxf(a, b))
+#define EMU_EACH(NAME, ARGUMENTS, PASSED, EXPRESSION)                          \
+  struct emu_each_##NAME {                                                     \
+    template <class T> METAL_FUNC static T of ARGUMENTS {                      \
+      constexpr int width = 8 * sizeof(T);                                     \
+      (void)width;                                                             \
+      return (T)(EXPRESSION);                                                  \
+    }                                                                          \
+  };                                                                           \
+  template <class T> METAL_FUNC T NAME ARGUMENTS { return emu_map<emu_each_##NAME> PASSED; }
+
+template <class T> METAL_FUNC float emu_float(T a) {
+  static_assert(is_same_v<T, float> || is_same_v<T, half> || is_same_v<T, bfloat>,
+                "this function takes floats only");
+  return (float)a;
+}
+METAL_FUNC float emu_rsqrt(float a) { return 1.0f / __builtin_sqrtf(a); }
+#define EMU_MATH_1(NAME, F) EMU_EACH(NAME, (T a), (a), F(emu_float(a)))
+#define EMU_MATH_2(NAME, F) EMU_EACH(NAME, (T a, T b), (a, b), F(emu_float(a), emu_float(b)))
+EMU_MATH_1(exp, __builtin_expf)
+EMU_MATH_1(exp2, __builtin_exp2f)
+EMU_MATH_1(log, __builtin_logf)
+EMU_MATH_1(log2, __builtin_log2f)
+EMU_MATH_1(sin, __builtin_sinf)
+EMU_MATH_1(cos, __builtin_cosf)
+EMU_MATH_1(tanh, __builtin_tanhf)
+EMU_MATH_1(sqrt, __builtin_sqrtf)
+EMU_MATH_1(rsqrt, emu_rsqrt)
+EMU_MATH_1(fabs, __builtin_fabsf)
+EMU_MATH_1(floor, __builtin_floorf)
+EMU_MATH_1(ceil, __builtin_ceilf)
+EMU_MATH_1(trunc, __builtin_truncf)
+EMU_MATH_1(round, __builtin_roundf)
+EMU_MATH_1(rint, __builtin_rintf)
+EMU_MATH_2(pow, __builtin_powf)
+EMU_MATH_2(fmod, __builtin_fmodf)
+EMU_MATH_2(fmin, __builtin_fminf)
+EMU_MATH_2(fmax, __builtin_fmaxf)
+EMU_EACH(fma, (T a, T b, T c), (a, b, c),
+         __builtin_fmaf(emu_float(a), emu_float(b), emu_float(c)))
 namespace precise = ::metal;
 namespace fast = ::metal;
 
-struct emu_fma {
-  METAL_FUNC static float of(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-};
-template <class T> METAL_FUNC T fma(T a, T b, T c) { return emu_map<emu_fma>(a, b, c); }
 template <class T> METAL_FUNC T mix(T a, T b, T t) { return a + (b - a) * t; }
 template <class T, int N> METAL_FUNC vec<T, N> mix(vec<T, N> a, vec<T, N> b, T t) {
   return a + (b - a) * t;
@@ -200,19 +196,10 @@ template <class T> METAL_FUNC bool isnan(T a) { return a != a; }
 template <class T> METAL_FUNC bool isinf(T a) { return __builtin_isinf((float)a); }
 template <class T> METAL_FUNC bool isfinite(T a) { return __builtin_isfinite((float)a); }
 
-// Of all scalars.
-#define EMU_EACH(NAME, ARGUMENTS, PASSED, EXPRESSION)                                    \
-  struct emu_each_##NAME {                                                               \
-    template <class T> METAL_FUNC static T of ARGUMENTS {                                \
-      constexpr int width = 8 * sizeof(T);                                               \
-      (void)width;                                                                       \
-      return (T)(EXPRESSION);                                                            \
-    }                                                                                    \
-  };                                                                                     \
-  template <class T> METAL_FUNC T NAME ARGUMENTS { return emu_map<emu_each_##NAME> PASSED; }
 EMU_EACH(min, (T a, T b), (a, b), b < a || a != a ? b : a)
 EMU_EACH(max, (T a, T b), (a, b), b > a || a != a ? b : a)
 EMU_EACH(abs, (T a), (a), a < (T)0 ? -a : a)
+EMU_EACH(sign, (T a), (a), a > (T)0 ? (T)1 : a < (T)0 ? (T)-1 : a == a ? a : (T)0)
 EMU_EACH(popcount, (T a), (a), __builtin_popcountl((__make_unsigned(T))a))
 EMU_EACH(clz, (T a), (a), a ? __builtin_clzl((__make_unsigned(T))a) - (64 - width) : width)
 EMU_EACH(ctz, (T a), (a), a ? __builtin_ctzl((__make_unsigned(T))a) : width)

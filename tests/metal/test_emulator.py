@@ -1,5 +1,6 @@
 """The emulator itself: what it must compute, and what it must notice."""
 
+import shutil
 import sys
 import tempfile
 import threading
@@ -158,14 +159,16 @@ SIMD_FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("expression", SIMD_FUNCTIONS)
-def test_simd_functions(expression):
-    source = START + f"out[i] = {expression};"
-    for schedule in (0, 1, 2):
-        with emulator.patch(schedule=schedule):
-            result = run(source, [mx.array(X.reshape(-1))])
+def simd_functions():
+    """The results of all of them, one row each."""
+    rows = [f"out[{64 * k} + i] = {each};\n" for k, each in enumerate(SIMD_FUNCTIONS)]
+    return run(START + "".join(rows), [mx.array(X.reshape(-1))], shape=(len(rows), 2, 32))
+
+
+def test_simd_functions(everywhere):
+    for (name, expected), result in zip(SIMD_FUNCTIONS.items(), simd_functions()):
         np.testing.assert_allclose(
-            result.reshape(2, 32), np.broadcast_to(SIMD_FUNCTIONS[expression], X.shape), rtol=1e-5
+            result, np.broadcast_to(expected, X.shape), rtol=1e-5, err_msg=name
         )
 
 
@@ -449,6 +452,16 @@ FAULTS = {
         False,
         "float t[4] = {0}; t[i % 5] = a[i]; out[i] = t[0];",
     ),
+    "thread array left by a pointer": (
+        "index outside",
+        False,
+        "float t[4] = {0}; thread float* p = t; p[i % 5] = a[i]; out[i] = p[i % 3];",
+    ),
+    "bits that are not there": (
+        "undefined: extract_bits",
+        True,
+        "out[i] = float(extract_bits(uint(a[i]), i, 4));",
+    ),
     "hole in threadgroup memory": (
         "uninitialised.* s",
         False,
@@ -506,7 +519,7 @@ FAULTS = {
     ),
     "shift too far": ("undefined.*shift", False, "out[i] = float(uint(a[i] + 1) << (i + 1));"),
     "float beyond an integer": ("undefined.*float", False, "out[i] = float(uint(a[i] - 1));"),
-    "division by zero": ("undefined.*(zero|exception)", True, "out[i] = float(7 / int(a[i]));"),
+    "division by zero": ("undefined.*zero", True, "out[i] = float(7 / int(a[i]));"),
     "shuffle from nowhere": (
         "undefined.*simd_shuffle",
         True,
@@ -534,11 +547,11 @@ def options_of(fault):
 def test_faults(fault):
     match, also_fast, source, *_ = FAULTS[fault]
     for schedule in (0, 1, 2):
-        with emulator.patch("checked", schedule=schedule, seconds=0.3):
+        with emulator.patch("checked", schedule=schedule, seconds=0.1):
             with pytest.raises(emulator.EmulatorError, match=match):
                 run(START + source, **options_of(fault))
     if also_fast:
-        with emulator.patch("fast", seconds=0.3):
+        with emulator.patch("fast", seconds=0.1):
             with pytest.raises(emulator.EmulatorError, match=match):
                 run(START + source, **options_of(fault))
 
@@ -553,7 +566,7 @@ def test_messages_quote_the_line():
     with emulator.patch(), pytest.raises(emulator.EmulatorError) as caught:
         run(START + "float x = 1;\nout[i] = x + a[i + 1]; // here\n")
     assert "a[64] (of 64 elements)" in str(caught.value)
-    if "line" in str(caught.value):  # known where a symbolizer is
+    if shutil.which("llvm-symbolizer") or shutil.which("addr2line"):
         assert "`out[i] = x + a[i + 1]; // here`" in str(caught.value)
 
 
@@ -644,27 +657,21 @@ def prototype():
 
 
 def test_the_prototype_finds_the_same_faults(prototype):
-    missed = []
+    missed = set()
     for fault, (_, _, source, *_) in FAULTS.items():
-        with prototype.patch(mode="checked", timeout_ms=300):
+        with prototype.patch(mode="checked", timeout_ms=200):
             try:
                 run(START + source, **options_of(fault))
-                missed.append(fault)
+                missed.add(fault)
             except prototype.EmuError:
                 pass
-    assert not missed
+    assert missed == {"thread array left by a pointer"}
 
 
 def test_the_prototype_computes_the_same(prototype):
-    sources = [START + f"out[i] = {expression};" for expression in SIMD_FUNCTIONS]
-    x = mx.array(X.reshape(-1))
-    for source in sources:
-        with emulator.patch():
-            ours = run(source, [x])
-        with prototype.patch():
-            np.testing.assert_allclose(ours, run(source, [x]), rtol=1e-5)
-    with emulator.patch():
-        ours, _ = decode(T=100)
-    with prototype.patch():
-        theirs, _ = decode(T=100)
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    results = []
+    for each in (emulator, prototype):
+        with each.patch():
+            results.append((simd_functions(), decode(T=100)[0]))
+    for ours, theirs in zip(*results):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -181,7 +181,7 @@ void run_threadgroup() {
   for (;;) {
     uint pending[MAX_THREADS / SIMD], left = groups;
     arrange(pending, groups);
-    if (launch->schedule == 1 || launch->schedule == 0)
+    if (launch->schedule < 2)
       for (uint i = 0; i < groups; i++) while (advance(simdgroups[pending[i]])) {}
     else  // simdgroups take turns at random
       while (left) {

@@ -1,0 +1,204 @@
+"""The Metal kernels in the emulator: the selftest's table, and what it leaves out."""
+
+import emulator
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import tiny
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.base import scaled_dot_product_attention
+
+import mlx_turboquant_plugin
+from mlx_turboquant_plugin.attention import kernels
+from mlx_turboquant_plugin.attention.dispatch import attend
+from mlx_turboquant_plugin.attention.fused import Problem, problem_of_view
+from mlx_turboquant_plugin.cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
+from mlx_turboquant_plugin.codecs.key_bias import KeyBias
+from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
+from mlx_turboquant_plugin.evaluation.selftest import QUICK, check, table
+from mlx_turboquant_plugin.kernels import metal
+
+pytestmark = pytest.mark.skipif(
+    emulator.unavailable() is not None, reason=str(emulator.unavailable())
+)
+
+# Schedule, poison and the most splits. Schedules from 2 on are random orders; with one split
+# each simdgroup has several tiles.
+RUNS = [(0, 0, 64), (1, 1, 1), (2, 0, 64), (3, 1, 1)]
+VISIBILITY = Visibility(window=64, sinks=4)
+
+
+@pytest.fixture(params=RUNS, ids=lambda run: "schedule{}-poison{}-splits{}".format(*run))
+def emulated(request, monkeypatch):
+    metal._kernel.cache_clear()
+    schedule, poison, splits = request.param
+    monkeypatch.setattr(metal, "MAX_SPLITS", splits)
+    with emulator.patch(mode="checked", schedule=schedule, poison=poison):
+        yield
+    metal._kernel.cache_clear()
+
+
+one_run = pytest.mark.parametrize("emulated", RUNS[3:], indirect=True)
+
+
+def verify(case):
+    result = check(case, "metal")
+    assert result.ok, f"{case}: error {result.error:.1e} of {result.tolerance:.1e} {result.note}"
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_the_table(case, emulated):
+    verify(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(table())[len(QUICK) :], ids=str)
+def test_the_whole_table(case, emulated):
+    verify(case)
+
+
+def step(cache, queries, keys, values, kernel, mask):
+    """What attention by one of the kernels gives, with the same codes."""
+    cache.kernel = kernel
+    cache.attending = True
+    new = cache.update_and_fetch(keys, values)
+    out = attend(scaled_dot_product_attention, queries, *new, cache, queries.shape[-1] ** -0.5, mask)
+    mx.eval(out)
+    return out
+
+
+def agrees_with_eager(cache, count, mask, dim=64):
+    """Whether a step on two copies of a cache comes to the same by two kernels."""
+    queries = mx.random.normal((1, 6, count, dim))
+    keys, values = mx.random.normal((2, 1, 2, count, dim))
+    ours, expected = (
+        step(copy, queries, keys, values, kernel, mask)
+        for copy, kernel in ((cache.detached(), "metal"), (cache.detached(), "eager"))
+    )
+    np.testing.assert_allclose(np.array(ours), np.array(expected), atol=1e-4)
+
+
+def filled(cache, length, dim=64, chunk=50):
+    for start in range(0, length, chunk):
+        shape = (1, 2, min(chunk, length - start), dim)
+        cache.update_and_fetch(mx.random.normal(shape), mx.random.normal(shape))
+    return cache
+
+
+def codec(dim=64, biased=False):
+    mx.random.seed(dim)
+    bias = KeyBias(10 * mx.random.normal((2, dim)), nn.RoPE(dim)) if biased else None
+    return KVCodec(CodecSpec(dim, dim), bias=bias)
+
+
+@pytest.mark.parametrize("trim", [1, 100, 133, 190])
+@pytest.mark.parametrize("count", [1, 3])
+@one_run
+def test_after_a_trim_codes_end_anywhere(trim, count, emulated):
+    cache = filled(CompressedKVCache(codec(), VISIBILITY), 300)
+    cache.trim(trim)
+    agrees_with_eager(cache, count, "causal" if count > 1 else None)
+
+
+@pytest.mark.parametrize("size, keep", [(200, 4), (150, 0), (131, 7)])
+@pytest.mark.parametrize("length", [140, 301, 420])
+@pytest.mark.parametrize("count", [1, 6])
+@one_run
+def test_rings_forget(size, keep, length, count, emulated):
+    cache = RotatingCompressedKVCache(size, keep, codec(biased=True), VISIBILITY)
+    cache = filled(cache, length)
+    agrees_with_eager(cache, count, cache.make_mask(count))
+
+
+def problem(coded, count=1, dim=64):
+    """A problem with so many codes, made by hand."""
+    one = codec(dim)
+    shape = (1, 1, 8, dim)
+    keys, values = mx.random.normal((2, *shape))
+    key_codes = value_codes = ()
+    if coded:
+        tokens = mx.random.normal((1, 1, coded, dim))
+        key_codes, value_codes = one.encode_keys(tokens, 0), one.encode_values(tokens)
+    bounds = mx.array([[[0, 0, coded, coded + 7 - n] for n in reversed(range(count))]])
+    queries = mx.random.normal((1, 1, count, dim))
+    return Problem(
+        one, queries, keys, values, 0, key_codes, value_codes, 0, bounds, dim**-0.5
+    )
+
+
+@pytest.mark.parametrize("coded", [0, 1, 2, 5, 31, 127, 128, 129])
+@one_run
+def test_any_number_of_codes(coded, emulated):
+    given = problem(coded)
+    keys, values = given.keys, given.values
+    if coded:
+        keys = mx.concatenate([given.codec.decode_keys(given.key_codes, 0), keys], axis=2)
+        values = mx.concatenate([given.codec.decode_values(given.value_codes), values], axis=2)
+    expected = mx.fast.scaled_dot_product_attention(given.queries, keys, values, scale=given.scale)
+    np.testing.assert_allclose(np.array(metal.attend(given)), np.array(expected), atol=1e-5)
+
+
+@one_run
+def test_two_launches_and_one_compilation_for_all_lengths(emulated, monkeypatch):
+    launches, variants = [], set()
+    original = mx.fast.metal_kernel
+
+    def counted(**settings):
+        kernel = original(**settings)
+
+        def call(**launch):
+            launches.append(settings["name"])
+            inputs = [(x.dtype, x.ndim, x.size < metal.DEVICE_SIZE) for x in launch["inputs"]]
+            variants.add((settings["name"], *inputs, *map(tuple, launch["template"])))
+            return kernel(**launch)
+
+        return call
+
+    monkeypatch.setattr(mx.fast, "metal_kernel", counted)
+    cache = filled(CompressedKVCache(codec(), VISIBILITY, "metal"), 140)
+    for length in range(140, 240):
+        step(cache, mx.random.normal((1, 6, 1, 64)), *mx.random.normal((2, 1, 2, 1, 64)), "metal", None)
+    assert launches == ["turboquant_decode", "turboquant_merge"] * 100
+    assert len(variants) == 2
+
+
+@pytest.mark.parametrize("chunk", [50, 300])
+def test_whole_buffers_are_passed(chunk):
+    """MLX copies inputs that are not contiguous on every call."""
+    cache = filled(CompressedKVCache(codec(), VISIBILITY), 300, chunk=chunk)
+    view = cache.append(*mx.random.normal((2, 1, 2, 1, 64)))
+    given = problem_of_view(mx.random.normal((1, 6, 1, 64)), view, 1.0)
+    for array in (given.keys, given.values, *given.key_codes, *given.value_codes):
+        assert np.array(array, copy=False).flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    "spec, dtype, named",
+    [
+        (CodecSpec(64, 64, key_codec="exact"), mx.float32, "the exact codec"),
+        (CodecSpec(16, 64), mx.float32, "head dim of 16"),
+        (CodecSpec(64, 320), mx.float32, "head dim of 320"),
+    ],
+)
+def test_what_is_not_supported_is_named(spec, dtype, named):
+    keys = mx.zeros((1, 1, 8, spec.head_dim), dtype)
+    values = mx.zeros((1, 1, 8, spec.value_dim), dtype)
+    bounds = mx.zeros((1, 1, 4), mx.int32)
+    given = Problem(KVCodec(spec), keys[:, :, :1], keys, values, 0, (), (), 0, bounds, 1.0)
+    assert named in metal.supports(given)
+
+
+@one_run
+def test_models_generate_with_it(tiny_model, emulated, monkeypatch):
+    model, tokens = tiny_model
+    monkeypatch.setattr(kernels, "fused_kernels", lambda: ["metal"])
+    results = []
+    for kernel in ("metal", "eager"):
+        mlx_turboquant_plugin.enable(kernel=kernel)
+        caches = mlx_lm_cache.make_prompt_cache(model)
+        tiny.logits(model, tokens[:, :400], caches)
+        assert {cache.kernel for cache in caches} == {kernel}
+        results.append(tiny.logits(model, tokens[:, 400:], caches, chunk=5)[0])
+        mlx_turboquant_plugin.disable()
+    assert tiny.mean_kl(*results) < 1e-7

@@ -1,0 +1,167 @@
+"""Deliberate bugs in copies of the Metal kernels: the selftest's table notices each."""
+
+import emulator
+import pytest
+
+from mlx_turboquant_plugin.evaluation.selftest import QUICK, check
+from mlx_turboquant_plugin.kernels import metal
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(emulator.unavailable() is not None, reason=str(emulator.unavailable())),
+]
+
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+SIMD_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);\n"
+
+# What is wrong, the file, the text and what it becomes.
+MUTATIONS = [
+    (
+        "no barrier between writing the rotated queries and reading them",
+        "decode",
+        BARRIER + "\nconst int rotary",
+        "\nconst int rotary",
+    ),
+    (
+        "no barrier between the simdgroups' sums and their merge",
+        "decode",
+        BARRIER + "device float* own_partial",
+        "device float* own_partial",
+    ),
+    (
+        "no barrier between the weights of exact tokens and their use",
+        "decode",
+        SIMD_BARRIER + "    for (int i = 0; i < min(EXACT_TILE",
+        "    for (int i = 0; i < min(EXACT_TILE",
+    ),
+    (
+        "no barrier before the next tile's weights",
+        "decode",
+        SIMD_BARRIER + "  }\n}\n\n// Merge",
+        "  }\n}\n\n// Merge",
+    ),
+    (
+        "no barrier between the partial sums and the rotation back",
+        "merge",
+        BARRIER,
+        "\n",
+    ),
+    ("a stride one too short", "codes", "(start + d) * stride;", "(start + d) * (stride - 1);"),
+    (
+        "the tiles of a simdgroup overlap",
+        "decode",
+        "start += (splits - exact_splits) * SIMDS * TILE",
+        "start += (splits - exact_splits) * TILE",
+    ),
+    ("the newest token is left out", "decode", "slot < exact_count &&", "slot < exact_count - 1 &&"),
+    (
+        "the last codes are left out",
+        "decode",
+        "i < min(start + TILE, codes_to)",
+        "i < min(start + TILE, codes_to - STEP)",
+    ),
+    (
+        "a token is read exactly and through its code",
+        "decode",
+        "position < limits[r * 4 + 2]",
+        "position <= limits[r * 4 + 2]",
+    ),
+    ("one sink too many", "decode", "(slot < sinks ? 0 : 2)", "(slot <= sinks ? 0 : 2)"),
+    (
+        "queries see the tokens after them",
+        "decode",
+        " && position <= limits[r * 4 + 3]",
+        "",
+    ),
+    (
+        "the bounds of another query",
+        "decode",
+        "(first_row + r) % count * 4",
+        "(first_row + r) / count * 4 % (4 * count)",
+    ),
+    (
+        "the halves of a byte of keys are swapped",
+        "codes",
+        "(8 * k + BITS * field)) &",
+        "(8 * k + BITS * (FIELDS - 1 - field))) &",
+    ),
+    (
+        "the halves of a byte of values are swapped",
+        "codes",
+        "(codes[u] >> (BITS * field))",
+        "(codes[u] >> (BITS * (Layout::FIELDS - 1 - field)))",
+    ),
+    (
+        "the high bits of the upper fields of keys",
+        "codes",
+        "(8 * k + field)) & 1",
+        "(8 * k + field % 4)) & 1",
+    ),
+    ("the high bits of the upper fields of values", "codes", "(upper ? 4 : 0)", "(upper ? 0 : 4)"),
+    (
+        "no zero points of keys",
+        "decode",
+        "(KEY_AFFINE ? query_sums[r] * zero : 0.0f)",
+        "0.0f",
+    ),
+    ("the scale of another group", "codes", "* Layout::FIELDS / Layout::GROUP", "/ Layout::GROUP"),
+    (
+        "sums do not shrink with a new maximum",
+        "codes",
+        "shrink[r] = fast::exp2(top[r] - best);",
+        "shrink[r] = 1.0f;",
+    ),
+    (
+        "no rescaling where simdgroups are merged",
+        "decode",
+        "float share = fast::exp2(statistics[(s * ROWS + r) * 2] - top);",
+        "float share = 1.0f;",
+    ),
+    (
+        "no rescaling where splits are merged",
+        "merge",
+        "float share = fast::exp2(own[s * stride + DV] - top) * norm;",
+        "float share = norm;",
+    ),
+    ("an exact split is rotated back", "merge", "s < exact_splits ? x", "s + 1 < exact_splits ? x"),
+    ("a butterfly with the wrong sign", "codes", "? other - x[j] :", "? x[j] - other :"),
+    ("the output is not rotated back", "merge", "    walsh_hadamard<COUNT>(coded, lane);\n", ""),
+    ("the matrix is not transposed", "decode", "key_rotation[i * DK + c]", "key_rotation[c * DK + i]"),
+    ("no balance", "decode", "BALANCED ? balance[kv_head * DK + c] : 1.0f", "1.0f"),
+    ("the bias of another head", "decode", "kv_index % kv_heads;", "kv_index / kv_heads;"),
+    ("the sine of the bias has the wrong sign", "decode", "q2 * b1 - q1 * b2", "q1 * b2 - q2 * b1"),
+    ("the bias at the start of its block", "decode", "within = position % TILE", "within = 0"),
+    ("no channels without rotary positions", "decode", "(BIASED ? rest[r] : 0.0f)", "0.0f"),
+    ("rows beyond the last are read", "decode", "min(ROWS, rows - first_row)", "ROWS"),
+    (
+        "all chunks of rows are the first",
+        "decode",
+        "(kv_index * rows + first_row) * DK",
+        "(kv_index * rows) * DK",
+    ),
+]
+
+
+@pytest.fixture
+def few_splits(monkeypatch):
+    """Each simdgroup has several tiles."""
+    monkeypatch.setattr(metal, "MAX_SPLITS", 1)
+    metal._kernel.cache_clear()
+    yield
+    metal._kernel.cache_clear()
+
+
+@pytest.mark.parametrize("what, file, text, wrong", MUTATIONS, ids=[m[0] for m in MUTATIONS])
+def test_a_bug_is_noticed(what, file, text, wrong, few_splits, monkeypatch):
+    source = metal._source
+
+    def mutated(name):
+        return source(name).replace(text, wrong) if name == file else source(name)
+
+    assert source(file).count(text) == 1
+    monkeypatch.setattr(metal, "_source", mutated)
+    with emulator.patch(mode="checked", schedule=2, poison=0):
+        results = (check(case, "metal") for case in QUICK)
+        failed = next((result for result in results if not result.ok), None)
+    assert failed is not None, f"nobody notices: {what}"
+    assert "does not compile" not in failed.note

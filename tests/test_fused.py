@@ -1,0 +1,77 @@
+"""Which problems go to a fused kernel, and what is said about the others."""
+
+import logging
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from test_attention import Case, close
+
+import mlx_turboquant_plugin
+from mlx_turboquant_plugin.attention import fused, kernels
+from mlx_turboquant_plugin.attention.kernels import available_kernels, resolve_kernel
+from mlx_turboquant_plugin.kernels import fused_kernels
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Stands for the module of the Metal kernels; keeps the problems that it is given."""
+    seen = []
+
+    def attend(problem):
+        seen.append(problem)
+        return mx.zeros((*problem.queries.shape[:3], problem.values.shape[-1]))
+
+    module = SimpleNamespace(seen=seen, supports=lambda problem: None, attend=attend)
+    monkeypatch.setattr(fused, "fused_kernel", lambda name: module)
+    monkeypatch.setattr(fused, "_fallbacks", [])
+    return module
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_few_queries_go_to_the_kernel(count, module):
+    case = Case(count=count, batch=2)
+    assert mx.all(case.run("metal") == 0).item()
+    (problem,) = module.seen
+    assert problem.bounds.shape == (2, count, 4)
+    assert mx.array_equal(problem.queries, case.queries)
+    # Window 64, sinks 4: the block of 32 that the query is in, and two more, are exact.
+    positions = range(case.length - count, case.length)
+    expected = [[0, 4, position // 32 * 32 - 64, position] for position in positions]
+    assert problem.bounds.tolist() == [expected] * 2
+    assert mlx_turboquant_plugin.status().fallbacks == []
+
+
+def test_others_do_not(module):
+    for case in (Case(count=9), Case(length=60)):
+        close(case.run("metal"), case.expected())
+    assert module.seen == [] and fused.fallbacks() == []
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_what_falls_back_is_said_once_and_in_status(mask, module, caplog):
+    module.supports = lambda problem: "this"
+    case = Case(count=2)
+    given = mx.tril(mx.ones((2, case.length), mx.bool_), case.length - 2) if mask else "causal"
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            close(case.run("metal", mask=given), case.expected())
+    said = "masks other than the causal one" if mask else "this"
+    message = f"the metal kernel does not support {said}: the compiled one serves instead"
+    assert [record.message for record in caplog.records] == [message]
+    assert mlx_turboquant_plugin.status().fallbacks == [message]
+
+
+def test_the_best_kernel_is_the_default(monkeypatch):
+    monkeypatch.setattr(kernels, "fused_kernels", lambda: ["metal"])
+    assert available_kernels() == ["metal", "compiled", "eager"]
+    assert resolve_kernel("auto") == resolve_kernel("metal") == "metal"
+
+
+def test_fused_kernels_need_the_gpu():
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    try:
+        assert fused_kernels() == []
+    finally:
+        mx.set_default_device(device)
