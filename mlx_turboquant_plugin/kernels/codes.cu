@@ -4,12 +4,6 @@
 // mma.m16n8k32; queries and weights take part as 15 bits in two bytes, which fill two of
 // the eight columns.
 
-__device__ inline unsigned pick(unsigned a, unsigned b, unsigned selector) {
-  unsigned out;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
-  return out;
-}
-
 // The bits of `a` where `mask` is set, those of `b` elsewhere.
 __device__ inline unsigned merge_bits(unsigned a, unsigned b, unsigned mask) {
   return (a & mask) | (b & ~mask);
@@ -17,12 +11,6 @@ __device__ inline unsigned merge_bits(unsigned a, unsigned b, unsigned mask) {
 
 __device__ inline unsigned rotate_left(unsigned x, int bits) {
   return __funnelshift_l(x, x, bits & 31);
-}
-
-__device__ inline float exp2_fast(float x) {
-  float out;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-  return out;
 }
 
 // How codes of BITS bits lie in memory, see packing.py: the channels are FIELDS fields of
@@ -74,15 +62,6 @@ __device__ inline void look_up(
   }
 }
 
-// sum += a b for a, 16 x 32, and b, 32 x 8, of signed bytes.
-__device__ inline void multiply_add(
-    int (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, const unsigned (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]));
-}
-
 // Four whole numbers from 0 to WHOLE, in the low bits of `x`, as upper and lower bytes:
 // x = 256 upper + lower, both signed.
 constexpr float WHOLE = 127 * 256;
@@ -95,21 +74,6 @@ __device__ inline void split_bytes(const unsigned (&x)[4], unsigned& upper, unsi
   upper = pick(first + 0x00800080u, second + 0x00800080u, 0x7531);
 }
 
-// An aligned load of N words.
-template <int N>
-__device__ inline void load_words(const unsigned char* from, unsigned (&to)[N]) {
-  if constexpr (N == 1) {
-    to[0] = __ldg(reinterpret_cast<const unsigned*>(from));
-  } else if constexpr (N == 2) {
-    uint2 x = __ldg(reinterpret_cast<const uint2*>(from));
-    to[0] = x.x, to[1] = x.y;
-  } else {
-    static_assert(N == 4);
-    uint4 x = __ldg(reinterpret_cast<const uint4*>(from));
-    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-  }
-}
-
 // N words of bytes that follow each other, of which those from `count` on repeat the last.
 template <int N>
 __device__ inline void load_bytes(const unsigned char* from, int count, unsigned (&to)[N]) {
@@ -118,7 +82,7 @@ __device__ inline void load_bytes(const unsigned char* from, int count, unsigned
     to[i] = 0;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      to[i] |= unsigned(__ldg(from + min(4 * i + j, count - 1))) << (8 * j);
+      to[i] |= unsigned(from[min(4 * i + j, count - 1)]) << (8 * j);
     }
   }
 }

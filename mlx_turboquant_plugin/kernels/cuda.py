@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 SPLIT_THREADS, MERGE_THREADS = 128, 512
 EXACT_PART = 64
 
-# Blocks that a GPU can hold of those of the first launch: a multiprocessor has 65536
-# registers, and a thread takes up to 168 of them.
-BLOCKS_PER_MULTIPROCESSOR = 3
+# Blocks of the first launch that run at once on each of the 132 multiprocessors of an
+# H100 or H200; MLX does not tell how many there are.
+BLOCKS = 3
+ROOM = 132 * BLOCKS
 
 MOST_PARTS = 256
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
@@ -115,18 +116,12 @@ def _code_parts(problems: int, tiles: int) -> int:
     A block's four warps take a tile each at a time; a part costs about as much as two
     tiles before it starts and in the merge.
     """
-    room = _multiprocessors() * BLOCKS_PER_MULTIPROCESSOR
 
     def time(parts):
-        return -(-problems * parts // room) * (-(-tiles // (4 * parts)) + 2)
+        return -(-problems * parts // ROOM) * (-(-tiles // (4 * parts)) + 2)
 
     most = min(MOST_PARTS, -(-tiles // 4))
     return min(range(1, most + 1), key=time, default=0)
-
-
-@functools.lru_cache(maxsize=None)
-def _multiprocessors() -> int:
-    return int(mx.device_info().get("multi_processor_count", 132))
 
 
 def _planes(codes) -> List[mx.array]:
@@ -170,20 +165,8 @@ SPLIT_INPUTS = (
 
 SPLIT_BODY = """
   Problem<Q, X> p = {
-      {queries, queries_strides[0], queries_strides[1], queries_strides[2]},
-      {keys, keys_strides[0], keys_strides[1], keys_strides[2]},
-      {values, values_strides[0], values_strides[1], values_strides[2]},
-      {{kc_low, kc_mid, kc_high},
-       {kc_low_strides[0], kc_mid_strides[0], kc_high_strides[0]},
-       {kc_low_strides[1], kc_mid_strides[1], kc_high_strides[1]},
-       {kc_low_strides[2], kc_mid_strides[2], kc_high_strides[2]},
-       {kc_size, kc_size_strides[0], kc_size_strides[1], kc_size_strides[3]}},
-      {{vc_low, vc_mid, vc_high},
-       {vc_low_strides[0], vc_mid_strides[0], vc_high_strides[0]},
-       {vc_low_strides[1], vc_mid_strides[1], vc_high_strides[1]},
-       {},
-       {vc_size, vc_size_strides[0], vc_size_strides[1], vc_size_strides[2]}},
-      bounds, rotation, balance, bias, factor[0],
+      queries, keys, values, {{kc_low, kc_mid, kc_high}, kc_size},
+      {{vc_low, vc_mid, vc_high}, vc_size}, bounds, rotation, balance, bias, factor[0],
       keys_shape[1], queries_shape[1] / keys_shape[1], queries_shape[2],
       numbers[0], keys_shape[2], numbers[1], numbers[2], sums, weights};
   int exact_parts = (p.exact + EXACT_PART - 1) / EXACT_PART;
@@ -221,15 +204,24 @@ def _kernel(name: str, inputs, outputs, body: str):
         output_names=outputs,
         source=body,
         header=header,
-        ensure_row_contiguous=False,
     )
 
 
 def source(name: str) -> str:
     """The CUDA source that comes before the body of the kernel ``name``."""
-    parts = ("codes.cu", "rotation.cu", "split.cu") + (("merge.cu",) if name == "merge" else ())
-    folder = files(__package__)
-    return "\n".join([_levels(), *((folder / part).read_text() for part in parts)])
+    parts = ["ptx.cu", "codes.cu", "rotation.cu", "split.cu"]
+    # MLX writes the signature. The bounds give a thread of the first launch 168 registers.
+    bounds = f"{SPLIT_THREADS}, {BLOCKS}"
+    if name == "merge":
+        parts, bounds = [*parts, "merge.cu"], f"{MERGE_THREADS}"
+    attributes = f"__attribute__((global)) __launch_bounds__({bounds})"
+    last = f"#undef __global__\n#define __global__ {attributes}\n"
+    return "\n".join([_levels(), *map(read, parts), last])
+
+
+def read(part: str) -> str:
+    """The text of a file of this package."""
+    return (files(__package__) / part).read_text("utf-8")
 
 
 def _levels() -> str:

@@ -14,36 +14,25 @@ constexpr float LOWEST = -1e30f;
 #define NEVER __int_as_float(0xFF800000)
 constexpr float LOG2_E = 1.44269504f;
 
-// A position in a (B, H, T, D) array whose rows are contiguous.
-template <typename T>
-struct Rows {
-  const T* data;
-  long long batch, head, token;
-
-  __device__ const T* at(int b, int h, int t) const {
-    return data + b * batch + h * head + t * token;
-  }
-};
-
+// Codes of one side, (B, H, rows, T) for keys and (B, H, T, rows) for values.
 struct Codes {
   const unsigned char* plane[3];
-  long long batch[3], head[3];
-  long long row[3];  // of keys; those of values are contiguous
-  Rows<unsigned char> scale;
+  const unsigned char* scale;  // (B, H, T)
 };
 
+// All arrays are contiguous.
 template <typename Q, typename X>
 struct Problem {
-  Rows<Q> queries;
-  Rows<X> keys, values;
+  const Q* queries;           // (B, H G, N, D)
+  const X *keys, *values;     // (B, H, E, D)
   Codes key_codes, value_codes;
   const int* bounds;          // (B, N, 4), see attention/fused.py
   const float* rotation;      // of the keys
   const float* balance;       // (H, 1, D) or not read
   const float* bias;          // scores (B, H, G N, T) or not read
   float scale;
-  int heads, group, count;    // KV heads, query heads of each, query positions
-  int sinks, exact, first_coded, coded;
+  int heads, group, count;    // H, G and N
+  int sinks, exact, first_coded, coded;  // exact: E, coded: T
   // Outputs: (B, H, chunks, parts, ROWS, DV) and (B, H, chunks, parts, ROWS, 2).
   float *sums, *weights;
 };
@@ -51,8 +40,8 @@ struct Problem {
 // Query row `row` of this block, times the scale, in fp32 and shared memory.
 template <int DIM, typename P>
 __device__ inline void read_query(const P& p, float* to, int b, int h, int row) {
-  int head = h * p.group + row / p.count;
-  const auto* from = p.queries.at(b, head, row % p.count);
+  long long rows = p.group * p.count;
+  const auto* from = p.queries + ((b * p.heads + h) * rows + row) * DIM;
   for (int d = threadIdx.x % 32; d < DIM; d += 32) to[d] = float(from[d]) * (p.scale * LOG2_E);
 }
 
@@ -64,6 +53,7 @@ __device__ inline void attend_exact(const P& p, int part) {
   int h = blockIdx.y / chunks, chunk = blockIdx.y % chunks, b = blockIdx.z;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int last_row = p.group * p.count - 1;
+  long long head = b * p.heads + h;
   for (int r = warp; r < ROWS; r += WARPS) {
     read_query<DIM>(p, query[r], b, h, min(chunk * ROWS + r, last_row));
   }
@@ -72,9 +62,9 @@ __device__ inline void attend_exact(const P& p, int part) {
   // Eight lanes to a token, and two channels at a time.
   int first = part * EXACT_PART, member = lane % 8;
 #pragma unroll
-  for (int i = 0; i < EXACT_PART / THREADS * 8; i++) {
+  for (int i = 0; i < EXACT_PART * 8 / THREADS; i++) {
     int slot = i * (THREADS / 8) + threadIdx.x / 8;
-    const auto* key = p.keys.at(b, h, min(first + slot, p.exact - 1));
+    const auto* key = p.keys + (head * p.exact + min(first + slot, p.exact - 1)) * DIM;
     float score[ROWS] = {};
 #pragma unroll
     for (int j = 0; j < (DIM + 15) / 16; j++) {
@@ -127,7 +117,8 @@ __device__ inline void attend_exact(const P& p, int part) {
     float sum[ROWS] = {};
 #pragma unroll 16
     for (int slot = 0; slot < EXACT_PART; slot++) {
-      float x = float(p.values.at(b, h, min(first + slot, p.exact - 1))[d]);
+      int from = min(first + slot, p.exact - 1);
+      float x = float(p.values[(head * p.exact + from) * VALUE_DIM + d]);
 #pragma unroll
       for (int r = 0; r < ROWS; r++) sum[r] += weight[r][slot] * x;
     }
@@ -191,22 +182,19 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
 
   // Where this lane reads.
   const unsigned char *key_at[K::PLANES], *value_at[V::PLANES];
+  long long head_token = (long long)(b * p.heads + h) * p.coded;
 #pragma unroll
-  for (int i = 0; i < K::PLANES; i++) {
-    const Codes& k = p.key_codes;
-    key_at[i] = k.plane[i] + b * k.batch[i] + h * k.head[i];
-  }
+  for (int i = 0; i < K::PLANES; i++) key_at[i] = p.key_codes.plane[i] + head_token * K::ROWS;
   int word = SHARED_WORDS ? g % 4 : g * LANE_WORDS, half = SHARED_WORDS ? g / 4 : 0;
   // Lanes that have no word at all read the last.
   int value_byte = min(4 * word, V::ROWS % 4 ? V::ROWS - 1 : V::ROWS - 4 * LANE_WORDS);
   int value_bytes = V::ROWS - value_byte;
 #pragma unroll
   for (int i = 0; i < V::PLANES; i++) {
-    const Codes& v = p.value_codes;
-    value_at[i] = v.plane[i] + b * v.batch[i] + h * v.head[i] + value_byte;
+    value_at[i] = p.value_codes.plane[i] + head_token * V::ROWS + value_byte;
   }
-  const unsigned char* key_scale_at = p.key_codes.scale.at(b, h, 0);
-  const unsigned char* value_scale_at = p.value_codes.scale.at(b, h, 0);
+  const unsigned char* key_scale_at = p.key_codes.scale + head_token;
+  const unsigned char* value_scale_at = p.value_codes.scale + head_token;
 
   unsigned key[K::PLANES][GROUPS][4][WORDS];
   unsigned value[V::PLANES][VALUE_TOKENS][LANE_WORDS];
@@ -221,7 +209,7 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
       for (int r = 0; r < GROUPS * 4; r++) {
         int row = r / 4 * 16 + 4 * c + r % 4;
         if (K::ROWS % 16) row = min(row, K::ROWS - 1);
-        const unsigned char* from = key_at[i] + (unsigned(row) * unsigned(p.key_codes.row[i]) + at);
+        const unsigned char* from = key_at[i] + (unsigned(row) * unsigned(p.coded) + at);
         if constexpr (WHOLE_TILES) load_words(from, key[i][r / 4][r % 4]);
         else load_bytes(from, p.coded - at, key[i][r / 4][r % 4]);
       }
