@@ -24,6 +24,7 @@ BLOCKS = 3
 ROOM = 132 * BLOCKS
 
 MOST_PARTS = 256
+CODECS = ("lloyd-max",)
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
@@ -31,7 +32,7 @@ def supports(problem: "Problem") -> Optional[str]:
     """None, or what the kernel can't do about ``problem``, in words."""
     spec = problem.codec.spec
     for codec in (spec.key_codec, spec.value_codec):
-        if codec != "lloyd-max":
+        if codec not in CODECS:
             return f"the {codec} codec"
     for dim in (spec.head_dim, spec.value_dim):
         if dim % 8 or not 32 <= dim <= 256:

@@ -44,6 +44,7 @@ ARGUMENTS = {
     "merge": ("partial value_rotation sizes", "out"),
 }
 
+CODECS = ("lloyd-max", "affine")
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
@@ -51,7 +52,7 @@ def supports(problem: "Problem") -> Optional[str]:
     """None, or what the kernels can't do about ``problem``, in words."""
     spec = problem.codec.spec
     for codec in (spec.key_codec, spec.value_codec):
-        if codec not in ("lloyd-max", "affine"):
+        if codec not in CODECS:
             return f"the {codec} codec"
     for dim in (spec.head_dim, spec.value_dim):
         if dim % 8 or not 32 <= dim <= 256:
