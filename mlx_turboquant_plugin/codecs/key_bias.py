@@ -67,7 +67,10 @@ class RotaryTable:
         # RoPE turns the pair (1, 0) into (cos, sin).
         probe = mx.zeros((self.head_dim,))
         probe[self.first] = 1.0
-        probe = mx.broadcast_to(probe, (positions.shape[0], 1, 1, self.head_dim))
+        # Whole arrays: MLX's rope on CUDA writes its output with the strides of its input.
+        probe = mx.contiguous(
+            mx.broadcast_to(probe, (positions.shape[0], 1, 1, self.head_dim))
+        )
         turned = self._rope(probe, offset=positions)[:, 0, 0]
         return turned[:, self.first], turned[:, self.second]
 

@@ -175,10 +175,12 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
     low = min(low, from), all_low = max(all_low, from);
     high = max(high, to), all_high = min(all_high, to);
   }
-  int first_tile = low / TILE;
-  int tiles = max(0, (high + TILE - 1) / TILE - first_tile);
-  int tile = first_tile + int((long long)tiles * part / parts) + warp;
-  int end_tile = first_tile + int((long long)tiles * (part + 1) / parts);
+  // Groups of tiles, one for each warp, are not cut: together they read whole lines of keys.
+  int first_group = low / (TILE * WARPS);
+  int groups = max(0, (high + TILE * WARPS - 1) / (TILE * WARPS) - first_group);
+  int tile = (first_group + int((long long)groups * part / parts)) * WARPS + warp;
+  int end_tile = min(
+      (first_group + int((long long)groups * (part + 1) / parts)) * WARPS, (high + TILE - 1) / TILE);
 
   // Where this lane reads.
   const unsigned char *key_at[K::PLANES], *value_at[V::PLANES];
@@ -240,8 +242,6 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
       }
     }
   };
-
-  if (tile < end_tile) load_keys(tile), load_values(tile);
 
   // The rotated query as whole numbers.
   float unit[NT], offset[NT];
@@ -305,6 +305,7 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   }
 
   for (; tile < end_tile; tile += WARPS) {
+    load_keys(tile);
     int product[NT][TOKENS / 2][4] = {};
 #pragma unroll
     for (int group = 0; group < GROUPS; group++) {
@@ -341,6 +342,8 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
         }
       }
     }
+
+    load_values(tile);
 
     // Weights, as whole numbers relative to the largest of the tile.
     float key_width[TOKENS], value_octave[TOKENS];
@@ -418,7 +421,6 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
         weight[nt][i / 2][i % 2] = g % 2 ? lower : upper;
       }
     }
-    if (tile + WARPS < end_tile) load_keys(tile + WARPS);
 
 #pragma unroll
     for (int i = 0; i < LANE_WORDS; i++) {
@@ -483,7 +485,6 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
         }
       }
     }
-    if (tile + WARPS < end_tile) load_values(tile + WARPS);
   }
 
   // The four warps together.

@@ -83,7 +83,7 @@ class EmulatedKernel:
             parameters.append(f"{TYPES[dtype]}* {name}")
             arguments.append(f"({TYPES[dtype]}*)pointers[{len(self.inputs) + i}]")
         constants = "".join(_constant(*pair) for pair in template)
-        header = cuda.source(self.name).replace(cuda.read("ptx.cu"), "")
+        header = cuda.source(self.name).replace(cuda.include("ptx.cu"), "")
         return f"""#include "cuda_emulator.h"
 {header}
 #undef __global__
