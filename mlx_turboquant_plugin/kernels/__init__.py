@@ -1,6 +1,7 @@
 """Fused attention kernels: codes are dequantised in registers, never in memory.
 
-Each is a module named after what it is written in, with two functions of a
+Each is a module named after what it is written in. ``CODECS`` are the names of the codecs
+that it is made for, and two functions take a
 :class:`~mlx_turboquant_plugin.attention.fused.Problem`:
 
 ``supports(problem) -> Optional[str]``

@@ -54,6 +54,7 @@ MERGE = "merge", "partial value_rotation sizes", "out"
 ENCODE = "encode", f"x rotation {MODEL} places", "low scales"
 ENCODE_3_BITS = *ENCODE[:2], "low low_of_upper_fields high scales"
 
+CODECS = ("lloyd-max", "affine")
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
@@ -61,7 +62,7 @@ def supports(problem: "Problem") -> Optional[str]:
     """None, or what the kernels can't do about ``problem``, in words."""
     spec = problem.codec.spec
     for codec in (spec.key_codec, spec.value_codec):
-        if codec not in ("lloyd-max", "affine"):
+        if codec not in CODECS:
             return f"the {codec} codec"
     for dim in (spec.head_dim, spec.value_dim):
         if _unsupported_dim(dim):
