@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import List, Optional
 
 from . import __version__
-from .settings import SettingsError
+from .rules import SettingsError
 
 # Subcommand -> module, what it does.
 COMMANDS = {

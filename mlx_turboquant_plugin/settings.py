@@ -12,30 +12,26 @@ Standard library only: this is read before mlx is.
 import difflib
 import os
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple
-from typing import Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
+
+from .rules import (
+    CODEC_BITS,
+    MODEL_RULES,
+    PRESETS,
+    RULES,
+    Rule,
+    SettingsError,
+    check,
+    each,
+    one_of,
+)
 
 PREFIX = "TURBOQUANT_"
 SWITCH = "TURBOQUANT"
 CONFIG = PREFIX + "CONFIG"
-
-# Every preset sets the same keys, so that naming one undoes another.
-PRESETS: Dict[str, Dict[str, Any]] = {
-    "quality": {"key_bits": 4, "value_bits": 4},
-    "default": {"key_bits": 4, "value_bits": 3},
-    "small": {"key_bits": 3, "value_bits": 2},
-}
-CODEC_BITS = {"lloyd-max": (2, 3, 4), "affine": (2, 3, 4, 8)}
-KERNELS = ("auto", "eager", "compiled", "metal", "cuda")
-BYPASSES = ("identity", "bridge")
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-
-
-class SettingsError(ValueError):
-    """A setting that can't be used; the message says which, why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +62,9 @@ class Settings:
 
     Args:
         preset: the preset that the bits started from.
-        key_bits: bits per number of the compressed keys.
-        value_bits: bits per number of the compressed values.
+        key_bits: bits per number of the compressed keys: one number, or one for each
+            layer of the model.
+        value_bits: the same for the compressed values.
         key_codec: "lloyd-max" or "affine".
         value_codec: "lloyd-max" or "affine".
         window: that many newest tokens, and up to 32 more, stay exact.
@@ -85,8 +82,8 @@ class Settings:
     """
 
     preset: str = "default"
-    key_bits: int = PRESETS["default"]["key_bits"]
-    value_bits: int = PRESETS["default"]["value_bits"]
+    key_bits: Union[int, Tuple[int, ...]] = PRESETS["default"]["key_bits"]
+    value_bits: Union[int, Tuple[int, ...]] = PRESETS["default"]["value_bits"]
     key_codec: str = "lloyd-max"
     value_codec: str = "lloyd-max"
     window: int = 192
@@ -99,21 +96,40 @@ class Settings:
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
-        for name in _RULES:
-            _check(name, getattr(self, name), f"{name} ({self.source(name)})")
+        for name in RULES:
+            check(name, getattr(self, name), f"{name} ({self.source(name)})")
         for side in ("key", "value"):
             bits, codec = f"{side}_bits", f"{side}_codec"
             allowed = CODEC_BITS[getattr(self, codec)]
-            if getattr(self, bits) not in allowed:
+            if not set(each(getattr(self, bits))) <= set(allowed):
                 raise SettingsError(
                     f"{bits} = {getattr(self, bits)} ({self.source(bits)}) does not go "
                     f"with {codec} = {getattr(self, codec)!r} ({self.source(codec)}), "
-                    f"which allows {_one_of(allowed)}: change one of the two"
+                    f"which allows {one_of(allowed)}: change one of the two"
                 )
 
     def source(self, name: str) -> str:
         """Where the value of a setting came from, in words."""
         return self.sources.get(name, "default")
+
+    def for_layers(self, count: int) -> List["Settings"]:
+        """The settings of each layer of a model with ``count`` layers: bits are one number.
+
+        Raises:
+            SettingsError: bits are given by layer, but for another number of layers.
+        """
+        columns = {}
+        for name in ("key_bits", "value_bits"):
+            bits = getattr(self, name)
+            columns[name] = bits if isinstance(bits, tuple) else (bits,) * count
+            if len(columns[name]) != count:
+                raise SettingsError(
+                    f"{name} ({self.source(name)}) has {len(bits)} numbers, and the model has "
+                    f"{count} layers: give one number for all layers, or one for each"
+                )
+        return [
+            replace(self, key_bits=k, value_bits=v) for k, v in zip(*columns.values())
+        ]
 
     def opted_out(self, identity: ModelIdentity) -> Optional[str]:
         """The first ``opt_out`` pattern that matches the model, or None."""
@@ -166,7 +182,7 @@ def load(
     environ = os.environ if environ is None else environ
     overrides = dict(overrides or {})
     path = overrides.pop("config", None) or environ.get(CONFIG)
-    strong = [_environment(environ), _table(overrides, "enable()", _RULES)]
+    strong = [_environment(environ), _table(overrides, "enable()", RULES)]
     general, models = _file(path) if path else ({}, [])
     return Configuration(
         enabled=switched_on(environ),
@@ -191,82 +207,8 @@ def switched_on(environ: Optional[Mapping[str, str]] = None) -> bool:
     return value == "1"
 
 
-class _Rule(NamedTuple):
-    """What one setting may be, and how to read it from an environment variable."""
-
-    allowed: str
-    accepts: Callable[[Any], bool]
-    from_text: Callable[[str], Any] = str
-
-
-def _one_of(allowed: Iterable) -> str:
-    *most, last = ("none" if value is None else str(value) for value in allowed)
-    return f"{', '.join(most)} or {last}"
-
-
-def _choice(*allowed: Any, from_text: Callable[[str], Any] = str) -> _Rule:
-    # The type is compared too: to Python True is 1 and 4.0 is 4.
-    return _Rule(
-        _one_of(allowed),
-        lambda value: any(value == a and type(value) is type(a) for a in allowed),
-        from_text,
-    )
-
-
-def _integer(low: int, high: int, step: int = 1) -> _Rule:
-    kind = "a whole number" if step == 1 else f"a multiple of {step}"
-    return _Rule(
-        f"{kind} from {low} to {high}",
-        lambda value: type(value) is int and value in range(low, high + 1, step),
-        int,
-    )
-
-
-def _patterns(text: str) -> Tuple[str, ...]:
-    return tuple(p.strip() for p in text.split(",") if p.strip())
-
-
-def _text_or_none(text: str) -> Optional[str]:
-    return None if text.lower() == "none" else text
-
-
-_BITS = sorted(set().union(*CODEC_BITS.values()))
-_RULES: Dict[str, _Rule] = {
-    "preset": _choice(*PRESETS),
-    "key_bits": _choice(*_BITS, from_text=int),
-    "value_bits": _choice(*_BITS, from_text=int),
-    "key_codec": _choice(*CODEC_BITS),
-    "value_codec": _choice(*CODEC_BITS),
-    "window": _integer(32, 4096, step=32),
-    "sinks": _integer(0, 64),
-    "balance": _Rule(
-        "true or false (1 or 0 in the environment)",
-        lambda value: isinstance(value, bool),
-        lambda text: {"1": True, "0": False}.get(text, text),
-    ),
-    "kernel": _choice(*KERNELS),
-    "bypass": _choice(None, *BYPASSES, from_text=_text_or_none),
-    "opt_out": _Rule(
-        "a list of glob patterns (separated by commas in the environment)",
-        lambda value: isinstance(value, tuple)
-        and all(isinstance(p, str) and p for p in value),
-        _patterns,
-    ),
-    "log": _choice(None, *LOG_LEVELS, from_text=lambda text: _text_or_none(text.upper())),
-}
-# A process has one log, and a table that names a model needs no second pattern.
-_MODEL_RULES = {n: rule for n, rule in _RULES.items() if n not in ("opt_out", "log")}
-
 # Name -> (value, source): what one source sets.
 _Layer = Dict[str, Tuple[Any, str]]
-
-
-def _check(name: str, value: Any, where: str) -> None:
-    rule = _RULES[name]
-    if not rule.accepts(value):
-        raise SettingsError(
-            f"{where} is {value!r}; allowed is {rule.allowed}: change or remove it"
-        )
 
 
 def _unknown(name: str, where: str, known: Iterable[str]) -> SettingsError:
@@ -282,7 +224,7 @@ def _unknown(name: str, where: str, known: Iterable[str]) -> SettingsError:
 
 
 def _environment(environ: Mapping[str, str]) -> _Layer:
-    names = {PREFIX + name.upper(): name for name in _RULES}
+    names = {PREFIX + name.upper(): name for name in RULES}
     layer: _Layer = {}
     for variable in sorted(v for v in environ if v.startswith(PREFIX)):
         if variable == CONFIG:
@@ -294,21 +236,21 @@ def _environment(environ: Mapping[str, str]) -> _Layer:
             continue
         source = f"environment {variable}"
         try:
-            value = _RULES[name].from_text(text)
+            value = RULES[name].from_text(text)
         except ValueError:
             value = text  # not a number: the check below says what is allowed
-        _check(name, value, source)
+        check(name, value, source)
         layer[name] = (value, source)
     return layer
 
 
-def _table(table: Mapping[str, Any], source: str, rules: Mapping[str, _Rule]) -> _Layer:
+def _table(table: Mapping[str, Any], source: str, rules: Mapping[str, Rule]) -> _Layer:
     layer: _Layer = {}
     for name, value in table.items():
         if name not in rules:
             raise _unknown(name, source, rules)
         value = tuple(value) if isinstance(value, list) else value
-        _check(name, value, f"{name} in {source}")
+        check(name, value, f"{name} in {source}")
         layer[name] = (value, source)
     return layer
 
@@ -351,8 +293,8 @@ def _file(path: str) -> Tuple[_Layer, List[Tuple[str, _Layer]]]:
                 f"{model_source} is {table!r}; allowed is a table of settings: "
                 "write one or remove it"
             )
-        layers.append((pattern, _table(table, model_source, _MODEL_RULES)))
-    return _table(general, source, _RULES), layers
+        layers.append((pattern, _table(table, model_source, MODEL_RULES)))
+    return _table(general, source, RULES), layers
 
 
 def _merge(layers: Iterable[_Layer]) -> Settings:

@@ -13,7 +13,7 @@ from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 from mlx_turboquant_plugin.codecs.lloyd_max import CODEBOOKS, OFFSET, LloydMax
 from mlx_turboquant_plugin.codecs.rotation import Rotation
-from mlx_turboquant_plugin.settings import CODEC_BITS
+from mlx_turboquant_plugin.rules import CODEC_BITS
 
 DIMS = (64, 80, 96, 112, 128, 256)
 LLOYD_MAX_BITS = CODEC_BITS["lloyd-max"]

@@ -227,6 +227,21 @@ def test_settings_of_one_model(tmp_path):
     assert bits == {"tiny-llama": (2, 3), "tiny-qwen2": (4, 3), "tiny-qwen3": (4, 4)}
 
 
+def test_bits_of_single_layers(caplog):
+    model, tokenizer = tiny.load("tiny-qwen3")
+    tokens = mx.array([tiny.text_tokens(tokenizer, 420)])
+    count = len(model.layers)
+    mlx_turboquant_plugin.enable(value_bits=(4,) + (2,) * (count - 1))
+    ours, caches = tiny.logits(model, tokens)
+    assert [cache.codec.spec.value_bits for cache in caches] == [4] + [2] * (count - 1)
+    mlx_turboquant_plugin.disable()
+    exact, _ = tiny.logits(model, tokens)
+    assert tiny.mean_kl(exact, ours) < 0.05
+    mlx_turboquant_plugin.enable(value_bits=(4,) * (count + 1))
+    assert {type(cache) for cache in mlx_lm_cache.make_prompt_cache(model)} == {KVCache}
+    assert f"has {count + 1} numbers, and the model has {count} layers" in caplog.text
+
+
 def random_model(module, **arguments):
     model = module.Model(module.ModelArgs(**arguments))
     mx.eval(model.parameters())

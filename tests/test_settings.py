@@ -89,6 +89,9 @@ def test_an_empty_variable_counts_as_unset():
             {"TURBOQUANT_KEY_BITS": "8"},
             ["key_bits = 8 (environment TURBOQUANT_KEY_BITS)", "lloyd-max", "2, 3 or 4"],
         ),
+        ({"TURBOQUANT_VALUE_BITS": "4,x"}, ["'4,x'", "one for each layer"]),
+        ({"TURBOQUANT_VALUE_BITS": "4,5"}, ["(4, 5)", "2, 3, 4 or 8"]),
+        ({"TURBOQUANT_VALUE_BITS": "4,8"}, ["value_bits = (4, 8)", "2, 3 or 4"]),
         ({"TURBOQUANT_CONFIG": "/no/such.toml"}, ["/no/such.toml", "unset TURBOQUANT_CONFIG"]),
     ],
 )
@@ -96,6 +99,17 @@ def test_a_mistake_in_the_environment(environ, parts):
     with pytest.raises(SettingsError) as error:
         load(environ)
     assert [part for part in parts if part not in str(error.value)] == []
+
+
+def test_bits_by_layer(write):
+    path = write("[turboquant]\nkey_bits = [4, 3, 2]\n")
+    chosen = load({"TURBOQUANT_VALUE_BITS": "4, 3,2", "TURBOQUANT_CONFIG": path}).general
+    assert chosen.key_bits == chosen.value_bits == (4, 3, 2)
+    layers = chosen.for_layers(3)
+    assert [(layer.key_bits, layer.value_bits) for layer in layers] == [(4, 4), (3, 3), (2, 2)]
+    with pytest.raises(SettingsError, match=r"key_bits \(file .*\) has 3 numbers.* 4 layers"):
+        chosen.for_layers(4)
+    assert len(load({}).general.for_layers(5)) == 5
 
 
 def test_eight_bits_are_affine_only():
@@ -169,6 +183,7 @@ def test_presets_set_the_same_keys(preset):
         ("[turboquant]\n[tool.turboquant]\n", ["has 2 of the tables"]),
         ("[turboquant]\nkeybits = 4\n", ["keybits", "[turboquant]", "mean key_bits?"]),
         ("[turboquant]\nkey_bits = '4'\n", ["key_bits in file", "'4'", "2, 3, 4 or 8"]),
+        ("[turboquant]\nkey_bits = []\n", ["key_bits in file", "()", "one for each layer"]),
         ("[turboquant]\nkey_bits = 4.0\n", ["key_bits in file", "4.0"]),
         ("[turboquant]\nsinks = true\n", ["sinks in file", "True", "0 to 64"]),
         ("[turboquant]\nbalance = 1\n", ["balance in file", "true or false"]),

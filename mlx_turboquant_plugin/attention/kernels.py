@@ -3,7 +3,7 @@
 from typing import List
 
 from ..kernels import fused_kernels
-from ..settings import SettingsError
+from ..rules import SettingsError
 
 
 def available_kernels() -> List[str]:

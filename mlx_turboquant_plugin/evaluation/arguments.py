@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..settings import SettingsError
+from ..rules import SettingsError
 from . import texts
 from .runs import prompt_cache
 

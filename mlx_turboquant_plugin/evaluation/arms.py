@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import QuantizedKVCache
 
 from ..cache import CompressedKVCache
-from ..settings import PRESETS
+from ..rules import PRESETS
 from .runs import compressed, compressed_prompt_cache, prompt_cache
 
 

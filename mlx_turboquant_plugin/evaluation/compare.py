@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..activation import disable
 from ..cache import CompressedKVCache
-from ..settings import PRESETS
+from ..rules import PRESETS
 from .arguments import add_text_arguments, at_least, output_file, read_windows, write
 from .arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
 from .free_running import agreement, generate

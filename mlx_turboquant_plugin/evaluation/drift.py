@@ -22,7 +22,7 @@ from mlx_lm.models.cache import KVCache
 from ..activation import disable
 from ..cache import CompressedKVCache, Visibility
 from ..codecs.kv_codec import KVCodec
-from ..settings import PRESETS, SettingsError
+from ..rules import PRESETS, SettingsError
 from .arguments import add_text_arguments, output_file, read_windows, write
 from .arms import EXACT, PRESET_ARMS, Run
 from .runs import load_model, prompt_cache

@@ -12,7 +12,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from .. import activation
 from ..cache import CompressedKVCache
 from ..reporting import status
-from ..settings import SettingsError
+from ..rules import SettingsError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

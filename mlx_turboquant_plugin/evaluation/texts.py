@@ -6,7 +6,7 @@ from typing import Any, List, Optional
 
 import numpy as np
 
-from ..settings import SettingsError
+from ..rules import SettingsError
 
 
 def read_token_file(path: str) -> np.ndarray:

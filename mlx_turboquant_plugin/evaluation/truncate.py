@@ -19,7 +19,7 @@ import numpy as np
 
 from ..activation import disable
 from ..cache import CompressedKVCache
-from ..settings import PRESETS, SettingsError
+from ..rules import PRESETS, SettingsError
 from .arguments import add_text_arguments, at_least, output_file, read_windows, write
 from .arms import PRESET_ARMS, Run
 from .runs import load_model

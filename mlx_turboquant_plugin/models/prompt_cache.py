@@ -50,7 +50,11 @@ def compress(model: Any, caches: List[Any]) -> List[Any]:
     layers = layers_of(model)
     if len(layers) != len(caches):
         return _leave(identity, caches, "its layers and its caches do not correspond")
-    pairs = [_compressed(layer, cache, chosen) for layer, cache in zip(layers, caches)]
+    try:
+        by_layer = chosen.for_layers(len(layers))
+    except settings.SettingsError as error:
+        return _leave(identity, caches, str(error))
+    pairs = [_compressed(*each) for each in zip(layers, caches, by_layer)]
     pairs = _all_or_no_rings(caches, pairs)
     compressed = [new or old for (new, _), old in zip(pairs, caches)]
     reasons = [reason for _, reason in pairs if reason]

@@ -14,6 +14,7 @@ from ... import settings
 from ...activation import disable
 from ...attention.kernels import resolve_kernel
 from ...reporting import status
+from ...rules import KERNELS, SettingsError
 from ..arguments import at_least
 from ..demo import MODEL
 from ..runs import load_model
@@ -77,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-bits", type=int, choices=(2, 3, 4, 6, 8), default=4, help="of QuantizedKVCache (4)"
     )
     parser.add_argument(
-        "--kernel", choices=settings.KERNELS,
+        "--kernel", choices=KERNELS,
         help="of the compressed cache (default: what TURBOQUANT_KERNEL says, or auto)",
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures")
@@ -93,13 +94,13 @@ def run(args: argparse.Namespace) -> int:
     overrides = {"kernel": args.kernel} if args.kernel else {}
     chosen = settings.load(overrides=overrides).general
     if chosen.bypass:
-        raise settings.SettingsError(
+        raise SettingsError(
             f"TURBOQUANT_BYPASS is {chosen.bypass!r}: bench measures compression, which that "
             "leaves out: unset it"
         )
     disable()  # TURBOQUANT=1 would compress every cache
     if args.heads[0] % args.heads[1]:
-        raise settings.SettingsError(
+        raise SettingsError(
             f"--heads is {args.heads[0]} {args.heads[1]}: the query heads must be a multiple "
             "of the KV heads"
         )
@@ -211,7 +212,7 @@ def _notes(args: argparse.Namespace, chosen: settings.Settings) -> Dict[str, Any
 
 def _check_folder(option: str, path: Optional[str]) -> None:
     if path and not Path(path).parent.is_dir():
-        raise settings.SettingsError(
+        raise SettingsError(
             f"{option} is {path!r}, and there is no folder {str(Path(path).parent)!r}: make it "
             "first, or name another file"
         )

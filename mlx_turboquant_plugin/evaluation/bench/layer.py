@@ -43,7 +43,7 @@ class LayerBench:
         self, layer: Layer, chosen: settings.Settings, layers: int, kv_bits: int, chain: bool
     ):
         self.layer, self.layers, self.kv_bits, self.chain = layer, layers, kv_bits, chain
-        dim = layer.head_dim
+        dim, [chosen] = layer.head_dim, chosen.for_layers(1)
         spec = CodecSpec(
             dim, dim, chosen.key_codec, chosen.key_bits, chosen.value_codec, chosen.value_bits
         )

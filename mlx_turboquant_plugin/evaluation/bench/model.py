@@ -11,7 +11,7 @@ from mlx_lm.models import qwen3
 from mlx_lm.models.cache import KVCache
 
 from ...codecs.byte_matrix import constants
-from ...settings import SettingsError
+from ...rules import SettingsError
 from ..runs import compressed, compressed_prompt_cache, kv_bytes, prompt_cache, table_bytes
 from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, ROUND
 from .measurement import Measurement, Results, Skipped, dtype_name, filled, quantized_group

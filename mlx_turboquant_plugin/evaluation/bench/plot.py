@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
-from ...settings import SettingsError
+from ...rules import SettingsError
 from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, Measurement, Results
 
 # Okabe and Ito's colours, which everybody can tell apart.

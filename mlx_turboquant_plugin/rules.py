@@ -1,0 +1,109 @@
+"""What each setting may be, and how it is written in the environment."""
+
+from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Tuple, Union
+
+# Every preset sets the same keys, so that naming one undoes another.
+PRESETS: Dict[str, Dict[str, Any]] = {
+    "quality": {"key_bits": 4, "value_bits": 4},
+    "default": {"key_bits": 4, "value_bits": 3},
+    "small": {"key_bits": 3, "value_bits": 2},
+}
+CODEC_BITS = {"lloyd-max": (2, 3, 4), "affine": (2, 3, 4, 8)}
+KERNELS = ("auto", "eager", "compiled", "metal", "cuda")
+BYPASSES = ("identity", "bridge")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+class SettingsError(ValueError):
+    """A setting that can't be used; the message says which, why and what to do."""
+
+
+class Rule(NamedTuple):
+    """What one setting may be, and how to read it from an environment variable."""
+
+    allowed: str
+    accepts: Callable[[Any], bool]
+    from_text: Callable[[str], Any] = str
+
+
+def one_of(allowed: Iterable) -> str:
+    """The values in words."""
+    *most, last = ("none" if value is None else str(value) for value in allowed)
+    return f"{', '.join(most)} or {last}"
+
+
+def _choice(*allowed: Any, from_text: Callable[[str], Any] = str) -> Rule:
+    # The type is compared too: to Python True is 1 and 4.0 is 4.
+    return Rule(
+        one_of(allowed),
+        lambda value: any(value == a and type(value) is type(a) for a in allowed),
+        from_text,
+    )
+
+
+def _integer(low: int, high: int, step: int = 1) -> Rule:
+    kind = "a whole number" if step == 1 else f"a multiple of {step}"
+    return Rule(
+        f"{kind} from {low} to {high}",
+        lambda value: type(value) is int and value in range(low, high + 1, step),
+        int,
+    )
+
+
+def each(bits: Union[int, Tuple[int, ...]]) -> Tuple[int, ...]:
+    """The bits of each layer, or the one number that all layers have."""
+    return bits if isinstance(bits, tuple) else (bits,)
+
+
+def _bits(*allowed: int) -> Rule:
+    return Rule(
+        f"{one_of(allowed)}, or a list of these with one for each layer (separated by "
+        "commas in the environment)",
+        lambda value: value != () and all(type(b) is int and b in allowed for b in each(value)),
+        lambda text: tuple(map(int, text.split(","))) if "," in text else int(text),
+    )
+
+
+def _patterns(text: str) -> Tuple[str, ...]:
+    return tuple(p.strip() for p in text.split(",") if p.strip())
+
+
+def _text_or_none(text: str) -> Optional[str]:
+    return None if text.lower() == "none" else text
+
+
+_ALL_BITS = sorted(set().union(*CODEC_BITS.values()))
+RULES: Dict[str, Rule] = {
+    "preset": _choice(*PRESETS),
+    "key_bits": _bits(*_ALL_BITS),
+    "value_bits": _bits(*_ALL_BITS),
+    "key_codec": _choice(*CODEC_BITS),
+    "value_codec": _choice(*CODEC_BITS),
+    "window": _integer(32, 4096, step=32),
+    "sinks": _integer(0, 64),
+    "balance": Rule(
+        "true or false (1 or 0 in the environment)",
+        lambda value: isinstance(value, bool),
+        lambda text: {"1": True, "0": False}.get(text, text),
+    ),
+    "kernel": _choice(*KERNELS),
+    "bypass": _choice(None, *BYPASSES, from_text=_text_or_none),
+    "opt_out": Rule(
+        "a list of glob patterns (separated by commas in the environment)",
+        lambda value: isinstance(value, tuple)
+        and all(isinstance(p, str) and p for p in value),
+        _patterns,
+    ),
+    "log": _choice(None, *LOG_LEVELS, from_text=lambda text: _text_or_none(text.upper())),
+}
+# A process has one log, and a table that names a model needs no second pattern.
+MODEL_RULES = {n: rule for n, rule in RULES.items() if n not in ("opt_out", "log")}
+
+
+def check(name: str, value: Any, where: str) -> None:
+    """Raise SettingsError, which says ``where``, if a setting can't have this value."""
+    rule = RULES[name]
+    if not rule.accepts(value):
+        raise SettingsError(
+            f"{where} is {value!r}; allowed is {rule.allowed}: change or remove it"
+        )
