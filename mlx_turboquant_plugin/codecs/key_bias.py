@@ -139,9 +139,11 @@ class KeyBias:
         b1, b2 = self.bias[:, None, table.first], self.bias[:, None, table.second]
         c = (q1 * b1 + q2 * b2)[..., None, :]
         s = (q2 * b1 - q1 * b2)[..., None, :]
-        cos, sin = table.blocks((start + count - 1) // BLOCK + 1)
+        first_block = start // BLOCK
+        cos, sin = (x[first_block:] for x in table.blocks((start + count - 1) // BLOCK + 1))
         turned = mx.concatenate([c * cos + s * sin, s * cos - c * sin], axis=-1)
-        scores = _multiply(turned, table.fine.T).flatten(-2)[..., start : start + count]
+        skip = start - first_block * BLOCK
+        scores = _multiply(turned, table.fine.T).flatten(-2)[..., skip : skip + count]
         if table.rest.size:
             rest = q[..., table.rest] * self.bias[:, None, table.rest]
             scores = scores + mx.sum(rest, axis=-1, keepdims=True)
