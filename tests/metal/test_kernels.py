@@ -210,7 +210,8 @@ def test_models_generate_with_it(tiny_model, emulated, monkeypatch):
         assert {cache.kernel for cache in caches} == {kernel}
         results.append(tiny.logits(model, tokens[:, 400:], caches, chunk=5)[0])
         mlx_turboquant_plugin.disable()
-    assert tiny.mean_kl(*results) < 1e-7
+    # Logits are fp32: rounding alone comes to 1e-7.
+    assert tiny.mean_kl(*results) < 1e-6
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 256])
