@@ -18,6 +18,8 @@ COMMANDS = {
     "status": ("status_command", "say whether compression is on, and why"),
     "demo": ("evaluation.demo", "generate with and without compression, side by side"),
     "compare": ("evaluation.compare", "measure what each preset costs and saves on a model"),
+    "drift": ("evaluation.drift", "measure which layers and heads lose how much"),
+    "truncate": ("evaluation.truncate", "cut a cache, continue, and compare with an uncut run"),
     "bench": ("evaluation.bench", "measure speed and memory against mlx-lm's own KV cache"),
     "selftest": ("evaluation.selftest", "check the attention kernels of this device"),
 }

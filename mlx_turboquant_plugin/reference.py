@@ -155,6 +155,7 @@ def attention(
     scale,
     causal=True,
     seen=True,
+    learned_sinks=None,
 ):
     """Attention that reads each token as :func:`reads_exactly` says.
 
@@ -162,6 +163,7 @@ def attention(
         q: (B, H_q, N, D), at ``positions`` (N,).
         keys, values, decoded_keys, decoded_values: (B, H, T, D), positions 0, ..., T - 1.
         seen: bool (N, T) or (T,), the tokens that have not been forgotten.
+        learned_sinks: (H_q,), scores of one more token, of value zero (GPT-OSS), or None.
 
     Returns:
         (B, H_q, N, D_v).
@@ -177,6 +179,10 @@ def attention(
     if causal:
         seen = seen & (tokens <= np.asarray(positions)[:, None])
     scores = np.where(seen, scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
+    if learned_sinks is None:
+        learned_sinks = np.full(q.shape[1], -np.inf)
+    sink_scores = np.asarray(learned_sinks, np.float64)[:, None, None]
+    top = np.maximum(scores.max(axis=-1, keepdims=True), sink_scores)
+    weights = np.exp(scores - top)
+    weights /= weights.sum(axis=-1, keepdims=True) + np.exp(sink_scores - top)
     return (weights * exact) @ values + (weights * ~exact) @ decoded_values

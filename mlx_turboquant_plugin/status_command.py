@@ -5,7 +5,7 @@ import importlib
 import json
 import os
 import sys
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Tuple
 
 from . import activation, settings, startup
 from .reporting import Status, status
@@ -77,14 +77,25 @@ def _lines(snapshot: Status) -> Iterator[str]:
         },
     )
     yield from _section("fallbacks", dict.fromkeys(snapshot.fallbacks, ""))
-    yield from _section("hooks", {h["module"]: h["outcome"] for h in snapshot.hooks})
-    yield from _section("patched", dict.fromkeys(snapshot.patched, ""))
+    hooks = [(h["module"], (h["function"], h["outcome"])) for h in snapshot.hooks]
+    yield from _section("hooks", {row: outcome for row, (_, outcome) in _together(hooks)})
+    patched = [(name, name.rpartition(".")[2]) for name in snapshot.patched]
+    yield from _section("patched", {row: "" for row, _ in _together(patched)})
     yield from _section("models", dict.fromkeys(snapshot.models, ""))
     if snapshot.settings:
         yield from _section("settings", _sourced(snapshot.settings))
         for pattern, table in snapshot.model_settings.items():
             different = {n: v for n, v in table.items() if v != snapshot.settings[n]}
             yield from _section(f'settings of models like "{pattern}"', _sourced(different))
+
+
+def _together(named: List[Tuple[str, Any]]) -> Iterator[Tuple[str, Any]]:
+    """The names of the same kind in one row, each with its kind."""
+    kinds: Dict[Any, List[str]] = {}
+    for name, kind in named:
+        kinds.setdefault(kind, []).append(name)
+    for kind, (first, *others) in kinds.items():
+        yield f"{first} and {len(others)} others like it" if others else first, kind
 
 
 def _section(title: str, rows: Dict[str, Any]) -> Iterator[str]:

@@ -35,7 +35,7 @@ def _row(name):
     stock = mlx_lm_cache.make_prompt_cache(model)
     mlx_turboquant_plugin.enable()
     made = mlx_lm_cache.make_prompt_cache(model)
-    report = prompt_cache.report()[-1]
+    [report] = [line for line in prompt_cache.report() if line.startswith(f"{model.model_type}: ")]
     mlx_turboquant_plugin.disable()
     kinds, codecs = [], []
     for before, after in zip(stock, made):

@@ -46,14 +46,15 @@ class Case:
             cache.update_and_fetch(self.keys[:, :, :before], self.values[:, :, :before])
         return cache
 
-    def run(self, kernel="eager", mask="causal", queries=None):
+    def run(self, kernel="eager", mask="causal", queries=None, learned_sinks=None):
         queries = self.queries if queries is None else queries
         new = slice(self.length - self.count, None)
         mask = None if self.count == 1 and isinstance(mask, str) else mask
         cache = self.cache(kernel)
-        return step(cache, queries, self.keys[:, :, new], self.values[:, :, new], self.scale, mask)
+        new = self.keys[:, :, new], self.values[:, :, new]
+        return step(cache, queries, *new, self.scale, mask, learned_sinks)
 
-    def expected(self):
+    def expected(self, learned_sinks=None):
         """The oracle's answer in fp64."""
         decoded = (
             self.codec.decode_keys(self.codec.encode_keys(self.keys, 0), 0),
@@ -62,15 +63,23 @@ class Case:
         arrays = [np.array(x.astype(mx.float32)) for x in (self.queries, self.keys, self.values)]
         positions = np.arange(self.length - self.count, self.length)
         return reference.attention(
-            *arrays, *map(np.array, decoded), positions, WINDOW, SINKS, self.scale
+            *arrays,
+            *map(np.array, decoded),
+            positions,
+            WINDOW,
+            SINKS,
+            self.scale,
+            learned_sinks=learned_sinks,
         )
 
 
-def step(cache, queries, keys, values, scale, mask):
+def step(cache, queries, keys, values, scale, mask, learned_sinks=None):
     """What a patched attention does: update, then attend."""
     cache.attending = True
     keys, values = cache.update_and_fetch(keys, values)
-    out = attend(scaled_dot_product_attention, queries, keys, values, cache, scale, mask)
+    out = attend(
+        scaled_dot_product_attention, queries, keys, values, cache, scale, mask, learned_sinks
+    )
     cache.attending, cache.view = False, None
     return out
 
@@ -241,23 +250,31 @@ def test_after_a_long_trim_recent_tokens_are_read_through_their_codes(count, ker
     close(out, np.array(expected))
 
 
-def test_learned_sinks_are_refused_and_other_caches_are_left_alone():
-    case = Case()
-    with pytest.raises(ValueError, match="attention sinks of the model are not supported"):
-        cache = case.cache()
-        cache.attending = True
-        new = slice(case.length - 1, None)
-        keys, values = cache.update_and_fetch(case.keys[:, :, new], case.values[:, :, new])
-        attend(
-            scaled_dot_product_attention,
-            case.queries,
-            keys,
-            values,
-            cache,
-            case.scale,
-            None,
-            sinks=mx.zeros(4),
-        )
+# Scores of about 1 and more: no weight at all, some of it, nearly all of it.
+LEARNED = mx.array([-50.0, 0.0, 3.0, 9.0])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", [{}, {"count": 40}, {"length": 60}, {"count": 9, "extras": True}])
+def test_learned_sinks_take_their_share_of_the_weight(case, kernel):
+    case = Case(**case)
+    out, expected = case.run(kernel, learned_sinks=LEARNED), case.expected(np.array(LEARNED))
+    close(out, expected, 2e-5 if case.bias is None else 2e-3)
+    assert np.abs(expected - case.expected()).max() > 0.01
+
+
+def test_learned_sinks_of_a_batch():
+    cases = Case(), Case(length=150), Case(length=40)
+    batch = CompressedKVCache.merge([case.cache() for case in cases])
+    last = [[x[:, :, -1:] for x in (c.queries, c.keys, c.values)] for c in cases]
+    queries, keys, values = (mx.concatenate(rows) for rows in zip(*last))
+    mask = batch.make_mask(1)
+    out = step(batch, queries, keys, values, cases[0].scale, mask, LEARNED)
+    for row, case in zip(out, cases):
+        close(row[None], case.expected(np.array(LEARNED)))
+
+
+def test_other_caches_are_left_alone():
     calls = []
     attend(lambda *args, **kwargs: calls.append((args, kwargs)), 1, 2, 3, KVCache(), 0.5, None)
     assert calls[0][0] == (1, 2, 3) and isinstance(calls[0][1]["cache"], KVCache)

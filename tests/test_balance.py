@@ -4,13 +4,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.models import llama, qwen2, qwen3
+from mlx_lm.models import cohere, gemma3_text, llama, qwen2, qwen3
 from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 from mlx_turboquant_plugin.models.balance import balance, norm_rms, projection_rms
+from mlx_turboquant_plugin.models.family import register
+from mlx_turboquant_plugin.models.layer import known_layer
+from mlx_turboquant_plugin.models.projections import Projection, base_linear
+from mlx_turboquant_plugin.models.table import FAMILIES
 
 DIM, HEADS, QUERY_HEADS = 64, 2, 4
 HIDDEN = DIM * QUERY_HEADS
@@ -68,9 +72,14 @@ def attention(module=llama, **more):
     return layer, norm
 
 
-def factors(layer, norm, rms=projection_rms):
-    keys = rms(layer, norm, "k_proj", HEADS)
-    return np.array(balance(keys, rms(layer, norm, "q_proj", QUERY_HEADS), layer.rope))
+def rms(layer, norm, name):
+    heads, biased = {"k_proj": (HEADS, False), "q_proj": (QUERY_HEADS, True)}[name]
+    return projection_rms(Projection(base_linear(layer[name])), norm, heads, biased)
+
+
+def factors(layer, norm):
+    queries = rms(layer, norm, "q_proj")
+    return np.array(balance(rms(layer, norm, "k_proj"), queries, layer.rope))
 
 
 @every_layout
@@ -175,21 +184,20 @@ def test_rms_from_the_weights_is_that_of_random_inputs():
     hidden = normal(4000, HIDDEN, seed=7) * norm.weight
     for name, heads in (("k_proj", HEADS), ("q_proj", QUERY_HEADS)):
         measured = np.sqrt(np.mean(np.square(layer[name](hidden)), axis=0)).reshape(heads, DIM)
-        expected = projection_rms(layer, norm, name, heads)
-        np.testing.assert_allclose(measured, expected, rtol=0.06)
+        np.testing.assert_allclose(measured, rms(layer, norm, name), rtol=0.06)
 
 
 def test_bias_counts_for_queries_but_not_for_keys():
     layer, norm = attention(qwen2)
     layer.q_proj.bias = mx.zeros(QUERY_HEADS * DIM)
     layer.k_proj.bias = mx.zeros(HEADS * DIM)
-    keys = projection_rms(layer, norm, "k_proj", HEADS)
-    queries = projection_rms(layer, norm, "q_proj", QUERY_HEADS)
+    keys = rms(layer, norm, "k_proj")
+    queries = rms(layer, norm, "q_proj")
     layer.q_proj.bias = mx.full((QUERY_HEADS * DIM,), 3.0)
     layer.k_proj.bias = mx.full((HEADS * DIM,), 300.0)
-    np.testing.assert_array_equal(projection_rms(layer, norm, "k_proj", HEADS), keys)
+    np.testing.assert_array_equal(rms(layer, norm, "k_proj"), keys)
     np.testing.assert_allclose(
-        projection_rms(layer, norm, "q_proj", QUERY_HEADS), np.sqrt(np.square(queries) + 9), rtol=1e-5
+        rms(layer, norm, "q_proj"), np.sqrt(np.square(queries) + 9), rtol=1e-5
     )
 
 
@@ -229,14 +237,31 @@ def test_models_that_normalise_heads_go_by_the_weights_of_those_norms():
     layer, norm = attention(qwen3)
     layer.k_norm.weight = -uneven(1, 8)[0]
     layer.q_norm.weight = uneven(1, 9)[0]
+    register(qwen3.Attention, qwen3.__name__, FAMILIES["qwen3"])
     expected = balance(
         mx.broadcast_to(mx.abs(layer.k_norm.weight), (HEADS, DIM)),
         mx.broadcast_to(mx.abs(layer.q_norm.weight), (QUERY_HEADS, DIM)),
         layer.rope,
     )
-    s = factors(layer, norm, norm_rms)
+    s = np.array(known_layer(layer, norm).codec.balance)
     np.testing.assert_allclose(s, expected, rtol=1e-6)
     # The projections' own weights do not matter then.
     layer.k_proj.weight = layer.k_proj.weight * uneven(HEADS, 5).reshape(-1, 1)
-    np.testing.assert_array_equal(factors(layer, norm, norm_rms), s)
+    np.testing.assert_array_equal(known_layer(layer, norm).codec.balance, s)
     assert s.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    "norm, weight",
+    [
+        # One weight for each channel of every head, of all heads, and its difference to 1.
+        (cohere.LayerNorm2D(HEADS, DIM, 1e-9), lambda w: w),
+        (nn.RMSNorm(HEADS * DIM, 1e-9), lambda w: w),
+        (gemma3_text.RMSNorm(DIM, 1e-9), lambda w: 1 + w),
+    ],
+    ids=["cohere", "olmo2", "gemma3"],
+)
+def test_norms_are_known_by_what_they_make_of_ones(norm, weight):
+    norm.weight = normal(*norm.weight.shape, seed=8)
+    expected = np.broadcast_to(np.array(weight(norm.weight)).reshape(-1, DIM), (HEADS, DIM))
+    np.testing.assert_allclose(norm_rms(norm, HEADS, DIM), np.abs(expected), rtol=1e-4)

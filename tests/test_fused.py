@@ -4,12 +4,14 @@ import logging
 from types import SimpleNamespace
 
 import mlx.core as mx
+import numpy as np
 import pytest
-from test_attention import Case, close
+from test_attention import LEARNED, Case, close, step
 
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin.attention import fused, kernels
 from mlx_turboquant_plugin.attention.kernels import available_kernels, resolve_kernel
+from mlx_turboquant_plugin.cache import CompressedKVCache
 from mlx_turboquant_plugin.kernels import fused_kernels
 
 
@@ -46,6 +48,21 @@ def test_others_do_not(module):
     for case in (Case(count=9), Case(length=60)):
         close(case.run("metal"), case.expected())
     assert module.seen == [] and fused.fallbacks() == []
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_learned_sinks_fall_back(rows, module):
+    """They are not part of the problem that a kernel is given."""
+    case, kernel = Case(), "metal"
+    cache = case.cache(kernel)
+    if rows > 1:
+        cache = CompressedKVCache.merge([cache] * rows)
+    new = [mx.repeat(x[:, :, -1:], rows, axis=0) for x in (case.queries, case.keys, case.values)]
+    out = step(cache, *new, case.scale, None, LEARNED)
+    close(out, np.repeat(case.expected(np.array(LEARNED)), rows, axis=0))
+    assert module.seen == []
+    [message] = mlx_turboquant_plugin.status().fallbacks
+    assert message.startswith("the metal kernel does not support learned attention sinks:")
 
 
 @pytest.mark.parametrize("mask", [False, True])

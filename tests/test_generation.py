@@ -10,7 +10,7 @@ import pytest
 import tiny
 from mlx_lm.generate import batch_generate, generate_step, stream_generate
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models import base, llama, phi, qwen2, qwen3
+from mlx_lm.models import base, llama, plamo, qwen2, qwen3
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from processes import ROOT, run, run_python
 
@@ -190,7 +190,7 @@ def test_names_imported_before_it_is_enabled_see_the_caches_of_a_model_too():
 def test_only_supported_architectures_get_another_attention():
     original = base.scaled_dot_product_attention
     mlx_turboquant_plugin.enable()
-    assert phi.scaled_dot_product_attention is base.scaled_dot_product_attention is original
+    assert plamo.scaled_dot_product_attention is base.scaled_dot_product_attention is original
     for module in (qwen2, qwen3, llama):
         assert module.scaled_dot_product_attention.__wrapped__ is original
     mlx_turboquant_plugin.disable()
@@ -249,11 +249,12 @@ QWEN3 = {
 }
 
 
-def phi_model():
-    return random_model(
-        phi, model_type="phi", vocab_size=100, hidden_size=64, num_attention_heads=2,
-        num_hidden_layers=2, num_key_value_heads=2, intermediate_size=64,
-    )  # fmt: skip
+def unknown_model():
+    """Its attention is of a class that no family describes."""
+    model = random_model(qwen3, **QWEN3)
+    for layer in model.layers:
+        layer.self_attn.__class__ = type("Attention", (qwen3.Attention,), {})
+    return model
 
 
 def odd_head_dim():
@@ -269,7 +270,7 @@ def own_caches():
 @pytest.mark.parametrize(
     "make, reason",
     [
-        (phi_model, "this architecture is not supported"),
+        (unknown_model, "this architecture is not supported"),
         (odd_head_dim, "head dim 36 can't be compressed; allowed are multiples of 8"),
         (own_caches, "QuantizedKVCache is not supported"),
     ],

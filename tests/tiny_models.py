@@ -1,4 +1,4 @@
-"""A tiny model with random weights of every architecture that can be compressed."""
+"""A tiny model with random weights of almost every architecture of mlx-lm."""
 
 import importlib
 import zlib
@@ -6,7 +6,8 @@ import zlib
 import mlx.core as mx
 from mlx.utils import tree_map_with_path
 
-from mlx_turboquant_plugin.models.family import attention_of
+from mlx_turboquant_plugin.models import table
+from mlx_turboquant_plugin.models.family import attention_of, register
 
 WINDOW = 48
 
@@ -93,6 +94,15 @@ MINISTRAL = dict(
         original_max_position_embeddings=64,
     ),
 )
+LFM2 = dict(
+    norm_eps=1e-5,
+    conv_bias=False,
+    block_dim=128,
+    block_multiple_of=32,
+    block_ffn_dim_multiplier=1.0,
+    block_auto_adjust_ff_dim=False,
+    layer_types=CONV,
+)
 
 
 def text(model_type, **special):
@@ -167,25 +177,8 @@ SPECIAL = {
         mlp_layer_types=["dense", "sparse"],
         rope_parameters=dict(full_attention=ROPE, sliding_attention=ROPE),
     ),
-    "lfm2": dict(
-        norm_eps=1e-5,
-        conv_bias=False,
-        block_dim=128,
-        block_multiple_of=32,
-        block_ffn_dim_multiplier=1.0,
-        block_auto_adjust_ff_dim=False,
-        layer_types=CONV,
-    ),
-    "lfm2-vl": text(
-        "lfm2",
-        norm_eps=1e-5,
-        conv_bias=False,
-        block_dim=128,
-        block_multiple_of=32,
-        block_ffn_dim_multiplier=1.0,
-        block_auto_adjust_ff_dim=False,
-        layer_types=CONV,
-    ),
+    "lfm2": LFM2,
+    "lfm2-vl": text("lfm2", **LFM2),
     "lfm2_moe": dict(
         norm_eps=1e-5, conv_bias=False, use_expert_bias=True, num_dense_layers=1, layer_types=CONV
     ),
@@ -321,19 +314,140 @@ SPECIAL = {
     "youtu_llm": LATENT,
 }
 
+MLA = dict(LATENT, rope_scaling=None, topk_method="noaux_tc")
+INDEXER = dict(index_head_dim=32, index_n_heads=2, index_topk=32)
+KDA = dict(
+    kda_layers=[1],
+    full_attn_layers=[2],
+    num_heads=2,
+    head_dim=32,
+    short_conv_kernel_size=4,
+    gate_lower_bound=-5.0,
+)
+LONGCAT = dict(
+    MLA,
+    attention_method="MLA",
+    zero_expert_type="identity",
+    ffn_hidden_size=64,
+    moe_topk=2,
+    expert_ffn_hidden_size=32,
+    zero_expert_num=1,
+    num_layers=2,
+    mla_scale_q_lora=True,
+    mla_scale_kv_lora=True,
+    attention_bias=False,
+)
+
+# The same of those that can't be compressed; they are called what table.UNSUPPORTED says.
+SPECIAL |= {
+    "afm7": dict(hidden_dim=128, num_layers=4, num_kv_reuse_layers=2, num_heads=4, num_kv_heads=2),
+    "bailing_hybrid": dict(MLA, layer_group_size=2, group_norm_size=1),
+    "bailing_moe_v3": dict(MLA, layer_group_size=2, moe_shared_expert_intermediate_size=32),
+    "deepseek_v2": dict(
+        MLA,
+        topk_method="greedy",
+        rope_scaling=dict(type="yarn", factor=1.0, original_max_position_embeddings=4096),
+    ),
+    "deepseek_v3": MLA,
+    "deepseek_v32": dict(MLA, **INDEXER),
+    "deepseek_v41": dict(
+        head_dim=64,
+        qk_rope_head_dim=32,
+        q_lora_rank=32,
+        o_groups=2,
+        o_lora_rank=32,
+        compress_ratios=[4, 0],
+        kv_source_layer_ids=[-1, -1],
+        index_source_layer_ids=[-1, -1],
+        index_n_heads=2,
+        index_head_dim=64,
+        index_topk=16,
+        hc_mult=2,
+    ),
+    "gemma3n": text(
+        "gemma3n",
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=64,
+        rope_local_base_freq=1e4,
+        final_logit_softcapping=30.0,
+        layer_types=SLIDING * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+        hidden_size_per_layer_input=16,
+        altup_num_inputs=2,
+        altup_coef_clip=120.0,
+        altup_correct_scale=True,
+        altup_active_idx=0,
+        laurel_rank=16,
+    ),
+    "glm4_moe_lite": MLA,
+    "glm_moe_dsa": dict(MLA, **INDEXER, rope_parameters=ROPE, moe_layer_freq=1),
+    "kimi_k25": text("deepseek_v3", **MLA),
+    "kimi_k3": text("kimi_linear", **LATENT, linear_attn_config=KDA, num_experts_per_token=2),
+    "kimi_linear": dict(
+        LATENT, linear_attn_config=KDA, num_experts_per_token=2, model_max_length=4096
+    ),
+    "kimi_vl": text("deepseek_v3", **MLA),
+    "longcat_flash": LONGCAT,
+    "longcat_flash_ngram": LONGCAT,
+    "mamba": dict(state_size=16, conv_kernel=4, use_conv_bias=True, time_step_rank=8),
+    "mamba2": dict(
+        num_heads=4,
+        state_size=16,
+        conv_kernel=4,
+        n_groups=1,
+        use_conv_bias=True,
+        time_step_limit=(0.0, 100.0),
+        time_step_rank=8,
+        intermediate_size=128,
+    ),
+    "minimax_m3_vl": text(
+        "minimax_m3",
+        dense_intermediate_size=64,
+        shared_intermediate_size=64,
+        layer_types=["full_attention", "sparse"],
+        index_n_heads=2,
+        index_head_dim=32,
+        index_block_size=16,
+        index_topk_blocks=4,
+    ),
+    "mistral4": dict(LATENT, rope_parameters=MINISTRAL["rope_parameters"]),
+    "plamo": dict(n_shared_head=2),
+    "plamo2": dict(
+        hidden_size_per_head=32,
+        mamba_num_heads=4,
+        mamba_d_state=16,
+        mamba_chunk_size=32,
+        full_attention_idx=[1],
+    ),
+    "rwkv7": dict(
+        norm_eps=1e-5,
+        a_low_rank_dim=8,
+        v_low_rank_dim=8,
+        gate_low_rank_dim=8,
+        decay_low_rank_dim=8,
+    ),
+}
+
 
 def build(name):
     """The model of ``mlx_lm.models.<name>`` in fp32, the same at every call."""
     module = importlib.import_module(f"mlx_lm.models.{name}")
+    for part in table.THROUGH.get(name, name).split(", "):
+        if part in table.FAMILIES:
+            described, family = importlib.import_module(f"mlx_lm.models.{part}"), table.FAMILIES[part]
+            register(getattr(described, family.attention), described.__name__, family)
     mx.random.seed(zlib.crc32(name.encode()))
     config = {**COMMON, **SPECIAL.get(name, {}), "model_type": name}
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(mx.float32)
-    for layer in model.layers:
-        attention, _ = attention_of(layer)
-        if attention is not None:
-            attention.update(tree_map_with_path(_uneven, attention.parameters()))
+    found = [attention_of(layer) for layer in model.layers]
+    attentions = [(attention, family) for attention, family in found if family is not None]
+    for attention, _ in attentions:
+        attention.update(tree_map_with_path(_uneven, attention.parameters()))
     model.update(tree_map_with_path(_no_constant, model.parameters()))
+    for attention, family in attentions:
+        _enlarge_key_bias(attention, family)
     mx.eval(model.parameters())
     model.eval()
     return model
@@ -342,6 +456,18 @@ def build(name):
 def _uneven(path, weight):
     """Queries, keys and values large enough for attention that is far from uniform."""
     return 2.5 * weight if weight.ndim == 2 and weight.dtype == mx.float32 else weight
+
+
+def _enlarge_key_bias(attention, family):
+    """A bias of keys, if there is any, that is larger than all the rest of them (Qwen2)."""
+    try:
+        projections = family.projections_of(attention)
+    except ValueError:
+        return
+    keys = projections[min(1, len(projections) - 1)]
+    if keys.bias() is not None:
+        rows = slice(None) if keys.rows is None else keys.rows
+        keys.linear.bias[rows] = 2.0 * mx.random.normal(keys.bias().shape)
 
 
 def _no_constant(path, weight):

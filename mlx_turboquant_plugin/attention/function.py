@@ -15,6 +15,7 @@ from typing import Callable, NamedTuple, Optional
 
 import mlx.core as mx
 
+from ..codecs.exponential import exp
 from ..codecs.kv_codec import CodecSpec, key_quantizer, value_quantizer
 from ..codecs.rotation import Rotation
 
@@ -64,7 +65,7 @@ def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
         top = mx.max(scores, axis=-1, keepdims=True)
         if sink_scores is not None:
             top = mx.maximum(top, sink_scores)
-        weights = mx.exp(scores - top)
+        weights = exp(scores - top)
         total = mx.sum(weights, axis=-1, keepdims=True)
         if sink_scores is not None:
             total = total + mx.exp(sink_scores - top)
@@ -83,7 +84,7 @@ def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
             scores = scores + bias
         scores = _masked(scores, mask)
         new_top = mx.maximum(top, mx.max(scores, axis=-1, keepdims=True))
-        weights = mx.exp(scores - new_top)
+        weights = exp(scores - new_top)
         shrink = mx.exp(top - new_top)
         total = total * shrink + mx.sum(weights, axis=-1, keepdims=True)
         rotated_out = rotated_out * shrink + values.mix(weights, *expanded_values)

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..cache.packed import PackedRows
+from ..cache.view import code_range
 from ..cache.visibility import Visibility
 from .function import AttentionFunctions
 from .tiles import Exact, attend_codes
@@ -46,10 +47,7 @@ def attend_packed(
     def codes(first, last):
         if (first, last) == (0, max(rows.coded)):
             return rows.key_codes, rows.value_codes
-        return (
-            tuple(mx.contiguous(x[..., first:last]) for x in rows.key_codes),
-            tuple(mx.contiguous(x[..., first:last, :]) for x in rows.value_codes),
-        )
+        return code_range(rows.key_codes, rows.value_codes, first, last)
 
     return attend_codes(
         queries,

@@ -84,11 +84,7 @@ class View:
         if (first, last) == (self.first_coded, self.coded):
             return self.key_codes, self.value_codes
         first, last = first - self.first_coded, last - self.first_coded
-        # Elementwise work on strided arrays is slow, copying packed codes is not.
-        return (
-            tuple(mx.contiguous(codes[..., first:last]) for codes in self.key_codes),
-            tuple(mx.contiguous(codes[..., first:last, :]) for codes in self.value_codes),
-        )
+        return code_range(self.key_codes, self.value_codes, first, last)
 
     def keys_and_values(self) -> Tuple[mx.array, mx.array]:
         """All that the queries see, (B, H, T, D) in the model's dtype, codes dequantised."""
@@ -108,3 +104,28 @@ class View:
             )
             for x, d in zip(exact, decoded)
         )
+
+
+def code_range(key_codes: Codes, value_codes: Codes, first: int, last: int) -> Tuple[Codes, Codes]:
+    """The tokens first, ..., last - 1 of codes, in arrays of their own.
+
+    Elementwise work on strided arrays is slow, copying packed codes is not.
+    """
+    return (
+        tuple(_cut_last_axis(plane, first, last) for plane in key_codes),
+        tuple(_cut_tokens(plane, first, last) for plane in value_codes),
+    )
+
+
+def _cut_last_axis(plane: mx.array, first: int, last: int) -> mx.array:
+    # MLX copies words as fast as it copies bytes.
+    if plane.dtype == mx.uint8 and not (first % 4 or last % 4 or plane.shape[-1] % 4):
+        words = plane.view(mx.uint32)[..., first // 4 : last // 4]
+        return mx.contiguous(words).view(mx.uint8)
+    return mx.contiguous(plane[..., first:last])
+
+
+def _cut_tokens(plane: mx.array, first: int, last: int) -> mx.array:
+    if plane.dtype == mx.uint8 and plane.shape[-1] % 4 == 0:
+        return mx.contiguous(plane.view(mx.uint32)[..., first:last, :]).view(mx.uint8)
+    return mx.contiguous(plane[..., first:last, :])

@@ -27,7 +27,7 @@ def prepare(fields: Sequence[mx.array], axis: int, offset: float) -> Prepared:
     # Four bytes at a time: MLX copies words as fast as it copies bytes.
     matrix = mx.concatenate([field.view(mx.uint32) for field in fields], axis=axis)
     shape = (*matrix.shape[:-1], columns // GROUP)
-    return (matrix, *_constants(shape, offset))
+    return (matrix, *constants(shape, offset))
 
 
 def multiply(a: mx.array, prepared: Prepared, offset: float) -> mx.array:
@@ -38,7 +38,8 @@ def multiply(a: mx.array, prepared: Prepared, offset: float) -> mx.array:
 
 
 @functools.lru_cache(maxsize=8)
-def _constants(shape: Tuple[int, ...], offset: float) -> Tuple[mx.array, mx.array]:
-    constants = mx.ones(shape), mx.full(shape, -offset)
-    mx.eval(constants)
-    return constants
+def constants(shape: Tuple[int, ...], offset: float) -> Tuple[mx.array, mx.array]:
+    """Scales and biases, fp32, for all matrices with as many groups as ``shape`` says."""
+    pair = mx.ones(shape), mx.full(shape, -offset)
+    mx.eval(pair)
+    return pair

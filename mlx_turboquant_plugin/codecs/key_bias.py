@@ -48,11 +48,11 @@ class RotaryTable:
         magnitude = mx.sqrt(cos[:1] ** 2 + sin[:1] ** 2)
         self.fine = mx.concatenate([cos / magnitude, sin / magnitude], axis=-1)
         self.coarse = self._angles(mx.arange(8) * BLOCK)
-        mx.eval(self.first, self.second, self.rest, self.fine, self.coarse)
+        mx.eval(self.arrays)
 
     @property
-    def nbytes(self) -> int:
-        return self.fine.nbytes + sum(table.nbytes for table in self.coarse)
+    def arrays(self) -> Tuple[mx.array, ...]:
+        return self.first, self.second, self.rest, self.fine, *self.coarse
 
     def blocks(self, count: int) -> Tuple[mx.array, mx.array]:
         """(cos, sin), fp32 (count, F), at the positions 0, BLOCK, 2 BLOCK, ..."""

@@ -86,6 +86,16 @@ class KVCodec:
         return self.balance is other.balance or mx.array_equal(self.balance, other.balance).item()
 
     @property
+    def tables(self) -> Tuple[mx.array, ...]:
+        """What it keeps besides any codes. Layers share the rotations and the rotary table."""
+        tables = [self.key_rotation.array, self.value_rotation.array]
+        if self.balance is not None:
+            tables.append(self.balance)
+        if self.bias is not None:
+            tables += [self.bias.bias, *self.bias.table.arrays]
+        return tuple(tables)
+
+    @property
     def checksum(self) -> int:
         """Of both rotations: tells whether codes from elsewhere mean the same here."""
         return zlib.crc32(self.key_rotation.fingerprint() + self.value_rotation.fingerprint())

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from . import packing
 from .byte_matrix import multiply
+from .exponential import exp2
 
 # A level is a byte less this: symmetric around zero.
 OFFSET = 127.5
@@ -50,6 +51,7 @@ CODEBOOKS = {
 # A scale is a power of 2^(1/12): 8 bits from 1.2e-4 to 310, 3% off at most.
 STEPS_PER_OCTAVE = 12
 LOWEST_OCTAVE = -13
+OCTAVES = 22
 
 # How far, in steps, the scale is searched around the root mean square.
 SEARCH = (0, -1, 1, -2, 2)
@@ -120,8 +122,8 @@ class LloydMax:
 
 
 def _size(scale: mx.array) -> mx.array:
-    octaves = scale.astype(mx.float32) * (1 / STEPS_PER_OCTAVE) + LOWEST_OCTAVE
-    return mx.exp(octaves * math.log(2))
+    below = scale.astype(mx.float32) * (1 / STEPS_PER_OCTAVE) - OCTAVES
+    return exp2(below) * 2.0 ** (LOWEST_OCTAVE + OCTAVES)
 
 
 def _bytes(codes: mx.array, bits: int) -> mx.array:

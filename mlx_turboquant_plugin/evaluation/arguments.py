@@ -1,7 +1,17 @@
-"""Types of command-line arguments."""
+"""Arguments that several subcommands have, and what they stand for."""
 
 import argparse
-from typing import Callable
+import os
+from pathlib import Path
+from typing import Any, Callable, List
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..settings import SettingsError
+from . import texts
+from .runs import prompt_cache
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -13,3 +23,67 @@ def at_least(low: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def output_file(text: str) -> Path:
+    """An argparse type: a file that can be written, as far as can be told beforehand."""
+    path = Path(text)
+    folder = path.absolute().parent
+    for wrong, why in (
+        (path.is_dir(), "it is a folder: name a file in it"),
+        (not folder.is_dir(), f"there is no folder {folder}: make it"),
+        (not os.access(path if path.exists() else folder, os.W_OK), "it is write-protected"),
+    ):
+        if wrong:
+            raise argparse.ArgumentTypeError(f"{text!r} can't be written: {why}")
+    return path
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file in UTF-8.
+
+    Raises:
+        SettingsError: it can't be written.
+    """
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise SettingsError(
+            f"{str(path)!r} can't be written ({error}): choose another place"
+        ) from error
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, windows: int) -> None:
+    """Declare the model, the text, and how it is cut; ``windows`` is the default."""
+    parser.add_argument("--model", required=True, metavar="PATH", help="folder or Hub name of a model")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", metavar="FILE", help="a text in UTF-8 (the manual that Python brings)")
+    source.add_argument("--tokens", metavar="FILE", help="token ids as .npy, the first one is bos")
+    parser.add_argument(
+        "--windows", type=at_least(1), metavar="N", default=windows,
+        help=f"pieces of text ({windows})",
+    )
+    parser.add_argument(
+        "--length", type=at_least(2), metavar="N", default=2048, help="tokens of each (2048)"
+    )
+    parser.add_argument(
+        "--chunk", type=at_least(1), metavar="N", default=128, help="tokens per forward pass (128)"
+    )
+
+
+def read_windows(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> List[np.ndarray]:
+    """The windows of token ids that the arguments ask for.
+
+    Raises:
+        SettingsError: the text can't be read, is too short, or is not for this model.
+    """
+    if args.tokens:
+        tokens = texts.read_token_file(args.tokens)
+    else:
+        tokens = texts.read_text_file(args.text, tokenizer)
+    first_repeats = bool(args.tokens) or tokens[:1] == [tokenizer.bos_token_id]
+    windows = texts.windows(tokens, args.windows, args.length, first_repeats)
+    # Never evaluated: the shape is known without.
+    logits = model(mx.zeros((1, 1), mx.int32), cache=prompt_cache(model))
+    texts.check_ids(np.concatenate(windows), logits.shape[-1])
+    return windows

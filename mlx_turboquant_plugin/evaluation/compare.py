@@ -1,205 +1,208 @@
-"""``mlx_turboquant compare``: what each preset costs in quality and saves in memory."""
+"""``mlx_turboquant compare``: what each way to keep keys and values costs and saves.
+
+Every arm reads the same tokens as the exact run (teacher forcing), so that differences
+add up over positions instead of sending the texts apart; a greedy generation, where they
+may part, is shown beside it.
+"""
 
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
-from typing import Any, Callable, Iterator, List, Optional
+from dataclasses import asdict
+from typing import Any, Dict, List, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from tqdm import tqdm
 
 from ..activation import disable
-from ..reporting import status
-from ..settings import BYPASSES, PRESETS, SettingsError
-from . import texts
-from .arguments import at_least
-from .runs import coded_tokens, compressed, compressed_prompt_cache, kv_bytes, load_model
-from .runs import prompt_cache
-from .teacher_forcing import Divergence, diverge
+from ..cache import CompressedKVCache
+from ..settings import PRESETS
+from .arguments import add_text_arguments, at_least, output_file, read_windows, write
+from .arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
+from .free_running import agreement, generate
+from .memory import bf16_bytes, bytes_by_length, layer_shapes
+from .page import page
+from .report import Report, Result, lines
+from .runs import coded_tokens, load_model, prompt_cache
+from .statistics import BROKEN_CHANGE, SAME_CHANGE, SAME_KL, SAME_TOP1, summarise, verdict
+from .teacher_forcing import Divergence, lockstep
 
-
-@dataclass(frozen=True)
-class Result:
-    """One preset against the exact run.
-
-    Attributes:
-        key_bits, value_bits: what the preset stands for.
-        kl: mean KL(exact || compressed) of a position, nats.
-        top1: share of positions, 0 to 1, at which both rank the same token first.
-        exact_perplexity, perplexity: per token, without and with compression.
-        perplexity_change: relative, 0.01 is one per cent.
-        kv_bytes_per_token: of all layers at the end of a window, everything counted.
-        kv_ratio: how many times smaller that is than a KVCache in bfloat16.
-        coded_tokens: how many tokens of a window are held as codes at its end.
-    """
-
-    preset: str
-    key_bits: int
-    value_bits: int
-    kl: float
-    top1: float
-    exact_perplexity: float
-    perplexity: float
-    perplexity_change: float
-    kv_bytes_per_token: float
-    kv_ratio: float
-    coded_tokens: int
+# Positions that one point of a curve by position stands for.
+BIN = 64
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+MLX_LM_GROUP = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
-    parser.add_argument("--model", required=True, help="folder or Hub name of a model")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", metavar="FILE", help="a text in UTF-8")
-    source.add_argument("--tokens", metavar="FILE", help="token ids as .npy, the first one is bos")
-    parser.add_argument("--windows", type=at_least(1), default=2, help="pieces of text (2)")
-    parser.add_argument("--length", type=at_least(2), default=2048, help="tokens of each (2048)")
-    parser.add_argument(
-        "--chunk", type=at_least(1), default=128, help="tokens per forward pass (128)"
+    add_text_arguments(parser, windows=6)
+    parser.epilog = (
+        f"Verdicts. same: perplexity within {SAME_CHANGE:.1%}, mean KL within {SAME_KL:g} nats and "
+        f"top-1 agreement from {SAME_TOP1:.0%} up, each with its whole 95% interval. costs: one of "
+        f"them surely worse. broken: perplexity surely grows by more than {BROKEN_CHANGE:.0%}. no "
+        "verdict: the sample is too small to tell."
     )
-    presets = list(PRESETS)
-    parser.add_argument("--presets", nargs="+", choices=presets, default=presets)
-    parser.add_argument("--bypass", choices=BYPASSES, help="run every preset with this bypass")
-    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.add_argument(
+        "--presets", nargs="+", metavar="NAME", choices=list(PRESETS), default=list(PRESETS),
+        help=f"some of {', '.join(PRESETS)} (all)",
+    )
+    parser.add_argument(
+        "--beside", nargs="*", metavar="NAME", choices=list(BESIDE),
+        default=["identity", "mlx-lm-4bit", "mlx-lm-8bit"],
+        help=f"what else to measure, bypasses and mlx-lm's own quantised caches: some of "
+        f"{', '.join(BESIDE)} (all but bridge)",
+    )
+    parser.add_argument(
+        "--generate", type=at_least(0), metavar="N", default=256,
+        help="tokens to generate greedily (256); 0 leaves it out",
+    )
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write everything that was measured"
+    )
+    parser.add_argument("--html", type=output_file, metavar="FILE", help="write a page with plots")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure every preset and print a table.
+    """Measure every arm and print a table.
 
     Returns:
         0; what is wrong with the arguments is raised as SettingsError.
     """
     disable()  # TURBOQUANT=1 would compress the exact run too
-    tokens = texts.read_token_file(args.tokens) if args.tokens else None
-    model, tokenizer = load_model(args.model)
-    if tokens is None:
-        tokens = texts.read_text_file(args.text, tokenizer)
-    first_repeats = args.tokens is not None or tokens[:1] == [tokenizer.bos_token_id]
-    windows = texts.windows(tokens, args.windows, args.length, first_repeats)
-    dtype, vocabulary = _probe(model)
-    texts.check_ids(np.concatenate(windows), vocabulary)
-    model.set_dtype(mx.float32)
-    results = [
-        _measure(model, windows, args.chunk, dtype, preset, args.bypass)
-        for preset in args.presets
-    ]
-    notes = {
-        "model": args.model,
-        "source": args.tokens or args.text,
-        "windows": args.windows,
-        "length": args.length,
-        "chunk": args.chunk,
-        "bypass": args.bypass,
-        "quality_dtype": "float32",
-        "kv_bytes_dtype": str(dtype).removeprefix("mlx.core."),
-    }
+    report = compare(args)
+    sys.stdout.write("\n".join(lines(report)) + "\n")
     if args.json:
-        text = json.dumps({**notes, "results": [asdict(r) for r in results]}, indent=2)
-    else:
-        text = "\n".join(_lines(notes, results))
-    sys.stdout.write(text + "\n")
+        write(args.json, json.dumps(asdict(report), indent=1) + "\n")
+    if args.html:
+        write(args.html, page(report))
     return 0
 
 
-def _probe(model: nn.Module):
-    """The dtype that the model's caches hold, and the size of its vocabulary."""
+def compare(args: argparse.Namespace) -> Report:
+    """Measure every arm that ``args`` asks for."""
+    model, tokenizer = load_model(args.model)
+    windows = read_windows(args, model, tokenizer)
     caches = prompt_cache(model)
-    # Never evaluated: the shape and the dtype are known without.
-    logits = model(mx.zeros((1, 1), mx.int32), cache=caches)
-    return caches[0].keys.dtype, logits.shape[-1]
-
-
-def _measure(
-    model: nn.Module,
-    windows: List[np.ndarray],
-    chunk: int,
-    dtype: mx.Dtype,
-    preset: str,
-    bypass: Optional[str],
-) -> Result:
-    total = Divergence()
-    for number, window in enumerate(windows, 1):
-        exact = prompt_cache(model)
-        with compressed(preset=preset, bypass=bypass):
-            settings = status().settings
-            total += diverge(
-                model,
-                mx.array(window),
-                chunk,
-                exact,
-                compressed_prompt_cache(model),
-                _counter(f"{preset}: window {number} of {len(windows)}", len(window)),
+    # Never evaluated: shapes and dtypes are known without.
+    model(mx.zeros((1, 1), mx.int32), cache=caches)
+    dtype, shapes = caches[0].keys.dtype, layer_shapes(caches)
+    # A name that is given twice is measured once.
+    arms = [{**PRESET_ARMS, **BESIDE}[name] for name in dict.fromkeys(args.presets + args.beside)]
+    arms, left_out = applicable(arms, shapes)
+    lengths = sorted({*LENGTHS, args.length})
+    sizes = {arm.name: bytes_by_length(arm, model, shapes, dtype, lengths) for arm in arms}
+    model.set_dtype(mx.float32)
+    layers = range(len(shapes) if args.json or args.html else 0)
+    layer_arm = PRESET_ARMS["default" if "default" in args.presets else args.presets[0]]
+    prompt = mx.array(windows[0][: -(-args.length // 2)])
+    with _progress(args, len(arms), len(layers)) as progress:
+        generations = {
+            arm.name: generate(arm, model, prompt, args.generate, progress)
+            for arm in ([EXACT, *arms] if args.generate else [])
+        }
+        exact = [Run(EXACT, model) for _ in windows]
+        runs: Dict[str, List[Run]] = {arm.name: [] for arm in arms}
+        found: Dict[str, List[Divergence]] = {arm.name: [] for arm in arms}
+        by_layer: List[float] = []
+        for index, window in enumerate(windows):
+            now = [Run(arm, model) for arm in arms]
+            extra = [Run(layer_arm.only(i), model) for i in layers] if index == 0 else []
+            parts = lockstep(exact[index], now + extra, mx.array(window), args.chunk, progress)
+            for arm, one_run, part in zip(arms, now, parts):
+                runs[arm.name].append(one_run)
+                found[arm.name].append(part)
+            by_layer += [part.kl for part in parts[len(arms) :]]
+            if index:
+                # Only the last caches are looked at.
+                for past in [exact[index - 1], *(done[index - 1] for done in runs.values())]:
+                    past.caches = []
+    spoken = generations.get(EXACT.name)
+    at = lengths.index(args.length)
+    bf16 = [bf16_bytes(shapes, length) for length in lengths]
+    results = []
+    for arm in arms:
+        said = generations.get(arm.name)
+        results.append(
+            _result(
+                runs[arm.name],
+                found[arm.name],
+                free=said and agreement(spoken.tokens, said.tokens),
+                decode_tokens_per_second=said and said.speed,
+                kv_bytes_per_token=sizes[arm.name][at] / args.length,
+                kv_ratio=bf16[at] / sizes[arm.name][at],
+                bytes_by_length=sizes[arm.name],
             )
-            refilled = _refill(exact, compressed_prompt_cache(model), chunk, dtype)
-    kv_bytes_bf16 = sum(
-        2 * (cache.keys[:, :, : cache.offset].size + cache.values[:, :, : cache.offset].size)
-        for cache in exact
-    )
-    return Result(
-        preset,
-        settings["key_bits"]["value"],
-        settings["value_bits"]["value"],
-        total.kl,
-        total.top1,
-        total.exact_perplexity,
-        total.perplexity,
-        total.perplexity / total.exact_perplexity - 1,
-        kv_bytes(refilled) / len(windows[-1]),
-        kv_bytes_bf16 / kv_bytes(refilled),
-        coded_tokens(refilled),
-    )
-
-
-def _refill(exact: List[Any], caches: List[Any], chunk: int, dtype: mx.Dtype) -> List[Any]:
-    """Write what ``exact`` holds to empty ``caches``, in the model's own dtype.
-
-    With weights in float32 the exact tokens of a compressed cache are float32 too,
-    which no user has: bytes are counted in the dtype of a normal run.
-    """
-    for source, target in zip(exact, caches):
-        for start in range(0, source.offset, chunk):
-            rows = slice(start, min(start + chunk, source.offset))
-            keys, values = (x[:, :, rows].astype(dtype) for x in (source.keys, source.values))
-            target.update_and_fetch(keys, values)
-            mx.eval(target.state)
-    return caches
-
-
-def _counter(title: str, length: int) -> Callable[[int], None]:
-    """Shows progress on one line of a terminal, and nothing anywhere else."""
-
-    def show(done: int) -> None:
-        if sys.stderr.isatty():
-            end = "\n" if done == length else ""
-            sys.stderr.write(f"\r{title}, {done} of {length} tokens{end}")
-            sys.stderr.flush()
-
-    return show
-
-
-def _lines(notes: dict, results: List[Result]) -> Iterator[str]:
-    yield (
-        f"{notes['model']}: {notes['windows']} x {notes['length']} tokens of {notes['source']} "
-        f"in chunks of {notes['chunk']}" + (f", bypass {notes['bypass']}" if notes["bypass"] else "")
-    )
-    yield (
-        f"quality: weights in {notes['quality_dtype']}; exact perplexity "
-        f"{results[0].exact_perplexity:.4f}"
-    )
-    yield (
-        f"KV bytes: counted in caches filled in {notes['kv_bytes_dtype']}, against a KVCache in "
-        f"bfloat16 of {notes['length']} tokens, {results[0].coded_tokens} of which are compressed"
-    )
-    yield ""
-    yield (
-        f"{'preset':8} {'bits K/V':>8} {'mean KL':>9} {'top-1':>7} {'perplexity':>10} "
-        f"{'change':>8} {'KV B/token':>10} {'smaller':>8}"
-    )
-    for r in results:
-        yield (
-            f"{r.preset:8} {f'{r.key_bits}/{r.value_bits}':>8} {r.kl:9.2e} {r.top1:7.2%} "
-            f"{r.perplexity:10.4f} {r.perplexity_change:+8.2%} {r.kv_bytes_per_token:10.1f} "
-            f"{f'{r.kv_ratio:.2f}x':>8}"
         )
+    return Report(
+        model=args.model,
+        source=args.tokens or args.text or "Python's manual (pydoc_data.topics)",
+        windows=args.windows,
+        length=args.length,
+        chunk=args.chunk,
+        generated=args.generate,
+        prompt=prompt.size,
+        quality_dtype="float32",
+        kv_bytes_dtype=str(dtype).removeprefix("mlx.core."),
+        exact_perplexity=results[0].summary.exact_perplexity,
+        exact_tokens_per_second=_speed(exact),
+        exact_decode_tokens_per_second=spoken and spoken.speed,
+        left_out=left_out,
+        results=results,
+        bin=BIN,
+        lengths=lengths,
+        bf16_by_length=bf16,
+        layer_arm=layer_arm.name,
+        kl_by_layer=by_layer,
+    )
+
+
+def applicable(arms: Sequence[Arm], shapes: Sequence[Any]):
+    """The arms that the head dims allow, and a line about each of the others."""
+    odd = sorted({dim for shape in shapes for _, dim in shape if dim % MLX_LM_GROUP})
+    kept = [arm for arm in arms if arm.mlx_lm_bits is None or not odd]
+    return kept, [
+        f"{arm.name} left out: mlx-lm can't quantise head dim {odd[0]} in groups of {MLX_LM_GROUP}"
+        for arm in arms
+        if arm not in kept
+    ]
+
+
+def _progress(args: argparse.Namespace, arms: int, layers: int) -> Any:
+    """A progress bar over tokens on a terminal's stderr; calling it adds to what is done."""
+
+    class Bar(tqdm):
+        __call__ = tqdm.update
+
+    total = (arms + 1) * (args.windows * args.length + args.generate) + layers * args.length
+    return Bar(total=total, unit=" tokens", unit_scale=True, disable=None, leave=False)
+
+
+def _speed(runs: Sequence[Run]) -> float:
+    return sum(run.tokens for run in runs) / sum(run.seconds for run in runs)
+
+
+def _result(runs: Sequence[Run], windows: Sequence[Divergence], **others: Any) -> Result:
+    arm, caches = runs[0].arm, runs[-1].caches
+    summary = summarise(windows)
+    kls = np.mean([window.kls for window in windows], axis=0)
+    bits, coded = str(arm.mlx_lm_bits), 1.0
+    ours = [cache for cache in caches if isinstance(cache, CompressedKVCache)]
+    if ours:
+        spec, visibility = ours[0].codec.spec, ours[0].visibility
+        bits = f"{spec.key_bits}/{spec.value_bits}" if spec.key_codec != "exact" else "exact"
+        reads = [visibility.exact_from(p) > visibility.sinks for p in range(len(kls))]
+        coded = sum(reads) / len(reads)
+    return Result(
+        name=arm.name,
+        bits=bits,
+        summary=summary,
+        verdict=verdict(summary, coded),
+        coded_tokens=coded_tokens(caches) if ours else caches[0].offset,
+        tokens_per_second=_speed(runs),
+        kl_by_position=[float(kls[i : i + BIN].mean()) for i in range(0, len(kls), BIN)],
+        kl_by_window=[window.kl for window in windows],
+        change_by_window=[w.perplexity / w.exact_perplexity - 1 for w in windows],
+        **others,
+    )

@@ -79,6 +79,12 @@ def kv_bytes(caches: List[Any]) -> int:
     return sum(cache.nbytes for cache in caches)
 
 
+def table_bytes(caches: List[Any]) -> int:
+    """Bytes of the tables that compressed caches of single sequences need besides, each once."""
+    codecs = [cache.codec for cache in caches if isinstance(cache, CompressedKVCache)]
+    return sum({id(table): table.nbytes for codec in codecs for table in codec.tables}.values())
+
+
 def coded_tokens(caches: List[Any]) -> int:
     """How many tokens are held as codes, in the layer that holds most."""
     return max((c.coded for c in caches if isinstance(c, CompressedKVCache)), default=0)

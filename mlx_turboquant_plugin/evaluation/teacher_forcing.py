@@ -1,75 +1,77 @@
-"""The same tokens through an exact and a compressed cache: how far the logits differ.
+"""The same tokens through an exact run and others: how far the logits differ.
 
-Both runs are fed chunk by chunk in lockstep, so that the logits of one chunk are all
-that is ever held.
+All runs are fed chunk by chunk in lockstep: the exact logits are computed once for all
+of them, and the logits of one chunk are all that is ever held.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+
+# Feeds token ids (N,) to a run and gives its logits (N, vocabulary).
+Forward = Callable[[mx.array], mx.array]
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Sums over positions; two of them can be added.
+    """How the logits of a run differ from the exact run's; two of them can be added.
 
     Attributes:
-        positions: how many positions were compared.
-        kl_sum: sum of KL(exact || compressed), nats.
-        agreed: at how many positions both runs rank the same token first.
-        predicted: how many positions have a next token in the text.
-        exact_nll, compressed_nll: sums of the negative log-likelihoods of these
-            tokens, nats.
+        kls: KL(exact || run) of each position, nats, float64 (N,).
+        agrees: whether both runs rank the same token first, bool (N,).
+        exact_nlls, nlls: negative log-likelihoods of the tokens of the text in the exact
+            run and in this one, nats, float64 (P,), P = the positions with a next token.
     """
 
-    positions: int = 0
-    kl_sum: float = 0.0
-    agreed: int = 0
-    predicted: int = 0
-    exact_nll: float = 0.0
-    compressed_nll: float = 0.0
+    kls: np.ndarray
+    agrees: np.ndarray
+    exact_nlls: np.ndarray
+    nlls: np.ndarray
 
     def __add__(self, other: "Divergence") -> "Divergence":
-        return Divergence(
-            self.positions + other.positions,
-            self.kl_sum + other.kl_sum,
-            self.agreed + other.agreed,
-            self.predicted + other.predicted,
-            self.exact_nll + other.exact_nll,
-            self.compressed_nll + other.compressed_nll,
-        )
+        return join([self, other])
+
+    @property
+    def positions(self) -> int:
+        """How many positions were compared."""
+        return len(self.kls)
 
     @property
     def kl(self) -> float:
-        """Mean KL(exact || compressed) of a position, nats."""
-        return self.kl_sum / self.positions
+        """Mean KL(exact || run) of a position, nats."""
+        return float(self.kls.mean())
 
     @property
     def top1(self) -> float:
         """Share of positions, 0 to 1, at which both runs rank the same token first."""
-        return self.agreed / self.positions
+        return float(self.agrees.mean())
 
     @property
     def exact_perplexity(self) -> float:
         """Perplexity of the exact run, per token."""
-        return math.exp(self.exact_nll / self.predicted)
+        return math.exp(self.exact_nlls.mean())
 
     @property
     def perplexity(self) -> float:
-        """Perplexity of the compressed run, per token."""
-        return math.exp(self.compressed_nll / self.predicted)
+        """Perplexity of this run, per token."""
+        return math.exp(self.nlls.mean())
+
+
+def join(parts: Sequence[Divergence]) -> Divergence:
+    """The divergence over the positions of all ``parts``, in their order."""
+    fields = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("kls", "agrees", "exact_nlls", "nlls")
+    )
+    return Divergence(*fields)
 
 
 def diverge(
-    model: nn.Module,
-    tokens: mx.array,
-    chunk: int,
-    exact: List[Any],
-    compressed: List[Any],
-    progress: Callable[[int], None] = lambda done: None,
+    model: nn.Module, tokens: mx.array, chunk: int, exact: List[Any], compressed: List[Any]
 ) -> Divergence:
     """Feed ``tokens`` (L,) through two empty prompt caches and compare the logits.
 
@@ -79,35 +81,52 @@ def diverge(
     Args:
         chunk: tokens per forward pass; the last chunk may be shorter.
         exact, compressed: the caches, one for each layer; filled by this.
-        progress: called with the number of tokens done after each chunk.
     """
-    total = Divergence()
+    runs = (
+        lambda inputs, caches=caches: model(inputs[None], cache=caches)[0]
+        for caches in (exact, compressed)
+    )
+    exact_run, run = runs
+    return lockstep(exact_run, [run], tokens, chunk)[0]
+
+
+def lockstep(
+    exact: Forward,
+    runs: Sequence[Forward],
+    tokens: mx.array,
+    chunk: int,
+    progress: Callable[[int], Any] = lambda done: None,
+) -> List[Divergence]:
+    """Feed ``tokens`` (L,) to the exact run and to ``runs``; the divergence of each of these.
+
+    Args:
+        chunk: tokens per forward pass; the last chunk may be shorter.
+        progress: called with the number of tokens after each forward pass.
+    """
+    parts: List[List[Divergence]] = [[] for _ in runs]
     for start in range(0, tokens.size, chunk):
         inputs = tokens[start : start + chunk]
         targets = tokens[start + 1 : start + 1 + chunk]
-        p, q = (_log_probabilities(model, inputs, cache) for cache in (exact, compressed))
-        total += _compare(p, q, targets)
-        progress(start + inputs.size)
-    return total
+        p = _log_probabilities(exact(inputs))
+        mx.eval(p)
+        progress(inputs.size)
+        for run, done in zip(runs, parts):
+            done.append(_compare(p, _log_probabilities(run(inputs)), targets))
+            progress(inputs.size)
+    return [join(done) for done in parts]
 
 
-def _log_probabilities(model: nn.Module, inputs: mx.array, cache: List[Any]) -> mx.array:
-    logits = model(inputs[None], cache=cache)[0].astype(mx.float32)
+def _log_probabilities(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def _compare(p: mx.array, q: mx.array, targets: mx.array) -> Divergence:
     """Compare log probabilities (N, vocabulary); ``targets`` may lack the last position's."""
     rows = mx.arange(targets.size)
-    kl = mx.sum(mx.exp(p) * (p - q))
-    agreed = mx.sum(mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1))
-    exact_nll, compressed_nll = (-mx.sum(x[rows, targets]) for x in (p, q))
-    mx.eval(kl, agreed, exact_nll, compressed_nll)
-    return Divergence(
-        p.shape[0],
-        kl.item(),
-        agreed.item(),
-        targets.size,
-        exact_nll.item(),
-        compressed_nll.item(),
-    )
+    kls = mx.sum(mx.exp(p) * (p - q), axis=-1)
+    agrees = mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)
+    exact_nlls, nlls = (-x[rows, targets] for x in (p, q))
+    mx.eval(kls, agrees, exact_nlls, nlls)
+    exact_nlls, nlls = (np.array(x, dtype=np.float64) for x in (exact_nlls, nlls))
+    return Divergence(np.array(kls, dtype=np.float64), np.array(agrees), exact_nlls, nlls)

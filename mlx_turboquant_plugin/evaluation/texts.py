@@ -1,7 +1,8 @@
 """Token ids to evaluate on, cut into windows."""
 
 from pathlib import Path
-from typing import Any, List
+from pydoc_data.topics import topics
+from typing import Any, List, Optional
 
 import numpy as np
 
@@ -28,12 +29,18 @@ def read_token_file(path: str) -> np.ndarray:
     return tokens.astype(np.int64)
 
 
-def read_text_file(path: str, tokenizer: Any) -> np.ndarray:
+def read_text_file(path: Optional[str], tokenizer: Any) -> np.ndarray:
     """The token ids (T,) of a text, as the tokenizer makes them.
+
+    Args:
+        path: None stands for the manual that every Python brings along, half a million
+            characters of English and code.
 
     Raises:
         SettingsError: the file can't be read as UTF-8.
     """
+    if path is None:
+        return np.array(tokenizer.encode("\n".join(topics.values())), dtype=np.int64)
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, ValueError) as error:

@@ -28,11 +28,17 @@ def patch_family(module: ModuleType, family: Family) -> None:
         AttributeError: the module does not have what the family describes.
     """
     attention = getattr(module, family.attention)
-    register(attention, module.__name__, family)
     if not upstream.available():
-        position = list(inspect.signature(attention.__call__).parameters).index("cache") - 1
+        parameters = list(inspect.signature(attention.__call__).parameters)
+        if "cache" not in parameters:
+            raise AttributeError(
+                f"{attention.__qualname__}.__call__ has no parameter cache, only "
+                f"{', '.join(parameters)}: name the class that updates the cache"
+            )
+        position = parameters.index("cache") - 1
         patching.wrap(module, "scaled_dot_product_attention", _scaled_dot_product_attention)
         patching.wrap(attention, "__call__", functools.partial(_attention_call, position))
+    register(attention, module.__name__, family)
 
 
 def _scaled_dot_product_attention(wrapped, instance, args, kwargs):

@@ -1,0 +1,105 @@
+"""The arms of a comparison: ways to keep keys and values, each beside the exact run."""
+
+import copy
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Dict, List, Mapping, Optional
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import QuantizedKVCache
+
+from ..cache import CompressedKVCache
+from ..settings import PRESETS
+from .runs import compressed, compressed_prompt_cache, prompt_cache
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to keep keys and values.
+
+    Attributes:
+        name: what tables call it.
+        settings: of the plugin; None leaves it off.
+        mlx_lm_bits: use mlx-lm's own QuantizedKVCache of that many bits, in its groups of 64.
+        layer: compress this layer alone; None stands for all.
+    """
+
+    name: str
+    settings: Optional[Mapping[str, Any]] = None
+    mlx_lm_bits: Optional[int] = None
+    layer: Optional[int] = None
+
+    def on(self) -> AbstractContextManager:
+        """What must be in force while the arm makes caches and while it runs."""
+        return nullcontext() if self.settings is None else compressed(**self.settings)
+
+    def caches(self, model: nn.Module) -> List[Any]:
+        """Empty caches, one for each layer of ``model``; inside ``on()``.
+
+        Raises:
+            SettingsError: the model can't be compressed.
+        """
+        if self.mlx_lm_bits is not None:
+            return [QuantizedKVCache(bits=self.mlx_lm_bits) for _ in prompt_cache(model)]
+        if self.settings is None:
+            return prompt_cache(model)
+        caches = compressed_prompt_cache(model)
+        if self.layer is None:
+            return caches
+        return [
+            cache if index == self.layer or not isinstance(cache, CompressedKVCache)
+            else cache.to_exact()
+            for index, cache in enumerate(caches)
+        ]
+
+    def only(self, layer: int) -> "Arm":
+        """The same arm with one layer compressed and the others exact."""
+        return replace(self, name=f"{self.name}, layer {layer}", layer=layer)
+
+
+EXACT = Arm("exact")
+
+BESIDE: Dict[str, Arm] = {
+    "identity": Arm("identity", {"bypass": "identity"}),
+    "bridge": Arm("bridge", {"bypass": "bridge"}),
+    "mlx-lm-4bit": Arm("mlx-lm-4bit", mlx_lm_bits=4),
+    "mlx-lm-8bit": Arm("mlx-lm-8bit", mlx_lm_bits=8),
+}
+PRESET_ARMS: Dict[str, Arm] = {name: Arm(name, {"preset": name}) for name in PRESETS}
+
+
+class Run:
+    """An arm that reads one sequence.
+
+    Attributes:
+        caches: made with the first tokens.
+        seconds: spent on tokens so far.
+        tokens: how many that were.
+    """
+
+    def __init__(self, arm: Arm, model: nn.Module):
+        self.arm = arm
+        self.caches: List[Any] = []
+        self.seconds, self.tokens = 0.0, 0
+        self._model = model
+
+    def fork(self) -> "Run":
+        """Another run that has read the same tokens."""
+        other = Run(self.arm, self._model)
+        other.caches = copy.deepcopy(self.caches)
+        return other
+
+    def __call__(self, inputs: mx.array) -> mx.array:
+        """Logits (N, vocabulary) of the next tokens ``inputs`` (N,)."""
+        with self.arm.on():
+            # In the same block as the first forward pass: a cache learns from the model
+            # which codec it has, and the model knows the settings that came last.
+            self.caches = self.caches or self.arm.caches(self._model)
+            start = time.perf_counter()
+            logits = self._model(inputs[None], cache=self.caches)[0]
+            mx.eval(logits, [cache.state for cache in self.caches])
+        self.seconds += time.perf_counter() - start
+        self.tokens += inputs.size
+        return logits

@@ -1,0 +1,217 @@
+"""The command line of ``mlx_turboquant bench``."""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from ... import settings
+from ...activation import disable
+from ...attention.kernels import resolve_kernel
+from ...reporting import status
+from ..arguments import at_least
+from ..demo import MODEL
+from ..runs import load_model
+from . import plot
+from .layer import Layer, LayerBench
+from .measurement import ROUND, Results, dtype_name
+from .model import SHAPES, ModelBench, random_model
+from .report import as_json, lines
+
+PARTS = ("layer", "decode", "prefill")
+DTYPES = {dtype_name(dtype): dtype for dtype in (mx.float32, mx.float16, mx.bfloat16)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
+    number = at_least(1)
+    gpu = mx.default_device().type == mx.gpu
+    dtypes = ["float16", "bfloat16"] if gpu else ["float32", "float16"]
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (all)"
+    )
+    parser.add_argument(
+        "--lengths", type=number, nargs="+", default=[1024, 4096, 16384], metavar="TOKENS",
+        help="in the cache, of layer and decode (1024 4096 16384)",
+    )
+    parser.add_argument(
+        "--batch", type=number, nargs="+", default=[1], metavar="ROWS",
+        help="sequences at a time, of layer and decode (1)",
+    )
+    parser.add_argument(
+        "--prompts", type=number, nargs="+", default=[2048, 4096], metavar="TOKENS",
+        help="of prefill (2048 4096)",
+    )
+    parser.add_argument("--chunk", type=number, default=512, help="tokens of a prefill step (512)")
+    parser.add_argument(
+        "--rounds", type=number, default=3,
+        help=f"turns of each cache: {ROUND} steps, or a prompt (3)",
+    )
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--model", default=str(MODEL), help="folder or Hub name (default: a tiny model, shipped)"
+    )
+    model.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape")
+    parser.add_argument(
+        "--heads", type=number, nargs=2, default=[8, 2], metavar=("QUERY", "KV"),
+        help="of the layer (8 2)",
+    )
+    parser.add_argument("--head-dim", type=number, default=128, help="of the layer (128)")
+    parser.add_argument(
+        "--layers", type=number, default=16 if gpu else 4,
+        help="used in turn, and in a chain on a GPU (%(default)s)",
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=list(DTYPES), default=dtypes,
+        help=f"of the layer ({' '.join(dtypes)})",
+    )
+    parser.add_argument(
+        "--model-dtype", choices=list(DTYPES), help="of the model (default: as it is stored)"
+    )
+    parser.add_argument(
+        "--kv-bits", type=int, choices=(2, 3, 4, 6, 8), default=4, help="of QuantizedKVCache (4)"
+    )
+    parser.add_argument(
+        "--kernel", choices=settings.KERNELS,
+        help="of the compressed cache (default: what TURBOQUANT_KERNEL says, or auto)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    parser.add_argument("--plot", metavar="FILE", help="draw speed and memory, a PNG")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print.
+
+    Returns:
+        0; bad settings and models that can't be measured are raised as SettingsError.
+    """
+    overrides = {"kernel": args.kernel} if args.kernel else {}
+    chosen = settings.load(overrides=overrides).general
+    if chosen.bypass:
+        raise settings.SettingsError(
+            f"TURBOQUANT_BYPASS is {chosen.bypass!r}: bench measures compression, which that "
+            "leaves out: unset it"
+        )
+    disable()  # TURBOQUANT=1 would compress every cache
+    if args.heads[0] % args.heads[1]:
+        raise settings.SettingsError(
+            f"--heads is {args.heads[0]} {args.heads[1]}: the query heads must be a multiple "
+            "of the KV heads"
+        )
+    for option in ("json", "plot"):
+        _check_folder(f"--{option}", getattr(args, option))
+    if args.plot:
+        plot.check()
+    notes = _notes(args, chosen)
+    results = _measure(args, chosen, overrides)
+    notes["fallbacks"] = status().fallbacks
+    sys.stdout.write("\n".join(lines(notes, results)) + "\n")
+    if args.json:
+        Path(args.json).write_text(json.dumps(as_json(notes, results), indent=2) + "\n")
+    if args.plot:
+        plot.draw(args.plot, notes, results)
+    return 0
+
+
+class Job(NamedTuple):
+    """A row of the table: ``run(tick)`` calls ``tick`` as often as ``ticks`` says."""
+
+    title: str
+    ticks: int
+    run: Callable[[Callable], None]
+
+
+def _measure(
+    args: argparse.Namespace, chosen: settings.Settings, overrides: Dict[str, Any]
+) -> Results:
+    results = Results([], [])
+    jobs = []
+    if {"decode", "prefill"} & set(args.parts):
+        model = random_model(args.shape) if args.shape else load_model(args.model)[0]
+        if args.model_dtype:
+            model.set_dtype(DTYPES[args.model_dtype])
+            mx.eval(model.parameters())
+        jobs += _model_jobs(args, ModelBench(model, args.kv_bits, overrides), results)
+    if "layer" in args.parts:
+        jobs += _layer_jobs(args, chosen, results)
+    # Without a terminal there is nobody to watch.
+    with tqdm(total=sum(job.ticks for job in jobs), unit="turn", disable=None) as bar:
+        for job in jobs:
+            bar.set_description(job.title)
+            job.run(bar.update)
+    return results
+
+
+def _layer_jobs(
+    args: argparse.Namespace, chosen: settings.Settings, results: Results
+) -> List[Job]:
+    chain = mx.default_device().type == mx.gpu
+    bench = LayerBench(
+        Layer(*args.heads, args.head_dim), chosen, args.layers, args.kv_bits, chain
+    )
+    return [
+        Job(
+            f"layer, {dtype}, batch {batch}, {tokens} tokens",
+            args.rounds * ROUND * (1 + chain),
+            partial(bench.measure, results, tokens, batch, DTYPES[dtype], args.rounds),
+        )
+        for dtype in args.dtypes
+        for batch in args.batch
+        for tokens in args.lengths
+    ]
+
+
+def _model_jobs(args: argparse.Namespace, bench: ModelBench, results: Results) -> List[Job]:
+    jobs = []
+    if "decode" in args.parts:
+        jobs += [
+            Job(
+                f"decode, batch {batch}, {tokens} tokens",
+                args.rounds,
+                partial(bench.decode, results, tokens, batch, args.rounds),
+            )
+            for batch in args.batch
+            for tokens in args.lengths
+        ]
+    if "prefill" in args.parts:
+        jobs += [
+            Job(
+                f"prefill, {tokens} tokens",
+                args.rounds,
+                partial(bench.prefill, results, tokens, args.chunk, args.rounds),
+            )
+            for tokens in args.prompts
+        ]
+    return jobs
+
+
+def _notes(args: argparse.Namespace, chosen: settings.Settings) -> Dict[str, Any]:
+    """What the figures depend on."""
+    state = status()
+    query, kv = args.heads
+    return {
+        "versions": state.versions,
+        "device": state.device,
+        "kernel": resolve_kernel(chosen.kernel),
+        "key_bits": chosen.key_bits,
+        "value_bits": chosen.value_bits,
+        "window": chosen.window,
+        "kv_bits": args.kv_bits,
+        "layer": f"{query} query and {kv} KV heads of {args.head_dim}",
+        "layers": args.layers,
+        "model": f"random weights, {args.shape}" if args.shape else args.model,
+        "chunk": args.chunk,
+    }
+
+
+def _check_folder(option: str, path: Optional[str]) -> None:
+    if path and not Path(path).parent.is_dir():
+        raise settings.SettingsError(
+            f"{option} is {path!r}, and there is no folder {str(Path(path).parent)!r}: make it "
+            "first, or name another file"
+        )

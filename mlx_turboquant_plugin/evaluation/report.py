@@ -1,0 +1,153 @@
+"""What ``mlx_turboquant compare`` found, and how a terminal shows it."""
+
+from dataclasses import dataclass
+from typing import Callable, Iterator, List, Optional, Sequence
+
+from .free_running import Agreement
+from .statistics import Interval, Summary, Verdict
+
+# Besides the length of the windows, sizes are shown at these, in tokens.
+SHOWN_LENGTHS = (8192, 32768)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One arm against the exact run.
+
+    Attributes:
+        bits: of keys and values, in words.
+        summary: of the same tokens fed to both.
+        free: of greedy generation, or None without one.
+        verdict: what the sample says.
+        kv_bytes_per_token: of all layers at the end of a window, everything counted.
+        kv_ratio: how many times smaller that is than a KVCache in bfloat16.
+        coded_tokens: how many tokens of a window are held as codes at its end.
+        tokens_per_second: of the windows, ``decode_tokens_per_second`` of the generation.
+        kl_by_position: mean KL of each 64 positions, over the windows.
+        bytes_by_length: of all layers, at the report's ``lengths``.
+        kl_by_window, change_by_window: what the intervals are made from.
+    """
+
+    name: str
+    bits: str
+    summary: Summary
+    free: Optional[Agreement]
+    verdict: Verdict
+    kv_bytes_per_token: float
+    kv_ratio: float
+    coded_tokens: int
+    tokens_per_second: float
+    decode_tokens_per_second: Optional[float]
+    kl_by_position: List[float]
+    bytes_by_length: List[int]
+    kl_by_window: List[float]
+    change_by_window: List[float]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole comparison.
+
+    Attributes:
+        kl_by_layer: mean KL with one layer compressed at a time, by ``layer_arm``, in the
+            first window; empty if it was not asked for.
+        bf16_by_length: bytes of an uncompressed KVCache at ``lengths``.
+    """
+
+    model: str
+    source: str
+    windows: int
+    length: int
+    chunk: int
+    generated: int
+    prompt: int
+    quality_dtype: str
+    kv_bytes_dtype: str
+    exact_perplexity: float
+    exact_tokens_per_second: float
+    exact_decode_tokens_per_second: Optional[float]
+    left_out: List[str]
+    results: List[Result]
+    bin: int
+    lengths: List[int]
+    bf16_by_length: List[int]
+    layer_arm: str
+    kl_by_layer: List[float]
+
+    def smaller(self, result: Result, length: int) -> float:
+        """How many times smaller a cache of ``length`` tokens, one of ``lengths``, becomes."""
+        at = self.lengths.index(length)
+        return self.bf16_by_length[at] / result.bytes_by_length[at]
+
+
+def lines(report: Report) -> Iterator[str]:
+    """The lines of the tables for a terminal."""
+    yield (
+        f"{report.model}: {report.windows} x {report.length} tokens of {report.source}, "
+        f"in chunks of {report.chunk}, weights in {report.quality_dtype}"
+    )
+    yield (
+        f"smaller: nbytes of all layers, filled in {report.kv_bytes_dtype} up to so many tokens, "
+        "against a KVCache in bfloat16"
+    )
+    yield from report.left_out
+    yield ""
+    columns: List[tuple] = [
+        ("arm", "<", lambda r: r.name),
+        ("bits", ">", lambda r: r.bits),
+        ("mean KL", ">", lambda r: f"{r.summary.kl.estimate:.1e}"),
+        ("99% KL", ">", lambda r: f"{r.summary.kl_p99:.1e}"),
+        ("top-1", ">", lambda r: f"{r.summary.top1.estimate:.2%}"),
+        ("ppl", ">", lambda r: f"{r.summary.perplexity:.4f}"),
+        ("change [95% interval]", ">", lambda r: _change(r.summary.change)),
+        ("tokens/s", ">", lambda r: f"{r.tokens_per_second:.0f}"),
+    ]
+    columns += [
+        (f"smaller at {length}" if not index else str(length), ">", _smaller(report, length))
+        for index, length in enumerate(sorted({report.length, *SHOWN_LENGTHS}))
+    ]
+    yield from _table(columns, report.results)
+    yield (
+        f"exact: perplexity {report.exact_perplexity:.4f}, "
+        f"{report.exact_tokens_per_second:.0f} tokens/s"
+    )
+    yield ""
+    if report.generated:
+        yield (
+            f"greedy generation of {report.generated} tokens after {report.prompt}: "
+            f"exact at {report.exact_decode_tokens_per_second:.1f} tokens/s"
+        )
+        columns = [
+            ("arm", "<", lambda r: r.name),
+            ("same for", ">", lambda r: r.free.same_for),
+            ("same places", ">", lambda r: f"{r.free.agreement:.0%}"),
+            ("tokens/s", ">", lambda r: f"{r.decode_tokens_per_second:.1f}"),
+        ]
+        yield from _table(columns, report.results)
+        yield ""
+    columns = [
+        ("arm", "<", lambda r: r.name),
+        ("verdict", "<", lambda r: "no verdict" if r.verdict.word == "none" else r.verdict.word),
+        ("because", "<", lambda r: r.verdict.reason),
+    ]
+    yield from _table(columns, report.results)
+
+
+def _smaller(report: Report, length: int) -> Callable[[Result], str]:
+    return lambda r: f"{report.smaller(r, length):.2f}x"
+
+
+def _change(change: Interval) -> str:
+    if change.low is None:
+        return f"{change.estimate:+z.2%} [too few windows]"
+    return f"{change.estimate:+z.2%} [{change.low:+z.2%}, {change.high:+z.2%}]"
+
+
+def _table(columns: Sequence[tuple], rows: Sequence[Result]) -> Iterator[str]:
+    """Lines of a table; a column is a title, how to align it, and what to read from a row."""
+    shown = [[title, *(str(read(row)) for row in rows)] for title, _, read in columns]
+    widths = [max(map(len, cells)) for cells in shown]
+    for line in zip(*shown):
+        yield "  ".join(
+            f"{cell:{align}{width}}" for cell, (_, align, _), width in zip(line, columns, widths)
+        ).rstrip()

@@ -1,0 +1,118 @@
+"""Intervals and verdicts: what they say, and that they say nothing without grounds."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mlx_turboquant_plugin.evaluation.statistics import (
+    FEWEST_WINDOWS,
+    Interval,
+    Summary,
+    interval,
+    summarise,
+    t_quantile,
+    verdict,
+)
+from mlx_turboquant_plugin.evaluation.teacher_forcing import Divergence
+
+
+def window(rng, size=100, growth=0.0, noise=0.0, kl=1e-4, top1=1.0):
+    exact = rng.exponential(3.0, size)
+    nlls = exact + growth + noise * rng.standard_normal()
+    return Divergence(np.full(size, kl), np.arange(size) < top1 * size, exact, nlls)
+
+
+def summary(change, kl=(1e-4, 1e-4, 1e-4), top1=(0.99, 0.99, 0.99), windows=8):
+    low, estimate, high = change
+    return Summary(
+        windows,
+        Interval(kl[1], kl[0], kl[2]),
+        0.0,
+        Interval(top1[1], top1[0], top1[2]),
+        Interval(estimate, low, high),
+        20.0,
+        20.0,
+    )
+
+
+@pytest.mark.parametrize("freedom, expected", [(5, 2.5706), (9, 2.2622), (15, 2.1314), (60, 2.0003)])
+def test_t_quantile(freedom, expected):
+    assert t_quantile(0.975, freedom) == pytest.approx(expected, rel=2e-3)
+
+
+def test_the_same_run_twice_changes_nothing():
+    rng = np.random.default_rng(1)
+    found = summarise([window(rng, kl=0.0) for _ in range(6)])
+    assert (found.change.low, found.change.estimate, found.change.high) == (0, 0, 0)
+    assert verdict(found, 1.0).word == "same"
+
+
+def test_an_interval_holds_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(2)
+    held = 0
+    for _ in range(300):
+        windows = np.stack([rng.normal(0.01, 0.02, 8) * 100, np.full(8, 100.0)], axis=-1)
+        found = interval(windows)
+        held += found.low <= 0.01 <= found.high
+    # 95% of 300 is 285; fewer than 270 or all 300 would be off by more than chance.
+    assert 270 <= held <= 299
+
+
+def test_noise_without_a_change_is_within_the_interval():
+    rng = np.random.default_rng(3)
+    held = 0
+    for _ in range(40):
+        found = summarise([window(rng, noise=0.01) for _ in range(12)]).change
+        held += found.low < 0 < found.high
+    assert 34 <= held
+
+
+def test_sides_are_paired():
+    # The text varies a hundred times more than the change: an unpaired interval would be as wide.
+    rng = np.random.default_rng(4)
+    windows = []
+    for _ in range(8):
+        exact = rng.exponential(3.0, 50) + 3 * rng.random()
+        windows.append(Divergence(np.zeros(50), np.ones(50, bool), exact, exact + 0.01))
+    found = summarise(windows)
+    assert found.change.estimate == pytest.approx(math.expm1(0.01))
+    assert found.change.high - found.change.low < 1e-9
+
+
+def test_estimates_are_means_over_positions_not_over_windows():
+    rng = np.random.default_rng(5)
+    found = summarise([window(rng, 100, kl=1.0), window(rng, 300, kl=2.0)])
+    assert found.kl.estimate == pytest.approx(1.75)
+
+
+def test_too_few_windows_have_neither_interval_nor_verdict():
+    rng = np.random.default_rng(6)
+    found = summarise([window(rng) for _ in range(FEWEST_WINDOWS - 1)])
+    assert found.change.low is None and found.kl.high is None
+    refused = verdict(found, 1.0)
+    assert refused.word == "none"
+    assert "1 more window" in refused.reason
+
+
+def test_no_verdict_when_hardly_anything_reads_codes():
+    refused = verdict(summary((0, 0, 0)), 0.3)
+    assert refused.word == "none" and "--length" in refused.reason
+
+
+@pytest.mark.parametrize(
+    "found, word",
+    [
+        (summary((-0.002, 0, 0.002)), "same"),
+        (summary((-0.002, 0.001, 0.004)), "none"),
+        (summary((-0.01, 0, 0.002)), "none"),
+        (summary((0.004, 0.006, 0.008)), "costs"),
+        (summary((0.2, 0.5, 0.8)), "broken"),
+        (summary((0, 0, 0), kl=(2e-3, 3e-3, 4e-3)), "costs"),
+        (summary((0, 0, 0), kl=(1e-3, 1.4e-3, 2e-3)), "none"),
+        (summary((0, 0, 0), top1=(0.95, 0.96, 0.97)), "costs"),
+        (summary((0, 0, 0), top1=(0.97, 0.981, 0.99)), "none"),
+    ],
+)
+def test_verdicts(found, word):
+    assert verdict(found, 1.0).word == word
