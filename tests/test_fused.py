@@ -9,6 +9,7 @@ import pytest
 from test_attention import LEARNED, Case, close, step
 
 import mlx_turboquant_plugin
+import mlx_turboquant_plugin.kernels as package
 from mlx_turboquant_plugin.attention import fused, kernels
 from mlx_turboquant_plugin.attention.kernels import available_kernels, resolve_kernel
 from mlx_turboquant_plugin.cache import CompressedKVCache
@@ -25,7 +26,8 @@ def module(monkeypatch):
         return mx.zeros((*problem.queries.shape[:3], problem.values.shape[-1]))
 
     module = SimpleNamespace(seen=seen, supports=lambda problem: None, attend=attend)
-    monkeypatch.setattr(fused, "fused_kernel", lambda name: module)
+    for place in (fused, package):
+        monkeypatch.setattr(place, "fused_kernel", lambda name: module)
     monkeypatch.setattr(fused, "_fallbacks", [])
     return module
 

@@ -5,6 +5,8 @@ import pytest
 
 from mlx_turboquant_plugin import cli
 from mlx_turboquant_plugin.attention import dispatch
+from mlx_turboquant_plugin.cache import compressed
+from mlx_turboquant_plugin.codecs.kv_codec import KVCodec
 from mlx_turboquant_plugin.evaluation import selftest
 from mlx_turboquant_plugin.evaluation.selftest import QUICK, check, table
 from mlx_turboquant_plugin.kernels import fused_kernels
@@ -51,10 +53,25 @@ def test_a_wrong_kernel_fails(wrong, monkeypatch, capsys):
     assert "FAIL" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("side", ["encode_keys", "encode_values"])
+def test_codes_that_lose_too_much_fail(side, monkeypatch):
+    encode = getattr(KVCodec, side)
+
+    def a_size_too_large(*args):
+        *planes, sizes = encode(*args)
+        return (*planes, sizes + 3)
+
+    monkeypatch.setattr(KVCodec, side, a_size_too_large)
+    result = check(QUICK[0], "eager")
+    assert result.error <= result.tolerance and not result.ok
+    assert "codes lose" in result.note
+
+
 def test_a_kernel_that_leaves_its_work_to_another_fails(monkeypatch):
     monkeypatch.setattr(dispatch, "attend_fused", lambda kernel, problem: dispatch.fall_back(
         kernel, "anything"
     ))
+    monkeypatch.setattr(compressed, "encoder", lambda kernel: KVCodec)
     result = check(QUICK[0], "metal")
     assert result.error <= result.tolerance and not result.ok
     assert "the metal kernel does not support anything" in result.note

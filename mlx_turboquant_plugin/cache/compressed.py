@@ -7,6 +7,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache, _BaseCache, create_attention_mask
 
 from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
+from ..kernels import encoder
 from ..log import log_once
 from . import state as saved
 from .view import View
@@ -107,8 +108,9 @@ class CompressedKVCache(_BaseCache):
         self._check_codec()
         skip = self._sinks() - self.exact_start
         new = slice(start + skip, end + skip)
-        key_codes = self.codec.encode_keys(self.keys[:, :, new], start)
-        value_codes = self.codec.encode_values(self.values[:, :, new])
+        coder = encoder(self.kernel)
+        key_codes = coder.encode_keys(self.codec, self.keys[:, :, new], start)
+        value_codes = coder.encode_values(self.codec, self.values[:, :, new])
         if start > self.first_coded:
             key_codes = _join(self.key_codes, key_codes, axis=-1)
             value_codes = _join(self.value_codes, value_codes, axis=-2)

@@ -67,7 +67,10 @@ class RotaryTable:
         # RoPE turns the pair (1, 0) into (cos, sin).
         probe = mx.zeros((self.head_dim,))
         probe[self.first] = 1.0
-        probe = mx.broadcast_to(probe, (positions.shape[0], 1, 1, self.head_dim))
+        # Whole arrays: MLX's rope on CUDA writes its output with the strides of its input.
+        probe = mx.contiguous(
+            mx.broadcast_to(probe, (positions.shape[0], 1, 1, self.head_dim))
+        )
         turned = self._rope(probe, offset=positions)[:, 0, 0]
         return turned[:, self.first], turned[:, self.second]
 
@@ -138,10 +141,10 @@ class KeyBias:
         s = (q2 * b1 - q1 * b2)[..., None, :]
         cos, sin = table.blocks((start + count - 1) // BLOCK + 1)
         turned = mx.concatenate([c * cos + s * sin, s * cos - c * sin], axis=-1)
-        scores = (turned @ table.fine.T).flatten(-2)[..., start : start + count]
+        scores = _multiply(turned, table.fine.T).flatten(-2)[..., start : start + count]
         if table.rest.size:
-            rest = q[..., table.rest] @ self.bias[:, table.rest][..., None]
-            scores = scores + rest
+            rest = q[..., table.rest] * self.bias[:, None, table.rest]
+            scores = scores + mx.sum(rest, axis=-1, keepdims=True)
         return scores
 
     def _agrees(self, rope: Any, position: int) -> bool:
@@ -149,3 +152,22 @@ class KeyBias:
         expected = rope(x, offset=position)[0] if rope is not None else x[0]
         error = mx.abs(self.rotated(position, 1) - expected).max()
         return error.item() <= 0.02 * mx.abs(self.bias).max().item()
+
+
+def _multiply(a: mx.array, b: mx.array) -> mx.array:
+    """``a @ b`` as exact as fp32 is, also where MLX rounds factors to TF32.
+
+    On a GPU it may; the bias makes scores of hundreds, of which 2^-11 is not nothing.
+    There each factor is the sum of two in TF32, and all but the product of the small
+    ones are added up (Ootomo and Yokota 2022, arXiv 2203.03341).
+    """
+    if mx.default_device().type == mx.cpu:
+        return a @ b
+    (a, small_a), (b, small_b) = _split(a), _split(b)
+    return mx.concatenate([a, a, small_a], axis=-1) @ mx.concatenate([b, small_b, b], axis=-2)
+
+
+def _split(x: mx.array) -> Tuple[mx.array, mx.array]:
+    """``x`` as a number of at most 11 bits, which TF32 holds, and the rest."""
+    large = (x.view(mx.uint32) & 0xFFFFE000).view(mx.float32)
+    return large, x - large

@@ -1,9 +1,10 @@
-"""``mlx_turboquant selftest``: every attention kernel of this device against NumPy in fp64.
+"""``mlx_turboquant selftest``: every kernel of this device against NumPy in fp64.
 
 In the manner of llama.cpp's test-backend-ops: a table of shapes, codecs and dtypes, one
 line each. A case fills real caches, and lets mlx-lm's patched attention answer. The
 expected result is computed from the codes that the caches hold, by what ``reference.py``
-says they mean, so that it judges attention and not the loss of the codecs.
+says they mean, so that it judges attention and not the loss of the codecs. The codes are
+judged apart: no vector may lose much more in them than in those of ``reference.py``.
 
 What counts as an error is derived and not tuned. With unit roundoffs u of fp32 and U of
 the model's dtype, S the largest |score| and V the largest |value|, an output may be off by
@@ -20,6 +21,25 @@ the model's dtype, S the largest |score| and V the largest |value|, an output ma
 
 MLX multiplies fp32 matrices in TF32 on a GPU; the eager and the compiled kernel do so,
 and there u is 2^-11 for them.
+
+The CUDA kernel multiplies whole numbers: channels of rotated queries, and the weights of
+codes, are off by up to w = 2^-16 of the largest of the vector or of 64 tokens. That adds
+
+    w V (2 + S)
+
+- S w: sqrt(D) errors of up to w max|q|, times those of a key's channels, add up to
+  w max|q| |k|; and max|q| is about 4 |q| / sqrt(D), as S is about 4 |q| |k| / sqrt(D).
+- 2 w V: 64 errors of up to w times the largest weight, times values of about V / 4.
+
+Codes are not compared: by rounding one can fall to the other side of a threshold, and a
+size, with all codes of its vector, to the other side of a tie. That costs little, so
+what a vector x loses, by the measure that the codec minimises, may be
+
+    1.2 (what it loses in the codes of reference.py) + sqrt(1 + ALONG) (u (64 |x| + t |b|) + 4 U |x|)
+
+- 64 u |x|: the rotation, and sizes that are powers of two.
+- u t |b|: angles up to t are rounded, and turn the bias b that is taken away from keys.
+- 4 U |x|: only where MLX rotates vectors by a matrix in TF32, U = 2^-11.
 """
 
 import argparse
@@ -27,7 +47,7 @@ import sys
 import zlib
 from dataclasses import dataclass
 from itertools import cycle, product
-from typing import Iterator, NamedTuple, Sequence, Tuple
+from typing import Iterator, NamedTuple, Tuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,7 +61,8 @@ from ..attention.kernels import available_kernels, resolve_kernel
 from ..cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
 from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
-from ..kernels import FUSED, fused_kernels
+from ..kernels import FUSED, encoder, fused_kernel, fused_kernels
+from . import stored
 
 VISIBILITY = Visibility(window=64, sinks=4)
 KV_HEADS = 2
@@ -52,6 +73,10 @@ BIAS_SIZE = 20.0
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 TF32_ROUNDOFF = 2.0**-11
+CUDA_ROUNDOFF = 2.0**-16
+
+# Tokens of a sequence whose codes are judged.
+SAMPLE = 128
 
 
 @dataclass(frozen=True)
@@ -144,7 +169,9 @@ def table() -> Iterator[Case]:
         yield case(dim, groups=2, count=count, dtype=dtype, lengths=(270,), extras=count % 2 == 0)
     for length in (69, 97, 101, 129, 133, 161, 197, 228, 229, 230, 512, 1024, 2085, 4100, 16500):
         yield case(lengths=(length,))
-        yield case(64, groups=2, lengths=(length,), keys=("lloyd-max", 3), extras=True)
+        # With positions grow the angles, and what fp32 leaves unknown about a bias.
+        extras = length < 4000
+        yield case(64, groups=2, lengths=(length,), keys=("lloyd-max", 3), extras=extras)
     for lengths in ((4, 5), (69, 101, 333), (700, 37), (129,) * 5, tuple(range(100, 500, 50))):
         for dim in (80, 128):
             yield case(dim, lengths=lengths, groups=2, extras=len(lengths) == 3)
@@ -178,6 +205,9 @@ def check(tested: Case, kernel: str) -> Result:
     except Exception as error:  # A kernel may fail to compile: the others are still checked.
         return Result(np.inf, 0.0, f"{type(error).__name__}: {error}")
     note = "".join(message for message in fallbacks() if message not in before)
+    excess = layer.excess()
+    if not excess <= 1:
+        note += f"codes lose {excess:.3g} times what they may"
     expected, tolerance = layer.expected()
     error = np.abs(out - expected).max()
     return Result(float(error), tolerance, note)
@@ -238,7 +268,11 @@ class _Layer:
         count = self.case.count
         caches = [self._cache() for _ in self.keys]
         for cache, keys, values in zip(caches, self.keys, self.values):
-            cache.update_and_fetch(keys[:, :, :-count], values[:, :, :-count])
+            # In two steps: the codes of the second do not begin at position 0.
+            half, end = keys.shape[2] // 2, keys.shape[2] - count
+            for part in (slice(0, half), slice(half, end)):
+                if part.stop > part.start:
+                    cache.update_and_fetch(keys[:, :, part], values[:, :, part])
         cache = caches[0] if len(caches) == 1 else CompressedKVCache.merge(caches)
         new = (mx.concatenate([x[:, :, -count:] for x in y]) for y in (self.keys, self.values))
         cache.attending = True
@@ -254,17 +288,9 @@ class _Layer:
     def expected(self) -> Tuple[np.ndarray, float]:
         """The same in fp64, and how far off it may be."""
         outs, score, value = [], 0.0, 0.0
-        for index, row in enumerate(self.rows):
-            queries, keys, values = (
-                np.array(x.astype(mx.float32)).astype(np.float64)
-                for x in (self.queries[index : index + 1], self.keys[index], self.values[index])
-            )
-            length = self.case.lengths[index]
-            decoded_keys, decoded_values = np.zeros_like(keys), np.zeros_like(values)
-            if row.key_codes:
-                coded = slice(row.first_coded, row.coded)
-                decoded_keys[:, :, coded] = self._decode_keys(row.key_codes, coded)
-                decoded_values[:, :, coded] = self._decode_values(row.value_codes)
+        for index, length in enumerate(self.case.lengths):
+            queries = _fp64(self.queries[index : index + 1])
+            keys, values, decoded_keys, decoded_values = self._row(index)
             positions = np.arange(length - self.case.count, length)
             outs.append(
                 reference.attention(
@@ -286,6 +312,52 @@ class _Layer:
         out = np.concatenate(outs)
         return out, self._tolerance(np.abs(out).max(), score, value)
 
+    def excess(self) -> float:
+        """What vectors lose in Lloyd-Max codes, as a share of what they may: the most."""
+        shares = []
+        balance = 1.0 if self.balance is None else self.balance
+        for index, row in enumerate(self.rows):
+            coded = slice(row.first_coded, row.coded)
+            keys, values, decoded_keys, decoded_values = (
+                x[:, :, coded] for x in self._row(index)
+            )
+            bias = np.zeros_like(keys) + self._rotated_bias(coded.start, coded.stop)
+            keys, decoded_keys = ((x - bias) / balance for x in (keys, decoded_keys))
+            turned = np.linalg.norm(bias / balance, axis=-1) * np.arange(coded.start, coded.stop)
+            shares += [
+                self._share(*self.case.keys, keys, decoded_keys, turned),
+                self._share(*self.case.values, values, decoded_values, np.zeros_like(turned)),
+            ]
+        return max(shares)
+
+    def _share(
+        self, codec: str, bits: int, x: np.ndarray, decoded: np.ndarray, turned: np.ndarray
+    ) -> float:
+        count = x.shape[2]
+        if codec != "lloyd-max" or count == 0:
+            return 0.0
+        some = np.linspace(0, count - 1, min(count, SAMPLE)).astype(int)
+        rotation = reference.rotation(x.shape[-1])
+        x, decoded = (y[:, :, some] @ rotation for y in (x, decoded))
+        length = np.linalg.norm(x, axis=-1)
+        inexact = ROUNDOFF["float32"] * (64 + turned[:, :, some] / length)
+        if mx.default_device().type == mx.gpu and encoder(self.kernel) is KVCodec:
+            inexact = inexact + 4 * TF32_ROUNDOFF
+        most = 1.2 * stored.least_loss(x, bits, inexact)
+        most = most + (1 + reference.ALONG) ** 0.5 * inexact * length
+        return (stored.loss(x, decoded) / most).max()
+
+    def _row(self, index: int) -> Tuple[np.ndarray, ...]:
+        """Keys and values of a sequence in fp64, and as decoded: zeros where they are exact."""
+        row = self.rows[index]
+        keys, values = _fp64(self.keys[index]), _fp64(self.values[index])
+        decoded_keys, decoded_values = np.zeros_like(keys), np.zeros_like(values)
+        if row.key_codes:
+            coded = slice(row.first_coded, row.coded)
+            decoded_keys[:, :, coded] = self._decode_keys(row.key_codes, coded)
+            decoded_values[:, :, coded] = self._decode_values(row.value_codes)
+        return keys, values, decoded_keys, decoded_values
+
     def _remembered(self, length: int):
         if not self.case.ring:
             return True
@@ -296,47 +368,27 @@ class _Layer:
         tf32 = self.kernel not in FUSED and mx.default_device().type == mx.gpu
         u = TF32_ROUNDOFF if tf32 else ROUNDOFF["float32"]
         inner = u * value * (64 + score * (self.case.dim**0.5 + 18))
+        if self.kernel == "cuda":
+            inner += CUDA_ROUNDOFF * value * (2 + score)
         return ROUNDOFF[self.case.dtype] * out + inner
 
     def _decode_keys(self, codes: Codes, positions: slice) -> np.ndarray:
         arrays = [np.array(x).swapaxes(-1, -2) for x in codes]
-        x = _levels(arrays, *self.case.keys) @ reference.rotation(self.case.dim).T
+        x = stored.levels(arrays, *self.case.keys) @ reference.rotation(self.case.dim).T
         if self.balance is not None:
             x = x * self.balance
         return x + self._rotated_bias(positions.start, positions.stop)
 
     def _decode_values(self, codes: Codes) -> np.ndarray:
         arrays, (codec, bits) = [np.array(x) for x in codes], self.case.values
-        decode = _grouped if codec == "affine" else _levels
-        x = decode(arrays, codec, bits)[..., : self.case.value_dim]
+        affine = codec == "affine"
+        x = stored.grouped(arrays, bits) if affine else stored.levels(arrays, codec, bits)
+        x = x[..., : self.case.value_dim]
         return x @ reference.rotation(self.case.value_dim).T
 
 
-def _levels(arrays: Sequence[np.ndarray], codec: str, bits: int) -> np.ndarray:
-    """The rotated vectors (..., T, D) of token-major codes in planes, see codecs/packing.py."""
-    if codec == "affine":
-        *planes, scale, zero = arrays
-        return _unpack(planes, bits) * scale.astype(np.float64) + zero
-    *planes, sizes = arrays
-    return reference.dequantize(_unpack(planes, bits), sizes, bits)
-
-
-def _unpack(planes: Sequence[np.ndarray], bits: int) -> np.ndarray:
-    if bits == 3:
-        low = np.concatenate([_unpack([plane], 2) for plane in planes[:2]], axis=-1)
-        return low + 4 * _unpack([planes[2]], 1)
-    bytes_, places = planes[0].astype(int), range(0, 8, bits)
-    return np.concatenate([(bytes_ >> place) % 2**bits for place in places], axis=-1)
-
-
-def _grouped(arrays: Sequence[np.ndarray], codec: str, bits: int) -> np.ndarray:
-    """The rotated vectors (..., T, D) of what ``mx.quantize`` made: a stream of bits."""
-    words, scale, zero = arrays
-    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
-    digits = stream.reshape(*words.shape[:-1], scale.shape[-1], -1, bits)
-    codes = digits @ (1 << np.arange(bits))
-    x = codes * scale[..., None].astype(np.float64) + zero[..., None]
-    return x.reshape(*words.shape[:-1], -1)
+def _fp64(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -357,12 +409,25 @@ def run(args: argparse.Namespace) -> int:
             f"no fused kernel runs on {mx.default_device()}: {' and '.join(kernels)} are checked\n"
         )
     failed, total = 0, 0
-    for kernel, tested in product(kernels, QUICK if args.quick else table()):
-        result = check(tested, kernel)
-        total, failed = total + 1, failed + (not result.ok)
-        sys.stdout.write(_line(kernel, tested, result) + "\n")
+    for kernel in kernels:
+        cases = list(QUICK if args.quick else table())
+        served = [tested for tested in cases if serves(kernel, tested)]
+        if len(served) < len(cases):
+            others = len(cases) - len(served)
+            sys.stdout.write(f"{kernel}: {others} cases are of codecs that it leaves to compiled\n")
+        for tested in served:
+            result = check(tested, kernel)
+            total, failed = total + 1, failed + (not result.ok)
+            sys.stdout.write(_line(kernel, tested, result) + "\n")
     sys.stdout.write(f"{total - failed} of {total} OK\n")
     return 1 if failed else 0
+
+
+def serves(kernel: str, tested: Case) -> bool:
+    """Whether the case is of codecs that the kernel is made for."""
+    return kernel not in FUSED or all(
+        codec in fused_kernel(kernel).CODECS for codec, _ in (tested.keys, tested.values)
+    )
 
 
 def _line(kernel: str, tested: Case, result: Result) -> str:

@@ -1,19 +1,24 @@
 """Fused attention kernels: codes are dequantised in registers, never in memory.
 
-Each is a module named after what it is written in, with two functions of a
+Each is a module named after what it is written in. ``CODECS`` are the names of the codecs
+that it is made for, and two functions take a
 :class:`~mlx_turboquant_plugin.attention.fused.Problem`:
 
 ``supports(problem) -> Optional[str]``
     None, or what the kernel can't do about the problem, in words.
 ``attend(problem) -> mx.array``
     The attention, (B, H_q, N, D_v) in the dtype of the queries.
+
+A module may also have ``encode_keys`` and ``encode_values``, see :func:`encoder`.
 """
 
 from importlib import import_module
 from types import ModuleType
-from typing import List
+from typing import List, Type, Union
 
 import mlx.core as mx
+
+from ..codecs.kv_codec import KVCodec
 
 FUSED = ("metal", "cuda")
 
@@ -28,3 +33,14 @@ def fused_kernels() -> List[str]:
 def fused_kernel(name: str) -> ModuleType:
     """The module of a fused kernel."""
     return import_module(f".{name}", __package__)
+
+
+def encoder(kernel: str) -> Union[ModuleType, Type[KVCodec]]:
+    """What makes the codes that a kernel reads, in as few launches as it can.
+
+    Returns:
+        A namespace of ``encode_keys(codec, keys, start)`` and ``encode_values(codec,
+        values)``, which are methods of :class:`KVCodec` or do the same.
+    """
+    module = fused_kernel(kernel) if kernel in FUSED else None
+    return module if hasattr(module, "encode_keys") else KVCodec

@@ -87,6 +87,21 @@ METAL_FUNC float size_of(uint scale) {
   return fast::exp2(float(scale) * (1.0f / 12.0f) - 13.0f);
 }
 
+// Cosine and sine of the angle of rotary pair f, of `pairs`, at a position: see RotaryTable
+// in codecs/key_bias.py; `fine` is (2 pairs, TILE), channel-major.
+METAL_FUNC float2 angle(
+    device const float* coarse_cos,
+    device const float* coarse_sin,
+    device const float* fine,
+    int pairs,
+    int f,
+    int position) {
+  const int block = position / TILE * pairs + f, within = position % TILE;
+  const float cos1 = coarse_cos[block], sin1 = coarse_sin[block];
+  const float cos2 = fine[f * TILE + within], sin2 = fine[(pairs + f) * TILE + within];
+  return float2(cos1 * cos2 - sin1 * sin2, sin1 * cos2 + cos1 * sin2);
+}
+
 // The arrays of packed codes: one, or three for 3 bits.
 struct Planes {
   device const uint8_t* low;

@@ -278,19 +278,14 @@ if (exact) {
     }
     if (BIASED) {
       // Turn the pairs to the tile's first position, then the table serves its tokens.
-      const int position = first_coded + start;
-      const int block = position / TILE, within = position % TILE;
       for (int f = lane; f < rotary; f += 32) {
-        float block_cos = coarse_cos[block * rotary + f];
-        float block_sin = coarse_sin[block * rotary + f];
-        float fine_cos = fine[f * TILE + within], fine_sin = fine[(rotary + f) * TILE + within];
-        float cosine = block_cos * fine_cos - block_sin * fine_sin;
-        float sine = block_sin * fine_cos + block_cos * fine_sin;
+        const float2 turn =
+            angle(coarse_cos, coarse_sin, fine, rotary, f, first_coded + start);
         UNROLL
         for (int r = 0; r < ROWS; r++) {
           float a = pairs[f * ROWS + r], b = pairs[(rotary + f) * ROWS + r];
-          scratch[f * ROWS + r] = a * cosine + b * sine;
-          scratch[(rotary + f) * ROWS + r] = b * cosine - a * sine;
+          scratch[f * ROWS + r] = a * turn.x + b * turn.y;
+          scratch[(rotary + f) * ROWS + r] = b * turn.x - a * turn.y;
         }
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);

@@ -1,8 +1,13 @@
-"""Launches the Metal kernels: attention of a few queries in two launches.
+"""Launches the Metal kernels: attention of a few queries in two launches, coding in one.
 
 ``decode.metal`` makes partial sums over splits of the tokens, ``merge.metal`` the
-attention from them; both begin with ``codes.metal``. A kernel is compiled once for head
-dims, bits, dtypes and numbers of queries; lengths are looked up while it runs.
+attention from them; ``encode.metal`` makes codes. All begin with ``codes.metal``. A kernel
+is compiled once for head dims, bits, dtypes and numbers of queries; lengths are looked up
+while it runs.
+
+MLX's operations make the codes of a layer in about 240 launches (104 to 139 for 4-bit keys,
+132 for 3-bit values, by the graph of MLX 0.32.4), again for each 32 tokens that are
+generated. That is why there is a kernel for it, which has not been timed.
 """
 
 import functools
@@ -14,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.key_bias import BLOCK, RotaryTable
-from ..codecs.kv_codec import Codes, CodecSpec
-from ..codecs.lloyd_max import CODEBOOKS
+from ..codecs.key_bias import BLOCK, KeyBias, RotaryTable
+from ..codecs.kv_codec import Codes, KVCodec
+from ..codecs.lloyd_max import ALONG, CODEBOOKS, SEARCH
 from ..codecs.rotation import Rotation
 
 if TYPE_CHECKING:
@@ -27,6 +32,9 @@ SIMDS = 4
 THREADS = 32 * SIMDS
 TILE = 128
 
+# Tokens of a threadgroup of encode.metal.
+ENCODED = 32
+
 # Threadgroups that keep the largest GPU busy; more than that only make the merge longer.
 GROUPS = 1024
 MAX_SPLITS = 64
@@ -34,16 +42,19 @@ MAX_SPLITS = 64
 # MLX puts smaller arrays into another address space.
 DEVICE_SIZE = 8
 
-# Names of inputs and of the output.
-ARGUMENTS = {
-    "decode": (
-        "queries keys values k0 k1 k2 key_scale key_zero v0 v1 v2 value_scale value_zero "
-        "key_rotation levels balance bias fine coarse_cos coarse_sin bounds sizes scale",
-        "partial",
-    ),
-    "merge": ("partial value_rotation sizes", "out"),
-}
+# A kernel's file, its inputs and its outputs.
+MODEL = "levels balance bias fine coarse_cos coarse_sin"
+DECODE = (
+    "decode",
+    "queries keys values k0 k1 k2 key_scale key_zero v0 v1 v2 value_scale value_zero "
+    f"key_rotation {MODEL} bounds sizes scale",
+    "partial",
+)
+MERGE = "merge", "partial value_rotation sizes", "out"
+ENCODE = "encode", f"x rotation {MODEL} places", "low scales"
+ENCODE_3_BITS = *ENCODE[:2], "low low_of_upper_fields high scales"
 
+CODECS = ("lloyd-max", "affine")
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
@@ -51,15 +62,19 @@ def supports(problem: "Problem") -> Optional[str]:
     """None, or what the kernels can't do about ``problem``, in words."""
     spec = problem.codec.spec
     for codec in (spec.key_codec, spec.value_codec):
-        if codec not in ("lloyd-max", "affine"):
+        if codec not in CODECS:
             return f"the {codec} codec"
     for dim in (spec.head_dim, spec.value_dim):
-        if dim % 8 or not 32 <= dim <= 256:
+        if _unsupported_dim(dim):
             return f"a head dim of {dim}: it must be a multiple of 8 from 32 to 256"
     for array in (problem.queries, problem.keys, problem.values):
         if array.dtype not in DTYPES:
             return f"{array.dtype}: queries, keys and values must be float16, bfloat16 or float32"
     return None
+
+
+def _unsupported_dim(dim: int) -> bool:
+    return dim % 8 != 0 or not 32 <= dim <= 256
 
 
 def attend(problem: "Problem") -> mx.array:
@@ -75,15 +90,10 @@ def attend(problem: "Problem") -> mx.array:
     coded = keys[0].shape[-1] if problem.key_codes else 0
     exact_splits, code_splits = _splits(exact, coded, batch * kv_heads * chunks)
     splits = exact_splits + code_splits
-    levels = _levels(spec)
-    layout, fine, coarse_cos, coarse_sin = (0, 0, 0), levels, levels, levels
-    if codec.bias is not None:
-        table = codec.bias.table
-        layout, fine = _layout(table)
-        table.blocks((problem.first_coded + coded) // BLOCK + 1)
-        coarse_cos, coarse_sin = table.coarse
+    levels = _levels((spec.key_codec, spec.key_bits), (spec.value_codec, spec.value_bits))
+    layout, model = _model(levels, codec.balance, codec.bias, problem.first_coded + coded)
     sizes = _ints(problem.first_coded, problem.sinks, exact_splits, *layout)
-    (partial,) = _kernel("decode")(
+    (partial,) = _kernel(*DECODE)(
         inputs=[
             problem.queries,
             problem.keys,
@@ -91,12 +101,7 @@ def attend(problem: "Problem") -> mx.array:
             *keys,
             *values,
             codec.key_rotation.array,
-            levels,
-            levels if codec.balance is None else codec.balance,
-            levels if codec.bias is None else codec.bias.bias,
-            fine,
-            coarse_cos,
-            coarse_sin,
+            *model,
             problem.bounds,
             sizes,
             _scale(problem.scale),
@@ -117,7 +122,7 @@ def attend(problem: "Problem") -> mx.array:
         output_shapes=[(batch * kv_heads, chunks, splits, chunk, spec.value_dim + 2)],
         output_dtypes=[mx.float32],
     )
-    (out,) = _kernel("merge")(
+    (out,) = _kernel(*MERGE)(
         inputs=[partial, _inverse(codec.value_rotation), sizes],
         template=[("T", problem.queries.dtype), ("DV", spec.value_dim), ("ROWS", chunk)],
         grid=(rows * THREADS, batch * kv_heads, 1),
@@ -126,6 +131,62 @@ def attend(problem: "Problem") -> mx.array:
         output_dtypes=[problem.queries.dtype],
     )
     return out
+
+
+def encode_keys(codec: KVCodec, keys: mx.array, start: int) -> Codes:
+    """As :meth:`KVCodec.encode_keys`; Lloyd-Max codes in one launch."""
+    spec = codec.spec
+    if not _encodes(spec.key_codec, keys):
+        return codec.encode_keys(keys, start)
+    model = codec.balance, codec.bias
+    return _encode(keys, spec.key_bits, codec.key_rotation, True, start, *model)
+
+
+def encode_values(codec: KVCodec, values: mx.array) -> Codes:
+    """As :meth:`KVCodec.encode_values`; Lloyd-Max codes in one launch."""
+    spec = codec.spec
+    if not _encodes(spec.value_codec, values):
+        return codec.encode_values(values)
+    return _encode(values, spec.value_bits, codec.value_rotation, False)
+
+
+def _encodes(codec: str, x: mx.array) -> bool:
+    return codec == "lloyd-max" and not _unsupported_dim(x.shape[-1]) and x.dtype in DTYPES
+
+
+def _encode(
+    x: mx.array,
+    bits: int,
+    rotation: Rotation,
+    channel_major: bool,
+    start: int = 0,
+    balance: Optional[mx.array] = None,
+    bias: Optional[KeyBias] = None,
+) -> Codes:
+    batch, heads, length, dim = x.shape
+    levels = _levels(("lloyd-max", bits))
+    layout, model = _model(levels, balance, bias, start + length)
+    widths = [dim // 8] * 3 if bits == 3 else [dim * bits // 8]
+    codes = _kernel(*(ENCODE_3_BITS if bits == 3 else ENCODE))(
+        inputs=[x, rotation.array, *model, _ints(start, *layout)],
+        template=[
+            ("D", dim),
+            ("BITS", bits),
+            ("CHANNEL_MAJOR", channel_major),
+            ("SEARCHED", len(SEARCH)),
+            ("ALONG", ALONG),
+            ("BALANCED", balance is not None),
+            ("BIASED", bias is not None),
+        ],
+        grid=(-(-length // ENCODED) * THREADS, batch * heads, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[
+            (batch, heads, width, length) if channel_major else (batch, heads, length, width)
+            for width in (*widths, 1)
+        ],
+        output_dtypes=[mx.uint8] * (len(widths) + 1),
+    )
+    return tuple(codes)
 
 
 def _chunk(rows: int, dim: int) -> int:
@@ -163,14 +224,14 @@ def _arrays(codes: Codes, codec: str, heads: int, axis: int) -> Sequence[mx.arra
 
 
 @functools.lru_cache(maxsize=None)
-def _kernel(name: str) -> Any:
-    inputs, outputs = ARGUMENTS[name]
+def _kernel(name: str, inputs: str, outputs: str) -> Any:
+    output_names = outputs.split()
     return mx.fast.metal_kernel(
         name=f"turboquant_{name}",
         input_names=inputs.split(),
-        output_names=[outputs],
+        output_names=output_names,
         source=_source(name),
-        header=_source("codes"),
+        header=f"#define OUTPUTS {len(output_names)}\n{_source('codes')}",
     )
 
 
@@ -178,13 +239,30 @@ def _source(name: str) -> str:
     return files(__package__).joinpath(f"{name}.metal").read_text("utf-8")
 
 
+def _model(
+    levels: mx.array, balance: Optional[mx.array], bias: Optional[KeyBias], end: int
+) -> Tuple[Tuple[int, int, int], Sequence[mx.array]]:
+    """The layout of the rotary pairs, and the inputs that ``MODEL`` names.
+
+    The levels stand for what is missing, and are not read there.
+
+    Args:
+        end: one more than the last position whose angles are needed.
+    """
+    if balance is None:
+        balance = levels
+    if bias is None:
+        return (0, 0, 0), (levels, balance, *[levels] * 4)
+    layout, fine = _layout(bias.table)
+    bias.table.blocks((end - 1) // BLOCK + 1)
+    return layout, (levels, balance, bias.bias, fine, *bias.table.coarse)
+
+
 @functools.lru_cache(maxsize=None)
-def _levels(spec: CodecSpec) -> mx.array:
-    """Levels of keys, then of values, 16 places each, for vectors of unit mean square."""
-    levels = np.zeros((2, 16), np.float32)
-    for row, codec, bits in zip(
-        levels, (spec.key_codec, spec.value_codec), (spec.key_bits, spec.value_bits)
-    ):
+def _levels(*codecs: Tuple[str, int]) -> mx.array:
+    """The levels of codecs and bits, 16 places each, for vectors of unit mean square."""
+    levels = np.zeros((len(codecs), 16), np.float32)
+    for row, (codec, bits) in zip(levels, codecs):
         if codec == "lloyd-max":
             half = np.array(CODEBOOKS[bits].levels) / CODEBOOKS[bits].unit
             row[: 2**bits] = np.concatenate([-half[::-1], half])

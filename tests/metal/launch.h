@@ -24,8 +24,8 @@ struct Launch {
   uint argument_count, grid[3], threadgroup[3], schedule, poison, checked;
   double seconds;
   char finding[1024];
-  int line;         // of the finding in the kernel, or 0, and then
-  size_t instruction;  // its offset in the kernel's library, or 0
+  int line;            // of the finding in the kernel's text, or 0
+  size_t instruction;  // that it was found at, as an offset in the kernel's library, or 0
 };
 
 namespace {

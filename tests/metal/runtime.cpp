@@ -151,6 +151,8 @@ void check_written() {
 
 extern "C" {
 
+#define CALLER __builtin_return_address(0)
+
 void emu_simd_function(void* slot, emu_exchange* exchange, int line, int column) {
   current->slot = slot;
   current->exchange = exchange;
@@ -165,7 +167,7 @@ void emu_threadgroup_barrier(uint fence, int line, int column) {
 }
 void emu_undefined(const char* what) {
   if (current->state == SIMD_FUNCTION) fail(current->line, "undefined: %s", what);
-  fail_at(__builtin_return_address(0), "undefined: %s", what);
+  fail_at(CALLER, "undefined: %s", what);
 }
 
 unsigned long emu_threadgroup_variable(uint number, const char* name, unsigned long bytes,
@@ -235,9 +237,8 @@ float __truncsfbf2(float value) {
   return value;
 }
 
-// ---------------------------------------------------------------------- called by kernels
+// ---------------------------------------------------------------------- put in by sanitizers
 
-#define CALLER __builtin_return_address(0)
 #define ACCESS(N)                                                                              \
   void __tsan_read##N(void* p) { check(p, N, false, N < 8 ? N : 8, CALLER); }                  \
   void __tsan_write##N(void* p) { check(p, N, true, N < 8 ? N : 8, CALLER); }                  \
@@ -259,14 +260,10 @@ void* __tsan_memset(void* to, int value, size_t bytes) {
 }
 void __tsan_init() {}
 
-struct SourceLocation {  // what the data of UndefinedBehaviorSanitizer's functions begins with
-  const char* file;
-  uint line, column;
-};
 #define UNDEFINED(NAME, TEXT)                                                                  \
-  void __ubsan_handle_##NAME(SourceLocation* at) {                                             \
-    fail(int(at->line), "undefined: thread %u of threadgroup %u: " TEXT, current->index,       \
-         threadgroup);                                                                         \
+  void __ubsan_handle_##NAME() {                                                               \
+    fail_at(CALLER, "undefined: thread %u of threadgroup %u: " TEXT, current->index,           \
+            threadgroup);                                                                      \
   }
 UNDEFINED(shift_out_of_bounds, "a shift by a negative number or too many bits")
 UNDEFINED(divrem_overflow, "an integer division by zero or overflow")

@@ -1,8 +1,10 @@
 """Deliberate bugs in copies of the Metal kernels: the selftest's table notices each."""
 
 import emulator
+import mlx.core as mx
 import pytest
 
+from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 from mlx_turboquant_plugin.evaluation.selftest import QUICK, check
 from mlx_turboquant_plugin.kernels import metal
 
@@ -13,6 +15,9 @@ pytestmark = [
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 SIMD_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);\n"
+
+# Only a trimmed cache makes codes for another number of tokens than a multiple of 32.
+PARTIAL = "min(TOKENS, length - first)"
 
 # What is wrong, the file, the text and what it becomes.
 MUTATIONS = [
@@ -130,7 +135,7 @@ MUTATIONS = [
     ("no balance", "decode", "BALANCED ? balance[kv_head * DK + c] : 1.0f", "1.0f"),
     ("the bias of another head", "decode", "kv_index % kv_heads;", "kv_index / kv_heads;"),
     ("the sine of the bias has the wrong sign", "decode", "q2 * b1 - q1 * b2", "q1 * b2 - q2 * b1"),
-    ("the bias at the start of its block", "decode", "within = position % TILE", "within = 0"),
+    ("the bias at the start of its block", "codes", "within = position % TILE", "within = 0"),
     ("no channels without rotary positions", "decode", "(BIASED ? rest[r] : 0.0f)", "0.0f"),
     ("rows beyond the last are read", "decode", "min(ROWS, rows - first_row)", "ROWS"),
     (
@@ -139,6 +144,60 @@ MUTATIONS = [
         "(kv_index * rows + first_row) * DK",
         "(kv_index * rows) * DK",
     ),
+    ("no barrier between codes and their packing", "encode", BARRIER, "\n"),
+    (
+        "no barrier between a vector and its rotation",
+        "encode",
+        SIMD_BARRIER + "    UNROLL",
+        "    UNROLL",
+    ),
+    (
+        "no barrier between a rotation and the next vector",
+        "encode",
+        SIMD_BARRIER + "  }\n\n  // The size",
+        "  }\n\n  // The size",
+    ),
+    ("vectors beyond the last are coded", "encode", PARTIAL, "TOKENS"),
+    ("the last vector is not written", "encode", "if (token < count)", "if (token < count - 1)"),
+    (
+        "a tile too narrow",
+        "encode",
+        "(size_t(kv_index) * BYTES + byte) * length + first",
+        "(size_t(kv_index) * BYTES + byte) * count + first",
+    ),
+    (
+        "negative channels become positive",
+        "encode",
+        "y[j] < 0 ? HALF - 1 - above",
+        "y[j] < 0 ? HALF + above",
+    ),
+    (
+        "the fields of a byte are swapped",
+        "encode",
+        "<< (BITS * field)",
+        "<< (BITS * (FIELDS - 1 - field))",
+    ),
+    ("the high bits of half the fields", "encode", ">> 2u) << field", ">> 2u) << (field % 4)"),
+    (
+        "thresholds at the lower level",
+        "encode",
+        "0.5f * (positive[m] + positive[m + 1])",
+        "positive[m]",
+    ),
+    ("sizes are not searched", "encode", "k < SEARCHED", "k < 1"),
+    ("the last size that was tried", "encode", "      least = loss;\n", ""),
+    ("errors along the vector are free", "encode", "+ ALONG * along * along", ""),
+    ("the bias is not taken away", "encode", "        y[j] -= known;\n", ""),
+    ("the bias of another head in codes", "encode", "kv_index % x_shape[1]", "kv_index / x_shape[1]"),
+    (
+        "the bias of codes turns the other way",
+        "encode",
+        "second ? turn.y : -turn.y",
+        "second ? -turn.y : turn.y",
+    ),
+    ("positions of codes count from 0", "encode", "start + first + token", "first + token"),
+    ("keys are multiplied by the balance", "encode", "y[j] /= balance", "y[j] *= balance"),
+    ("the matrix of codes is transposed", "encode", "rotation[i * D + c]", "rotation[c * D + i]"),
 ]
 
 
@@ -161,6 +220,10 @@ def test_a_bug_is_noticed(what, file, text, wrong, few_splits, monkeypatch):
     assert source(file).count(text) == 1
     monkeypatch.setattr(metal, "_source", mutated)
     with emulator.patch(mode="checked", schedule=2, poison=0):
+        if text == PARTIAL:
+            with pytest.raises(emulator.EmulatorError):
+                mx.eval(metal.encode_values(KVCodec(CodecSpec(64, 64)), mx.ones((1, 1, 45, 64))))
+            return
         results = (check(case, "metal") for case in QUICK)
         failed = next((result for result in results if not result.ok), None)
     assert failed is not None, f"nobody notices: {what}"

@@ -1,7 +1,7 @@
 """Speed and memory against length, as a PNG. Needs matplotlib, which is an extra."""
 
 from importlib.util import find_spec
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 from ...settings import SettingsError
 from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, Measurement, Results
@@ -13,7 +13,9 @@ COLOURS = {
     QUANTIZED: "#E69F00",
     COMPRESSED: "#0072B2",
 }
+# One for each dtype and batch size.
 LINES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D")
 MIB = 2**20
 
 
@@ -54,6 +56,7 @@ def draw(path: str, notes: Dict[str, Any], results: Results) -> None:
     from matplotlib.figure import Figure
 
     parts = {m.part for m in results.measurements}
+    kinds = list(dict.fromkeys((m.dtype, m.batch) for m in results.measurements))
     panels = [panel for panel in PANELS if panel.part in parts]
     columns = max(1, min(COLUMNS, len(panels)))
     rows = max(1, -(-len(panels) // columns))
@@ -62,14 +65,20 @@ def draw(path: str, notes: Dict[str, Any], results: Results) -> None:
     figure.suptitle(f"{notes['device']}, kernel {notes['kernel']}; {notes['model']}", fontsize=10)
     for index, panel in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, index)
-        _panel(axes, panel, [m for m in results.measurements if m.part == panel.part])
+        _panel(axes, panel, [m for m in results.measurements if m.part == panel.part], kinds)
+    # Many panels share few lines: one legend, where it hides none of them.
+    legend = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, format="png", dpi=150)
 
 
-def _panel(axes: Any, panel: Panel, measured: List[Measurement]) -> None:
-    kinds = list(dict.fromkeys((m.dtype, m.batch) for m in measured))
-    for kind in kinds:
-        style = LINES[kinds.index(kind) % len(LINES)]
+def _panel(
+    axes: Any, panel: Panel, measured: List[Measurement], kinds: List[Tuple[str, int]]
+) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    for index, kind in enumerate(kinds):
+        style = LINES[index % len(LINES)] + MARKERS[index % len(MARKERS)]
         for cache, colour in COLOURS.items():
             points = sorted(
                 (m.tokens, panel.figure(m))
@@ -78,14 +87,17 @@ def _panel(axes: Any, panel: Panel, measured: List[Measurement]) -> None:
             )
             if points:
                 label = f"{cache}, {kind[0]}, batch {kind[1]}"
-                axes.plot(*zip(*points), style, marker="o", color=colour, label=label, ms=4)
+                axes.plot(*zip(*points), style, color=colour, label=label, ms=5)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     lengths = sorted({m.tokens for m in measured})
     axes.set_xticks(lengths, [f"{length / 1024:g}k" for length in lengths])
-    axes.minorticks_off()
+    # Steps of ten alone would leave most diagrams with a single number.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
     axes.set_title(panel.title, fontsize=10)
     axes.set_xlabel("tokens")
     axes.set_ylabel(panel.unit)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)

@@ -1,0 +1,62 @@
+"""What the codes in a cache stand for and what they lose, in NumPy and fp64.
+
+For ``mlx_turboquant selftest``. Codes are token-major arrays, rotated vectors (..., T, D).
+"""
+
+from typing import Sequence
+
+import numpy as np
+
+from .. import reference
+
+
+def levels(arrays: Sequence[np.ndarray], codec: str, bits: int) -> np.ndarray:
+    """The rotated vectors of Lloyd-Max codes, or of affine ones with a scale per vector.
+
+    Args:
+        arrays: planes, see codecs/packing.py; scales; with "affine" zero points.
+    """
+    if codec == "affine":
+        *planes, scale, zero = arrays
+        return _unpack(planes, bits) * scale.astype(np.float64) + zero
+    *planes, sizes = arrays
+    return reference.dequantize(_unpack(planes, bits), sizes, bits)
+
+
+def _unpack(planes: Sequence[np.ndarray], bits: int) -> np.ndarray:
+    if bits == 3:
+        low = np.concatenate([_unpack([plane], 2) for plane in planes[:2]], axis=-1)
+        return low + 4 * _unpack([planes[2]], 1)
+    bytes_, places = planes[0].astype(int), range(0, 8, bits)
+    return np.concatenate([(bytes_ >> place) % 2**bits for place in places], axis=-1)
+
+
+def grouped(arrays: Sequence[np.ndarray], bits: int) -> np.ndarray:
+    """The rotated vectors of what ``mx.quantize`` made: a stream of bits, scales, zero points."""
+    words, scale, zero = arrays
+    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
+    digits = stream.reshape(*words.shape[:-1], scale.shape[-1], -1, bits)
+    codes = digits @ (1 << np.arange(bits))
+    x = codes * scale[..., None].astype(np.float64) + zero[..., None]
+    return x.reshape(*words.shape[:-1], -1)
+
+
+def loss(x: np.ndarray, decoded: np.ndarray) -> np.ndarray:
+    """What the Lloyd-Max codec minimises, see :func:`reference.quantize`: its square root, (..., T)."""
+    error = x - decoded
+    along = np.sum(error * x, axis=-1) / np.maximum(np.linalg.norm(x, axis=-1), 1e-20)
+    return np.sqrt(np.sum(error**2, axis=-1) + reference.ALONG * along**2)
+
+
+def least_loss(x: np.ndarray, bits: int, inexact: np.ndarray) -> np.ndarray:
+    """The loss (..., T) of the codes that ``reference.py`` makes.
+
+    Where a vector's root mean square lies between two sizes, other sizes are searched by
+    who rounds it up and by who rounds it down: the larger loss of the two.
+
+    Args:
+        inexact: (..., T), by what part of itself a vector's length may be off.
+    """
+    near = (x * (1 + sign * inexact[..., None]) for sign in (-1, 1))
+    codes = (reference.quantize(y, bits) for y in near)
+    return np.maximum(*(loss(x, reference.dequantize(*found, bits)) for found in codes))

@@ -1,0 +1,88 @@
+// Codes to levels, and levels to products. LEVELS is made from the codebooks by cuda.py.
+//
+// A level is a signed byte and a half. Products are sums of bytes, exact in int32, by
+// mma.m16n8k32; queries and weights take part as 15 bits in two bytes, which fill two of
+// the eight columns.
+
+// The bits of `a` where `mask` is set, those of `b` elsewhere.
+__device__ inline unsigned merge_bits(unsigned a, unsigned b, unsigned mask) {
+  return (a & mask) | (b & ~mask);
+}
+
+__device__ inline unsigned rotate_left(unsigned x, int bits) {
+  return __funnelshift_l(x, x, bits & 31);
+}
+
+// How codes of BITS bits lie in memory, see packing.py: the channels are FIELDS fields of
+// ROWS channels, and a byte holds one channel of each field (of half of them in each of
+// the first two planes of 3 bits).
+//
+// Codes are looked up eight at a time: a "nibble word" holds, in the two halves of each
+// byte, the codes of the fields j and j + FIELDS / 2, and there are KINDS of these.
+template <int DIM, int BITS>
+struct Layout {
+  static constexpr int PLANES = BITS == 3 ? 3 : 1;
+  static constexpr int KINDS = BITS == 4 ? 1 : BITS == 3 ? 4 : 2;
+  static constexpr int FIELDS = 2 * KINDS;
+  static constexpr int ROWS = DIM / FIELDS;
+  // 16 levels do not fit one lookup: two, whose levels add up.
+  static constexpr int TABLES = BITS == 4 ? 2 : 1;
+};
+
+// Nibble word `2 half + odd` (3 bits) or `half + odd` (2 bits) of bytes at the same place
+// of all planes.
+template <int BITS>
+__device__ inline unsigned nibbles(const unsigned (&byte)[BITS == 3 ? 3 : 1], int half, int odd) {
+  if constexpr (BITS == 4) {
+    return byte[0];
+  } else if constexpr (BITS == 2) {
+    return (byte[0] >> (2 * (half + odd))) & 0x33333333u;
+  } else {
+    unsigned low = merge_bits(
+        byte[0] >> (4 * half), rotate_left(byte[1], 4 - 4 * half), 0x0F0F0F0Fu);
+    unsigned high = rotate_left(byte[2], 2 - 2 * half - odd);
+    return ((low >> (2 * odd)) & 0x33333333u) | (high & 0x44444444u);
+  }
+}
+
+// The levels of the four codes in the lower and of those in the upper half of `word`.
+template <int BITS>
+__device__ inline void look_up(
+    unsigned word, unsigned (&lower)[BITS == 4 ? 2 : 1], unsigned (&upper)[BITS == 4 ? 2 : 1]) {
+  constexpr unsigned const* level = LEVELS<BITS>::words;
+  lower[0] = pick(level[0], level[1], word);
+  upper[0] = pick(level[0], level[1], word >> 16);
+  if constexpr (BITS == 4) {
+    // prmt spreads the sign of the chosen byte where the fourth bit of the selector is
+    // set. The first table holds negative levels, which spread to -1, the second one
+    // holds positive levels plus 1, which spread to 0.
+    unsigned flipped = word ^ 0x88888888u;
+    lower[1] = pick(level[2], level[3], flipped);
+    upper[1] = pick(level[2], level[3], flipped >> 16);
+  }
+}
+
+// Four whole numbers from 0 to WHOLE, in the low bits of `x`, as upper and lower bytes:
+// x = 256 upper + lower, both signed.
+constexpr float WHOLE = 127 * 256;
+// Added to a float, leaves its nearest whole number in the low bits.
+constexpr float TO_WHOLE = 12582912.0f;
+
+__device__ inline void split_bytes(const unsigned (&x)[4], unsigned& upper, unsigned& lower) {
+  unsigned first = pick(x[0], x[1], 0x5410), second = pick(x[2], x[3], 0x5410);
+  lower = pick(first, second, 0x6420);
+  upper = pick(first + 0x00800080u, second + 0x00800080u, 0x7531);
+}
+
+// N words of bytes that follow each other, of which those from `count` on repeat the last.
+template <int N>
+__device__ inline void load_bytes(const unsigned char* from, int count, unsigned (&to)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    to[i] = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      to[i] |= unsigned(from[min(4 * i + j, count - 1)]) << (8 * j);
+    }
+  }
+}

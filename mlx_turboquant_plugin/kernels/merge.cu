@@ -1,0 +1,68 @@
+// The second launch: the parts of one query row together, the coded ones rotated back.
+
+constexpr int MERGE_THREADS = 512;
+
+// rows: of a block of the first launch. exact: how many parts are of exact tokens.
+template <int VALUE_DIM, int ROWS, typename T>
+__device__ inline void merge_parts(
+    const float* sums, const float* weights, const float* rotation, T* out, int parts, int exact,
+    int count) {
+  constexpr int WIDTH = (VALUE_DIM + 31) / 32 * 32, GROUPS = MERGE_THREADS / WIDTH;
+  constexpr int MOST_PARTS = 1024;
+  __shared__ float share[MOST_PARTS];
+  __shared__ float plain[GROUPS][WIDTH], rotated[GROUPS][WIDTH];
+  __shared__ float total;
+  int row = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
+  int chunks = (gridDim.x + ROWS - 1) / ROWS;
+  long long first = ((long long)(b * gridDim.y + h) * chunks + row / ROWS) * parts * ROWS + row % ROWS;
+
+  if (threadIdx.x < 32) {
+    float top = LOWEST, sum = 0;
+    for (int i = threadIdx.x; i < parts; i += 32) {
+      top = fmaxf(top, weights[(first + (long long)i * ROWS) * 2 + 1]);
+    }
+#pragma unroll
+    for (int bit = 1; bit < 32; bit *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, bit));
+    for (int i = threadIdx.x; i < parts; i += 32) {
+      const float* weight = weights + (first + (long long)i * ROWS) * 2;
+      share[i] = exp2f(weight[1] - top);
+      sum += weight[0] * share[i];
+    }
+#pragma unroll
+    for (int bit = 1; bit < 32; bit *= 2) sum += __shfl_xor_sync(ALL, sum, bit);
+    if (threadIdx.x == 0) total = sum;
+  }
+  __syncthreads();
+
+  int group = threadIdx.x / WIDTH, d = threadIdx.x % WIDTH;
+  if (group < GROUPS) {
+    float own[2] = {};
+    if (d < VALUE_DIM) {
+      const float* from = sums + first * VALUE_DIM + d;
+#pragma unroll 4
+      for (int i = group; i < parts; i += GROUPS) {
+        float x = from[(long long)i * ROWS * VALUE_DIM] * share[i];
+        own[0] += i < exact ? x : 0;
+        own[1] += i < exact ? 0 : x;
+      }
+    }
+    plain[group][d] = own[0];
+    rotated[group][d] = own[1];
+  }
+  __syncthreads();
+  if (threadIdx.x < WIDTH) {
+    for (int i = 1; i < GROUPS; i++) {
+      plain[0][d] += plain[i][d];
+      rotated[0][d] += rotated[i][d];
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    rotate_back<VALUE_DIM>(rotated[0], rotation);
+    long long head = (long long)(b * gridDim.y + h) * (gridDim.x / count) + row / count;
+    T* to = out + (head * count + row % count) * VALUE_DIM;
+    for (int i = threadIdx.x; i < VALUE_DIM; i += 32) {
+      to[i] = static_cast<T>((plain[0][i] + rotated[0][i]) / total);
+    }
+  }
+}

@@ -1,0 +1,89 @@
+// The rotations of codecs/rotation.py, by one warp and for one vector.
+
+// Walsh-Hadamard transform, orthonormal: lane l holds the channels l, l + 32, ...
+template <int DIM>
+__device__ inline void walsh_hadamard(float (&x)[DIM / 32]) {
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int bit = 1; bit < 32; bit *= 2) {
+#pragma unroll
+    for (int i = 0; i < DIM / 32; i++) {
+      float other = __shfl_xor_sync(0xFFFFFFFFu, x[i], bit);
+      x[i] = lane & bit ? other - x[i] : x[i] + other;
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < DIM / 32; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < DIM / 32; i++) {
+      if (i & step) continue;
+      float sum = x[i] + x[i + step];
+      x[i + step] = x[i] - x[i + step];
+      x[i] = sum;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < DIM / 32; i++) x[i] *= rsqrtf(float(DIM));
+}
+
+__device__ constexpr bool power_of_two(int x) { return (x & (x - 1)) == 0; }
+
+// Rotates `x` in place. `array`: signs (DIM,), or a matrix (DIM, DIM) where DIM is no
+// power of two.
+template <int DIM>
+__device__ inline void rotate(float* x, const float* array) {
+  constexpr int N = (DIM + 31) / 32;
+  int lane = threadIdx.x % 32;
+  float own[N];
+  if constexpr (power_of_two(DIM)) {
+#pragma unroll
+    for (int i = 0; i < N; i++) own[i] = x[lane + 32 * i] * array[lane + 32 * i];
+    walsh_hadamard<DIM>(own);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) own[i] = 0;
+#pragma unroll 4
+    for (int j = 0; j < DIM; j++) {
+      const float* row = array + j * DIM;
+#pragma unroll
+      for (int i = 0; i < N; i++) own[i] += lane + 32 * i < DIM ? x[j] * row[lane + 32 * i] : 0;
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    if (lane + 32 * i < DIM) x[lane + 32 * i] = own[i];
+  }
+  __syncwarp();
+}
+
+// Undoes rotate().
+template <int DIM>
+__device__ inline void rotate_back(float* x, const float* array) {
+  constexpr int N = (DIM + 31) / 32;
+  int lane = threadIdx.x % 32;
+  float own[N];
+  if constexpr (power_of_two(DIM)) {
+#pragma unroll
+    for (int i = 0; i < N; i++) own[i] = x[lane + 32 * i];
+    walsh_hadamard<DIM>(own);
+#pragma unroll
+    for (int i = 0; i < N; i++) own[i] *= array[lane + 32 * i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) own[i] = 0;
+#pragma unroll 4
+    for (int j = 0; j < DIM; j++) {
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        own[i] += lane + 32 * i < DIM ? x[j] * array[(lane + 32 * i) * DIM + j] : 0;
+      }
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    if (lane + 32 * i < DIM) x[lane + 32 * i] = own[i];
+  }
+  __syncwarp();
+}

@@ -1,0 +1,191 @@
+// Runs a CUDA kernel on the CPU: a thread is a fiber, and collective operations wait for
+// all that take part. Stands in for ptx.cu and for what NVRTC brings.
+#include <ucontext.h>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __device__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+using Shape = std::array<int, 10>;
+struct Index { int x, y, z; };
+
+namespace emulator {
+
+constexpr int LANES = 32;
+
+struct Group {  // A warp or a block.
+  int size = 0, arrived = 0;
+  unsigned turn = 0;
+  std::vector<std::array<uint32_t, 8>> given, taken;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(1 << 18);
+  Index index;
+  int number;
+  bool done;
+};
+
+inline std::vector<Fiber> fibers;
+inline std::vector<Group> warps;
+inline Group block;
+inline Fiber* current;
+inline ucontext_t scheduler;
+inline Index block_index, grid_size;
+inline std::function<void()> body;
+
+inline int lane() { return current->number % LANES; }
+inline Group& warp() { return warps[current->number / LANES]; }
+
+inline void yield() { swapcontext(&current->context, &scheduler); }
+
+// Deposits `words`, waits for the others of `group`, and returns what all deposited.
+inline const std::vector<std::array<uint32_t, 8>>& meet(
+    Group& group, int place, const std::array<uint32_t, 8>& words) {
+  group.given[place] = words;
+  unsigned turn = group.turn;
+  if (++group.arrived == group.size) {
+    group.arrived = 0;
+    group.taken = group.given;
+    group.turn++;
+  }
+  while (group.turn == turn) yield();
+  return group.taken;
+}
+
+inline void enter() {
+  body();
+  current->done = true;
+  yield();
+}
+
+// Runs `kernel` for every thread of every block, threads in one of two orders.
+inline void launch(Index grid, int threads, bool descending, std::function<void()> kernel) {
+  body = kernel;
+  grid_size = grid;
+  fibers.resize(threads);
+  for (int z = 0; z < grid.z; z++)
+    for (int y = 0; y < grid.y; y++)
+      for (int x = 0; x < grid.x; x++) {
+        block_index = {x, y, z};
+        block = Group{threads};
+        block.given.resize(threads);
+        warps.assign(threads / LANES, Group{LANES});
+        for (Group& group : warps) group.given.resize(LANES);
+        for (int i = 0; i < threads; i++) {
+          Fiber& fiber = fibers[i];
+          fiber.index = {i, 0, 0}, fiber.number = i, fiber.done = false;
+          getcontext(&fiber.context);
+          fiber.context.uc_stack.ss_sp = fiber.stack.data();
+          fiber.context.uc_stack.ss_size = fiber.stack.size();
+          fiber.context.uc_link = nullptr;
+          makecontext(&fiber.context, enter, 0);
+        }
+        for (bool running = true; running;) {
+          running = false;
+          for (int i = 0; i < threads; i++) {
+            current = &fibers[descending ? threads - 1 - i : i];
+            if (current->done) continue;
+            running = true;
+            swapcontext(&scheduler, &current->context);
+          }
+        }
+      }
+}
+
+template <typename To, typename From>
+To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To out;
+  std::memcpy(&out, &x, sizeof out);
+  return out;
+}
+
+}  // namespace emulator
+
+#define threadIdx (emulator::current->index)
+#define blockIdx emulator::block_index
+#define gridDim emulator::grid_size
+
+struct Bfloat16 {
+  uint16_t word;
+  // To nearest, ties to even.
+  explicit Bfloat16(float x) {
+    uint32_t bits = emulator::bits<uint32_t>(x);
+    word = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  }
+  operator float() const { return emulator::bits<float>(uint32_t(word) << 16); }
+};
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline unsigned __float_as_uint(float x) { return emulator::bits<unsigned>(x); }
+inline float __int_as_float(unsigned x) { return emulator::bits<float>(x); }
+
+inline unsigned __funnelshift_l(unsigned low, unsigned high, int shift) {
+  return shift ? high << shift | low >> (32 - shift) : high;
+}
+
+inline void __syncthreads() { emulator::meet(emulator::block, emulator::current->number, {}); }
+inline void __syncwarp() { emulator::meet(emulator::warp(), emulator::lane(), {}); }
+
+template <typename T>
+T __shfl_sync(unsigned, T x, int from) {
+  uint32_t word = emulator::bits<uint32_t>(x);
+  auto& all = emulator::meet(emulator::warp(), emulator::lane(), {word});
+  return emulator::bits<T>(all[from][0]);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T x, int other) {
+  return __shfl_sync(mask, x, emulator::lane() ^ other);
+}
+
+// ptx.cu
+
+inline unsigned pick(unsigned a, unsigned b, unsigned selector) {
+  uint64_t bytes = a | uint64_t(b) << 32;
+  unsigned out = 0;
+  for (int i = 0; i < 4; i++) {
+    unsigned choice = selector >> (4 * i) & 15, byte = bytes >> (8 * (choice & 7)) & 255;
+    if (choice & 8) byte = byte & 128 ? 255 : 0;
+    out |= byte << (8 * i);
+  }
+  return out;
+}
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+
+// The element k (0 to 3) of a register of four signed bytes.
+inline int signed_byte(unsigned word, int k) { return int8_t(word >> (8 * k)); }
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k32": lane 4 g + c holds rows g and g + 8 of a,
+// column g of b and columns 2 c and 2 c + 1 of the sum.
+inline void multiply_add(
+    int (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, const unsigned (&b)[2]) {
+  int g = emulator::lane() / 4, c = emulator::lane() % 4;
+  auto& all = emulator::meet(emulator::warp(), emulator::lane(), {a0, a1, a2, a3, b[0], b[1]});
+  for (int i = 0; i < 4; i++) {
+    int column = 2 * c + i % 2;
+    for (int k = 0; k < 32; k++) {
+      int a = signed_byte(all[4 * g + k % 16 / 4][i / 2 + k / 16 * 2], k % 4);
+      int other = signed_byte(all[4 * column + k % 16 / 4][4 + k / 16], k % 4);
+      sum[i] += a * other;
+    }
+  }
+}
+
+template <int N>
+inline void load_words(const unsigned char* from, unsigned (&to)[N]) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(to)) std::abort();  // misaligned
+  std::memcpy(to, from, sizeof(to));
+}

@@ -1,0 +1,127 @@
+"""Runs the CUDA kernels on the CPU, compiled by g++ or clang: no GPU, and no speed.
+
+It shows that the arithmetic of indices and bytes is right, for threads in two orders, and
+that nothing outside of the arrays matters. It is no model of a GPU's memory: races that
+neither order shows are not seen.
+"""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Optional
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_turboquant_plugin.kernels import cuda
+
+TYPES = {
+    mx.float32: "float",
+    mx.float16: "_Float16",
+    mx.bfloat16: "Bfloat16",
+    mx.int32: "int",
+    mx.uint8: "unsigned char",
+}
+# Memory around every array, and what outputs hold at first: not a number.
+POISON, ALIGNMENT = 0xFF, 64
+
+
+@functools.lru_cache(maxsize=None)
+def compiler() -> Optional[str]:
+    """A compiler of C++ with half precision, or None."""
+    for path in filter(None, map(shutil.which, ("g++", "clang++", "clang++-19"))):
+        command = [path, "-x", "c++", "-fsyntax-only", "-"]
+        if subprocess.run(command, input=b"_Float16 x;", capture_output=True).returncode == 0:
+            return path
+    return None
+
+
+class EmulatedKernel:
+    """Stands where ``mx.fast.cuda_kernel`` would; arguments of calls are the same."""
+
+    # Threads of a block in ascending or in descending order.
+    descending = False
+
+    def __init__(self, name: str, inputs, outputs, body: str):
+        self.name, self.inputs, self.outputs, self.body = name, inputs, outputs, body
+
+    def __call__(self, *, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
+        run = _compiled(self._source([x.dtype for x in inputs], output_dtypes, template))
+        given = [_guarded(bytes(mx.contiguous(x).view(mx.uint8)) if x.size else b"") for x in inputs]
+        sizes = [np.prod(shape) * t.size for shape, t in zip(output_shapes, output_dtypes)]
+        outs = [_guarded(bytes([POISON]) * int(size)) for size in sizes]
+        shapes = np.zeros((len(inputs), 10), np.int32)
+        for row, x in zip(shapes, inputs):
+            row[: x.ndim] = x.shape
+        pointers = np.array([view.ctypes.data for _, view in (*given, *outs)], np.uint64)
+        threads = threadgroup[0]
+        blocks = np.array([grid[0] // threads, grid[1], grid[2]], np.int32)
+        arrays = (ctypes.c_void_p(x.ctypes.data) for x in (pointers, shapes, blocks))
+        run(*arrays, threads, EmulatedKernel.descending)
+        for memory, view in outs:
+            start = view.ctypes.data - memory.ctypes.data
+            outside = np.concatenate([memory[:start], memory[start + view.nbytes :]])
+            assert (outside == POISON).all(), f"{self.name} writes outside of an output"
+        return [
+            mx.array(view).view(t).reshape(shape)
+            for (_, view), shape, t in zip(outs, output_shapes, output_dtypes)
+        ]
+
+    def _source(self, input_types, output_types, template) -> str:
+        # The parameters as MLX writes them, but for strides, which no kernel reads.
+        parameters, arguments = [], []
+        for i, (name, dtype) in enumerate(zip(self.inputs, input_types)):
+            parameters.append(f"const {TYPES[dtype]}* {name}")
+            arguments.append(f"(const {TYPES[dtype]}*)pointers[{i}]")
+            if f"{name}_shape" in self.body:
+                parameters.append(f"Shape {name}_shape")
+                arguments.append(f"shapes[{i}]")
+        for i, (name, dtype) in enumerate(zip(self.outputs, output_types)):
+            parameters.append(f"{TYPES[dtype]}* {name}")
+            arguments.append(f"({TYPES[dtype]}*)pointers[{len(self.inputs) + i}]")
+        constants = "".join(_constant(*pair) for pair in template)
+        header = cuda.source(self.name).replace(cuda.include("ptx.cu"), "")
+        return f"""#include "cuda_emulator.h"
+{header}
+#undef __global__
+static void kernel({", ".join(parameters)}) {{
+{constants}{self.body}
+}}
+extern "C" void run(
+    void** pointers, Shape* shapes, const int* grid, int threads, int descending) {{
+  emulator::launch(
+      {{grid[0], grid[1], grid[2]}}, threads, descending, [&] {{ kernel({", ".join(arguments)}); }});
+}}
+"""
+
+
+def _guarded(content: bytes):
+    """``content`` in the middle of poisoned memory, aligned as MLX's buffers are."""
+    memory = np.full(len(content) + 3 * ALIGNMENT, POISON, np.uint8)
+    start = ALIGNMENT + -memory.ctypes.data % ALIGNMENT
+    view = memory[start : start + len(content)]
+    view[...] = np.frombuffer(content, np.uint8)
+    return memory, view
+
+
+def _constant(name: str, value) -> str:
+    if isinstance(value, bool):
+        return f"constexpr bool {name} = {str(value).lower()};\n"
+    if isinstance(value, int):
+        return f"constexpr int {name} = {value};\n"
+    return f"using {name} = {TYPES[value]};\n"
+
+
+@functools.lru_cache(maxsize=None)
+def _compiled(source: str):
+    folder = tempfile.TemporaryDirectory()
+    code, library = Path(folder.name, "kernel.cpp"), Path(folder.name, "kernel.so")
+    code.write_text(source)
+    options = f"-std=c++20 -O1 -w -shared -fPIC -I{Path(__file__).parent}".split()
+    subprocess.run([compiler(), *options, str(code), "-o", str(library)], check=True)
+    # Loaded, it needs its file no more.
+    with folder:
+        return ctypes.CDLL(str(library)).run

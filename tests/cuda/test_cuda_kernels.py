@@ -1,0 +1,34 @@
+"""The CUDA kernels on the CPU: the selftest's table."""
+
+import cuda_emulator
+import pytest
+
+from mlx_turboquant_plugin.evaluation.selftest import QUICK, check, serves
+from mlx_turboquant_plugin.kernels import cuda
+
+pytestmark = pytest.mark.skipif(
+    cuda_emulator.compiler() is None, reason="needs g++ 12 or clang (apt-get install g++)"
+)
+
+SERVED = [case for case in QUICK if serves("cuda", case)]
+
+
+# Threads in either order; codes in many parts, and all in one.
+@pytest.fixture(params=[(False, 256), (True, 1)], ids=["ascending", "descending"])
+def emulated(request, monkeypatch):
+    descending, parts = request.param
+    kernels = (cuda._split_kernel, cuda._merge_kernel, cuda._code_parts)
+    monkeypatch.setattr(cuda, "_kernel", cuda_emulator.EmulatedKernel)
+    monkeypatch.setattr(cuda_emulator.EmulatedKernel, "descending", descending)
+    monkeypatch.setattr(cuda, "MOST_PARTS", parts)
+    for kernel in kernels:
+        kernel.cache_clear()
+    yield
+    for kernel in kernels:
+        kernel.cache_clear()
+
+
+@pytest.mark.parametrize("case", SERVED, ids=str)
+def test_the_table(case, emulated):
+    result = check(case, "cuda")
+    assert result.ok, f"{case}: error {result.error:.1e} of {result.tolerance:.1e} {result.note}"
