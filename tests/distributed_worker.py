@@ -52,6 +52,9 @@ def main():
     model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     report = {"rank": group.rank(), "ranks": group.size(), **generate(model, tokenizer)}
+    # A rank that is done must not leave before the others are.
+    mx.synchronize()
+    mx.eval(mx.distributed.all_sum(mx.array(1.0), group=group, stream=mx.cpu))
     # The ranks write into one pipe: a line at a time, in one piece.
     sys.stdout.write(json.dumps(report) + "\n")
     sys.stdout.flush()

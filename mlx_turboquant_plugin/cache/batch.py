@@ -229,18 +229,14 @@ class BatchCompressedKVCache(_BaseCache):
 
     @property
     def keys(self) -> Optional[mx.array]:
-        """Exact keys of some of the rows, or None: callers hang dependencies here."""
-        return self._holder().keys
+        """Exact keys, of the first row unless all are packed: callers hang dependencies here."""
+        holder = self._packed if self._packed is not None else self._rows[0]
+        return holder.keys
 
     @keys.setter
     def keys(self, v: mx.array):
-        self._holder().keys = v
-
-    def _holder(self) -> Union[PackedRows, CompressedKVCache]:
-        if self._packed is not None:
-            return self._packed
-        # A row with nothing but padding so far has no keys.
-        return next((row for row in self._rows if not row.empty()), self._rows[0])
+        holder = self._packed if self._packed is not None else self._rows[0]
+        holder.keys = v
 
     @property
     def nbytes(self) -> int:
