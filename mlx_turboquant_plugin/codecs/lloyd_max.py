@@ -77,7 +77,13 @@ class LloydMax:
 
     def encode(self, x: mx.array) -> Tuple[mx.array, ...]:
         """The codes of rotated vectors ``x``, fp32 (..., T, D)."""
-        codes, scale = _encoder(self.bits, x.shape[-1])(x)
+        if mx.default_device().type == mx.gpu and mx.cuda.is_available():
+            # Here, since kernels are made from the codebooks above.
+            from ..kernels.cuda import encode
+
+            codes, scale = encode(x, self.bits)
+        else:
+            codes, scale = _encoder(self.bits, x.shape[-1])(x)
         return (*packing.pack(codes, self.bits), scale)
 
     def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:

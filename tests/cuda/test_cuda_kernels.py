@@ -1,8 +1,11 @@
 """The CUDA kernels on the CPU: the selftest's table."""
 
 import cuda_emulator
+import mlx.core as mx
 import pytest
 
+from mlx_turboquant_plugin.codecs.lloyd_max import LloydMax
+from mlx_turboquant_plugin.codecs.packing import pack
 from mlx_turboquant_plugin.evaluation.selftest import QUICK, check, serves
 from mlx_turboquant_plugin.kernels import cuda
 
@@ -17,7 +20,7 @@ SERVED = [case for case in QUICK if serves("cuda", case)]
 @pytest.fixture(params=[(False, 256), (True, 1)], ids=["ascending", "descending"])
 def emulated(request, monkeypatch):
     descending, parts = request.param
-    kernels = (cuda._split_kernel, cuda._merge_kernel, cuda._code_parts)
+    kernels = (cuda._encode_kernel, cuda._split_kernel, cuda._merge_kernel, cuda._code_parts)
     monkeypatch.setattr(cuda, "_kernel", cuda_emulator.EmulatedKernel)
     monkeypatch.setattr(cuda_emulator.EmulatedKernel, "descending", descending)
     monkeypatch.setattr(cuda, "MOST_PARTS", parts)
@@ -32,3 +35,14 @@ def emulated(request, monkeypatch):
 def test_the_table(case, emulated):
     result = check(case, "cuda")
     assert result.ok, f"{case}: error {result.error:.1e} of {result.tolerance:.1e} {result.note}"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dim", [80, 128])
+def test_the_encoder_finds_the_codes_of_the_codec(dim, bits, emulated):
+    x = mx.random.normal((2, 3, 5, dim)) * mx.exp(4 * mx.random.normal((2, 3, 5, 1)))
+    x[0, 0, 0] = 0
+    codes, scale = cuda.encode(x, bits)
+    *expected, expected_scale = LloydMax(bits).encode(x)
+    assert mx.array_equal(scale, expected_scale)
+    assert all(mx.array_equal(*pair) for pair in zip(pack(codes, bits), expected))
