@@ -77,13 +77,7 @@ class LloydMax:
 
     def encode(self, x: mx.array) -> Tuple[mx.array, ...]:
         """The codes of rotated vectors ``x``, fp32 (..., T, D)."""
-        if mx.default_device().type == mx.gpu and mx.cuda.is_available():
-            # Here, since kernels are made from the codebooks above.
-            from ..kernels.cuda import encode
-
-            codes, scale = encode(x, self.bits)
-        else:
-            codes, scale = _encoder(self.bits, x.shape[-1])(x)
+        codes, scale = _encoder(self.bits, x.shape[-1])(x)
         return (*packing.pack(codes, self.bits), scale)
 
     def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
@@ -158,7 +152,7 @@ def _nearest(z: mx.array, bits: int) -> mx.array:
 
 @functools.lru_cache(maxsize=None)
 def _encoder(bits: int, dim: int) -> Callable:
-    """The compiled function from x (..., T, dim) to codes (..., T, dim) and scales (..., T, 1)."""
+    """The function from x (..., T, dim) to codes (..., T, dim) and scales (..., T, 1)."""
 
     def encode(x):
         rms = mx.maximum(mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True)), 1e-20)
@@ -181,6 +175,9 @@ def _encoder(bits: int, dim: int) -> Callable:
                 best = tuple(mx.where(better, new, old) for new, old in zip(found, best))
         return best[1:]
 
+    if mx.default_device().type == mx.gpu and mx.cuda.is_available():
+        # The compiler of kernels for CUDA takes two minutes for this.
+        return encode
     # One pass over elementwise work, and one trace for any number of vectors of
     # this dimension: a trace keeps numbers made from shapes.
     return mx.compile(encode, shapeless=True)

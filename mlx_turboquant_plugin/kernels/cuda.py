@@ -4,11 +4,13 @@ import functools
 import math
 import zlib
 from importlib.resources import files
-from typing import TYPE_CHECKING, List, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, List, Optional, Tuple
 
 import mlx.core as mx
 import numpy as np
 
+from ..codecs import packing
+from ..codecs.kv_codec import Codes, KVCodec
 from ..codecs.lloyd_max import CODEBOOKS
 
 if TYPE_CHECKING:
@@ -110,25 +112,36 @@ def attend(problem: "Problem") -> mx.array:
     )[0]
 
 
-def encode(x: mx.array, bits: int) -> Tuple[mx.array, mx.array]:
-    """Codes (..., T, D), one in each byte, and scales (..., T, 1) of rotated vectors ``x``.
+def encode_keys(codec: KVCodec, keys: mx.array, start: int) -> Codes:
+    """As :meth:`KVCodec.encode_keys`, the scales and the codes found in one launch."""
+    spec = codec.spec
+    return codec.encode_keys(keys, start, _quantizer(spec.key_codec, spec.key_bits))
 
-    What codecs/lloyd_max.py says, in one launch. MLX takes two minutes to compile the
-    same function for CUDA, NVRTC two seconds for this.
-    """
+
+def encode_values(codec: KVCodec, values: mx.array) -> Codes:
+    """As :meth:`KVCodec.encode_values`, the scales and the codes found in one launch."""
+    spec = codec.spec
+    return codec.encode_values(values, _quantizer(spec.value_codec, spec.value_bits))
+
+
+def _quantizer(codec: str, bits: int) -> Optional[Callable[[mx.array], Codes]]:
+    return functools.partial(_encode, bits) if codec == "lloyd-max" else None
+
+
+def _encode(bits: int, x: mx.array) -> Codes:
+    """What codecs/lloyd_max.py makes of rotated vectors ``x``, fp32 (..., T, D)."""
     *shape, dim = x.shape
     count = math.prod(shape)
     blocks = -(-count // (SPLIT_THREADS // 32))
-    return tuple(
-        _encode_kernel()(
-            inputs=[x.reshape(count, dim)],
-            template=[("DIM", dim), ("BITS", bits)],
-            grid=(blocks * SPLIT_THREADS, 1, 1),
-            threadgroup=(SPLIT_THREADS, 1, 1),
-            output_shapes=[(*shape, dim), (*shape, 1)],
-            output_dtypes=[mx.uint8, mx.uint8],
-        )
+    codes, scale = _encode_kernel()(
+        inputs=[x.reshape(count, dim)],
+        template=[("DIM", dim), ("BITS", bits)],
+        grid=(blocks * SPLIT_THREADS, 1, 1),
+        threadgroup=(SPLIT_THREADS, 1, 1),
+        output_shapes=[(*shape, dim), (*shape, 1)],
+        output_dtypes=[mx.uint8, mx.uint8],
     )
+    return (*packing.pack(codes, bits), scale)
 
 
 @functools.lru_cache(maxsize=1024)
