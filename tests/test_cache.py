@@ -303,3 +303,15 @@ def test_files_of_unknown_classes_are_refused(tmp_path, monkeypatch):
     monkeypatch.delattr(mlx_lm_cache, "CompressedKVCache")
     with pytest.raises(ValueError, match="class CompressedKVCache"):
         mlx_lm_cache.load_prompt_cache(path)
+
+
+def test_outside_attention_it_holds_no_more_than_it_counts():
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    cache = CompressedKVCache(KVCodec(CodecSpec(64, 64)))
+    x = mx.random.normal((1, 2, 8192, 64))
+    cache.update_and_fetch(x, x)
+    mx.eval(cache.state)
+    del x
+    mx.clear_cache()
+    assert mx.get_active_memory() - before < 2 * cache.nbytes

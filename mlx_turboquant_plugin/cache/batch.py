@@ -43,6 +43,9 @@ class BatchCompressedKVCache(_BaseCache):
         left_padding: int32 (B,), as BatchKVCache would count it.
     """
 
+    # See CompressedKVCache.
+    hooked = False
+
     def __init__(self, left_padding: Sequence[int]):
         self._rows: List[CompressedKVCache] = [CompressedKVCache() for _ in left_padding]
         self._packed: Optional[PackedRows] = None
@@ -90,7 +93,8 @@ class BatchCompressedKVCache(_BaseCache):
         else:
             view = self._append_rows(keys, values, parts)
         self._index += keys.shape[2]
-        self.view = view
+        if self.attending or self.hooked:
+            self.view = view
         if self.attending:
             return keys, values
         return (keys, values) if self.empty() else self.keys_and_values()

@@ -42,6 +42,9 @@ class CompressedKVCache(_BaseCache):
     ring: Optional[Ring] = None
     # Set by the module of the batch, which imports this one.
     batch_type: type
+    # Whether mlx-lm itself hands this cache to its attention (see patches/): then a view
+    # is due after every update, and held until it is read.
+    hooked = False
 
     def __init__(
         self,
@@ -76,13 +79,15 @@ class CompressedKVCache(_BaseCache):
             Keys and values (B, H, T, D), the codes dequantised. Inside a patched
             attention, which reads the codes instead, ``keys`` and ``values`` as given.
         """
-        self.view = self.append(keys, values)
+        view = self.append(keys, values)
+        if self.attending or self.hooked:
+            self.view = view
         if self.attending:
             return keys, values
         if self.coded:
             self._check_codec()
         # Nobody pays for these but who evaluates them.
-        return self.view.keys_and_values()
+        return view.keys_and_values()
 
     def append(self, keys: mx.array, values: mx.array) -> View:
         """Append keys and values (B, H, N, D); returns what their queries see."""

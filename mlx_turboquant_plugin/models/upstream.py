@@ -34,5 +34,6 @@ def register(
         cache.prompt_cache_hooks.append(hook)
     function = functools.partial(attend, base.scaled_dot_product_attention)
     for kind in kinds:
+        kind.hooked = True
         cache.cache_classes[kind.__name__] = kind
         base.attention_functions[kind] = function

@@ -6,7 +6,6 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import mlx.core as mx
 
-from ...cache import CompressedKVCache
 
 # The caches that are measured. The first of them that a group of measurements has is what
 # its others are compared with.
@@ -140,8 +139,5 @@ def slow_when_quantized(dtype: mx.Dtype) -> bool:
 def filled(cache: Any, keys: mx.array, values: mx.array) -> Any:
     """``cache`` with ``keys`` and ``values`` (B, H, T, D) appended."""
     cache.update_and_fetch(keys, values)
-    if isinstance(cache, CompressedKVCache):
-        # No attention comes and takes it, and it holds all that was appended.
-        cache.view = None
     mx.eval(cache.state)
     return cache
