@@ -235,3 +235,16 @@ for module in [m for n, m in sys.modules.items() if n.startswith("mlx_lm")]:
 """
     lines = run_python("-c", code).stdout.splitlines()
     assert lines == ["[{'applied'}, {'waiting'}] True", "True", "False"]
+
+
+@pytest.mark.skipif(not INSTALLED, reason="hooks are found in the installed package")
+@pytest.mark.parametrize("first", ["cache", "attention.dispatch", "evaluation.compare"])
+def test_any_module_can_be_imported_first(first):
+    code = f"""
+import mlx_turboquant_plugin.{first}
+import mlx_turboquant_plugin
+print(mlx_turboquant_plugin.status().patched)
+"""
+    result = run_python("-c", code, TURBOQUANT="1")
+    assert result.stderr == ""
+    assert "mlx_lm.models.cache.make_prompt_cache" in result.stdout

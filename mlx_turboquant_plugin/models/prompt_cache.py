@@ -1,8 +1,8 @@
 """Give each model that mlx-lm makes a prompt cache for a compressed one."""
 
-from types import ModuleType
 from typing import Any, Dict, List, Optional, Tuple
 
+from mlx_lm.models import cache as cache_module
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
 from .. import patching, settings
@@ -16,20 +16,26 @@ from .family import attention_of, layers_of
 from .identity import identity_of
 from .layer import known_layer
 
+KINDS = (CompressedKVCache, RotatingCompressedKVCache, BatchCompressedKVCache)
+
 _reports: Dict[settings.ModelIdentity, str] = {}
 
 
-def patch(module: ModuleType) -> None:
-    """Hook of ``mlx_lm.models.cache``."""
-    kinds = (CompressedKVCache, RotatingCompressedKVCache, BatchCompressedKVCache)
-    if upstream.available():
-        upstream.register(_prepare, attend, kinds)
-        return
-    # Saved caches are looked up by name there.
-    for kind in kinds:
-        setattr(module, kind.__name__, kind)
-    patching.wrap(module, "make_prompt_cache", _make_prompt_cache)
-    patching.wrap(module, "load_prompt_cache", _load_prompt_cache)
+def register() -> None:
+    """Have an mlx-lm with hooks (see patches/) use compressed caches."""
+    upstream.register(_prepare, attend, KINDS)
+
+
+def check_saved(file: str) -> None:
+    """Check a file before mlx-lm loads a prompt cache from it.
+
+    Raises:
+        ValueError: see :func:`check_file`.
+    """
+    for kind in KINDS:
+        # mlx-lm looks the class up by its name there.
+        setattr(cache_module, kind.__name__, kind)
+    check_file(file)
 
 
 def report() -> List[str]:
@@ -94,17 +100,6 @@ def _prepare(model: Any, caches: List[Any], new: bool) -> List[Any]:
             if isinstance(one, CompressedKVCache) and attention is not None:
                 bind(one, attention)
     return caches
-
-
-def _make_prompt_cache(wrapped, instance, args, kwargs):
-    caches = wrapped(*args, **kwargs)
-    model = args[0] if args else kwargs["model"]
-    return compress(model, caches)
-
-
-def _load_prompt_cache(wrapped, instance, args, kwargs):
-    check_file(args[0] if args else kwargs["file_name"])
-    return wrapped(*args, **kwargs)
 
 
 def _compressed(layer: Any, cache: Any, chosen: settings.Settings) -> Tuple[Any, str]:

@@ -1,0 +1,35 @@
+"""The hook of ``mlx_lm.models.cache``.
+
+That module may be imported by one of this package that is half imported itself. So the
+rest is imported when mlx-lm first makes or loads a prompt cache.
+"""
+
+from types import ModuleType
+
+from .. import patching
+from . import upstream
+
+
+def patch(module: ModuleType) -> None:
+    """Have prompt caches made and loaded by :mod:`prompt_cache`."""
+    if upstream.available():
+        from . import prompt_cache
+
+        prompt_cache.register()
+        return
+    patching.wrap(module, "make_prompt_cache", _make_prompt_cache)
+    patching.wrap(module, "load_prompt_cache", _load_prompt_cache)
+
+
+def _make_prompt_cache(wrapped, instance, args, kwargs):
+    from . import prompt_cache
+
+    caches = wrapped(*args, **kwargs)
+    return prompt_cache.compress(args[0] if args else kwargs["model"], caches)
+
+
+def _load_prompt_cache(wrapped, instance, args, kwargs):
+    from . import prompt_cache
+
+    prompt_cache.check_saved(args[0] if args else kwargs["file_name"])
+    return wrapped(*args, **kwargs)
