@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 import tiny
-from mlx_lm.generate import _merge_caches, batch_generate, generate_step, speculative_generate_step
+from mlx_lm.generate import _merge_caches, generate_step, speculative_generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 import mlx_turboquant_plugin

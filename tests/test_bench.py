@@ -4,7 +4,6 @@ import json
 import sys
 
 import matplotlib.image
-import mlx.core as mx
 import pytest
 import tiny
 from mlx_lm.models import qwen3
@@ -184,8 +183,12 @@ MISSING = next(name for name in ("metal", "cuda") if name not in fused_kernels()
         ([], {"TURBOQUANT_BYPASS": "identity"}, "TURBOQUANT_BYPASS is 'identity'"),
         ([], {"TURBOQUANT_WINDOW": "33"}, "TURBOQUANT_WINDOW is 33"),
         (["--heads", "5", "2"], {}, "--heads is 5 2: the query heads must be a multiple"),
-        (["--json", "no/such/x.json"], {}, "--json is 'no/such/x.json'"),
-        (["--plot", "no/such/x.png"], {}, "--plot is 'no/such/x.png'"),
+        (
+            ["--parts", "layer"],
+            {"TURBOQUANT_KEY_BITS": "4,3"},
+            "key_bits (environment TURBOQUANT_KEY_BITS) is 4,3, bits by layer, and the part layer "
+            "measures a layer of no model: leave it out (--parts decode prefill)",
+        ),
         (["--model", "/no/such/model"], {}, "'/no/such/model', which does not exist"),
     ],
 )
@@ -205,6 +208,8 @@ def test_bad_settings(arguments, environment, said, monkeypatch, caplog, capsys)
         (["--parts", "sleep"], "invalid choice: 'sleep'"),
         (["--kernel", "vulkan"], "invalid choice: 'vulkan'"),
         (["--dtypes", "int8"], "invalid choice: 'int8'"),
+        (["--json", "no/such/x.json"], "'no/such/x.json' can't be written: there is no folder"),
+        (["--plot", "no/such/x.png"], "'no/such/x.png' can't be written: there is no folder"),
         (["--model", "x", "--shape", "qwen3-8b"], "not allowed with argument"),
     ],
 )

@@ -5,17 +5,22 @@ import re
 from xml.etree import ElementTree
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 import tiny
+import tiny_models
 
+from mlx_turboquant_plugin import settings
 from mlx_turboquant_plugin.cli import main
 from mlx_turboquant_plugin.codecs import packing
 from mlx_turboquant_plugin.evaluation import free_running, memory
 from mlx_turboquant_plugin.evaluation.arguments import write
 from mlx_turboquant_plugin.evaluation.arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
+from mlx_turboquant_plugin.evaluation.runs import compressed, compressed_prompt_cache
 from mlx_turboquant_plugin.evaluation.statistics import summarise, verdict
 from mlx_turboquant_plugin.evaluation.teacher_forcing import lockstep
+from mlx_turboquant_plugin.models import prompt_cache
 from mlx_turboquant_plugin.settings import SettingsError
 
 # A small window, so that short texts read codes.
@@ -63,6 +68,14 @@ def test_arms_side_by_side_are_what_they_are_alone():
     for a, b in zip(together, alone):
         np.testing.assert_allclose(a.kls, b.kls, atol=1e-6)
     assert together[0].kl < together[1].kl
+
+
+@pytest.mark.parametrize("bypass", ["identity", "bridge"])
+def test_presets_code_whatever_the_environment_bypasses(bypass, monkeypatch):
+    monkeypatch.setenv("TURBOQUANT_BYPASS", bypass)
+    for arm, expected in ((PRESET_ARMS["default"], None), (BESIDE["identity"], "identity")):
+        with arm.on():
+            assert settings.in_force().general.bypass == expected
 
 
 def test_two_runs_of_one_arm_do_not_differ():
@@ -195,6 +208,27 @@ def test_table_and_refusal(capsys):
 def test_mistakes_are_named(arguments, named, caplog):
     assert main(["compare", "--model", str(tiny.PATHS["tiny-llama"]), *arguments]) == 2
     assert named in caplog.text
+
+
+@pytest.mark.parametrize("command", ["compare", "drift", "truncate", "demo", "bench"])
+@pytest.mark.parametrize(
+    "name, kinds",
+    [("jamba", "ArraysCache"), ("falcon_h1", "CacheList"), ("gpt_oss", "RotatingKVCache")],
+)
+def test_models_with_other_caches_are_refused(command, name, kinds, monkeypatch, caplog, capsys):
+    monkeypatch.setenv("TURBOQUANT", "1")
+    monkeypatch.setattr(mlx_lm, "load", lambda path: (tiny_models.build(name), None))
+    assert main([command, "--model", "some/model"]) == 2
+    assert f"--model is 'some/model', which has caches of the kind {kinds}, and" in caplog.text
+    assert capsys.readouterr().out == ""
+
+
+def test_models_that_run_uncompressed_are_refused(monkeypatch):
+    monkeypatch.setattr(prompt_cache, "_reports", {})  # As in a process that has seen no model.
+    with compressed():
+        compressed_prompt_cache(tiny.load("tiny-llama")[0])
+        with pytest.raises(SettingsError, match="^gemma2 runs uncompressed: it caps .*: choose"):
+            compressed_prompt_cache(tiny_models.build("gemma2"))
 
 
 @pytest.mark.parametrize("command", ["compare", "drift", "truncate"])

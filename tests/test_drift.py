@@ -6,11 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+import tiny_models
 
 from mlx_turboquant_plugin.cache import Visibility
 from mlx_turboquant_plugin.cli import main
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
-from mlx_turboquant_plugin.evaluation.drift import LayerDrift, Probe, outstanding
+from mlx_turboquant_plugin.evaluation.drift import LayerDrift, Probe, _queries_seen, outstanding
+from mlx_turboquant_plugin.evaluation.runs import prompt_cache
 
 VISIBILITY = Visibility(32, 4)
 
@@ -93,6 +95,15 @@ def test_command(tmp_path, capsys):
         assert 0 < layer["keys"] < layer["both"] and 0 < layer["values"] < 0.5
         assert 0 < layer["kl"] < 0.1 and 0 < layer["score"] < 1
     assert capsys.readouterr().out.count("\n") > 12
+
+
+def test_attention_that_takes_cache_and_scale_by_position():
+    model = tiny_models.build("gpt_oss")
+    caches = prompt_cache(model)
+    caches[1] = Probe(KVCodec(CodecSpec(32, 32, "lloyd-max", 3, "lloyd-max", 2)), VISIBILITY)
+    with _queries_seen(model):
+        model(mx.arange(100)[None] % 64, cache=caches)
+    assert caches[1].sums.shape == (2, 6) and (caches[1].sums > 0).all()
 
 
 def test_text_that_is_too_short(caplog):

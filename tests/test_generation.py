@@ -1,7 +1,6 @@
 """mlx-lm's own ways to generate, with compressed caches, on the tiny models."""
 
 import copy
-import json
 import sys
 
 import mlx.core as mx

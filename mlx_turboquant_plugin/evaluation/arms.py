@@ -67,7 +67,10 @@ BESIDE: Dict[str, Arm] = {
     "mlx-lm-4bit": Arm("mlx-lm-4bit", mlx_lm_bits=4),
     "mlx-lm-8bit": Arm("mlx-lm-8bit", mlx_lm_bits=8),
 }
-PRESET_ARMS: Dict[str, Arm] = {name: Arm(name, {"preset": name}) for name in PRESETS}
+# Whatever TURBOQUANT_BYPASS says: an arm that codes nothing is none of a preset.
+PRESET_ARMS: Dict[str, Arm] = {
+    name: Arm(name, {"preset": name, "bypass": None}) for name in PRESETS
+}
 
 
 class Run:

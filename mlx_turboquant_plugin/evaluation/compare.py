@@ -12,7 +12,6 @@ from dataclasses import asdict
 from typing import Any, Dict, List, Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 

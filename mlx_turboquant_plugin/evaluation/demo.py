@@ -65,14 +65,14 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args.model)
     prompt = tokenizer.encode(PROMPT.read_text("utf-8") if args.prompt is None else args.prompt)
     exact = _generate(model, tokenizer, prompt, args.max_tokens, prompt_cache(model))
-    with compressed():
+    with compressed(bypass=None):
         ours = _generate(model, tokenizer, prompt, args.max_tokens, compressed_prompt_cache(model))
         report = status().models[-1]
     # In bfloat16 rounding alone would flip a close choice now and then.
     model.set_dtype(mx.float32)
     tokens = mx.array([*prompt, *exact.tokens])
     exact_cache = prompt_cache(model)
-    with compressed():
+    with compressed(bypass=None):
         forced = diverge(model, tokens, CHUNK, exact_cache, compressed_prompt_cache(model))
     sys.stdout.write("\n".join(_lines(report, len(prompt), exact, ours, forced)) + "\n")
     return 0

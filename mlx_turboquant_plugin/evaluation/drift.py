@@ -213,10 +213,10 @@ def _queries_seen(model: nn.Module) -> Iterator[None]:
     originals = {module: getattr(module, name) for module in modules if hasattr(module, name)}
 
     def observed(original):
-        def attention(queries, keys, values, *args, cache, scale, **kwargs):
+        def attention(queries, keys, values, cache, scale, *args, **kwargs):
             if isinstance(cache, Probe):
                 cache.observe(queries, scale)
-            return original(queries, keys, values, *args, cache=cache, scale=scale, **kwargs)
+            return original(queries, keys, values, cache, scale, *args, **kwargs)
 
         return attention
 

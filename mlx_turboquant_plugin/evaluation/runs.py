@@ -8,6 +8,7 @@ from typing import Any, Iterator, List, Tuple
 import mlx.nn as nn
 import mlx_lm
 from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import KVCache
 
 from .. import activation
 from ..cache import CompressedKVCache
@@ -18,21 +19,30 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_model(path: str) -> Tuple[nn.Module, Any]:
-    """Load a model and its tokenizer with ``mlx_lm.load``.
+    """Load a model that can be measured, and its tokenizer, with ``mlx_lm.load``.
 
     Args:
         path: a folder, or the name of a model on the Hugging Face Hub.
 
     Raises:
-        SettingsError: there is no model that mlx-lm can load.
+        SettingsError: there is no model that mlx-lm can load, or one of its layers has
+            another cache than KVCache: a state, or a window that moves.
     """
     advice = "name a folder with a model that mlx_lm.load can read, or a model on the Hub"
     if not Path(path).exists() and not _HUB_ID.fullmatch(path):
         raise SettingsError(f"--model is {path!r}, which does not exist: {advice}")
     try:
-        return mlx_lm.load(path)
+        model, tokenizer = mlx_lm.load(path)
     except (OSError, ValueError) as error:
         raise SettingsError(f"--model is {path!r}, which can't be loaded ({error}): {advice}") from error
+    others = {type(cache).__name__ for cache in prompt_cache(model) if type(cache) is not KVCache}
+    if others:
+        raise SettingsError(
+            f"--model is {path!r}, which has caches of the kind {', '.join(sorted(others))}, and "
+            "only models with nothing but KVCache can be measured: choose one, or compare your "
+            "own task with TURBOQUANT=1 and without"
+        )
+    return model, tokenizer
 
 
 @contextmanager
@@ -69,8 +79,8 @@ def compressed_prompt_cache(model: nn.Module) -> List[Any]:
     """
     caches = prompt_cache(model)
     if not any(isinstance(cache, CompressedKVCache) for cache in caches):
-        reason = "; ".join(status().models) or "its caches are not mlx-lm's KVCache"
-        raise SettingsError(f"nothing to compare: {reason}: choose another model or setting")
+        # A command has one model: the newest report is its own.
+        raise SettingsError(f"{status().models[-1]}: choose another model or setting")
     return caches
 
 

@@ -4,8 +4,7 @@ import argparse
 import json
 import sys
 from functools import partial
-from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple
 
 import mlx.core as mx
 from tqdm import tqdm
@@ -15,7 +14,7 @@ from ...activation import disable
 from ...attention.kernels import resolve_kernel
 from ...reporting import status
 from ...rules import KERNELS, SettingsError
-from ..arguments import at_least
+from ..arguments import at_least, output_file, write
 from ..demo import MODEL
 from ..runs import load_model
 from . import plot
@@ -81,8 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernel", choices=KERNELS,
         help="of the compressed cache (default: what TURBOQUANT_KERNEL says, or auto)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write all figures")
-    parser.add_argument("--plot", metavar="FILE", help="draw speed and memory, a PNG")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures")
+    parser.add_argument(
+        "--plot", type=output_file, metavar="FILE", help="draw speed and memory, a PNG"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,8 +105,8 @@ def run(args: argparse.Namespace) -> int:
             f"--heads is {args.heads[0]} {args.heads[1]}: the query heads must be a multiple "
             "of the KV heads"
         )
-    for option in ("json", "plot"):
-        _check_folder(f"--{option}", getattr(args, option))
+    if "layer" in args.parts:
+        _check_bits(chosen)
     if args.plot:
         plot.check()
     notes = _notes(args, chosen)
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     notes["fallbacks"] = status().fallbacks
     sys.stdout.write("\n".join(lines(notes, results)) + "\n")
     if args.json:
-        Path(args.json).write_text(json.dumps(as_json(notes, results), indent=2) + "\n")
+        write(args.json, json.dumps(as_json(notes, results), indent=2) + "\n")
     if args.plot:
         plot.draw(args.plot, notes, results)
     return 0
@@ -210,9 +211,12 @@ def _notes(args: argparse.Namespace, chosen: settings.Settings) -> Dict[str, Any
     }
 
 
-def _check_folder(option: str, path: Optional[str]) -> None:
-    if path and not Path(path).parent.is_dir():
-        raise SettingsError(
-            f"{option} is {path!r}, and there is no folder {str(Path(path).parent)!r}: make it "
-            "first, or name another file"
-        )
+def _check_bits(chosen: settings.Settings) -> None:
+    for name in ("key_bits", "value_bits"):
+        bits = getattr(chosen, name)
+        if isinstance(bits, tuple):
+            raise SettingsError(
+                f"{name} ({chosen.source(name)}) is {','.join(map(str, bits))}, bits by layer, "
+                "and the part layer measures a layer of no model: leave it out (--parts decode "
+                "prefill), or give one number"
+            )

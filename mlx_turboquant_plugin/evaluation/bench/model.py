@@ -8,10 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
-from mlx_lm.models.cache import KVCache
 
 from ...codecs.byte_matrix import constants
-from ...rules import SettingsError
 from ..runs import compressed, compressed_prompt_cache, kv_bytes, prompt_cache, table_bytes
 from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, ROUND
 from .measurement import Measurement, Results, Skipped, dtype_name, filled, quantized_group
@@ -60,22 +58,17 @@ class ModelBench:
     """Measures one model.
 
     Args:
+        model: with a KVCache in every layer.
         kv_bits: of mlx-lm's QuantizedKVCache.
         overrides: settings of the compressed cache, stronger than the environment.
 
     Raises:
-        SettingsError: the model's caches can't be filled, or not compressed.
+        SettingsError: the model's caches can't be compressed.
     """
 
     def __init__(self, model: nn.Module, kv_bits: int, overrides: Mapping[str, Any]):
         self.model, self.kv_bits, self.overrides = model, kv_bits, overrides
         caches = prompt_cache(model)
-        if any(type(cache) is not KVCache for cache in caches):
-            kinds = ", ".join(sorted({type(cache).__name__ for cache in caches}))
-            raise SettingsError(
-                f"bench fills caches of the kind KVCache only, and this model has {kinds}: "
-                "choose another --model"
-            )
         with self._patched(COMPRESSED):
             compressed_prompt_cache(model)
         # Never evaluated: shapes and dtypes are known without.

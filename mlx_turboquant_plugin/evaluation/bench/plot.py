@@ -1,6 +1,7 @@
 """Speed and memory against length, as a PNG. Needs matplotlib, which is an extra."""
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 from ...rules import SettingsError
@@ -49,7 +50,7 @@ def check() -> None:
         )
 
 
-def draw(path: str, notes: Dict[str, Any], results: Results) -> None:
+def draw(path: Path, notes: Dict[str, Any], results: Results) -> None:
     """Draw what was measured to the file ``path``, a PNG whatever it is called."""
     # Drawing to a file needs neither a window system nor pyplot's global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,6 +1,5 @@
 """A model of one's own: two layers of attention, with names like nobody else's."""
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 
