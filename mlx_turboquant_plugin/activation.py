@@ -91,7 +91,8 @@ def enable(**overrides: Any) -> None:
     """
     global _off_because
     if patching.active():
-        log.logger.warning("enable() was called again: TurboQuant is on already")
+        ignored = ", and its arguments are ignored: call disable() first" if overrides else ""
+        log.logger.warning("enable() was called again: TurboQuant is on already%s", ignored)
         return
     configuration = settings.load(overrides=overrides)
     problem = compatibility.check()

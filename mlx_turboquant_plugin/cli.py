@@ -21,7 +21,7 @@ COMMANDS = {
     "drift": ("evaluation.drift", "measure which layers and heads lose how much"),
     "truncate": ("evaluation.truncate", "cut a cache, continue, and compare with an uncut run"),
     "bench": ("evaluation.bench", "measure speed and memory against mlx-lm's own KV cache"),
-    "selftest": ("evaluation.selftest", "check the attention kernels of this device"),
+    "selftest": ("evaluation.selftest", "check the kernels of this device"),
 }
 BAD_SETTINGS = 2
 

@@ -1,6 +1,6 @@
 """Replace attributes of mlx-lm's modules, and put every one of them back.
 
-The only place that assigns into somebody else's module. A name can be imported
+A name can be imported
 elsewhere (``from .models.cache import make_prompt_cache``), so a wrapper may
 outlive :func:`undo` in modules that imported it: each wrapper therefore asks
 :func:`active` first and is a plain call of the original once patches are undone.

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Dict, List, Optional
 
 from . import __version__, activation, patching, settings, startup
-from .attention.kernels import available_kernels, resolve_kernel
 from .compatibility import installed_version
 
 
@@ -61,6 +60,8 @@ def status() -> Status:
         error = str(bad)
     device = kernels = kernel = None
     if "mlx.core" in sys.modules:
+        from .attention.kernels import available_kernels, resolve_kernel
+
         device, kernels = _device(), available_kernels()
         try:
             kernel = configuration and resolve_kernel(configuration.general.kernel)

@@ -8,6 +8,7 @@ import pytest
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
+from mlx_turboquant_plugin.attention import dispatch
 from mlx_turboquant_plugin.attention.dispatch import attend
 from mlx_turboquant_plugin.cache import (
     BatchCompressedKVCache,
@@ -321,3 +322,32 @@ def test_state_round_trip():
         row.bind(CODEC, "", "compiled")
     schedule.decode(5)
     schedule.check()
+
+
+def test_the_bridge_serves_packed_rows(monkeypatch):
+    monkeypatch.setattr(dispatch, "attend_packed", None)
+    schedule = Schedule(3, iter(range(3)))
+    schedule.prompt([150, 40, 333], 64)
+    for cache in (*schedule.alone, *schedule.batch.rows):
+        cache.kernel = "bridge"
+    schedule.decode(3)
+
+
+def test_a_batch_holds_its_codes_once():
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    rows = []
+    for _ in range(4):
+        rows.append(single())
+        x = mx.random.normal((1, 1, 4096, DIM))
+        rows[-1].update_and_fetch(x, x)
+    batch = rows[0].merge(rows)
+    del rows, x
+    batch.attending = True
+    for _ in range(70):
+        token = mx.zeros((4, 1, 1, DIM))
+        batch.update_and_fetch(token, token)
+        batch.view = None
+        mx.eval(batch.keys, batch._packed.key_codes, batch._packed.value_codes)
+    mx.clear_cache()
+    assert mx.get_active_memory() - before < 1.3 * batch.nbytes + 2**18

@@ -13,6 +13,7 @@ import mlx_turboquant_plugin.kernels as package
 from mlx_turboquant_plugin.attention import fused, kernels
 from mlx_turboquant_plugin.attention.kernels import available_kernels, resolve_kernel
 from mlx_turboquant_plugin.cache import CompressedKVCache
+from mlx_turboquant_plugin.codecs.kv_codec import KVCodec
 from mlx_turboquant_plugin.kernels import fused_kernels
 
 
@@ -25,7 +26,13 @@ def module(monkeypatch):
         seen.append(problem)
         return mx.zeros((*problem.queries.shape[:3], problem.values.shape[-1]))
 
-    module = SimpleNamespace(seen=seen, supports=lambda problem: None, attend=attend)
+    module = SimpleNamespace(
+        seen=seen,
+        supports=lambda problem: None,
+        attend=attend,
+        encode_keys=KVCodec.encode_keys,
+        encode_values=KVCodec.encode_values,
+    )
     for place in (fused, package):
         monkeypatch.setattr(place, "fused_kernel", lambda name: module)
     monkeypatch.setattr(fused, "_fallbacks", [])

@@ -15,6 +15,7 @@ from processes import ROOT, run, run_python
 
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin.cache import CompressedKVCache, RotatingCompressedKVCache
+from mlx_turboquant_plugin.models import layer
 
 # A code can flip at a threshold by rounding, so single logits may differ.
 AGREE = 1e-5
@@ -101,6 +102,27 @@ def test_a_saved_cache_goes_on_in_a_fresh_process(name, tmp_path):
     assert tiny.mean_kl(expected, mx.load(out)["logits"]) < 1e-7
     off = run_python("-c", CONTINUE, name, path, out, path=[ROOT / "tests"], check=False)
     assert off.returncode != 0 and "CompressedKVCache" in off.stderr
+
+
+@pytest.mark.parametrize("length", [100, 400])
+def test_a_saved_cache_keeps_its_codec_where_none_was_made_before(length, tmp_path, monkeypatch):
+    model, tokenizer = tiny.load("tiny-llama")
+    tokens = mx.array(tiny.text_tokens(tokenizer, length + 1))[None]
+    path = str(tmp_path / "cache.safetensors")
+    bits = (3,) * len(model.layers)
+    mlx_turboquant_plugin.enable(key_bits=bits, value_bits=2, kernel="eager")
+    _, made = tiny.logits(model, tokens[:, :-1])
+    mlx_lm_cache.save_prompt_cache(path, made)
+    # As in a process that has only just loaded the model.
+    monkeypatch.setattr(layer, "_layers", {})
+    caches = mlx_lm_cache.load_prompt_cache(path)
+    _, caches = tiny.logits(model, tokens[:, -1:], caches)
+    for ours, before in zip(caches, made):
+        assert ours.codec.spec == before.codec.spec
+        assert mx.array_equal(ours.codec.balance, before.codec.balance)
+        assert ours.kernel == "eager"
+    fresh = mlx_lm_cache.make_prompt_cache(model)
+    assert all(cache.codec.balance is not None for cache in fresh)
 
 
 def test_a_cache_of_another_model_is_refused(tmp_path):

@@ -74,6 +74,9 @@ def _attend_view(
 def _attend_packed(
     original: Callable, queries, rows: PackedRows, scale: float, sinks
 ) -> mx.array:
+    if rows.kernel == BRIDGE:
+        views = [RowView(view, 0, 1) for view in rows.views()]
+        return _attend_rows(original, queries, rows.values, views, scale, sinks)
     if rows.kernel in FUSED and rows.key_codes:
         if sinks is not None:
             fall_back(rows.kernel, LEARNED_SINKS)

@@ -22,8 +22,9 @@ Mask = Optional[Union[str, mx.array]]
 # On the CPU they should stay in the processor's cache; elsewhere few launches matter more.
 PIECE = {mx.cpu: 1024, mx.gpu: 65536}
 TILE_BYTES = {mx.cpu: 2**20, mx.gpu: 64 * 2**20}
-# A single query has so few scores that larger pieces fit as well, in fewer operations.
-SINGLE_QUERY = 4
+# A single query has so few scores that the numbers of its keys count, of all rows and heads.
+SINGLE_QUERY = {mx.cpu: 2**20, mx.gpu: 2**28}
+LEAST_PIECE = 256
 
 
 def attend_tiles(
@@ -44,8 +45,9 @@ def attend_tiles(
     if view.ring is not None:
         mask = "causal"
     batch, heads, count, _ = queries.shape
-    per_query = 4 * batch * heads * min(view.end, _piece_size(batch, count))
-    rows = max(BLOCK, TILE_BYTES[mx.default_device().type] // per_query)
+    device = mx.default_device().type
+    per_query = 4 * batch * heads * min(view.end, PIECE[device])
+    rows = max(BLOCK, TILE_BYTES[device] // per_query)
     tiles = []
     for i in range(0, count, rows):
         tile = queries[:, :, i : i + rows]
@@ -56,10 +58,16 @@ def attend_tiles(
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
 
 
-def _piece_size(batch: int, queries: int) -> int:
-    """How many coded tokens of each row to dequantise at once."""
-    piece = PIECE[mx.default_device().type]
-    return max(piece // 4, piece * SINGLE_QUERY // batch) if queries == 1 else piece
+def _piece_size(queries: int, channels: int) -> int:
+    """How many coded tokens of each row to dequantise at once.
+
+    Args:
+        channels: of the keys of one token, all rows and heads together.
+    """
+    device = mx.default_device().type
+    if queries > 1:
+        return PIECE[device]
+    return max(LEAST_PIECE, SINGLE_QUERY[device] // channels // BLOCK * BLOCK)
 
 
 def _rows(mask: Mask, start: int, count: int) -> Mask:
@@ -154,7 +162,7 @@ def attend_codes(
         exact.mask,
         learned_sinks,
     )
-    piece = _piece_size(batch, count)
+    piece = _piece_size(count, batch * kv_heads * dim)
     for start in positions[::piece]:
         stop = min(start + piece, positions.stop)
         if mask is not None:

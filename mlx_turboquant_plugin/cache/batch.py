@@ -113,16 +113,21 @@ class BatchCompressedKVCache(_BaseCache):
 
     def _append_packed(self, keys, values) -> BatchView:
         if self._packed is None:
-            self._packed = PackedRows.of(self._rows)
+            self._pack()
         if self._packed is None:
             return self._append_rows(keys, values, [(0, 1)] * len(self._rows))
         self._packed.append(keys, values)
         if self._packed.needs_codes():
-            rows = self.rows
-            for row in rows:
+            for row in self.rows:
                 row.encode_ahead()
-            self._packed = PackedRows.of(rows)
+            self._pack()
         return self._packed
+
+    def _pack(self) -> None:
+        self._packed = PackedRows.of(self._rows)
+        if self._packed is not None:
+            # Or every code would be there twice.
+            self._rows = []
 
     def _append_rows(self, keys, values, parts) -> BatchView:
         views = []

@@ -22,15 +22,15 @@ class CompressedKVCache(_BaseCache):
     """Stands where mlx-lm's KVCache would, in about a quarter of the memory.
 
     The first tokens (the sinks) and the newest are exact, and all but the newest are
-    there as codes; which of the two a query reads is for :class:`Visibility`. Arrays are replaced, never
-    written into, and hold no spare room: a copy shares them, ``nbytes`` is what they
-    take, and a step of decoding touches only the newest tokens.
+    there as codes; which of the two a query reads is for :class:`Visibility`. Arrays are
+    replaced, never written into, and hold no spare room: a copy shares them, ``nbytes``
+    is what they take, and a step of decoding touches only the newest tokens.
 
     Args:
         codec: how to encode; by default made from the first keys with the default
             bits and no knowledge of the model.
         visibility: the window and the sinks.
-        kernel: what runs the attention: "eager", "compiled" or "bridge".
+        kernel: what runs the attention: "eager", "compiled", "bridge", or a fused kernel.
 
     Attributes:
         keys, values: the exact part, (B, H, E, D) in the model's dtype.
@@ -193,19 +193,25 @@ class CompressedKVCache(_BaseCache):
         """All keys and values, (B, H, T, D) in the model's dtype, codes dequantised."""
         if self.coded:
             self._check_codec()
-        return self._view(self.offset - 1).keys_and_values()
+        return self.newest_view().keys_and_values()
+
+    def newest_view(self) -> View:
+        """What the newest token sees."""
+        return self._view(self.offset - 1)
 
     def bind(self, codec: KVCodec, fingerprint: str, kernel: str):
         """Adopt what is known about the attention module that uses this cache.
 
-        A cache that holds codes keeps the codec that made them.
+        A cache that holds codes, or was saved, keeps the codec that it has.
 
         Raises:
             ValueError: the cache was filled by another model.
         """
         if self.keys is not None:
             saved.check_fits(self, codec, fingerprint)
-        if self.coded and not codec.makes_the_codes_of(self.codec, self.biased):
+        # Known: filled for this very layer, so what was chosen then still holds.
+        known = self.keys is not None and self.fingerprint
+        if (self.coded or known) and not codec.makes_the_codes_of(self.codec, self.biased):
             bias = codec.bias if self.biased else None
             codec = KVCodec(self.codec.spec, self.codec.balance, bias)
         self.codec = codec

@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from ..codecs.kv_codec import Codes, KVCodec
 from .compressed import CompressedKVCache
+from .view import View
 from .visibility import BLOCK, ROLLBACK, Visibility
 
 
@@ -99,6 +100,10 @@ class PackedRows:
     def rows(self) -> List[CompressedKVCache]:
         """The rows as caches of their own."""
         return [self._row(i) for i in range(len(self.lengths))]
+
+    def views(self) -> List[View]:
+        """What the newest token of each row sees, row by row."""
+        return [row.newest_view() for row in self.rows()]
 
     def _row(self, index: int) -> CompressedKVCache:
         row = self._model.emptied()

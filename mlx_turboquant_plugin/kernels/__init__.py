@@ -9,7 +9,7 @@ that it is made for, and two functions take a
 ``attend(problem) -> mx.array``
     The attention, (B, H_q, N, D_v) in the dtype of the queries.
 
-A module may also have ``encode_keys`` and ``encode_values``, see :func:`encoder`.
+And ``encode_keys`` and ``encode_values``, see :func:`encoder`.
 """
 
 from importlib import import_module
@@ -27,7 +27,14 @@ def fused_kernels() -> List[str]:
     """The names of the fused kernels that can run on the default device."""
     if mx.default_device().type != mx.gpu:
         return []
-    return [name for name in FUSED if getattr(mx, name).is_available()]
+    return [name for name in FUSED if _runs_here(name)]
+
+
+def _runs_here(name: str) -> bool:
+    if not getattr(mx, name).is_available():
+        return False
+    # The CUDA kernels need instructions of Ampere, compute capability 8.0.
+    return name != "cuda" or mx.device_info().get("compute_capability_major", 8) >= 8
 
 
 def fused_kernel(name: str) -> ModuleType:
@@ -42,5 +49,4 @@ def encoder(kernel: str) -> Union[ModuleType, Type[KVCodec]]:
         A namespace of ``encode_keys(codec, keys, start)`` and ``encode_values(codec,
         values)``, which are methods of :class:`KVCodec` or do the same.
     """
-    module = fused_kernel(kernel) if kernel in FUSED else None
-    return module if hasattr(module, "encode_keys") else KVCodec
+    return fused_kernel(kernel) if kernel in FUSED else KVCodec

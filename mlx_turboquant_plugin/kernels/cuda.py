@@ -51,8 +51,7 @@ def attend(problem: "Problem") -> mx.array:
     batch, query_heads, count, dim = problem.queries.shape
     heads, exact = problem.keys.shape[1:3]
     group = query_heads // heads
-    key_codes = problem.key_codes or _no_codes(spec.key_bits)
-    value_codes = problem.value_codes or _no_codes(spec.value_bits)
+    key_codes, value_codes = problem.key_codes, problem.value_codes
     coded = key_codes[-1].shape[-1]
 
     tiles_of_rows = 1 if group * count <= 4 or max(dim, spec.value_dim) > 128 else 2
@@ -163,12 +162,6 @@ def _planes(codes) -> List[mx.array]:
     """Three planes of codes, some perhaps the same, and the scales."""
     *planes, scale = codes
     return [planes[0], planes[len(planes) // 2], planes[-1], scale]
-
-
-@functools.lru_cache(maxsize=None)
-def _no_codes(bits: int) -> Tuple[mx.array, ...]:
-    empty = mx.zeros((1, 1, 1, 0), mx.uint8)
-    return (empty, empty)
 
 
 @functools.lru_cache(maxsize=64)

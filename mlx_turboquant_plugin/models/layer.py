@@ -2,7 +2,7 @@
 
 import weakref
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, Optional, Tuple
 
 import mlx.core as mx
@@ -13,7 +13,8 @@ from ..attention.kernels import resolve_kernel
 from ..cache import Visibility
 from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import CodecSpec, KVCodec
-from ..settings import Settings
+from ..rules import PRESETS
+from ..settings import Settings, in_force
 from .balance import balance, norm_rms, projection_rms
 from .family import Family, family_of
 from .projections import Projection, base_linear
@@ -28,6 +29,7 @@ class Layer:
     kernel: str
     fingerprint: str
     settings: Settings
+    norm: Optional[nn.Module]
     weights: Tuple[Any, ...]
 
 
@@ -40,22 +42,31 @@ def known_layer(
     """The layer of an attention module, made again if its weights or settings changed.
 
     Args:
-        norm: the norm before it; without one, and without norms of its heads, its keys
-            are not balanced.
-        settings: None stands for the settings it is known with, or the defaults.
+        norm: the norm before it, None for the one it is known with; without one, and
+            without norms of its heads, its keys are not balanced.
+        settings: None stands for the settings it is known with, or the general ones.
 
     Raises:
         ValueError: its keys and values can't be compressed.
     """
     reference, layer = _layers.get(id(attention), (None, None))
     if reference is not None and reference() is attention:
+        norm, settings = norm or layer.norm, settings or layer.settings
         same = all(a is b for a, b in zip(layer.weights, _weights(attention)))
-        if same and settings in (None, layer.settings):
+        if same and norm is layer.norm and settings == layer.settings:
             return layer
-    layer = _read_layer(attention, norm, settings or Settings())
+    layer = _read_layer(attention, norm, settings or _general())
     key = id(attention)
     _layers[key] = (weakref.ref(attention, lambda _: _layers.pop(key, None)), layer)
     return layer
+
+
+def _general() -> Settings:
+    """The settings of a layer that nobody knows the model and the place of."""
+    general = in_force().general
+    preset = PRESETS[general.preset]
+    bits = {name: preset[name] for name in preset if isinstance(getattr(general, name), tuple)}
+    return replace(general, **bits)
 
 
 def _weights(attention: nn.Module) -> Tuple[Any, ...]:
@@ -89,6 +100,7 @@ def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Setti
         BRIDGE if settings.bypass == BRIDGE else resolve_kernel(settings.kernel),
         f"{zlib.crc32(bytes(linear.weight[:1].view(mx.uint8))):08x}",
         settings,
+        norm,
         _weights(attention),
     )
 
