@@ -72,7 +72,7 @@ def compress(model: Any, caches: List[Any]) -> List[Any]:
         text += f"; the others not: {reasons[0]}"
     if identity not in _reports:
         logger.info("%s", text)
-    _reports[identity] = text
+    _report(identity, text)
     return compressed
 
 
@@ -136,9 +136,15 @@ def _compressed_in_list(
 
 def _leave(identity: settings.ModelIdentity, caches: List[Any], reason: str) -> List[Any]:
     text = f"{_name(identity)} runs uncompressed: {reason}"
-    _reports[identity] = text
+    _report(identity, text)
     log_once("%s", text)
     return caches
+
+
+def _report(identity: settings.ModelIdentity, text: str) -> None:
+    # The newest is the last.
+    _reports.pop(identity, None)
+    _reports[identity] = text
 
 
 def _name(identity: settings.ModelIdentity) -> str:
