@@ -7,6 +7,7 @@ import pkgutil
 import tomllib
 
 import mlx.core as mx
+import mlx_lm
 import mlx_lm.models
 import model_table
 import pytest
@@ -196,7 +197,11 @@ def test_every_module_of_mlx_lm_is_in_one_table():
     names = {module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)}
     tables = [table.FAMILIES, table.THROUGH, table.UNSUPPORTED, table.PARTS]
     listed = [name for one in tables for name in one]
-    assert sorted(listed) == sorted(set(listed)) == sorted(names)
+    assert sorted(listed) == sorted(set(listed))
+    assert names <= set(listed)
+    # Earlier releases lack a few.
+    if mlx_lm.__version__ == "0.32.2":
+        assert names == set(listed)
     assert {part for parts in table.THROUGH.values() for part in parts.split(", ")} <= set(
         table.FAMILIES
     )
