@@ -291,21 +291,26 @@ def test_every_byte_of_16_sequences_is_counted():
     assert batch.nbytes <= 1.03 * alone
 
 
-def test_an_extracted_row_does_not_hold_the_memory_of_the_batch():
-    mx.clear_cache()
-    before = mx.get_active_memory()
+def long_batch(count):
+    """A batch of rows of 4096 tokens that nobody else holds."""
     rows = []
-    for _ in range(8):
+    for _ in range(count):
         rows.append(single())
         x = mx.random.normal((1, 1, 4096, DIM))
         rows[-1].update_and_fetch(x, x)
-    batch = rows[0].merge(rows)
+    return rows[0].merge(rows)
+
+
+def test_an_extracted_row_does_not_hold_the_memory_of_the_batch():
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    batch = long_batch(8)
     token = mx.zeros((8, 1, 1, DIM))
     batch.attending = True
     batch.update_and_fetch(token, token)
     mx.eval(batch.keys, batch.view.key_codes, batch.view.value_codes)
     batch.view = None
-    del rows, x, token
+    del token
     row = batch.extract(0)
     mx.eval(row.state)
     del batch
@@ -336,13 +341,7 @@ def test_the_bridge_serves_packed_rows(monkeypatch):
 def test_a_batch_holds_its_codes_once():
     mx.clear_cache()
     before = mx.get_active_memory()
-    rows = []
-    for _ in range(4):
-        rows.append(single())
-        x = mx.random.normal((1, 1, 4096, DIM))
-        rows[-1].update_and_fetch(x, x)
-    batch = rows[0].merge(rows)
-    del rows, x
+    batch = long_batch(4)
     batch.attending = True
     for _ in range(70):
         token = mx.zeros((4, 1, 1, DIM))

@@ -14,13 +14,17 @@ And ``encode_keys`` and ``encode_values``, see :func:`encoder`.
 
 from importlib import import_module
 from types import ModuleType
-from typing import List, Type, Union
+from typing import TYPE_CHECKING, List, Optional, Sequence, Type, Union
 
 import mlx.core as mx
 
 from ..codecs.kv_codec import KVCodec
 
+if TYPE_CHECKING:
+    from ..attention.fused import Problem
+
 FUSED = ("metal", "cuda")
+DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
 def fused_kernels() -> List[str]:
@@ -50,3 +54,23 @@ def encoder(kernel: str) -> Union[ModuleType, Type[KVCodec]]:
         values)``, which are methods of :class:`KVCodec` or do the same.
     """
     return fused_kernel(kernel) if kernel in FUSED else KVCodec
+
+
+def unsupported(problem: "Problem", codecs: Sequence[str]) -> Optional[str]:
+    """None, or what a fused kernel that is made for ``codecs`` can't do about ``problem``."""
+    spec = problem.codec.spec
+    for codec in (spec.key_codec, spec.value_codec):
+        if codec not in codecs:
+            return f"the {codec} codec"
+    for dim in (spec.head_dim, spec.value_dim):
+        if unsupported_dim(dim):
+            return f"a head dim of {dim}: it must be a multiple of 8 from 32 to 256"
+    for array in (problem.queries, problem.keys, problem.values):
+        if array.dtype not in DTYPES:
+            return f"{array.dtype}: queries, keys and values must be float16, bfloat16 or float32"
+    return None
+
+
+def unsupported_dim(dim: int) -> bool:
+    """Whether the fused kernels can't have vectors of this dimension."""
+    return dim % 8 != 0 or not 32 <= dim <= 256

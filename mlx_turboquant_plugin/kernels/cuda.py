@@ -12,6 +12,7 @@ import numpy as np
 from ..codecs import packing
 from ..codecs.kv_codec import Codes, KVCodec
 from ..codecs.lloyd_max import CODEBOOKS
+from . import unsupported
 
 if TYPE_CHECKING:
     from ..attention.fused import Problem
@@ -27,22 +28,11 @@ ROOM = 132 * BLOCKS
 
 MOST_PARTS = 256
 CODECS = ("lloyd-max",)
-DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
 def supports(problem: "Problem") -> Optional[str]:
     """None, or what the kernel can't do about ``problem``, in words."""
-    spec = problem.codec.spec
-    for codec in (spec.key_codec, spec.value_codec):
-        if codec not in CODECS:
-            return f"the {codec} codec"
-    for dim in (spec.head_dim, spec.value_dim):
-        if dim % 8 or not 32 <= dim <= 256:
-            return f"a head dim of {dim}: it must be a multiple of 8 from 32 to 256"
-    for array in (problem.queries, problem.keys, problem.values):
-        if array.dtype not in DTYPES:
-            return f"{array.dtype}: queries, keys and values must be float16, bfloat16 or float32"
-    return None
+    return unsupported(problem, CODECS)
 
 
 def attend(problem: "Problem") -> mx.array:

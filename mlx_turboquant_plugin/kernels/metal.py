@@ -23,6 +23,7 @@ from ..codecs.key_bias import BLOCK, KeyBias, RotaryTable
 from ..codecs.kv_codec import Codes, KVCodec
 from ..codecs.lloyd_max import ALONG, CODEBOOKS, SEARCH
 from ..codecs.rotation import Rotation
+from . import DTYPES, unsupported, unsupported_dim
 
 if TYPE_CHECKING:
     from ..attention.fused import Problem
@@ -55,26 +56,11 @@ ENCODE = "encode", f"x rotation {MODEL} places", "low scales"
 ENCODE_3_BITS = *ENCODE[:2], "low low_of_upper_fields high scales"
 
 CODECS = ("lloyd-max", "affine")
-DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
 def supports(problem: "Problem") -> Optional[str]:
     """None, or what the kernels can't do about ``problem``, in words."""
-    spec = problem.codec.spec
-    for codec in (spec.key_codec, spec.value_codec):
-        if codec not in CODECS:
-            return f"the {codec} codec"
-    for dim in (spec.head_dim, spec.value_dim):
-        if _unsupported_dim(dim):
-            return f"a head dim of {dim}: it must be a multiple of 8 from 32 to 256"
-    for array in (problem.queries, problem.keys, problem.values):
-        if array.dtype not in DTYPES:
-            return f"{array.dtype}: queries, keys and values must be float16, bfloat16 or float32"
-    return None
-
-
-def _unsupported_dim(dim: int) -> bool:
-    return dim % 8 != 0 or not 32 <= dim <= 256
+    return unsupported(problem, CODECS)
 
 
 def attend(problem: "Problem") -> mx.array:
@@ -151,7 +137,7 @@ def encode_values(codec: KVCodec, values: mx.array) -> Codes:
 
 
 def _encodes(codec: str, x: mx.array) -> bool:
-    return codec == "lloyd-max" and not _unsupported_dim(x.shape[-1]) and x.dtype in DTYPES
+    return codec == "lloyd-max" and not unsupported_dim(x.shape[-1]) and x.dtype in DTYPES
 
 
 def _encode(
