@@ -24,7 +24,7 @@ def module(monkeypatch):
 
     def attend(problem):
         seen.append(problem)
-        return mx.zeros((*problem.queries.shape[:3], problem.values.shape[-1]))
+        return mx.zeros((*problem.queries.shape[:3], problem.exact_tokens.values.shape[-1]))
 
     module = SimpleNamespace(
         seen=seen,
@@ -47,8 +47,9 @@ def test_few_queries_go_to_the_kernel(count, module):
     assert problem.bounds.shape == (2, count, 4)
     assert mx.array_equal(problem.queries, case.queries)
     # Window 64, sinks 4: the block of 32 that the query is in, and two more, are exact.
-    positions = range(case.length - count, case.length)
-    expected = [[0, 4, position // 32 * 32 - 64, position] for position in positions]
+    exact_from = [position // 32 * 32 - 64 for position in range(case.length - count, case.length)]
+    coded = problem.key_codes[-1].shape[-1]
+    expected = [[0, 4, coded - first, case.length - first] for first in exact_from]
     assert problem.bounds.tolist() == [expected] * 2
     assert mlx_turboquant_plugin.status().fallbacks == []
 

@@ -5,12 +5,12 @@ in ``kernels``; long blocks of queries and array masks are served by tiles.
 """
 
 import functools
-from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import mlx.core as mx
 import numpy as np
 
+from ..cache.exact import ExactTokens
 from ..cache.packed import PackedRows
 from ..cache.view import View
 from ..codecs.kv_codec import Codes, KVCodec
@@ -23,28 +23,27 @@ MAX_QUERIES = 8
 _fallbacks: List[str] = []
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What one launch of a fused kernel reads.
 
     Attributes:
         codec: gives the rotations, the balance and the key bias.
         queries: (B, H_q, N, D), not scaled; N is at most 8.
-        keys, values: exact, (B, H, E, D): ``sinks`` sinks, then the newest tokens of
-            each row, the very newest last. Slot i from ``sinks`` on holds the position
-            end - E + i, where ``end`` is one more than the position of the last query.
+        exact_tokens: ``sinks`` sinks, then the newest tokens of each row, the very newest
+            last. The last N are those of the queries.
         key_codes, value_codes: see :class:`KVCodec`; index i stands for the position
             ``first_coded`` + i.
-        bounds: int32 (B, N, 4), for each query: the first sink that it sees; the first
-            position after the sinks that it sees; the first of those that it reads
-            exactly, and not through its code; its own position, the last that it sees.
+        bounds: int32 (B, N, 4), what each query sees: the first sink; the index of the
+            first code; how many of the last codes it does not read, because it reads
+            their tokens exactly or not at all; how many of the last exact tokens it reads
+            if not older than itself. Counted like this they repeat: arrays of numbers
+            are costly to make on some devices.
         scale: what scores are multiplied by.
     """
 
     codec: KVCodec
     queries: mx.array
-    keys: mx.array
-    values: mx.array
+    exact_tokens: ExactTokens
     sinks: int
     key_codes: Codes
     value_codes: Codes
@@ -78,51 +77,49 @@ def fallbacks() -> List[str]:
 
 def problem_of_view(queries: mx.array, view: View, scale: float) -> Problem:
     """The newest tokens of one cache: ``queries`` (B, H_q, N, D), with a causal mask."""
-    bounds = tuple(
-        _bounds(view, index, view.start + index) for index in range(queries.shape[2])
-    )
+    batch, _, count, _ = queries.shape
     return Problem(
         view.codec,
         queries,
-        view.keys,
-        view.values,
+        view.exact_tokens,
         view.sinks,
         view.key_codes,
         view.value_codes,
         view.first_coded,
-        _bounds_array((bounds,) * queries.shape[0]),
+        _bounds_array((tuple(_bounds(view, index) for index in range(count)),) * batch),
         scale,
     )
 
 
 def problem_of_rows(queries: mx.array, rows: PackedRows, scale: float) -> Problem:
     """The newest token of every row of a batch: ``queries`` (B, H_q, 1, D)."""
-    sinks = rows.visibility.sinks
-    bounds = tuple(
-        ((0, sinks, max(rows.visibility.exact_from(length - 1), start), length - 1),)
-        for length, start in zip(rows.lengths, rows.exact_start)
-    )
+    sinks, most = rows.visibility.sinks, max(rows.coded)
+    bounds = []
+    for length, start in zip(rows.lengths, rows.exact_start):
+        exact_from = max(rows.visibility.exact_from(length - 1), start)
+        bounds.append(((0, sinks, most - min(exact_from, most), length - exact_from),))
     return Problem(
         rows.codec,
         queries,
-        rows.keys,
-        rows.values,
+        rows.exact_tokens,
         sinks,
         rows.key_codes,
         rows.value_codes,
         0,
-        _bounds_array(bounds),
+        _bounds_array(tuple(bounds)),
         scale,
     )
 
 
-def _bounds(view: View, index: int, position: int) -> Tuple[int, int, int, int]:
+def _bounds(view: View, index: int) -> Tuple[int, int, int, int]:
     hidden, oldest = view.oldest(index)
-    return hidden, oldest, max(oldest, view.exact_from(position)), position
+    exact_from = max(oldest, view.exact_from(view.start + index))
+    first_code = max(0, oldest - view.first_coded)
+    return hidden, first_code, max(0, view.coded - exact_from), view.end - exact_from
 
 
-# All layers ask for the same.
-@functools.lru_cache(maxsize=4)
+# All layers ask for the same, and so do later steps.
+@functools.lru_cache(maxsize=256)
 def _bounds_array(bounds: Sequence[Sequence[Tuple[int, int, int, int]]]) -> mx.array:
     # By way of NumPy, since lazy arrays must not be shared by threads.
     return mx.array(np.array(bounds, np.int32))

@@ -77,7 +77,7 @@ def _rows(mask: Mask, start: int, count: int) -> Mask:
 def _tile(
     queries, view: View, index: int, scale: float, mask: Mask, functions, learned_sinks
 ) -> mx.array:
-    count, kv_heads = queries.shape[2], view.keys.shape[1]
+    count, kv_heads = queries.shape[2], view.exact_tokens.keys.shape[1]
     first = view.start + index
     last = first + count - 1
     _, oldest = view.oldest(index)

@@ -10,6 +10,7 @@ from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
 from ..kernels import encoder
 from ..log import log_once
 from . import state as saved
+from .exact import ExactTokens
 from .view import View
 from .visibility import BLOCK, ROLLBACK, Ring, Visibility
 
@@ -33,7 +34,8 @@ class CompressedKVCache(_BaseCache):
         kernel: what runs the attention: "eager", "compiled", "bridge", or a fused kernel.
 
     Attributes:
-        keys, values: the exact part, (B, H, E, D) in the model's dtype.
+        exact_tokens: the sinks and the newest tokens as they are.
+        keys, values: these, (B, H, E, D) in the model's dtype.
         key_codes, value_codes: the codes of the positions first_coded, ..., coded - 1,
             see :class:`KVCodec`.
         offset: the number of tokens seen.
@@ -63,7 +65,7 @@ class CompressedKVCache(_BaseCache):
         self._clear()
 
     def _clear(self):
-        self.keys = self.values = None
+        self.exact_tokens = ExactTokens()
         self.key_codes: Codes = ()
         self.value_codes: Codes = ()
         self.first_coded = self.coded = 0
@@ -94,11 +96,7 @@ class CompressedKVCache(_BaseCache):
         start = self.offset
         if self.codec is None:
             self.codec = KVCodec(CodecSpec(keys.shape[-1], values.shape[-1]))
-        if self.keys is None:
-            self.keys, self.values = keys, values
-        else:
-            self.keys = mx.concatenate([self.keys, keys], axis=2)
-            self.values = mx.concatenate([self.values, values], axis=2)
+        self.exact_tokens = self.exact_tokens.grown(keys, values)
         self.offset += keys.shape[2]
         self.encode(self.visibility.exact_from(self.offset - 1))
         view = self._view(start)
@@ -137,8 +135,8 @@ class CompressedKVCache(_BaseCache):
     def detached(self) -> "CompressedKVCache":
         """The same cache in arrays of its own, not parts of larger ones."""
         other = copy.copy(self)
-        if self.keys is not None:
-            other.keys, other.values = _own(self.keys), _own(self.values)
+        if not self.empty():
+            other.exact_tokens = ExactTokens(_own(self.keys), _own(self.values))
             other.key_codes = tuple(map(_own, self.key_codes))
             other.value_codes = tuple(map(_own, self.value_codes))
         return other
@@ -160,9 +158,11 @@ class CompressedKVCache(_BaseCache):
         if drop <= 0:
             return
         sinks = self._sinks()
-        self.keys, self.values = (
-            mx.concatenate([x[:, :, :sinks], x[:, :, sinks + drop :]], axis=2)
-            for x in (self.keys, self.values)
+        self.exact_tokens = ExactTokens(
+            *(
+                mx.concatenate([x[:, :, :sinks], x[:, :, sinks + drop :]], axis=2)
+                for x in (self.keys, self.values)
+            )
         )
 
     def _sinks(self) -> int:
@@ -171,15 +171,30 @@ class CompressedKVCache(_BaseCache):
     @property
     def exact_start(self) -> int:
         """Position of the first exact token after the sinks."""
-        return self.offset - (self.keys.shape[2] - self._sinks())
+        return self.offset - (self.exact_tokens.count - self._sinks())
+
+    @property
+    def keys(self) -> Optional[mx.array]:
+        return self.exact_tokens.keys
+
+    @keys.setter
+    def keys(self, v: mx.array):
+        self.exact_tokens = ExactTokens(v, self.exact_tokens.values)
+
+    @property
+    def values(self) -> Optional[mx.array]:
+        return self.exact_tokens.values
+
+    @values.setter
+    def values(self, v: mx.array):
+        self.exact_tokens = ExactTokens(self.exact_tokens.keys, v)
 
     def _view(self, start: int) -> View:
         return View(
             self.codec,
             self.visibility,
             self.kernel,
-            self.keys,
-            self.values,
+            self.exact_tokens,
             self.key_codes,
             self.value_codes,
             self.first_coded,
@@ -207,10 +222,10 @@ class CompressedKVCache(_BaseCache):
         Raises:
             ValueError: the cache was filled by another model.
         """
-        if self.keys is not None:
+        if not self.empty():
             saved.check_fits(self, codec, fingerprint)
         # Known: filled for this very layer, so what was chosen then still holds.
-        known = self.keys is not None and self.fingerprint
+        known = not self.empty() and self.fingerprint
         if (self.coded or known) and not codec.makes_the_codes_of(self.codec, self.biased):
             bias = codec.bias if self.biased else None
             codec = KVCodec(self.codec.spec, self.codec.balance, bias)
@@ -236,8 +251,9 @@ class CompressedKVCache(_BaseCache):
         exact = self._sinks() + max(0, end - exact_start) if end > self._sinks() else end
         coded = min(self.coded, end, max(self.visibility.exact_from(end), exact_start))
         self._keep_codes(coded if coded > self.visibility.sinks else 0)
-        self.keys = mx.contiguous(self.keys[:, :, :exact])
-        self.values = mx.contiguous(self.values[:, :, :exact])
+        self.exact_tokens = ExactTokens(
+            *(mx.contiguous(x[:, :, :exact]) for x in (self.keys, self.values))
+        )
         self.offset = end
         return n
 
@@ -257,12 +273,12 @@ class CompressedKVCache(_BaseCache):
         return self.offset
 
     def empty(self) -> bool:
-        return self.keys is None
+        return self.exact_tokens.count == 0
 
     @property
     def nbytes(self) -> int:
         """Every byte of this cache: exact tokens, codes, scales and zero points."""
-        if self.keys is None:
+        if self.empty():
             return 0
         arrays = (self.keys, self.values, *self.key_codes, *self.value_codes)
         return sum(array.nbytes for array in arrays)
@@ -290,7 +306,7 @@ class CompressedKVCache(_BaseCache):
     def to_exact(self) -> KVCache:
         """mlx-lm's KVCache with the same tokens, the codes dequantised."""
         cache = KVCache()
-        if self.keys is not None:
+        if not self.empty():
             cache.keys, cache.values = map(mx.contiguous, self.keys_and_values())
             cache.offset = self.offset
         return cache

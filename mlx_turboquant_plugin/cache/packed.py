@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from ..codecs.kv_codec import Codes, KVCodec
 from .compressed import CompressedKVCache
+from .exact import ExactTokens
 from .view import View
 from .visibility import BLOCK, ROLLBACK, Visibility
 
@@ -17,8 +18,8 @@ class PackedRows:
         model: one of the rows; the others have the same codec, window and kernel.
 
     Attributes:
-        keys, values: (B, H, S + E, D): the S sinks, then the newest tokens of each row,
-            the very newest last. What stands before a row's own tokens has no meaning.
+        exact_tokens: the S sinks, then the newest tokens of each row, the very newest
+            last. What stands before a row's own tokens has no meaning.
         key_codes, value_codes: of the positions 0, 1, ... of every row, followed by
             zeros in rows that have fewer codes.
         lengths: the number of tokens of each row.
@@ -29,8 +30,7 @@ class PackedRows:
     def __init__(
         self,
         model: CompressedKVCache,
-        keys: mx.array,
-        values: mx.array,
+        exact_tokens: ExactTokens,
         key_codes: Codes,
         value_codes: Codes,
         lengths: Sequence[int],
@@ -38,7 +38,7 @@ class PackedRows:
         exact_start: Sequence[int],
     ):
         self._model = model.emptied()
-        self.keys, self.values = keys, values
+        self.exact_tokens = exact_tokens
         self.key_codes, self.value_codes = key_codes, value_codes
         self.lengths, self.coded = tuple(lengths), tuple(coded)
         self.exact_start = tuple(exact_start)
@@ -53,8 +53,7 @@ class PackedRows:
         longest = max(rows, key=lambda row: row.coded)
         return cls(
             rows[0],
-            keys,
-            values,
+            ExactTokens(keys, values),
             _stack([row.key_codes for row in rows], longest.key_codes, -1),
             _stack([row.value_codes for row in rows], longest.value_codes, -2),
             [row.offset for row in rows],
@@ -78,16 +77,27 @@ class PackedRows:
         """Append one token (B, H, 1, D) to every row."""
         sinks = self.visibility.sinks
         room = sinks + self.visibility.window + BLOCK + ROLLBACK
-        drop = max(0, self.keys.shape[2] + 1 - room)
-        self.keys, self.values = (
-            mx.concatenate([x[:, :, :sinks], x[:, :, sinks + drop :], new], axis=2)
-            for x, new in ((self.keys, keys), (self.values, values))
-        )
+        drop = max(0, self.exact_tokens.count + 1 - room)
+        self.exact_tokens = self.exact_tokens.grown(keys, values, sinks, drop)
         self.lengths = tuple(length + 1 for length in self.lengths)
-        held = self.keys.shape[2] - sinks
+        held = self.exact_tokens.count - sinks
         self.exact_start = tuple(
             max(start, length - held) for start, length in zip(self.exact_start, self.lengths)
         )
+
+    @property
+    def keys(self) -> mx.array:
+        """Exact keys, (B, H, S + E, D)."""
+        return self.exact_tokens.keys
+
+    @keys.setter
+    def keys(self, v: mx.array):
+        self.exact_tokens = ExactTokens(v, self.exact_tokens.values)
+
+    @property
+    def values(self) -> mx.array:
+        """Exact values, (B, H, S + E, D)."""
+        return self.exact_tokens.values
 
     def needs_codes(self) -> bool:
         """Whether the newest token of some row sees tokens as codes that have none yet."""

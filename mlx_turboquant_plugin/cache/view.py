@@ -1,22 +1,20 @@
 """What the attention of one forward pass reads from a cache."""
 
-from dataclasses import dataclass
-from typing import Optional, Tuple, Union
+from typing import NamedTuple, Optional, Tuple, Union
 
 import mlx.core as mx
 
 from ..codecs.kv_codec import Codes, KVCodec
+from .exact import ExactTokens
 from .visibility import Ring, Visibility
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """One layer's keys and values as the queries of one forward pass find them.
 
     Attributes:
         kernel: what runs the attention.
-        keys, values: exact, (B, H, E, D): the sinks, then the positions
-            ``exact_start``, ..., ``end`` - 1.
+        exact_tokens: the sinks, then the positions ``exact_start``, ..., ``end`` - 1.
         key_codes, value_codes: of the positions ``first_coded``, ..., ``coded`` - 1.
         start: position of the first query.
         end: one more than the position of the last query.
@@ -26,8 +24,7 @@ class View:
     codec: KVCodec
     visibility: Visibility
     kernel: str
-    keys: mx.array
-    values: mx.array
+    exact_tokens: ExactTokens
     key_codes: Codes
     value_codes: Codes
     first_coded: int
@@ -43,7 +40,7 @@ class View:
     @property
     def exact_start(self) -> int:
         """Position of the first exact token after the sinks."""
-        return self.end - (self.keys.shape[2] - self.sinks)
+        return self.end - (self.exact_tokens.count - self.sinks)
 
     def exact_from(self, position: int) -> int:
         """The first position, after the sinks, that a query at ``position`` reads exactly.
@@ -72,11 +69,11 @@ class View:
     def exact(self, first: int, last: int) -> Tuple[mx.array, mx.array]:
         """Exact keys and values of the sinks and of the positions first, ..., last - 1."""
         if first == self.exact_start and last == self.end:
-            return self.keys, self.values
+            return self.exact_tokens.keys, self.exact_tokens.values
         sinks, skip = self.sinks, self.sinks - self.exact_start
         return tuple(
             mx.concatenate([x[:, :, :sinks], x[:, :, first + skip : last + skip]], axis=2)
-            for x in (self.keys, self.values)
+            for x in (self.exact_tokens.keys, self.exact_tokens.values)
         )
 
     def codes(self, first: int, last: int) -> Tuple[Codes, Codes]:

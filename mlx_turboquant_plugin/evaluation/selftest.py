@@ -209,6 +209,8 @@ def check(tested: Case, kernel: str) -> Result:
     excess = layer.excess()
     if not excess <= 1:
         note += f"codes lose {excess:.3g} times what they may"
+    if not layer.holds_what_was_given():
+        note += "exact tokens are not those that were given"
     expected, tolerance = layer.expected()
     error = np.abs(out - expected).max()
     return Result(float(error), tolerance, note)
@@ -312,6 +314,16 @@ class _Layer:
             value = max(value, np.abs(values).max())
         out = np.concatenate(outs)
         return out, self._tolerance(np.abs(out).max(), score, value)
+
+    def holds_what_was_given(self) -> bool:
+        """Whether the exact tokens of all caches are the sinks and the newest."""
+        for index, row in enumerate(self.rows):
+            slots = min(VISIBILITY.sinks, row.offset), row.exact_start
+            for held, given in ((row.keys, self.keys[index]), (row.values, self.values[index])):
+                expected = mx.concatenate([given[:, :, : slots[0]], given[:, :, slots[1] :]], axis=2)
+                if not mx.array_equal(held, expected):
+                    return False
+        return True
 
     def excess(self) -> float:
         """What vectors lose in Lloyd-Max codes, as a share of what they may: the most."""

@@ -12,13 +12,14 @@ that it is made for, and two functions take a
 And ``encode_keys`` and ``encode_values``, see :func:`encoder`.
 """
 
+import functools
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, List, Optional, Sequence, Type, Union
+from typing import TYPE_CHECKING, List, Optional, Tuple, Type, Union
 
 import mlx.core as mx
 
-from ..codecs.kv_codec import KVCodec
+from ..codecs.kv_codec import CodecSpec, KVCodec
 
 if TYPE_CHECKING:
     from ..attention.fused import Problem
@@ -41,6 +42,7 @@ def _runs_here(name: str) -> bool:
     return name != "cuda" or mx.device_info().get("compute_capability_major", 8) >= 8
 
 
+@functools.lru_cache(maxsize=None)
 def fused_kernel(name: str) -> ModuleType:
     """The module of a fused kernel."""
     return import_module(f".{name}", __package__)
@@ -56,18 +58,32 @@ def encoder(kernel: str) -> Union[ModuleType, Type[KVCodec]]:
     return fused_kernel(kernel) if kernel in FUSED else KVCodec
 
 
-def unsupported(problem: "Problem", codecs: Sequence[str]) -> Optional[str]:
+def unsupported(problem: "Problem", codecs: Tuple[str, ...]) -> Optional[str]:
     """None, or what a fused kernel that is made for ``codecs`` can't do about ``problem``."""
-    spec = problem.codec.spec
+    return _unsupported(
+        problem.codec.spec, problem.queries.dtype, *problem.exact_tokens.dtypes, codecs
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def _unsupported(
+    spec: CodecSpec,
+    queries: mx.Dtype,
+    keys: mx.Dtype,
+    values: mx.Dtype,
+    codecs: Tuple[str, ...],
+) -> Optional[str]:
     for codec in (spec.key_codec, spec.value_codec):
         if codec not in codecs:
             return f"the {codec} codec"
     for dim in (spec.head_dim, spec.value_dim):
         if unsupported_dim(dim):
             return f"a head dim of {dim}: it must be a multiple of 8 from 32 to 256"
-    for array in (problem.queries, problem.keys, problem.values):
-        if array.dtype not in DTYPES:
-            return f"{array.dtype}: queries, keys and values must be float16, bfloat16 or float32"
+    for dtype in (queries, keys, values):
+        if dtype not in DTYPES:
+            return f"{dtype}: queries, keys and values must be float16, bfloat16 or float32"
+    if keys != values:
+        return f"keys of {keys} and values of {values}: they must be of one type"
     return None
 
 

@@ -4,13 +4,13 @@ import functools
 import math
 import zlib
 from importlib.resources import files
-from typing import TYPE_CHECKING, Callable, List, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Tuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..codecs import packing
-from ..codecs.kv_codec import Codes, KVCodec
+from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
 from ..codecs.lloyd_max import CODEBOOKS
 from . import unsupported
 
@@ -37,68 +37,98 @@ def supports(problem: "Problem") -> Optional[str]:
 
 def attend(problem: "Problem") -> mx.array:
     """Attention in two launches: (B, H_q, N, D_v) in the dtype of the queries."""
-    codec, spec = problem.codec, problem.codec.spec
-    batch, query_heads, count, dim = problem.queries.shape
-    heads, exact = problem.keys.shape[1:3]
-    group = query_heads // heads
-    key_codes, value_codes = problem.key_codes, problem.value_codes
-    coded = key_codes[-1].shape[-1]
-
-    tiles_of_rows = 1 if group * count <= 4 or max(dim, spec.value_dim) > 128 else 2
-    tile = 64 if tiles_of_rows == 1 and max(dim, spec.value_dim) <= 128 else 32
-    chunks = -(-group * count // (4 * tiles_of_rows))
-    exact_parts = -(-exact // EXACT_PART)
-    parts = exact_parts + _code_parts(batch * heads * chunks, -(-coded // tile))
-
-    bias = rotation = codec.key_rotation.array
-    if codec.bias is not None and coded:
-        q = problem.queries.astype(mx.float32).reshape(batch, heads, group * count, dim)
-        bias = codec.bias.scores(q, problem.first_coded, coded)
-    options = (
-        ("DIM", dim),
-        ("VALUE_DIM", spec.value_dim),
-        ("KEY_BITS", spec.key_bits),
-        ("VALUE_BITS", spec.value_bits),
-        ("NT", tiles_of_rows),
-        ("TILE", tile),
-        ("WHOLE_TILES", coded % 32 == 0),
-        ("BALANCED", codec.balance is not None),
-        ("BIASED", codec.bias is not None),
-        ("Q", problem.queries.dtype),
-        ("X", problem.keys.dtype),
+    codec, queries, exact = problem.codec, problem.queries, problem.exact_tokens
+    unjoined = exact.unjoined
+    if unjoined is None:
+        tokens, appended, drop = (exact.keys, exact.values), 0, 0
+    else:
+        tokens, drop = unjoined[:4], unjoined.drop
+        appended = exact.count - (tokens[0].shape[2] - drop)
+    coded = problem.key_codes[-1].shape[-1]
+    split, merge = _launches(
+        codec.spec,
+        codec.balance is not None,
+        codec.bias is not None,
+        problem.scale,
+        problem.sinks,
+        queries.shape,
+        queries.dtype,
+        tokens[0].shape[1],
+        exact.count,
+        exact.dtypes[0],
+        appended,
+        drop,
+        coded,
     )
-    rows = (batch, heads, chunks, parts, 4 * tiles_of_rows)
-    sums, weights = _split_kernel()(
-        inputs=[
-            problem.queries,
-            problem.keys,
-            problem.values,
-            *_planes(key_codes),
-            *_planes(value_codes),
-            problem.bounds,
-            rotation,
-            rotation if codec.balance is None else codec.balance,
-            bias,
-            *_numbers(problem.scale, problem.sinks, problem.first_coded, coded),
-        ],
-        template=options,
+    inputs = [queries, *tokens, *problem.key_codes, *problem.value_codes, problem.bounds]
+    inputs.append(codec.key_rotation.array)
+    if codec.balance is not None:
+        inputs.append(codec.balance)
+    if codec.bias is not None:
+        batch, heads, count, dim = queries.shape
+        q = queries.astype(mx.float32).reshape(batch, tokens[0].shape[1], -1, dim)
+        inputs.append(codec.bias.scores(q, problem.first_coded, coded))
+    sums, weights, *joined = split(inputs)
+    if joined:
+        exact.join(*joined)
+    return merge([sums, weights, codec.value_rotation.array])[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _launches(
+    spec: CodecSpec,
+    balanced: bool,
+    biased: bool,
+    scale: float,
+    sinks: int,
+    queries: Tuple[int, ...],
+    dtype: mx.Dtype,
+    heads: int,
+    exact: int,
+    exact_dtype: mx.Dtype,
+    appended: int,
+    drop: int,
+    coded: int,
+) -> Tuple[Callable, Callable]:
+    """The two launches as functions of their inputs. All layers ask for the same.
+
+    Args:
+        queries: (B, H_q, N, D), the shape of the queries.
+        heads: H.
+        exact: E, the exact tokens with those that are ``appended``.
+        drop: how many of the older tokens after the sinks count no more.
+    """
+    batch, query_heads, count, dim = queries
+    rows = query_heads // heads * count
+    tiles_of_rows = 1 if rows <= 4 or max(dim, spec.value_dim) > 128 else 2
+    tile = 64 if tiles_of_rows == 1 and max(dim, spec.value_dim) <= 128 else 32
+    chunks = -(-rows // (4 * tiles_of_rows))
+    parts = -(-exact // EXACT_PART) + _code_parts(batch * heads * chunks, -(-coded // tile))
+    shape = (batch, heads, chunks, parts, 4 * tiles_of_rows)
+    joined = [(batch, heads, exact, d) for d in (dim, spec.value_dim)] if appended else []
+    split = functools.partial(
+        _call,
+        _split_kernel(
+            spec, tiles_of_rows, tile, coded % 32 == 0, balanced, biased, scale, sinks, appended > 0, drop
+        ),
         grid=(parts * SPLIT_THREADS, heads * chunks, batch),
         threadgroup=(SPLIT_THREADS, 1, 1),
-        output_shapes=[(*rows, spec.value_dim), (*rows, 2)],
-        output_dtypes=[mx.float32, mx.float32],
+        output_shapes=[(*shape, spec.value_dim), (*shape, 3), *joined],
+        output_dtypes=[mx.float32, mx.float32, *[exact_dtype] * len(joined)],
     )
-    return _merge_kernel()(
-        inputs=[sums, weights, codec.value_rotation.array, _counts(parts, exact_parts, count)],
-        template=[
-            ("VALUE_DIM", spec.value_dim),
-            ("ROWS", 4 * tiles_of_rows),
-            ("T", problem.queries.dtype),
-        ],
-        grid=(group * count * MERGE_THREADS, heads, batch),
+    merge = functools.partial(
+        _call,
+        _merge_kernel(spec.value_dim, 4 * tiles_of_rows, count),
+        grid=(rows * MERGE_THREADS, heads, batch),
         threadgroup=(MERGE_THREADS, 1, 1),
         output_shapes=[(batch, query_heads, count, spec.value_dim)],
-        output_dtypes=[problem.queries.dtype],
-    )[0]
+        output_dtypes=[dtype],
+    )
+    return split, merge
+
+
+def _call(kernel: Callable, inputs: List[mx.array], **launch) -> List[mx.array]:
+    return kernel(inputs=inputs, **launch)
 
 
 def encode_keys(codec: KVCodec, keys: mx.array, start: int) -> Codes:
@@ -148,57 +178,32 @@ def _code_parts(problems: int, tiles: int) -> int:
     return min(range(1, most + 1), key=time, default=0)
 
 
-def _planes(codes) -> List[mx.array]:
-    """Three planes of codes, some perhaps the same, and the scales."""
-    *planes, scale = codes
-    return [planes[0], planes[len(planes) // 2], planes[-1], scale]
-
-
-@functools.lru_cache(maxsize=64)
-def _numbers(scale: float, sinks: int, first_coded: int, coded: int) -> Tuple[mx.array, mx.array]:
-    # By way of NumPy, since lazy arrays must not be shared by threads.
-    return (
-        mx.array(np.array([scale], np.float32)),
-        mx.array(np.array([sinks, first_coded, coded], np.int32)),
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _counts(parts: int, exact_parts: int, count: int) -> mx.array:
-    return mx.array(np.array([parts, exact_parts, count], np.int32))
-
-
-SPLIT_INPUTS = (
-    "queries",
-    "keys",
-    "values",
-    *(f"{side}_{part}" for side in ("kc", "vc") for part in ("low", "mid", "high", "size")),
-    "bounds",
-    "rotation",
-    "balance",
-    "bias",
-    "factor",
-    "numbers",
-)
-
 SPLIT_BODY = """
-  Problem<Q, X> p = {
-      queries, keys, values, {{kc_low, kc_mid, kc_high}, kc_size},
-      {{vc_low, vc_mid, vc_high}, vc_size}, bounds, rotation, balance, bias, factor[0],
-      keys_shape[1], queries_shape[1] / keys_shape[1], queries_shape[2],
-      numbers[0], keys_shape[2], numbers[1], numbers[2], sums, weights};
+  auto p = problem(queries, keys, values, {kc_planes}, kc_size, {vc_planes}, vc_size);
+  p.bounds = bounds, p.rotation = rotation, p.balance = {balance}, p.bias = {bias};
+  p.scale = SCALE, p.sinks = SINKS;
+  p.heads = keys_shape[1], p.group = queries_shape[1] / p.heads, p.count = queries_shape[2];
+  p.older = keys_shape[2], p.coded = kc_size_shape[3], p.drop = DROP;
+  p.exact = p.older - DROP;
+  p.sums = sums, p.weights = weights;
+  {appended}
   int exact_parts = (p.exact + EXACT_PART - 1) / EXACT_PART;
-  if (blockIdx.x < exact_parts) {
-    attend_exact<4 * NT, DIM, VALUE_DIM>(p, blockIdx.x);
-  } else {
+  if (blockIdx.x < exact_parts) {{
+    attend_exact<4 * NT, DIM, VALUE_DIM, APPENDS>(p, blockIdx.x);
+  }} else {{
     attend_codes<DIM, VALUE_DIM, KEY_BITS, VALUE_BITS, NT, TILE, WHOLE_TILES, BALANCED, BIASED>(
         p, blockIdx.x - exact_parts, gridDim.x - exact_parts);
-  }
+  }}
+"""
+
+APPENDED_BODY = """
+  p.new_keys = new_keys, p.new_values = new_values;
+  p.all_keys = all_keys, p.all_values = all_values;
+  p.exact += new_keys_shape[2];
 """
 
 MERGE_BODY = """
-  merge_parts<VALUE_DIM, ROWS>(
-      sums, weights, rotation, out, counts[0], counts[1], counts[2]);
+  merge_parts<VALUE_DIM, ROWS>(sums, weights, rotation, out, sums_shape[3], COUNT);
 """
 
 
@@ -212,14 +217,63 @@ def _encode_kernel():
     return _kernel("encode", ("x",), ("codes", "scales"), ENCODE_BODY)
 
 
+# Numbers are written into the source: MLX would convert and compare them on every call.
 @functools.lru_cache(maxsize=None)
-def _split_kernel():
-    return _kernel("split", SPLIT_INPUTS, ("sums", "weights"), SPLIT_BODY)
+def _split_kernel(
+    spec: CodecSpec,
+    tiles_of_rows: int,
+    tile: int,
+    whole_tiles: bool,
+    balanced: bool,
+    biased: bool,
+    scale: float,
+    sinks: int,
+    appends: bool,
+    drop: int,
+):
+    planes = {
+        side: [f"{side}_{i}" for i in range(3 if bits == 3 else 1)]
+        for side, bits in (("kc", spec.key_bits), ("vc", spec.value_bits))
+    }
+    inputs = ["queries", "keys", "values", *(["new_keys", "new_values"] if appends else [])]
+    for side, names in planes.items():
+        inputs += [*names, f"{side}_size"]
+    inputs += ["bounds", "rotation", *["balance"] * balanced, *["bias"] * biased]
+    body = SPLIT_BODY.format(
+        **{f"{side}_planes": "{" + ", ".join(names) + "}" for side, names in planes.items()},
+        balance="balance" if balanced else "nullptr",
+        bias="bias" if biased else "nullptr",
+        appended=APPENDED_BODY if appends else "",
+    )
+    numbers = {
+        "DIM": spec.head_dim,
+        "VALUE_DIM": spec.value_dim,
+        "KEY_BITS": spec.key_bits,
+        "VALUE_BITS": spec.value_bits,
+        "NT": tiles_of_rows,
+        "TILE": tile,
+        "WHOLE_TILES": whole_tiles,
+        "BALANCED": balanced,
+        "BIASED": biased,
+        "SINKS": sinks,
+        "APPENDS": appends,
+        "DROP": drop,
+    }
+    body = f"  constexpr float SCALE = {float(scale)}f;\n{_constants(numbers)}{body}"
+    outputs = ["sums", "weights", *(["all_keys", "all_values"] if appends else [])]
+    return _kernel("split", inputs, outputs, body)
 
 
 @functools.lru_cache(maxsize=None)
-def _merge_kernel():
-    return _kernel("merge", ("sums", "weights", "rotation", "counts"), ("out",), MERGE_BODY)
+def _merge_kernel(value_dim: int, rows: int, count: int):
+    numbers = {"VALUE_DIM": value_dim, "ROWS": rows, "COUNT": count}
+    return _kernel(
+        "merge", ("sums", "weights", "rotation"), ("out",), _constants(numbers) + MERGE_BODY
+    )
+
+
+def _constants(numbers: Dict[str, int]) -> str:
+    return "".join(f"  constexpr int {name} = {int(x)};\n" for name, x in numbers.items())
 
 
 def _kernel(name: str, inputs, outputs, body: str):

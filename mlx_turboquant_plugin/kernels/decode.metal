@@ -51,6 +51,8 @@ const int code_count = k0_shape[3];
 const int first_coded = sizes[0];
 const int sinks = sizes[1];
 const int exact_splits = sizes[2];
+// Without those that make arrays large enough.
+const int coded = sizes[3];
 const int sequence = kv_index / kv_heads;
 const int kv_head = kv_index % kv_heads;
 const bool exact = split < exact_splits;
@@ -59,19 +61,17 @@ const int first_row = chunk * ROWS;
 const int query_offset = (kv_index * rows + first_row) * DK;
 const int present = min(ROWS, rows - first_row);
 
-// What each row sees, in indices of codes, and the codes that any row sees.
+// What each row sees, in indices of codes and of exact tokens, and the codes that any row sees.
 const int bounds_offset = sequence * count * 4;
-const int end = bounds[bounds_offset + (count - 1) * 4 + 3] + 1;
 int codes_from = code_count, codes_to = 0;
 for (int n = 0; n < count; n++) {
-  codes_from = min(codes_from, bounds[bounds_offset + n * 4 + 1] - first_coded);
-  codes_to = max(codes_to, bounds[bounds_offset + n * 4 + 2] - first_coded);
+  codes_from = min(codes_from, bounds[bounds_offset + n * 4 + 1]);
+  codes_to = max(codes_to, coded - bounds[bounds_offset + n * 4 + 2]);
 }
-codes_from = max(codes_from, 0);
-codes_to = min(codes_to, code_count);
 if (thread_index < ROWS * 4) {
   int r = thread_index / 4, which = thread_index % 4;
   int bound = bounds[bounds_offset + (first_row + r) % count * 4 + which];
+  bound = which == 2 ? coded - bound : which == 3 ? exact_count - bound : bound;
   // Rows that are not there see nothing.
   limits[thread_index] = r < present ? bound : NEVER;
 }
@@ -132,7 +132,7 @@ if (exact) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-const int rotary = sizes[3];
+const int rotary = sizes[4];
 if (!exact && (KEY_AFFINE || BIASED)) {
   for (int r = simd; r < ROWS; r += SIMDS) {
     float sum = 0, unturned = 0;
@@ -153,7 +153,7 @@ if (!exact && (KEY_AFFINE || BIASED)) {
     // Of each rotary pair what the cosine and what the sine of its angle is multiplied by.
     for (int i = thread_index; i < rotary * ROWS; i += THREADS) {
       int f = i / ROWS, r = i % ROWS;
-      int first = f * sizes[4], second = first + sizes[5];
+      int first = f * sizes[5], second = first + sizes[6];
       float q1 = 0, q2 = 0;
       if (r < present) {
         q1 = float(queries[query_offset + r * DK + first]) * scale[0];
@@ -209,12 +209,12 @@ if (exact) {
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     const int slot = start + lane;
-    const int position = slot < sinks ? slot : end - exact_count + slot;
     float weights[1][ROWS], shrink[ROWS];
     UNROLL
     for (int r = 0; r < ROWS; r++) {
-      int oldest = limits[r * 4 + (slot < sinks ? 0 : 2)];
-      bool seen = slot < exact_count && position >= oldest && position <= limits[r * 4 + 3];
+      int oldest = limits[r * 4 + (slot < sinks ? 0 : 3)];
+      int newest = exact_count - count + (first_row + r) % count;
+      bool seen = slot >= oldest && slot <= newest;
       weights[0][r] = seen ? scratch[lane * ROWS + r] : MASKED;
     }
     softmax.template add<1>(weights, shrink);
@@ -305,10 +305,10 @@ if (exact) {
     }
     UNROLL
     for (int k = 0; k < 4; k++) {
-      const int position = first_coded + own + k;
+      const int index = own + k;
       UNROLL
       for (int r = 0; r < ROWS; r++) {
-        bool seen = k < own_count && position >= limits[r * 4 + 1] && position < limits[r * 4 + 2];
+        bool seen = k < own_count && index >= limits[r * 4 + 1] && index < limits[r * 4 + 2];
         weights[k][r] = seen ? weights[k][r] + (BIASED ? rest[r] : 0.0f) : MASKED;
       }
     }

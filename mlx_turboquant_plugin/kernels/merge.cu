@@ -2,14 +2,15 @@
 
 constexpr int MERGE_THREADS = 512;
 
-// rows: of a block of the first launch. exact: how many parts are of exact tokens.
+// ROWS: of a block of the first launch.
 template <int VALUE_DIM, int ROWS, typename T>
 __device__ inline void merge_parts(
-    const float* sums, const float* weights, const float* rotation, T* out, int parts, int exact,
+    const float* sums, const float* weights, const float* rotation, T* out, int parts,
     int count) {
   constexpr int WIDTH = (VALUE_DIM + 31) / 32 * 32, GROUPS = MERGE_THREADS / WIDTH;
   constexpr int MOST_PARTS = 1024;
   __shared__ float share[MOST_PARTS];
+  __shared__ bool coded[MOST_PARTS];
   __shared__ float plain[GROUPS][WIDTH], rotated[GROUPS][WIDTH];
   __shared__ float total;
   int row = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
@@ -19,13 +20,14 @@ __device__ inline void merge_parts(
   if (threadIdx.x < 32) {
     float top = LOWEST, sum = 0;
     for (int i = threadIdx.x; i < parts; i += 32) {
-      top = fmaxf(top, weights[(first + (long long)i * ROWS) * 2 + 1]);
+      top = fmaxf(top, weights[(first + (long long)i * ROWS) * 3 + 1]);
     }
 #pragma unroll
     for (int bit = 1; bit < 32; bit *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, bit));
     for (int i = threadIdx.x; i < parts; i += 32) {
-      const float* weight = weights + (first + (long long)i * ROWS) * 2;
+      const float* weight = weights + (first + (long long)i * ROWS) * 3;
       share[i] = exp2f(weight[1] - top);
+      coded[i] = weight[2] != 0;
       sum += weight[0] * share[i];
     }
 #pragma unroll
@@ -42,8 +44,8 @@ __device__ inline void merge_parts(
 #pragma unroll 4
       for (int i = group; i < parts; i += GROUPS) {
         float x = from[(long long)i * ROWS * VALUE_DIM] * share[i];
-        own[0] += i < exact ? x : 0;
-        own[1] += i < exact ? 0 : x;
+        own[0] += coded[i] ? 0 : x;
+        own[1] += coded[i] ? x : 0;
       }
     }
     plain[group][d] = own[0];

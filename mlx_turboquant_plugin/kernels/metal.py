@@ -67,23 +67,24 @@ def attend(problem: "Problem") -> mx.array:
     """Attention (B, H_q, N, D_v), in the dtype of the queries."""
     codec, spec = problem.codec, problem.codec.spec
     batch, heads, count, dim = problem.queries.shape
-    kv_heads, exact = problem.keys.shape[1:3]
+    exact_keys, exact_values = problem.exact_tokens.keys, problem.exact_tokens.values
+    kv_heads, exact = exact_keys.shape[1:3]
     rows = heads // kv_heads * count
     chunk = _chunk(rows, max(dim, spec.value_dim))
     chunks = -(-rows // chunk)
     keys = _arrays(problem.key_codes, spec.key_codec, batch * kv_heads, -1)
     values = _arrays(problem.value_codes, spec.value_codec, batch * kv_heads, -2)
-    coded = keys[0].shape[-1] if problem.key_codes else 0
+    coded = problem.key_codes[-1].shape[-1] if problem.key_codes else 0
     exact_splits, code_splits = _splits(exact, coded, batch * kv_heads * chunks)
     splits = exact_splits + code_splits
     levels = _levels((spec.key_codec, spec.key_bits), (spec.value_codec, spec.value_bits))
     layout, model = _model(levels, codec.balance, codec.bias, problem.first_coded + coded)
-    sizes = _ints(problem.first_coded, problem.sinks, exact_splits, *layout)
+    sizes = _ints(problem.first_coded, problem.sinks, exact_splits, coded, *layout)
     (partial,) = _kernel(*DECODE)(
         inputs=[
             problem.queries,
-            problem.keys,
-            problem.values,
+            exact_keys,
+            exact_values,
             *keys,
             *values,
             codec.key_rotation.array,

@@ -15,27 +15,64 @@ constexpr float LOWEST = -1e30f;
 constexpr float LOG2_E = 1.44269504f;
 
 // Codes of one side, (B, H, rows, T) for keys and (B, H, T, rows) for values.
+struct Planes {
+  const unsigned char* of[3];
+};
 struct Codes {
-  const unsigned char* plane[3];
+  Planes plane;
   const unsigned char* scale;  // (B, H, T)
 };
 
 // All arrays are contiguous.
 template <typename Q, typename X>
 struct Problem {
-  const Q* queries;           // (B, H G, N, D)
-  const X *keys, *values;     // (B, H, E, D)
+  const Q* queries;               // (B, H G, N, D)
+  const X *keys, *values;         // (B, H, older, D)
   Codes key_codes, value_codes;
-  const int* bounds;          // (B, N, 4), see attention/fused.py
-  const float* rotation;      // of the keys
-  const float* balance;       // (H, 1, D) or not read
-  const float* bias;          // scores (B, H, G N, T) or not read
+  const X *new_keys, *new_values; // (B, H, E - (older - drop), D) or not read
+  const int* bounds;              // (B, N, 4), see attention/fused.py
+  const float* rotation;          // of the keys
+  const float* balance;           // (H, 1, D) or not read
+  const float* bias;              // scores (B, H, G N, T) or not read
   float scale;
-  int heads, group, count;    // H, G and N
-  int sinks, exact, first_coded, coded;  // exact: E, coded: T
-  // Outputs: (B, H, chunks, parts, ROWS, DV) and (B, H, chunks, parts, ROWS, 2).
+  int heads, group, count;  // H, G and N
+  int sinks, older, drop, exact, coded;  // exact: E, coded: T
+  // Outputs: (B, H, chunks, parts, ROWS, DV) and, for each of these rows, the sum of its
+  // weights, their power of two and whether they are of codes; (B, H, E, D) or not written.
   float *sums, *weights;
+  X *all_keys, *all_values;
+
+  // Where the exact token `slot` is: in the older or in the new ones.
+  __device__ const X* exact_token(
+      const X* old_tokens, const X* new_tokens, long long head, int slot, int dim) const {
+    if (slot >= sinks) slot += drop;
+    if (slot < older) return old_tokens + (head * older + slot) * dim;
+    return new_tokens + (head * (exact - older + drop) + slot - older) * dim;
+  }
 };
+
+template <typename Q, typename X>
+__device__ inline Problem<Q, X> problem(
+    const Q* queries, const X* keys, const X* values, Planes key_planes,
+    const unsigned char* key_scale, Planes value_planes, const unsigned char* value_scale) {
+  return {queries, keys, values, {key_planes, key_scale}, {value_planes, value_scale}};
+}
+
+// Two channels side by side.
+template <typename X>
+struct alignas(2 * sizeof(X)) Pair {
+  X first, second;
+};
+
+template <typename X>
+__device__ inline Pair<X> load_pair(const X* from) {
+  return *reinterpret_cast<const Pair<X>*>(from);
+}
+
+template <typename X>
+__device__ inline void store_pair(X* to, Pair<X> pair) {
+  *reinterpret_cast<Pair<X>*>(to) = pair;
+}
 
 // Query row `row` of this block, times the scale, in fp32 and shared memory.
 template <int DIM, typename P>
@@ -45,7 +82,8 @@ __device__ inline void read_query(const P& p, float* to, int b, int h, int row) 
   for (int d = threadIdx.x % 32; d < DIM; d += 32) to[d] = float(from[d]) * (p.scale * LOG2_E);
 }
 
-template <int ROWS, int DIM, int VALUE_DIM, typename P>
+// APPENDS: the blocks of the first chunk write the tokens that they read.
+template <int ROWS, int DIM, int VALUE_DIM, bool APPENDS, typename P>
 __device__ inline void attend_exact(const P& p, int part) {
   __shared__ float query[ROWS][DIM];
   __shared__ float weight[ROWS][EXACT_PART];
@@ -64,13 +102,18 @@ __device__ inline void attend_exact(const P& p, int part) {
 #pragma unroll
   for (int i = 0; i < EXACT_PART * 8 / THREADS; i++) {
     int slot = i * (THREADS / 8) + threadIdx.x / 8;
-    const auto* key = p.keys + (head * p.exact + min(first + slot, p.exact - 1)) * DIM;
+    int token = min(first + slot, p.exact - 1);
+    const auto* key = p.exact_token(p.keys, p.new_keys, head, token, DIM);
     float score[ROWS] = {};
 #pragma unroll
     for (int j = 0; j < (DIM + 15) / 16; j++) {
       int d = 16 * j + 2 * member;
       if (DIM % 16 && d >= DIM) break;
-      float x = float(key[d]), y = float(key[d + 1]);
+      auto pair = load_pair(key + d);
+      if (APPENDS && chunk == 0) {
+        store_pair(p.all_keys + (head * p.exact + token) * DIM + d, pair);
+      }
+      float x = float(pair.first), y = float(pair.second);
 #pragma unroll
       for (int r = 0; r < ROWS; r++) score[r] += query[r][d] * x + query[r][d + 1] * y;
     }
@@ -84,16 +127,15 @@ __device__ inline void attend_exact(const P& p, int part) {
   __syncthreads();
 
   long long out = ((long long)(b * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * ROWS;
-  int end = p.bounds[(b * p.count + p.count - 1) * 4 + 3] + 1;
   for (int r = warp; r < ROWS; r += WARPS) {
     int n = min(chunk * ROWS + r, last_row) % p.count;
     const int* bound = p.bounds + (b * p.count + n) * 4;
     float own[EXACT_PART / 32], top = LOWEST, total = 0;
 #pragma unroll
     for (int i = 0; i < EXACT_PART / 32; i++) {
-      int slot = first + lane + 32 * i, position = end - p.exact + slot;
-      bool seen = slot < p.sinks ? slot >= bound[0] : position >= bound[2] && position <= bound[3];
-      own[i] = seen && slot < p.exact ? weight[r][lane + 32 * i] : NEVER;
+      int slot = first + lane + 32 * i;
+      bool seen = slot >= (slot < p.sinks ? bound[0] : p.exact - bound[3]);
+      own[i] = seen && slot < p.exact - p.count + n + 1 ? weight[r][lane + 32 * i] : NEVER;
       top = fmaxf(top, own[i]);
     }
 #pragma unroll
@@ -107,8 +149,9 @@ __device__ inline void attend_exact(const P& p, int part) {
 #pragma unroll
     for (int bit = 1; bit < 32; bit *= 2) total += __shfl_xor_sync(ALL, total, bit);
     if (lane == 0) {
-      p.weights[(out + r) * 2] = total;
-      p.weights[(out + r) * 2 + 1] = top;
+      p.weights[(out + r) * 3] = total;
+      p.weights[(out + r) * 3 + 1] = top;
+      p.weights[(out + r) * 3 + 2] = 0;
     }
   }
   __syncthreads();
@@ -117,8 +160,10 @@ __device__ inline void attend_exact(const P& p, int part) {
     float sum[ROWS] = {};
 #pragma unroll 16
     for (int slot = 0; slot < EXACT_PART; slot++) {
-      int from = min(first + slot, p.exact - 1);
-      float x = float(p.values[(head * p.exact + from) * VALUE_DIM + d]);
+      int token = min(first + slot, p.exact - 1);
+      auto value = p.exact_token(p.values, p.new_values, head, token, VALUE_DIM)[d];
+      if (APPENDS && chunk == 0) p.all_values[(head * p.exact + token) * VALUE_DIM + d] = value;
+      float x = float(value);
 #pragma unroll
       for (int r = 0; r < ROWS; r++) sum[r] += weight[r][slot] * x;
     }
@@ -171,7 +216,7 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   int low = 0x7FFFFFFF, high = -0x7FFFFFFF, all_low = -0x7FFFFFFF, all_high = 0x7FFFFFFF;
   for (int n = 0; n < p.count; n++) {
     const int* bound = p.bounds + (b * p.count + n) * 4;
-    int from = max(bound[1] - p.first_coded, 0), to = min(bound[2] - p.first_coded, p.coded);
+    int from = bound[1], to = p.coded - bound[2];
     low = min(low, from), all_low = max(all_low, from);
     high = max(high, to), all_high = min(all_high, to);
   }
@@ -186,14 +231,14 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   const unsigned char *key_at[K::PLANES], *value_at[V::PLANES];
   long long head_token = (long long)(b * p.heads + h) * p.coded;
 #pragma unroll
-  for (int i = 0; i < K::PLANES; i++) key_at[i] = p.key_codes.plane[i] + head_token * K::ROWS;
+  for (int i = 0; i < K::PLANES; i++) key_at[i] = p.key_codes.plane.of[i] + head_token * K::ROWS;
   int word = SHARED_WORDS ? g % 4 : g * LANE_WORDS, half = SHARED_WORDS ? g / 4 : 0;
   // Lanes that have no word at all read the last.
   int value_byte = min(4 * word, V::ROWS % 4 ? V::ROWS - 1 : V::ROWS - 4 * LANE_WORDS);
   int value_bytes = V::ROWS - value_byte;
 #pragma unroll
   for (int i = 0; i < V::PLANES; i++) {
-    value_at[i] = p.value_codes.plane[i] + head_token * V::ROWS + value_byte;
+    value_at[i] = p.value_codes.plane.of[i] + head_token * V::ROWS + value_byte;
   }
   const unsigned char* key_scale_at = p.key_codes.scale + head_token;
   const unsigned char* value_scale_at = p.value_codes.scale + head_token;
@@ -277,8 +322,8 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
     offset[nt] = block_weight[0][4 * nt + c][1];
     int n = min(chunk * ROWS + 4 * nt + c, last_row) % p.count;
     const int* bound = p.bounds + (b * p.count + n) * 4;
-    seen_from[nt] = bound[1] - p.first_coded;
-    seen_to[nt] = min(bound[2] - p.first_coded, p.coded);
+    seen_from[nt] = bound[1];
+    seen_to[nt] = p.coded - bound[2];
     const float* x = query[4 * nt + g / 2];
 #pragma unroll
     for (int i = 0; i < STEPS * 2; i++) {
@@ -529,8 +574,9 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
       for (int w = 0; w < WARPS; w++) {
         all += block_weight[w][r][0] * exp2f(block_weight[w][r][1] - block_top);
       }
-      p.weights[(out + r) * 2] = all;
-      p.weights[(out + r) * 2 + 1] = block_top;
+      p.weights[(out + r) * 3] = all;
+      p.weights[(out + r) * 3 + 1] = block_top;
+      p.weights[(out + r) * 3 + 2] = 1;
     }
   }
 }

@@ -48,7 +48,9 @@ class EmulatedKernel:
     def __init__(self, name: str, inputs, outputs, body: str):
         self.name, self.inputs, self.outputs, self.body = name, inputs, outputs, body
 
-    def __call__(self, *, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
+    def __call__(
+        self, *, inputs, grid, threadgroup, output_shapes, output_dtypes, template=()
+    ):
         run = _compiled(self._source([x.dtype for x in inputs], output_dtypes, template))
         given = [_guarded(bytes(mx.contiguous(x).view(mx.uint8)) if x.size else b"") for x in inputs]
         sizes = [np.prod(shape) * t.size for shape, t in zip(output_shapes, output_dtypes)]

@@ -14,6 +14,7 @@ from mlx_turboquant_plugin.attention import kernels
 from mlx_turboquant_plugin.attention.dispatch import attend
 from mlx_turboquant_plugin.attention.fused import Problem, problem_of_view
 from mlx_turboquant_plugin.cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
+from mlx_turboquant_plugin.cache.exact import ExactTokens
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 from mlx_turboquant_plugin.evaluation.selftest import QUICK, check, table
@@ -120,10 +121,10 @@ def problem(coded, count=1, dim=64):
     if coded:
         tokens = mx.random.normal((1, 1, coded, dim))
         key_codes, value_codes = one.encode_keys(tokens, 0), one.encode_values(tokens)
-    bounds = mx.array([[[0, 0, coded, coded + 7 - n] for n in reversed(range(count))]])
+    bounds = mx.array([[[0, 0, 0, 8]] * count])
     queries = mx.random.normal((1, 1, count, dim))
     return Problem(
-        one, queries, keys, values, 0, key_codes, value_codes, 0, bounds, dim**-0.5
+        one, queries, ExactTokens(keys, values), 0, key_codes, value_codes, 0, bounds, dim**-0.5
     )
 
 
@@ -131,7 +132,7 @@ def problem(coded, count=1, dim=64):
 @one_run
 def test_any_number_of_codes(coded, emulated):
     given = problem(coded)
-    keys, values = given.keys, given.values
+    keys, values = given.exact_tokens.keys, given.exact_tokens.values
     if coded:
         keys = mx.concatenate([given.codec.decode_keys(given.key_codes, 0), keys], axis=2)
         values = mx.concatenate([given.codec.decode_values(given.value_codes), values], axis=2)
@@ -178,7 +179,8 @@ def test_whole_buffers_are_passed(chunk):
     cache = filled(CompressedKVCache(codec(), VISIBILITY), 300, chunk=chunk)
     view = cache.append(*mx.random.normal((2, 1, 2, 1, 64)))
     given = problem_of_view(mx.random.normal((1, 6, 1, 64)), view, 1.0)
-    for array in (given.keys, given.values, *given.key_codes, *given.value_codes):
+    exact = given.exact_tokens
+    for array in (exact.keys, exact.values, *given.key_codes, *given.value_codes):
         assert np.array(array, copy=False).flags.c_contiguous
 
 
@@ -194,7 +196,8 @@ def test_what_is_not_supported_is_named(spec, dtype, named):
     keys = mx.zeros((1, 1, 8, spec.head_dim), dtype)
     values = mx.zeros((1, 1, 8, spec.value_dim), dtype)
     bounds = mx.zeros((1, 1, 4), mx.int32)
-    given = Problem(KVCodec(spec), keys[:, :, :1], keys, values, 0, (), (), 0, bounds, 1.0)
+    exact = ExactTokens(keys, values)
+    given = Problem(KVCodec(spec), keys[:, :, :1], exact, 0, (), (), 0, bounds, 1.0)
     assert named in metal.supports(given)
 
 

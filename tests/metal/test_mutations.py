@@ -68,14 +68,14 @@ MUTATIONS = [
     (
         "a token is read exactly and through its code",
         "decode",
-        "position < limits[r * 4 + 2]",
-        "position <= limits[r * 4 + 2]",
+        "index < limits[r * 4 + 2]",
+        "index <= limits[r * 4 + 2]",
     ),
-    ("one sink too many", "decode", "(slot < sinks ? 0 : 2)", "(slot <= sinks ? 0 : 2)"),
+    ("one sink too many", "decode", "(slot < sinks ? 0 : 3)", "(slot <= sinks ? 0 : 3)"),
     (
         "queries see the tokens after them",
         "decode",
-        " && position <= limits[r * 4 + 3]",
+        " && slot <= newest",
         "",
     ),
     (

@@ -1,0 +1,86 @@
+"""The tokens of a cache that are held as they are."""
+
+from typing import NamedTuple, Optional, Tuple
+
+import mlx.core as mx
+
+
+class Unjoined(NamedTuple):
+    """Older keys and values, (B, H, E, D), and newer ones, (B, H, N, D).
+
+    Of the older ones, the ``drop`` tokens after the first ``sinks`` count no more.
+    """
+
+    keys: mx.array
+    values: mx.array
+    new_keys: mx.array
+    new_values: mx.array
+    sinks: int
+    drop: int
+
+
+class ExactTokens:
+    """Exact keys and values, in the model's dtype, or none at all.
+
+    New tokens are joined to the older ones when they are read. A fused kernel reads both
+    and joins them on its way, which saves a step of decoding its copies.
+
+    Logically it never changes: caches, copies of them and views share it.
+
+    Attributes:
+        count: E, the number of tokens.
+        dtypes: of the keys and of the values, or None.
+    """
+
+    __slots__ = ("_keys", "_values", "_unjoined", "count", "dtypes")
+
+    def __init__(self, keys: Optional[mx.array] = None, values: Optional[mx.array] = None):
+        self._keys, self._values = keys, values
+        self._unjoined: Optional[Unjoined] = None
+        self.count = 0 if keys is None else keys.shape[2]
+        self.dtypes = tuple(None if x is None else x.dtype for x in (keys, values))
+
+    def grown(
+        self, keys: mx.array, values: mx.array, sinks: int = 0, drop: int = 0
+    ) -> "ExactTokens":
+        """With new keys and values (B, H, N, D), and without ``drop`` tokens after the sinks."""
+        if self.count == 0:
+            return ExactTokens(keys, values)
+        grown = ExactTokens()
+        grown._unjoined = Unjoined(*self._joined(), keys, values, sinks, drop)
+        grown.count = self.count - drop + keys.shape[2]
+        grown.dtypes = self.dtypes
+        if (keys.dtype, values.dtype) != self.dtypes:
+            return ExactTokens(*grown._joined())
+        return grown
+
+    @property
+    def unjoined(self) -> Optional[Unjoined]:
+        """What is still to be joined, or None."""
+        return self._unjoined
+
+    def join(self, keys: mx.array, values: mx.array) -> None:
+        """Take ``keys`` and ``values`` (B, H, E, D), which somebody has joined."""
+        self._keys, self._values, self._unjoined = keys, values, None
+
+    @property
+    def keys(self) -> Optional[mx.array]:
+        """(B, H, E, D), or None."""
+        return self._joined()[0]
+
+    @property
+    def values(self) -> Optional[mx.array]:
+        """(B, H, E, D), or None."""
+        return self._joined()[1]
+
+    def _joined(self) -> Tuple[Optional[mx.array], Optional[mx.array]]:
+        parts = self._unjoined
+        if parts is not None:
+            pairs = (parts.keys, parts.new_keys), (parts.values, parts.new_values)
+            self.join(*(_concatenate(*pair, parts.sinks, parts.drop) for pair in pairs))
+        return self._keys, self._values
+
+
+def _concatenate(old: mx.array, new: mx.array, sinks: int, drop: int) -> mx.array:
+    parts = [old[:, :, :sinks], old[:, :, sinks + drop :]] if drop else [old]
+    return mx.concatenate([*parts, new], axis=2)
