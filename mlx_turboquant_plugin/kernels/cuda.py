@@ -103,7 +103,9 @@ def _launches(
     tiles_of_rows = 1 if rows <= 4 or max(dim, spec.value_dim) > 128 else 2
     tile = 64 if tiles_of_rows == 1 and max(dim, spec.value_dim) <= 128 else 32
     chunks = -(-rows // (4 * tiles_of_rows))
-    parts = -(-exact // EXACT_PART) + _code_parts(batch * heads * chunks, -(-coded // tile))
+    exact_parts = -(-exact // EXACT_PART)
+    parts = exact_parts + _code_parts(batch * heads * chunks, -(-coded // tile))
+    joining = exact_parts if appended else 0
     shape = (batch, heads, chunks, parts, 4 * tiles_of_rows)
     joined = [(batch, heads, exact, d) for d in (dim, spec.value_dim)] if appended else []
     split = functools.partial(
@@ -111,7 +113,7 @@ def _launches(
         _split_kernel(
             spec, tiles_of_rows, tile, coded % 32 == 0, balanced, biased, scale, sinks, appended > 0, drop
         ),
-        grid=(parts * SPLIT_THREADS, heads * chunks, batch),
+        grid=((parts + joining) * SPLIT_THREADS, heads * chunks, batch),
         threadgroup=(SPLIT_THREADS, 1, 1),
         output_shapes=[(*shape, spec.value_dim), (*shape, 3), *joined],
         output_dtypes=[mx.float32, mx.float32, *[exact_dtype] * len(joined)],
@@ -184,22 +186,33 @@ SPLIT_BODY = """
   p.scale = SCALE, p.sinks = SINKS;
   p.heads = keys_shape[1], p.group = queries_shape[1] / p.heads, p.count = queries_shape[2];
   p.older = keys_shape[2], p.coded = kc_size_shape[3], p.drop = DROP;
-  p.exact = p.older - DROP;
+  p.exact = p.older - DROP, p.parts = gridDim.x;
   p.sums = sums, p.weights = weights;
   {appended}
   int exact_parts = (p.exact + EXACT_PART - 1) / EXACT_PART;
   if (blockIdx.x < exact_parts) {{
-    attend_exact<4 * NT, DIM, VALUE_DIM, APPENDS>(p, blockIdx.x);
+    attend_exact<4 * NT, DIM, VALUE_DIM>(p, blockIdx.x);
   }} else {{
     attend_codes<DIM, VALUE_DIM, KEY_BITS, VALUE_BITS, NT, TILE, WHOLE_TILES, BALANCED, BIASED>(
-        p, blockIdx.x - exact_parts, gridDim.x - exact_parts);
+        p, blockIdx.x - exact_parts, p.parts - exact_parts);
   }}
 """
 
+# The last blocks of each KV head join tokens.
 APPENDED_BODY = """
-  p.new_keys = new_keys, p.new_values = new_values;
-  p.all_keys = all_keys, p.all_values = all_values;
   p.exact += new_keys_shape[2];
+  int joined = (p.exact + EXACT_PART - 1) / EXACT_PART;
+  p.parts -= joined;
+  p.new_keys = new_keys, p.new_values = new_values;
+  if (blockIdx.x >= p.parts) {
+    int chunks = gridDim.y / p.heads;
+    long long head = blockIdx.z * p.heads + blockIdx.y / chunks;
+    if (blockIdx.y % chunks == 0) {
+      join_tokens<DIM>(p, keys, new_keys, all_keys, head, blockIdx.x - p.parts);
+      join_tokens<VALUE_DIM>(p, values, new_values, all_values, head, blockIdx.x - p.parts);
+    }
+    return;
+  }
 """
 
 MERGE_BODY = """
@@ -256,7 +269,6 @@ def _split_kernel(
         "BALANCED": balanced,
         "BIASED": biased,
         "SINKS": sinks,
-        "APPENDS": appends,
         "DROP": drop,
     }
     body = f"  constexpr float SCALE = {float(scale)}f;\n{_constants(numbers)}{body}"

@@ -8,6 +8,8 @@
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int EXACT_PART = 64;
+// Bytes that come from memory together.
+constexpr int LINE = 128;
 constexpr unsigned ALL = 0xFFFFFFFFu;
 // Finite, so that differences stay numbers.
 constexpr float LOWEST = -1e30f;
@@ -37,10 +39,10 @@ struct Problem {
   float scale;
   int heads, group, count;  // H, G and N
   int sinks, older, drop, exact, coded;  // exact: E, coded: T
+  int parts;
   // Outputs: (B, H, chunks, parts, ROWS, DV) and, for each of these rows, the sum of its
-  // weights, their power of two and whether they are of codes; (B, H, E, D) or not written.
+  // weights, their power of two and whether they are of codes.
   float *sums, *weights;
-  X *all_keys, *all_values;
 
   // Where the exact token `slot` is: in the older or in the new ones.
   __device__ const X* exact_token(
@@ -69,9 +71,14 @@ __device__ inline Pair<X> load_pair(const X* from) {
   return *reinterpret_cast<const Pair<X>*>(from);
 }
 
+struct alignas(16) Words {
+  unsigned x[4];
+};
+
+// The ``count`` numbers from `from` on, and others near them, to the cache.
 template <typename X>
-__device__ inline void store_pair(X* to, Pair<X> pair) {
-  *reinterpret_cast<Pair<X>*>(to) = pair;
+__device__ inline void prefetch(const X* from, int count) {
+  for (int i = 0; i < count; i += LINE / sizeof(X)) prefetch_line(from + i);
 }
 
 // Query row `row` of this block, times the scale, in fp32 and shared memory.
@@ -82,8 +89,23 @@ __device__ inline void read_query(const P& p, float* to, int b, int h, int row) 
   for (int d = threadIdx.x % 32; d < DIM; d += 32) to[d] = float(from[d]) * (p.scale * LOG2_E);
 }
 
-// APPENDS: the blocks of the first chunk write the tokens that they read.
-template <int ROWS, int DIM, int VALUE_DIM, bool APPENDS, typename P>
+// Writes the tokens of one part side by side: by blocks of their own, since a block that
+// stores between its loads waits for each of them.
+template <int DIM, typename X, typename P>
+__device__ inline void join_tokens(
+    const P& p, const X* old_tokens, const X* new_tokens, X* to, long long head, int part) {
+  constexpr int WORDS = DIM * sizeof(X) / 16;
+  for (int i = threadIdx.x; i < EXACT_PART * WORDS; i += THREADS) {
+    int slot = part * EXACT_PART + i / WORDS;
+    if (slot >= p.exact) break;
+    const X* from = p.exact_token(old_tokens, new_tokens, head, slot, DIM);
+    Words words;
+    load_words(reinterpret_cast<const unsigned char*>(from) + i % WORDS * 16, words.x);
+    reinterpret_cast<Words*>(to + (head * p.exact + slot) * DIM)[i % WORDS] = words;
+  }
+}
+
+template <int ROWS, int DIM, int VALUE_DIM, typename P>
 __device__ inline void attend_exact(const P& p, int part) {
   __shared__ float query[ROWS][DIM];
   __shared__ float weight[ROWS][EXACT_PART];
@@ -92,13 +114,18 @@ __device__ inline void attend_exact(const P& p, int part) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int last_row = p.group * p.count - 1;
   long long head = b * p.heads + h;
+  int first = part * EXACT_PART, member = lane % 8;
+  if (threadIdx.x < EXACT_PART) {
+    int token = min(first + int(threadIdx.x), p.exact - 1);
+    prefetch(p.exact_token(p.keys, p.new_keys, head, token, DIM), DIM);
+    prefetch(p.exact_token(p.values, p.new_values, head, token, VALUE_DIM), VALUE_DIM);
+  }
   for (int r = warp; r < ROWS; r += WARPS) {
     read_query<DIM>(p, query[r], b, h, min(chunk * ROWS + r, last_row));
   }
   __syncthreads();
 
   // Eight lanes to a token, and two channels at a time.
-  int first = part * EXACT_PART, member = lane % 8;
 #pragma unroll
   for (int i = 0; i < EXACT_PART * 8 / THREADS; i++) {
     int slot = i * (THREADS / 8) + threadIdx.x / 8;
@@ -110,9 +137,6 @@ __device__ inline void attend_exact(const P& p, int part) {
       int d = 16 * j + 2 * member;
       if (DIM % 16 && d >= DIM) break;
       auto pair = load_pair(key + d);
-      if (APPENDS && chunk == 0) {
-        store_pair(p.all_keys + (head * p.exact + token) * DIM + d, pair);
-      }
       float x = float(pair.first), y = float(pair.second);
 #pragma unroll
       for (int r = 0; r < ROWS; r++) score[r] += query[r][d] * x + query[r][d + 1] * y;
@@ -126,7 +150,7 @@ __device__ inline void attend_exact(const P& p, int part) {
   }
   __syncthreads();
 
-  long long out = ((long long)(b * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * ROWS;
+  long long out = ((long long)(b * gridDim.y + blockIdx.y) * p.parts + blockIdx.x) * ROWS;
   for (int r = warp; r < ROWS; r += WARPS) {
     int n = min(chunk * ROWS + r, last_row) % p.count;
     const int* bound = p.bounds + (b * p.count + n) * 4;
@@ -161,9 +185,7 @@ __device__ inline void attend_exact(const P& p, int part) {
 #pragma unroll 16
     for (int slot = 0; slot < EXACT_PART; slot++) {
       int token = min(first + slot, p.exact - 1);
-      auto value = p.exact_token(p.values, p.new_values, head, token, VALUE_DIM)[d];
-      if (APPENDS && chunk == 0) p.all_values[(head * p.exact + token) * VALUE_DIM + d] = value;
-      float x = float(value);
+      float x = float(p.exact_token(p.values, p.new_values, head, token, VALUE_DIM)[d]);
 #pragma unroll
       for (int r = 0; r < ROWS; r++) sum[r] += weight[r][slot] * x;
     }
@@ -242,6 +264,22 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   }
   const unsigned char* key_scale_at = p.key_codes.scale + head_token;
   const unsigned char* value_scale_at = p.value_codes.scale + head_token;
+
+  if (tile < end_tile) {
+#pragma unroll
+    for (int i = 0; i < K::PLANES; i++) {
+      for (int row = lane; row < K::ROWS; row += 32) {
+        prefetch_line(key_at[i] + (long long)row * p.coded + tile * TILE);
+      }
+    }
+    int bytes = min(TILE, p.coded - tile * TILE) * V::ROWS;
+#pragma unroll
+    for (int i = 0; i < V::PLANES; i++) {
+      const unsigned char* from = p.value_codes.plane.of[i] + (head_token + tile * TILE) * V::ROWS;
+      if (lane * LINE < bytes) prefetch_line(from + lane * LINE);
+    }
+    prefetch_line((lane % 2 ? key_scale_at : value_scale_at) + tile * TILE);
+  }
 
   unsigned key[K::PLANES][GROUPS][4][WORDS];
   unsigned value[V::PLANES][VALUE_TOKENS][LANE_WORDS];
@@ -557,7 +595,7 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
     }
   }
   __syncthreads();
-  long long out = ((long long)(b * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * ROWS;
+  long long out = ((long long)(b * gridDim.y + blockIdx.y) * p.parts + blockIdx.x) * ROWS;
   for (int i = threadIdx.x; i < ROWS * VALUE_DIM; i += THREADS) {
     int r = i / VALUE_DIM, d = i % VALUE_DIM;
     float block_top = LOWEST, x = 0;

@@ -165,6 +165,8 @@ inline unsigned pick(unsigned a, unsigned b, unsigned selector) {
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 
+inline void prefetch_line(const void*) {}
+
 // The element k (0 to 3) of a register of four signed bytes.
 inline int signed_byte(unsigned word, int k) { return int8_t(word >> (8 * k)); }
 
