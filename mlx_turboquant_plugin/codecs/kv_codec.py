@@ -100,16 +100,8 @@ class KVCodec:
         """Of both rotations: tells whether codes from elsewhere mean the same here."""
         return zlib.crc32(self.key_rotation.fingerprint() + self.value_rotation.fingerprint())
 
-    def encode_keys(
-        self, keys: mx.array, start: int, quantize: Optional[Callable] = None
-    ) -> Codes:
-        """Codes of ``keys`` (B, H, T, D), rotary positions start, start + 1, ...
-
-        Args:
-            quantize: what makes token-major codes of rotated vectors, if not the
-                operations of the codec.
-        """
-        quantize = quantize or self.keys.encode
+    def encode_keys(self, keys: mx.array, start: int) -> Codes:
+        """Codes of ``keys`` (B, H, T, D), rotary positions start, start + 1, ..."""
 
         def encode(x, first):
             x = x.astype(mx.float32)
@@ -117,7 +109,7 @@ class KVCodec:
                 x = x - self.bias.rotated(start + first, x.shape[2])
             if self.balance is not None:
                 x = x / self.balance
-            codes = quantize(Rotation.forward(x, self.key_rotation.array))
+            codes = self.keys.encode(Rotation.forward(x, self.key_rotation.array))
             # A kernel copies what is not contiguous, and attention reads codes on every step.
             return tuple(mx.contiguous(mx.swapaxes(plane, -1, -2)) for plane in codes)
 
@@ -133,12 +125,12 @@ class KVCodec:
             x = x + self.bias.rotated(start, x.shape[2])
         return x
 
-    def encode_values(self, values: mx.array, quantize: Optional[Callable] = None) -> Codes:
-        """Codes of ``values`` (B, H, T, D); ``quantize`` as in :meth:`encode_keys`."""
-        quantize = quantize or self.values.encode
+    def encode_values(self, values: mx.array) -> Codes:
+        """Codes of ``values`` (B, H, T, D)."""
 
         def encode(x, first):
-            return quantize(Rotation.forward(x.astype(mx.float32), self.value_rotation.array))
+            x = x.astype(mx.float32)
+            return self.values.encode(Rotation.forward(x, self.value_rotation.array))
 
         return _in_steps(encode, values, axis=-2)
 

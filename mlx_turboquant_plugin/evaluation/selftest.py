@@ -40,7 +40,7 @@ what a vector x loses, by the measure that the codec minimises, may be
 - 64 u |x|: the rotation, and sizes that are powers of two.
 - u t |b|: angles up to t are rounded, and turn the bias b that is taken away from keys.
 - 4 U |x|: only where MLX rotates vectors by a matrix in TF32, U = 2^-11: on a GPU for all
-  kernels but Metal's, which rotates by itself.
+  kernels but the fused ones, which rotate by themselves.
 """
 
 import argparse
@@ -354,7 +354,7 @@ class _Layer:
         x, decoded = (y[:, :, some] @ rotation for y in (x, decoded))
         length = np.linalg.norm(x, axis=-1)
         inexact = ROUNDOFF["float32"] * (64 + turned[:, :, some] / length)
-        if mx.default_device().type == mx.gpu and self.kernel != "metal":
+        if mx.default_device().type == mx.gpu and self.kernel not in FUSED:
             inexact = inexact + 4 * TF32_ROUNDOFF
         most = 1.2 * stored.least_loss(x, bits, inexact)
         most = most + (1 + reference.ALONG) ** 0.5 * inexact * length

@@ -87,6 +87,11 @@ def _unsupported(
     return None
 
 
+def encodes(codec: str, x: mx.array) -> bool:
+    """Whether the fused kernels make the codes of vectors ``x`` (B, H, T, D) themselves."""
+    return codec == "lloyd-max" and not unsupported_dim(x.shape[-1]) and x.dtype in DTYPES
+
+
 def unsupported_dim(dim: int) -> bool:
     """Whether the fused kernels can't have vectors of this dimension."""
     return dim % 8 != 0 or not 32 <= dim <= 256

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Tuple
 import mlx.core as mx
 import numpy as np
 
-from ..codecs import packing
 from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
 from ..codecs.lloyd_max import CODEBOOKS
-from . import unsupported
+from ..codecs.rotation import Rotation
+from . import encodes, unsupported
 
 if TYPE_CHECKING:
     from ..attention.fused import Problem
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 # Threads of a block in split.cu and merge.cu, and exact tokens of a part.
 SPLIT_THREADS, MERGE_THREADS = 128, 512
 EXACT_PART = 64
+
+# Tokens of a block of encode.cu, which has a warp for each.
+ENCODED = 32
+ENCODE_THREADS = 32 * ENCODED
 
 # Blocks of the first launch that run at once on each of the 132 multiprocessors of an
 # H100 or H200; MLX does not tell how many there are.
@@ -134,35 +138,58 @@ def _call(kernel: Callable, inputs: List[mx.array], **launch) -> List[mx.array]:
 
 
 def encode_keys(codec: KVCodec, keys: mx.array, start: int) -> Codes:
-    """As :meth:`KVCodec.encode_keys`, the scales and the codes found in one launch."""
+    """As :meth:`KVCodec.encode_keys`; Lloyd-Max codes in one launch, but for the key bias."""
     spec = codec.spec
-    return codec.encode_keys(keys, start, _quantizer(spec.key_codec, spec.key_bits))
+    if not encodes(spec.key_codec, keys):
+        return codec.encode_keys(keys, start)
+    bias = None if codec.bias is None else codec.bias.rotated(start, keys.shape[2])
+    return _encode(keys, spec.key_bits, codec.key_rotation, True, codec.balance, bias)
 
 
 def encode_values(codec: KVCodec, values: mx.array) -> Codes:
-    """As :meth:`KVCodec.encode_values`, the scales and the codes found in one launch."""
+    """As :meth:`KVCodec.encode_values`; Lloyd-Max codes in one launch."""
     spec = codec.spec
-    return codec.encode_values(values, _quantizer(spec.value_codec, spec.value_bits))
+    if not encodes(spec.value_codec, values):
+        return codec.encode_values(values)
+    return _encode(values, spec.value_bits, codec.value_rotation, False)
 
 
-def _quantizer(codec: str, bits: int) -> Optional[Callable[[mx.array], Codes]]:
-    return functools.partial(_encode, bits) if codec == "lloyd-max" else None
+def _encode(
+    x: mx.array,
+    bits: int,
+    rotation: Rotation,
+    channel_major: bool,
+    balance: Optional[mx.array] = None,
+    bias: Optional[mx.array] = None,
+) -> Codes:
+    """Codes of ``x`` (B, H, T, D), which may be part of a larger array.
 
-
-def _encode(bits: int, x: mx.array) -> Codes:
-    """What codecs/lloyd_max.py makes of rotated vectors ``x``, fp32 (..., T, D)."""
-    *shape, dim = x.shape
-    count = math.prod(shape)
-    blocks = -(-count // (SPLIT_THREADS // 32))
-    codes, scale = _encode_kernel()(
-        inputs=[x.reshape(count, dim)],
-        template=[("DIM", dim), ("BITS", bits)],
-        grid=(blocks * SPLIT_THREADS, 1, 1),
-        threadgroup=(SPLIT_THREADS, 1, 1),
-        output_shapes=[(*shape, dim), (*shape, 1)],
-        output_dtypes=[mx.uint8, mx.uint8],
+    Args:
+        balance: fp32 (H, 1, D).
+        bias: what is taken away from each sequence, fp32 (H, T, D).
+    """
+    batch, heads, length, dim = x.shape
+    widths = [dim // 8] * 3 if bits == 3 else [dim * bits // 8]
+    # The kernel takes x as it lies, so MLX copies nothing, and these must be contiguous.
+    model = (rotation.array if y is None else mx.contiguous(y) for y in (balance, bias))
+    codes = _encode_kernel(len(widths))(
+        inputs=[x, rotation.array, *model],
+        template=[
+            ("DIM", dim),
+            ("BITS", bits),
+            ("CHANNEL_MAJOR", channel_major),
+            ("BALANCED", balance is not None),
+            ("BIASED", bias is not None),
+        ],
+        grid=(-(-length // ENCODED) * ENCODE_THREADS, heads, batch),
+        threadgroup=(ENCODE_THREADS, 1, 1),
+        output_shapes=[
+            (batch, heads, width, length) if channel_major else (batch, heads, length, width)
+            for width in (*widths, 1)
+        ],
+        output_dtypes=[mx.uint8] * (len(widths) + 1),
     )
-    return (*packing.pack(codes, bits), scale)
+    return tuple(codes)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -219,15 +246,18 @@ MERGE_BODY = """
   merge_parts<VALUE_DIM, ROWS>(sums, weights, rotation, out, sums_shape[3], COUNT);
 """
 
-
 ENCODE_BODY = """
-  encode_vectors<DIM, BITS>(x, codes, scales, x_shape[0]);
+  encode_vectors<DIM, BITS, CHANNEL_MAJOR, BALANCED, BIASED>(
+      x + blockIdx.z * x_strides[0] + blockIdx.y * x_strides[1], x_strides[2], x_strides[3],
+      x_shape[2], rotation, balance, bias, planes, scales);
 """
 
 
 @functools.lru_cache(maxsize=None)
-def _encode_kernel():
-    return _kernel("encode", ("x",), ("codes", "scales"), ENCODE_BODY)
+def _encode_kernel(planes: int):
+    inputs, outputs = ("x", "rotation", "balance", "bias"), ("low", "mid", "high")[:planes]
+    body = f"\n  unsigned char* planes[] = {{{', '.join(outputs)}}};{ENCODE_BODY}"
+    return _kernel("encode", inputs, (*outputs, "scales"), body, ensure_row_contiguous=False)
 
 
 # Numbers are written into the source: MLX would convert and compare them on every call.
@@ -288,7 +318,7 @@ def _constants(numbers: Dict[str, int]) -> str:
     return "".join(f"  constexpr int {name} = {int(x)};\n" for name, x in numbers.items())
 
 
-def _kernel(name: str, inputs, outputs, body: str):
+def _kernel(name: str, inputs, outputs, body: str, ensure_row_contiguous: bool = True):
     # MLX may keep what it compiled under this name, and does not see the files.
     version = zlib.crc32("".join([_levels(), *map(read, PARTS), body]).encode())
     return mx.fast.cuda_kernel(
@@ -297,6 +327,7 @@ def _kernel(name: str, inputs, outputs, body: str):
         output_names=outputs,
         source=body,
         header=source(name),
+        ensure_row_contiguous=ensure_row_contiguous,
     )
 
 
@@ -311,7 +342,7 @@ def source(name: str) -> str:
     bounds = {
         "split": f"{SPLIT_THREADS}, {BLOCKS}",
         "merge": f"{MERGE_THREADS}",
-        "encode": f"{SPLIT_THREADS}",
+        "encode": f"{ENCODE_THREADS}",
     }[name]
     attributes = f"__attribute__((global)) __launch_bounds__({bounds})"
     # MLX writes the signature. The bounds give a thread of the first launch 128 registers.

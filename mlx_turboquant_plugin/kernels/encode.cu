@@ -1,4 +1,9 @@
-// The codes and scales that codecs/lloyd_max.py finds for rotated vectors, a warp for each.
+// Lloyd-Max codes of vectors, as codecs/kv_codec.py makes them: the key bias taken away,
+// divided by the balance, rotated, quantised and packed. A block for 32 tokens of one head,
+// a warp for each token.
+
+constexpr int ENCODED = 32;
+constexpr int ENCODE_THREADS = 32 * ENCODED;
 
 __device__ inline float warp_sum(float x) {
 #pragma unroll
@@ -23,23 +28,20 @@ __device__ inline int nearest(float x, float& level) {
   return x < 0 ? HALF - 1 - magnitude : HALF + magnitude;
 }
 
-// x: (count, DIM). codes: (count, DIM), one in each byte. scales: (count,).
+// The codes of a rotated vector, one in each byte; returns its scale.
 template <int DIM, int BITS>
-__device__ inline void encode_vectors(
-    const float* x, unsigned char* codes, unsigned char* scales, int count) {
+__device__ inline int encode_vector(const float* x, unsigned char* codes) {
   constexpr int N = (DIM + 31) / 32;
-  long long vector = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
   int lane = threadIdx.x % 32;
-  if (vector >= count) return;
   float own[N], squares = 0;
 #pragma unroll
   for (int i = 0; i < N; i++) {
-    own[i] = lane + 32 * i < DIM ? x[vector * DIM + lane + 32 * i] : 0;
+    own[i] = lane + 32 * i < DIM ? x[lane + 32 * i] : 0;
     squares += own[i] * own[i];
   }
   float rms = fmaxf(sqrtf(warp_sum(squares) / DIM), 1e-20f);
   float start = rintf((log2f(rms) + 13) * 12);
-  float best = __int_as_float(0x7F800000), best_scale = 0;
+  float best = 0, best_scale = 0;
   for (int i = 0; i < 5; i++) {
     // 0, -1, 1, -2, 2
     float scale = fminf(fmaxf(start + (i % 2 ? -(i + 1) / 2 : i / 2), 0), 255);
@@ -54,14 +56,72 @@ __device__ inline void encode_vectors(
     }
     along = warp_sum(along) / (rms * sqrtf(DIM));
     error = warp_sum(error) + 16 * along * along;
-    if (error < best) best = error, best_scale = scale;
+    if (i == 0 || error < best) best = error, best_scale = scale;
   }
   float size = exp2f(best_scale / 12 - 13) / LEVELS<BITS>::unit;
 #pragma unroll
   for (int i = 0; i < N; i++) {
     float level;
     int code = nearest<BITS>(own[i] / size, level);
-    if (lane + 32 * i < DIM) codes[vector * DIM + lane + 32 * i] = code;
+    if (lane + 32 * i < DIM) codes[lane + 32 * i] = code;
   }
-  if (lane == 0) scales[vector] = int(best_scale);
+  return int(best_scale);
+}
+
+// x: the first channel of the first token of this head, of `length` tokens; channels and
+// tokens are as far apart as the strides say. rotation: see rotate(). balance: (H, 1, DIM),
+// bias: (H, T, DIM), or not read. planes: (B, H, bytes, T) if CHANNEL_MAJOR, (B, H, T, bytes)
+// otherwise. scales: (B, H, T).
+template <
+    int DIM, int BITS, bool CHANNEL_MAJOR, bool BALANCED, bool BIASED, typename X, int PLANES>
+__device__ inline void encode_vectors(
+    const X* x, long long token_stride, long long channel_stride, int length,
+    const float* rotation, const float* balance, const float* bias,
+    unsigned char* const (&planes)[PLANES], unsigned char* scales) {
+  constexpr int FIELDS = Layout<DIM, BITS>::FIELDS, BYTES = Layout<DIM, BITS>::ROWS;
+  __shared__ float vectors[ENCODED][DIM];
+  // An odd number of words: the same byte of all tokens is in 32 banks.
+  __shared__ unsigned char codes[ENCODED][DIM + 4];
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int h = blockIdx.y, first = blockIdx.x * ENCODED, token = first + warp;
+  long long head = (long long)blockIdx.z * gridDim.y + h;
+  if (token < length) {
+    float* vector = vectors[warp];
+    for (int d = lane; d < DIM; d += 32) {
+      float y = float(x[token * token_stride + d * channel_stride]);
+      if constexpr (BIASED) y -= bias[((long long)h * length + token) * DIM + d];
+      if constexpr (BALANCED) y /= balance[h * DIM + d];
+      vector[d] = y;
+    }
+    __syncwarp();
+    rotate<DIM>(vector, rotation);
+    int scale = encode_vector<DIM, BITS>(vector, codes[warp]);
+    if (lane == 0) scales[head * length + token] = scale;
+  }
+  __syncthreads();
+
+  // Neighbouring threads write neighbouring bytes.
+  for (int i = threadIdx.x; i < ENCODED * BYTES; i += ENCODE_THREADS) {
+    int slot = CHANNEL_MAJOR ? i % ENCODED : i / BYTES;
+    int byte = CHANNEL_MAJOR ? i / ENCODED : i % BYTES;
+    if (first + slot >= length) continue;
+    unsigned packed = 0, high = 0;
+#pragma unroll
+    for (int field = 0; field < FIELDS; field++) {
+      unsigned code = codes[slot][field * BYTES + byte];
+      if constexpr (BITS == 3) {
+        packed |= (code & 3) << (2 * field);
+        high |= (code >> 2) << field;
+      } else {
+        packed |= code << (BITS * field);
+      }
+    }
+    long long at = CHANNEL_MAJOR ? (head * BYTES + byte) * length + first + slot
+                                 : (head * length + first + slot) * BYTES + byte;
+    planes[0][at] = packed;
+    if constexpr (BITS == 3) {
+      planes[1][at] = packed >> 8;
+      planes[2][at] = high;
+    }
+  }
 }

@@ -23,7 +23,7 @@ from ..codecs.key_bias import BLOCK, KeyBias, RotaryTable
 from ..codecs.kv_codec import Codes, KVCodec
 from ..codecs.lloyd_max import ALONG, CODEBOOKS, SEARCH
 from ..codecs.rotation import Rotation
-from . import DTYPES, unsupported, unsupported_dim
+from . import encodes, unsupported
 
 if TYPE_CHECKING:
     from ..attention.fused import Problem
@@ -123,7 +123,7 @@ def attend(problem: "Problem") -> mx.array:
 def encode_keys(codec: KVCodec, keys: mx.array, start: int) -> Codes:
     """As :meth:`KVCodec.encode_keys`; Lloyd-Max codes in one launch."""
     spec = codec.spec
-    if not _encodes(spec.key_codec, keys):
+    if not encodes(spec.key_codec, keys):
         return codec.encode_keys(keys, start)
     model = codec.balance, codec.bias
     return _encode(keys, spec.key_bits, codec.key_rotation, True, start, *model)
@@ -132,13 +132,9 @@ def encode_keys(codec: KVCodec, keys: mx.array, start: int) -> Codes:
 def encode_values(codec: KVCodec, values: mx.array) -> Codes:
     """As :meth:`KVCodec.encode_values`; Lloyd-Max codes in one launch."""
     spec = codec.spec
-    if not _encodes(spec.value_codec, values):
+    if not encodes(spec.value_codec, values):
         return codec.encode_values(values)
     return _encode(values, spec.value_bits, codec.value_rotation, False)
-
-
-def _encodes(codec: str, x: mx.array) -> bool:
-    return codec == "lloyd-max" and not unsupported_dim(x.shape[-1]) and x.dtype in DTYPES
 
 
 def _encode(

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #define __device__
@@ -14,11 +15,12 @@
 #define __launch_bounds__(...)
 
 using Shape = std::array<int, 10>;
+using Strides = std::array<int64_t, 10>;
 struct Index { int x, y, z; };
 
 namespace emulator {
 
-constexpr int LANES = 32;
+constexpr int LANES = 32, STACK = 1 << 18;
 
 struct Group {  // A warp or a block.
   int size = 0, arrived = 0;
@@ -28,7 +30,7 @@ struct Group {  // A warp or a block.
 
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack = std::vector<char>(1 << 18);
+  std::unique_ptr<char[]> stack{new char[STACK]};  // Untouched pages take no memory.
   Index index;
   int number;
   bool done;
@@ -84,8 +86,8 @@ inline void launch(Index grid, int threads, bool descending, std::function<void(
           Fiber& fiber = fibers[i];
           fiber.index = {i, 0, 0}, fiber.number = i, fiber.done = false;
           getcontext(&fiber.context);
-          fiber.context.uc_stack.ss_sp = fiber.stack.data();
-          fiber.context.uc_stack.ss_size = fiber.stack.size();
+          fiber.context.uc_stack.ss_sp = fiber.stack.get();
+          fiber.context.uc_stack.ss_size = STACK;
           fiber.context.uc_link = nullptr;
           makecontext(&fiber.context, enter, 0);
         }

@@ -25,6 +25,7 @@ TYPES = {
     mx.int32: "int",
     mx.uint8: "unsigned char",
 }
+WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 # Memory around every array, and what outputs hold at first: not a number.
 POISON, ALIGNMENT = 0xFF, 64
 
@@ -45,23 +46,28 @@ class EmulatedKernel:
     # Threads of a block in ascending or in descending order.
     descending = False
 
-    def __init__(self, name: str, inputs, outputs, body: str):
+    def __init__(self, name: str, inputs, outputs, body: str, ensure_row_contiguous=True):
         self.name, self.inputs, self.outputs, self.body = name, inputs, outputs, body
+        self.ensure_row_contiguous = ensure_row_contiguous
 
     def __call__(
         self, *, inputs, grid, threadgroup, output_shapes, output_dtypes, template=()
     ):
         run = _compiled(self._source([x.dtype for x in inputs], output_dtypes, template))
-        given = [_guarded(bytes(mx.contiguous(x).view(mx.uint8)) if x.size else b"") for x in inputs]
+        if self.ensure_row_contiguous:
+            inputs = [mx.contiguous(x) for x in inputs]
+        words = [np.array(x.view(WORDS[x.dtype.size]), copy=False) for x in inputs]
+        given = [_placed(x) for x in words]
         sizes = [np.prod(shape) * t.size for shape, t in zip(output_shapes, output_dtypes)]
         outs = [_guarded(bytes([POISON]) * int(size)) for size in sizes]
-        shapes = np.zeros((len(inputs), 10), np.int32)
-        for row, x in zip(shapes, inputs):
-            row[: x.ndim] = x.shape
+        shapes, strides = (np.zeros((len(inputs), 10), t) for t in (np.int32, np.int64))
+        for shape, stride, x in zip(shapes, strides, words):
+            shape[: x.ndim] = x.shape
+            stride[: x.ndim] = np.array(x.strides) // x.itemsize
         pointers = np.array([view.ctypes.data for _, view in (*given, *outs)], np.uint64)
         threads = threadgroup[0]
         blocks = np.array([grid[0] // threads, grid[1], grid[2]], np.int32)
-        arrays = (ctypes.c_void_p(x.ctypes.data) for x in (pointers, shapes, blocks))
+        arrays = (ctypes.c_void_p(x.ctypes.data) for x in (pointers, shapes, strides, blocks))
         run(*arrays, threads, EmulatedKernel.descending)
         for memory, view in outs:
             start = view.ctypes.data - memory.ctypes.data
@@ -73,7 +79,7 @@ class EmulatedKernel:
         ]
 
     def _source(self, input_types, output_types, template) -> str:
-        # The parameters as MLX writes them, but for strides, which no kernel reads.
+        # The parameters as MLX writes them.
         parameters, arguments = [], []
         for i, (name, dtype) in enumerate(zip(self.inputs, input_types)):
             parameters.append(f"const {TYPES[dtype]}* {name}")
@@ -81,6 +87,9 @@ class EmulatedKernel:
             if f"{name}_shape" in self.body:
                 parameters.append(f"Shape {name}_shape")
                 arguments.append(f"shapes[{i}]")
+            if f"{name}_strides" in self.body:
+                parameters.append(f"Strides {name}_strides")
+                arguments.append(f"strides[{i}]")
         for i, (name, dtype) in enumerate(zip(self.outputs, output_types)):
             parameters.append(f"{TYPES[dtype]}* {name}")
             arguments.append(f"({TYPES[dtype]}*)pointers[{len(self.inputs) + i}]")
@@ -93,11 +102,21 @@ static void kernel({", ".join(parameters)}) {{
 {constants}{self.body}
 }}
 extern "C" void run(
-    void** pointers, Shape* shapes, const int* grid, int threads, int descending) {{
+    void** pointers, Shape* shapes, Strides* strides, const int* grid, int threads,
+    int descending) {{
   emulator::launch(
       {{grid[0], grid[1], grid[2]}}, threads, descending, [&] {{ kernel({", ".join(arguments)}); }});
 }}
 """
+
+
+def _placed(x: np.ndarray):
+    """``x`` with its strides in poisoned memory: between its numbers lies poison, too."""
+    span = sum((n - 1) * stride for n, stride in zip(x.shape, x.strides)) + x.itemsize
+    memory, view = _guarded(bytes([POISON]) * (span if x.size else 0))
+    if x.size:
+        np.ndarray(x.shape, x.dtype, view, strides=x.strides)[...] = x
+    return memory, view
 
 
 def _guarded(content: bytes):

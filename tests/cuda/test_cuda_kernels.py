@@ -1,9 +1,11 @@
-"""The CUDA kernels on the CPU: the selftest's table."""
+"""The CUDA kernels on the CPU: the selftest's table, and codes of all kinds."""
 
 import cuda_emulator
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
+from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 from mlx_turboquant_plugin.evaluation.selftest import QUICK, check, serves
 from mlx_turboquant_plugin.kernels import cuda
@@ -16,7 +18,10 @@ SERVED = [case for case in QUICK if serves("cuda", case)]
 
 
 # Threads in either order; codes in many parts, and all in one.
-@pytest.fixture(params=[(False, 256), (True, 1)], ids=["ascending", "descending"])
+RUNS = [(False, 256), (True, 1)]
+
+
+@pytest.fixture(params=RUNS, ids=["ascending", "descending"])
 def emulated(request, monkeypatch):
     descending, parts = request.param
     kernels = (cuda._encode_kernel, cuda._split_kernel, cuda._merge_kernel, cuda._code_parts)
@@ -30,21 +35,112 @@ def emulated(request, monkeypatch):
         kernel.cache_clear()
 
 
+one_run = pytest.mark.parametrize("emulated", RUNS[1:], ids=["descending"], indirect=True)
+
+
 @pytest.mark.parametrize("case", SERVED, ids=str)
 def test_the_table(case, emulated):
     result = check(case, "cuda")
     assert result.ok, f"{case}: error {result.error:.1e} of {result.tolerance:.1e} {result.note}"
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("dim", [80, 128])
-def test_the_encoder_finds_the_codes_of_the_codec(dim, bits, emulated):
-    x = mx.random.normal((2, 3, 5, dim)) * mx.exp(4 * mx.random.normal((2, 3, 5, 1)))
-    x[0, 0, 0] = 0
-    one = KVCodec(CodecSpec(dim, dim, key_bits=bits, value_bits=bits))
-    for ours, expected in (
-        (cuda.encode_keys(one, x, 0), one.encode_keys(x, 0)),
-        (cuda.encode_values(one, x), one.encode_values(x)),
+ENCODED_DIMS = (32, 40, 64, 80, 96, 128, 256)
+
+
+def vectors(*shape, dtype=mx.float32):
+    """Vectors of many lengths."""
+    return (mx.exp(mx.random.normal((*shape[:-1], 1))) * mx.random.normal(shape)).astype(dtype)
+
+
+def codec(dim, bits, balanced=False, biased=False):
+    """A codec of two heads."""
+    balance = mx.exp(0.3 * mx.random.normal((2, 1, dim))) if balanced else None
+    bias = KeyBias(10 * mx.random.normal((2, dim)), nn.RoPE(dim)) if biased else None
+    return KVCodec(CodecSpec(dim, dim, key_bits=bits, value_bits=bits), balance, bias)
+
+
+def check_codes(one, keys, values, start):
+    for axis, ours, expected in (
+        (-2, cuda.encode_keys(one, keys, start), one.encode_keys(keys, start)),
+        (-1, cuda.encode_values(one, values), one.encode_values(values)),
     ):
-        assert len(ours) == len(expected)
-        assert all(mx.array_equal(*pair) for pair in zip(ours, expected))
+        assert [(x.dtype, x.shape) for x in ours] == [(x.dtype, x.shape) for x in expected]
+        differs = sum(mx.any(x != y, axis=axis) for x, y in zip(ours, expected)) > 0
+        # By rounding a number can be on the other side of a threshold, in one vector of
+        # thousands, and that can decide for another size, which changes all codes.
+        assert mx.sum(differs).item() <= max(1, differs.size // 100)
+
+
+@pytest.mark.parametrize("dim", ENCODED_DIMS)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_codes_are_those_of_the_codec(dim, bits, emulated):
+    mx.random.seed(dim)
+    one = codec(dim, bits, balanced=bits != 3, biased=bits != 4)
+    dtype = {2: mx.float16, 3: mx.bfloat16, 4: mx.float32}[bits]
+    for batch, length, start in ((2, 1, 5), (1, 31, 0), (1, 32, 96), (2, 33, 1000), (1, 70, 127)):
+        keys, values = (vectors(batch, 2, length, dim, dtype=dtype) for _ in range(2))
+        check_codes(one, keys, values, start)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@one_run
+def test_codes_of_every_kind_of_layer(dtype, balanced, biased, emulated):
+    mx.random.seed(0)
+    keys, values = (vectors(2, 2, 37, 64, dtype=dtype) for _ in range(2))
+    check_codes(codec(64, 4, balanced, biased), keys, values, 3)
+
+
+LAYOUTS = {
+    "part": lambda x: x[:, :, 4:37],
+    "tokens before heads": lambda x: x.swapaxes(1, 2),
+    "channels before tokens": lambda x: x.swapaxes(2, 3),
+    "every second": lambda x: x[:, :, ::2, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@one_run
+def test_codes_of_parts_of_arrays(layout, emulated):
+    mx.random.seed(0)
+    shapes = {
+        "tokens before heads": (2, 40, 2, 80),
+        "channels before tokens": (2, 2, 80, 40),
+        "every second": (2, 2, 80, 160),
+    }
+    arrays = (vectors(*shapes.get(layout, (2, 2, 40, 80)), dtype=mx.float16) for _ in range(2))
+    check_codes(codec(80, 3, balanced=True), *map(LAYOUTS[layout], arrays), 0)
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-30, 1e30, [3.0] + 63 * [0.0]], ids=str)
+@one_run
+def test_codes_of_extremes(x, emulated):
+    one = codec(64, 3)
+    x = mx.broadcast_to(mx.array(x), (1, 2, 3, 64))
+    for ours, expected in zip(cuda.encode_values(one, x), one.encode_values(x)):
+        assert mx.array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("name, dim", [("affine", 64), ("lloyd-max", 16), ("lloyd-max", 320)])
+def test_other_codes_are_made_by_the_codec(name, dim):
+    one = KVCodec(CodecSpec(dim, dim, key_codec=name, value_codec=name))
+    check_codes(one, vectors(1, 2, 5, dim), vectors(1, 2, 5, dim), 0)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@one_run
+def test_one_launch_for_keys_and_one_for_values(bits, emulated, monkeypatch):
+    launches, call = [], cuda_emulator.EmulatedKernel.__call__
+
+    def counted(self, **launch):
+        launches.append((self.name, launch["inputs"][0]))
+        return call(self, **launch)
+
+    monkeypatch.setattr(cuda_emulator.EmulatedKernel, "__call__", counted)
+    one, (keys, values) = codec(64, bits, balanced=True), mx.random.normal((2, 1, 2, 70, 64))
+    cuda.encode_keys(one, keys, 0)
+    cuda.encode_values(one, values)
+    assert [name for name, _ in launches] == ["encode"] * 2
+    # As they are given, so no operation of MLX came before.
+    assert all(x is given for (_, x), given in zip(launches, (keys, values)))
