@@ -13,6 +13,7 @@ import numpy as np
 from ..cache.exact import ExactTokens
 from ..cache.packed import PackedRows
 from ..cache.view import View
+from ..cache.visibility import Visibility
 from ..codecs.kv_codec import Codes, KVCodec
 from ..kernels import fused_kernel
 from ..log import log_once
@@ -93,22 +94,30 @@ def problem_of_view(queries: mx.array, view: View, scale: float) -> Problem:
 
 def problem_of_rows(queries: mx.array, rows: PackedRows, scale: float) -> Problem:
     """The newest token of every row of a batch: ``queries`` (B, H_q, 1, D)."""
-    sinks, most = rows.visibility.sinks, max(rows.coded)
-    bounds = []
-    for length, start in zip(rows.lengths, rows.exact_start):
-        exact_from = max(rows.visibility.exact_from(length - 1), start)
-        bounds.append(((0, sinks, most - min(exact_from, most), length - exact_from),))
     return Problem(
         rows.codec,
         queries,
         rows.exact_tokens,
-        sinks,
+        rows.visibility.sinks,
         rows.key_codes,
         rows.value_codes,
         0,
-        _bounds_array(tuple(bounds)),
+        _bounds_of_rows(rows.lengths, rows.exact_start, max(rows.coded), rows.visibility),
         scale,
     )
+
+
+# All layers ask for the same.
+@functools.lru_cache(maxsize=4)
+def _bounds_of_rows(
+    lengths: Tuple[int, ...], exact_start: Tuple[int, ...], coded: int, visibility: Visibility
+) -> mx.array:
+    bounds = []
+    for length, start in zip(lengths, exact_start):
+        exact_from = max(visibility.exact_from(length - 1), start)
+        unread = max(0, coded - exact_from)
+        bounds.append(((0, visibility.sinks, unread, length - exact_from),))
+    return _bounds_array(tuple(bounds))
 
 
 def _bounds(view: View, index: int) -> Tuple[int, int, int, int]:
@@ -118,7 +127,7 @@ def _bounds(view: View, index: int) -> Tuple[int, int, int, int]:
     return hidden, first_code, max(0, view.coded - exact_from), view.end - exact_from
 
 
-# All layers ask for the same, and so do later steps.
+# Later steps ask for the same.
 @functools.lru_cache(maxsize=256)
 def _bounds_array(bounds: Sequence[Sequence[Tuple[int, int, int, int]]]) -> mx.array:
     # By way of NumPy, since lazy arrays must not be shared by threads.

@@ -1,10 +1,12 @@
 """The compressed KV cache of a batch of sequences."""
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, _BaseCache
 
@@ -87,12 +89,12 @@ class BatchCompressedKVCache(_BaseCache):
             Keys and values (B, H, T, D), left-padded with zeros, the codes dequantised.
             Inside a patched attention ``keys`` and ``values`` as given.
         """
-        parts = self._parts(keys.shape[2])
-        if keys.shape[2] == 1 and all(part == (0, 1) for part in parts):
+        count = keys.shape[2]
+        if count == 1 and self._lengths is None and self._index >= max(self._left_padding):
             view = self._append_packed(keys, values)
         else:
-            view = self._append_rows(keys, values, parts)
-        self._index += keys.shape[2]
+            view = self._append_rows(keys, values, self._parts(count))
+        self._index += count
         if self.attending or self.hooked:
             self.view = view
         if self.attending:
@@ -230,7 +232,7 @@ class BatchCompressedKVCache(_BaseCache):
 
     @property
     def offset(self) -> mx.array:
-        return mx.array([self._index - padding for padding in self._left_padding])
+        return _positions(self._index, tuple(self._left_padding))
 
     @property
     def left_padding(self) -> mx.array:
@@ -288,6 +290,12 @@ def _row(cache: Any, model: CompressedKVCache) -> CompressedKVCache:
     if not cache.empty():
         row.append(*cache.keys_and_values())
     return row
+
+
+# All layers ask for the same. By way of NumPy, since lazy arrays must not be shared by threads.
+@functools.lru_cache(maxsize=4)
+def _positions(index: int, left_padding: Tuple[int, ...]) -> mx.array:
+    return mx.array(np.array([index - padding for padding in left_padding], np.int32))
 
 
 def _ints(indices) -> List[int]:

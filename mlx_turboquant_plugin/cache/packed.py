@@ -1,6 +1,7 @@
 """The rows of a batch side by side in arrays, for decoding."""
 
-from typing import List, Optional, Sequence
+import functools
+from typing import List, Optional, Sequence, Tuple
 
 import mlx.core as mx
 
@@ -42,6 +43,7 @@ class PackedRows:
         self.key_codes, self.value_codes = key_codes, value_codes
         self.lengths, self.coded = tuple(lengths), tuple(coded)
         self.exact_start = tuple(exact_start)
+        self._steps = self._steps_until_codes()
 
     @classmethod
     def of(cls, rows: Sequence[CompressedKVCache]) -> Optional["PackedRows"]:
@@ -79,11 +81,9 @@ class PackedRows:
         room = sinks + self.visibility.window + BLOCK + ROLLBACK
         drop = max(0, self.exact_tokens.count + 1 - room)
         self.exact_tokens = self.exact_tokens.grown(keys, values, sinks, drop)
-        self.lengths = tuple(length + 1 for length in self.lengths)
         held = self.exact_tokens.count - sinks
-        self.exact_start = tuple(
-            max(start, length - held) for start, length in zip(self.exact_start, self.lengths)
-        )
+        self.lengths, self.exact_start = _grown(self.lengths, self.exact_start, held)
+        self._steps -= 1
 
     @property
     def keys(self) -> mx.array:
@@ -101,9 +101,13 @@ class PackedRows:
 
     def needs_codes(self) -> bool:
         """Whether the newest token of some row sees tokens as codes that have none yet."""
-        sinks = self.visibility.sinks
-        return any(
-            self.visibility.exact_from(length - 1) > max(coded, sinks)
+        return self._steps <= 0
+
+    def _steps_until_codes(self) -> int:
+        """After how many more tokens some row needs codes."""
+        visibility = self.visibility
+        return min(
+            visibility.first_without(max(coded, visibility.sinks)) - (length - 1)
             for length, coded in zip(self.lengths, self.coded)
         )
 
@@ -134,6 +138,16 @@ class PackedRows:
     def nbytes(self) -> int:
         arrays = (self.keys, self.values, *self.key_codes, *self.value_codes)
         return sum(array.nbytes for array in arrays)
+
+
+# All layers ask for the same.
+@functools.lru_cache(maxsize=4)
+def _grown(
+    lengths: Tuple[int, ...], exact_start: Tuple[int, ...], held: int
+) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
+    """Lengths of rows that are one token longer, and what is exact if they hold ``held``."""
+    lengths = tuple(length + 1 for length in lengths)
+    return lengths, tuple(max(x, length - held) for x, length in zip(exact_start, lengths))
 
 
 def _alike(row: CompressedKVCache, other: CompressedKVCache) -> bool:

@@ -36,6 +36,10 @@ class Visibility:
         """The first position, after the sinks, that a query at ``position`` reads exactly."""
         return max(self.sinks, (position // BLOCK) * BLOCK - self.window)
 
+    def first_without(self, token: int) -> int:
+        """The first position of a query that reads the token at ``token`` through its code."""
+        return ((token + self.window) // BLOCK + 1) * BLOCK
+
 
 @dataclass(frozen=True)
 class Ring:
