@@ -112,12 +112,9 @@ class CompressedKVCache(_BaseCache):
         skip = self._sinks() - self.exact_start
         new = slice(start + skip, end + skip)
         coder = encoder(self.kernel)
-        key_codes = coder.encode_keys(self.codec, self.keys[:, :, new], start)
-        value_codes = coder.encode_values(self.codec, self.values[:, :, new])
-        if start > self.first_coded:
-            key_codes = _join(self.key_codes, key_codes, axis=-1)
-            value_codes = _join(self.value_codes, value_codes, axis=-2)
-        self.key_codes, self.value_codes = key_codes, value_codes
+        keys, values = self.keys[:, :, new], self.values[:, :, new]
+        self.key_codes = coder.encode_keys(self.codec, keys, start, self.key_codes)
+        self.value_codes = coder.encode_values(self.codec, values, self.value_codes)
         self.coded = end
 
     def encode_ahead(self) -> None:
@@ -319,10 +316,6 @@ class CompressedKVCache(_BaseCache):
     def __deepcopy__(self, memo):
         # Arrays are never written into, so a copy can share them.
         return copy.copy(self)
-
-
-def _join(old: Codes, new: Codes, axis: int) -> Codes:
-    return tuple(mx.concatenate(pair, axis=axis) for pair in zip(old, new))
 
 
 def _own(array: mx.array) -> mx.array:

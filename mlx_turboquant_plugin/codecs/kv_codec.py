@@ -100,8 +100,12 @@ class KVCodec:
         """Of both rotations: tells whether codes from elsewhere mean the same here."""
         return zlib.crc32(self.key_rotation.fingerprint() + self.value_rotation.fingerprint())
 
-    def encode_keys(self, keys: mx.array, start: int) -> Codes:
-        """Codes of ``keys`` (B, H, T, D), rotary positions start, start + 1, ..."""
+    def encode_keys(self, keys: mx.array, start: int, older: Codes = ()) -> Codes:
+        """Codes of ``keys`` (B, H, T, D), rotary positions start, start + 1, ...
+
+        Args:
+            older: the codes of the tokens before them, which go before.
+        """
 
         def encode(x, first):
             x = x.astype(mx.float32)
@@ -113,7 +117,7 @@ class KVCodec:
             # A kernel copies what is not contiguous, and attention reads codes on every step.
             return tuple(mx.contiguous(mx.swapaxes(plane, -1, -2)) for plane in codes)
 
-        return _in_steps(encode, keys, axis=-1)
+        return joined(older, _in_steps(encode, keys, axis=-1), axis=-1)
 
     def decode_keys(self, codes: Codes, start: int) -> mx.array:
         """The keys, fp32 (B, H, T, D), that ``codes`` stand for."""
@@ -125,18 +129,25 @@ class KVCodec:
             x = x + self.bias.rotated(start, x.shape[2])
         return x
 
-    def encode_values(self, values: mx.array) -> Codes:
-        """Codes of ``values`` (B, H, T, D)."""
+    def encode_values(self, values: mx.array, older: Codes = ()) -> Codes:
+        """Codes of ``values`` (B, H, T, D); ``older`` as in :meth:`encode_keys`."""
 
         def encode(x, first):
             x = x.astype(mx.float32)
             return self.values.encode(Rotation.forward(x, self.value_rotation.array))
 
-        return _in_steps(encode, values, axis=-2)
+        return joined(older, _in_steps(encode, values, axis=-2), axis=-2)
 
     def decode_values(self, codes: Codes) -> mx.array:
         """The values, fp32 (B, H, T, D), that ``codes`` stand for."""
         return Rotation.inverse(self.values.decode(codes), self.value_rotation.array)
+
+
+def joined(older: Codes, newer: Codes, axis: int) -> Codes:
+    """The codes of both, or of the newer ones if there are no others."""
+    if not older:
+        return newer
+    return tuple(mx.concatenate(pair, axis=axis) for pair in zip(older, newer))
 
 
 def _in_steps(encode: Callable, x: mx.array, axis: int) -> Codes:

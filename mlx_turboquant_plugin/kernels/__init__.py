@@ -52,8 +52,8 @@ def encoder(kernel: str) -> Union[ModuleType, Type[KVCodec]]:
     """What makes the codes that a kernel reads, in as few launches as it can.
 
     Returns:
-        A namespace of ``encode_keys(codec, keys, start)`` and ``encode_values(codec,
-        values)``, which are methods of :class:`KVCodec` or do the same.
+        A namespace of ``encode_keys(codec, keys, start, older)`` and ``encode_values(codec,
+        values, older)``, which are methods of :class:`KVCodec` or do the same.
     """
     return fused_kernel(kernel) if kernel in FUSED else KVCodec
 

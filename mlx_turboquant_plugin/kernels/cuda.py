@@ -1,37 +1,29 @@
 """The fused attention kernel for NVIDIA GPUs (compute capability 8.0 and later), and the encoder."""
 
 import functools
-import math
-import zlib
-from importlib.resources import files
 from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Tuple
 
 import mlx.core as mx
-import numpy as np
 
-from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
-from ..codecs.lloyd_max import CODEBOOKS
-from ..codecs.rotation import Rotation
-from . import encodes, unsupported
+from ..codecs.kv_codec import CodecSpec
+from . import cuda_source, unsupported
+from .cuda_encode import encode_keys, encode_values
+from .cuda_source import BLOCKS, MERGE_THREADS, SPLIT_THREADS
 
 if TYPE_CHECKING:
     from ..attention.fused import Problem
 
-# Threads of a block in split.cu and merge.cu, and exact tokens of a part.
-SPLIT_THREADS, MERGE_THREADS = 128, 512
+# Exact tokens of a part.
 EXACT_PART = 64
 
-# Tokens of a block of encode.cu, which has a warp for each.
-ENCODED = 32
-ENCODE_THREADS = 32 * ENCODED
-
-# Blocks of the first launch that run at once on each of the 132 multiprocessors of an
-# H100 or H200; MLX does not tell how many there are.
-BLOCKS = 4
+# Blocks of the first launch that run at once on the 132 multiprocessors of an H100 or H200;
+# MLX does not tell how many there are.
 ROOM = 132 * BLOCKS
 
 MOST_PARTS = 256
 CODECS = ("lloyd-max",)
+
+__all__ = ["CODECS", "attend", "encode_keys", "encode_values", "supports"]
 
 
 def supports(problem: "Problem") -> Optional[str]:
@@ -115,7 +107,16 @@ def _launches(
     split = functools.partial(
         _call,
         _split_kernel(
-            spec, tiles_of_rows, tile, coded % 32 == 0, balanced, biased, scale, sinks, appended > 0, drop
+            spec,
+            tiles_of_rows,
+            tile,
+            coded % 32 == 0,
+            balanced,
+            biased,
+            scale,
+            sinks,
+            appended > 0,
+            drop,
         ),
         grid=((parts + joining) * SPLIT_THREADS, heads * chunks, batch),
         threadgroup=(SPLIT_THREADS, 1, 1),
@@ -135,61 +136,6 @@ def _launches(
 
 def _call(kernel: Callable, inputs: List[mx.array], **launch) -> List[mx.array]:
     return kernel(inputs=inputs, **launch)
-
-
-def encode_keys(codec: KVCodec, keys: mx.array, start: int) -> Codes:
-    """As :meth:`KVCodec.encode_keys`; Lloyd-Max codes in one launch, but for the key bias."""
-    spec = codec.spec
-    if not encodes(spec.key_codec, keys):
-        return codec.encode_keys(keys, start)
-    bias = None if codec.bias is None else codec.bias.rotated(start, keys.shape[2])
-    return _encode(keys, spec.key_bits, codec.key_rotation, True, codec.balance, bias)
-
-
-def encode_values(codec: KVCodec, values: mx.array) -> Codes:
-    """As :meth:`KVCodec.encode_values`; Lloyd-Max codes in one launch."""
-    spec = codec.spec
-    if not encodes(spec.value_codec, values):
-        return codec.encode_values(values)
-    return _encode(values, spec.value_bits, codec.value_rotation, False)
-
-
-def _encode(
-    x: mx.array,
-    bits: int,
-    rotation: Rotation,
-    channel_major: bool,
-    balance: Optional[mx.array] = None,
-    bias: Optional[mx.array] = None,
-) -> Codes:
-    """Codes of ``x`` (B, H, T, D), which may be part of a larger array.
-
-    Args:
-        balance: fp32 (H, 1, D).
-        bias: what is taken away from each sequence, fp32 (H, T, D).
-    """
-    batch, heads, length, dim = x.shape
-    widths = [dim // 8] * 3 if bits == 3 else [dim * bits // 8]
-    # The kernel takes x as it lies, so MLX copies nothing, and these must be contiguous.
-    model = (rotation.array if y is None else mx.contiguous(y) for y in (balance, bias))
-    codes = _encode_kernel(len(widths))(
-        inputs=[x, rotation.array, *model],
-        template=[
-            ("DIM", dim),
-            ("BITS", bits),
-            ("CHANNEL_MAJOR", channel_major),
-            ("BALANCED", balance is not None),
-            ("BIASED", bias is not None),
-        ],
-        grid=(-(-length // ENCODED) * ENCODE_THREADS, heads, batch),
-        threadgroup=(ENCODE_THREADS, 1, 1),
-        output_shapes=[
-            (batch, heads, width, length) if channel_major else (batch, heads, length, width)
-            for width in (*widths, 1)
-        ],
-        output_dtypes=[mx.uint8] * (len(widths) + 1),
-    )
-    return tuple(codes)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -246,20 +192,6 @@ MERGE_BODY = """
   merge_parts<VALUE_DIM, ROWS>(sums, weights, rotation, out, sums_shape[3], COUNT);
 """
 
-ENCODE_BODY = """
-  encode_vectors<DIM, BITS, CHANNEL_MAJOR, BALANCED, BIASED>(
-      x + blockIdx.z * x_strides[0] + blockIdx.y * x_strides[1], x_strides[2], x_strides[3],
-      x_shape[2], rotation, balance, bias, planes, scales);
-"""
-
-
-@functools.lru_cache(maxsize=None)
-def _encode_kernel(planes: int):
-    inputs, outputs = ("x", "rotation", "balance", "bias"), ("low", "mid", "high")[:planes]
-    body = f"\n  unsigned char* planes[] = {{{', '.join(outputs)}}};{ENCODE_BODY}"
-    return _kernel("encode", inputs, (*outputs, "scales"), body, ensure_row_contiguous=False)
-
-
 # Numbers are written into the source: MLX would convert and compare them on every call.
 @functools.lru_cache(maxsize=None)
 def _split_kernel(
@@ -303,78 +235,16 @@ def _split_kernel(
     }
     body = f"  constexpr float SCALE = {float(scale)}f;\n{_constants(numbers)}{body}"
     outputs = ["sums", "weights", *(["all_keys", "all_values"] if appends else [])]
-    return _kernel("split", inputs, outputs, body)
+    return cuda_source.kernel("split", inputs, outputs, body)
 
 
 @functools.lru_cache(maxsize=None)
 def _merge_kernel(value_dim: int, rows: int, count: int):
     numbers = {"VALUE_DIM": value_dim, "ROWS": rows, "COUNT": count}
-    return _kernel(
+    return cuda_source.kernel(
         "merge", ("sums", "weights", "rotation"), ("out",), _constants(numbers) + MERGE_BODY
     )
 
 
 def _constants(numbers: Dict[str, int]) -> str:
     return "".join(f"  constexpr int {name} = {int(x)};\n" for name, x in numbers.items())
-
-
-def _kernel(name: str, inputs, outputs, body: str, ensure_row_contiguous: bool = True):
-    # MLX may keep what it compiled under this name, and does not see the files.
-    version = zlib.crc32("".join([_levels(), *map(read, PARTS), body]).encode())
-    return mx.fast.cuda_kernel(
-        name=f"turboquant_{name}_{version:08x}",
-        input_names=inputs,
-        output_names=outputs,
-        source=body,
-        header=source(name),
-        ensure_row_contiguous=ensure_row_contiguous,
-    )
-
-
-PARTS = ("ptx.cu", "codes.cu", "rotation.cu", "split.cu", "merge.cu", "encode.cu")
-
-
-def source(name: str) -> str:
-    """The CUDA source that comes before the body of the kernel ``name``.
-
-    MLX hashes all of it at every launch, for 15 us if the files were in it.
-    """
-    bounds = {
-        "split": f"{SPLIT_THREADS}, {BLOCKS}",
-        "merge": f"{MERGE_THREADS}",
-        "encode": f"{ENCODE_THREADS}",
-    }[name]
-    attributes = f"__attribute__((global)) __launch_bounds__({bounds})"
-    # MLX writes the signature. The bounds give a thread of the first launch 128 registers.
-    last = f"#undef __global__\n#define __global__ {attributes}\n"
-    return "\n".join([_levels(), *map(include, PARTS), last])
-
-
-def include(part: str) -> str:
-    """The line that brings in a file of this package."""
-    return f'#include "{files(__package__) / part}"'
-
-
-def read(part: str) -> str:
-    """The text of a file of this package."""
-    return (files(__package__) / part).read_text("utf-8")
-
-
-def _levels() -> str:
-    """The codebooks: tables for look_up() in codes.cu, and levels for encode.cu."""
-    text = ["template <int BITS> struct LEVELS;"]
-    for bits, book in CODEBOOKS.items():
-        upper = [math.floor(level) for level in book.levels]
-        lower = [~level for level in reversed(upper)]
-        table = lower + [level + 1 for level in upper] if bits == 4 else lower + upper
-        numbers = np.array(table, np.int8).tobytes().ljust(16, b"\0")
-        words = ", ".join(f"{word}u" for word in np.frombuffer(numbers, np.uint32))
-        text.append(
-            f"template <> struct LEVELS<{bits}> {{\n"
-            f"  static constexpr unsigned words[4] = {{{words}}};\n"
-            f"  static constexpr float unit = {book.unit}f;\n"
-            "  __device__ static constexpr float positive(int i) {\n"
-            f"    constexpr float levels[] = {{{', '.join(f'{x}f' for x in book.levels)}}};\n"
-            "    return levels[i];\n  }\n};"
-        )
-    return "\n".join(text)

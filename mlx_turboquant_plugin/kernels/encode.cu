@@ -68,14 +68,49 @@ __device__ inline int encode_vector(const float* x, unsigned char* codes) {
   return int(best_scale);
 }
 
-// x: the first channel of the first token of this head, of `length` tokens; channels and
-// tokens are as far apart as the strides say. rotation: see rotate(). balance: (H, 1, DIM),
-// bias: (H, T, DIM), or not read. planes: (B, H, bytes, T) if CHANNEL_MAJOR, (B, H, T, bytes)
-// otherwise. scales: (B, H, T).
+// `rows` rows of this head that have become longer: from (B, H, rows, before) to
+// (B, H, rows, after), in bytes. UNIT: bytes at a time, which both are a multiple of.
+template <int UNIT>
+__device__ inline void copy_rows(
+    const unsigned char* from, unsigned char* to, int rows, long long before, long long after,
+    int worker, int workers) {
+  long long head = (long long)blockIdx.z * gridDim.y + blockIdx.y, units = before / UNIT;
+  from += head * rows * before, to += head * rows * after;
+  for (long long i = worker; i < rows * units; i += workers) {
+    long long at = i / units * after + i % units * UNIT;
+    if constexpr (UNIT == 16) {
+      Words words;
+      load_words(from + i * UNIT, words.x);
+      *reinterpret_cast<Words*>(to + at) = words;
+    } else {
+      to[at] = from[i];
+    }
+  }
+}
+
+// Codes of this head that were there `before`, to where all are, `after`; both in tokens.
+template <int DIM, int BITS, bool CHANNEL_MAJOR, int UNIT, int PLANES>
+__device__ inline void copy_codes(
+    const unsigned char* const (&older)[PLANES], const unsigned char* older_scales,
+    unsigned char* const (&planes)[PLANES], unsigned char* scales, long long before,
+    long long after, int block, int blocks) {
+  constexpr int BYTES = Layout<DIM, BITS>::ROWS;
+  constexpr int ROWS = CHANNEL_MAJOR ? BYTES : 1, WIDTH = CHANNEL_MAJOR ? 1 : BYTES;
+  int worker = block * ENCODE_THREADS + threadIdx.x, workers = blocks * ENCODE_THREADS;
+  for (int i = 0; i < PLANES; i++) {
+    copy_rows<UNIT>(older[i], planes[i], ROWS, before * WIDTH, after * WIDTH, worker, workers);
+  }
+  copy_rows<UNIT>(older_scales, scales, 1, before, after, worker, workers);
+}
+
+// x: the first channel of the first token of this head, of `length` tokens, which there are
+// `before` others before; channels and tokens are as far apart as the strides say. rotation:
+// see rotate(). balance: (H, 1, DIM), bias: (H, T, DIM), or not read. planes: (B, H, bytes, T)
+// if CHANNEL_MAJOR, (B, H, T, bytes) otherwise. scales: (B, H, T).
 template <
     int DIM, int BITS, bool CHANNEL_MAJOR, bool BALANCED, bool BIASED, typename X, int PLANES>
 __device__ inline void encode_vectors(
-    const X* x, long long token_stride, long long channel_stride, int length,
+    const X* x, long long token_stride, long long channel_stride, int length, int before,
     const float* rotation, const float* balance, const float* bias,
     unsigned char* const (&planes)[PLANES], unsigned char* scales) {
   constexpr int FIELDS = Layout<DIM, BITS>::FIELDS, BYTES = Layout<DIM, BITS>::ROWS;
@@ -84,7 +119,7 @@ __device__ inline void encode_vectors(
   __shared__ unsigned char codes[ENCODED][DIM + 4];
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int h = blockIdx.y, first = blockIdx.x * ENCODED, token = first + warp;
-  long long head = (long long)blockIdx.z * gridDim.y + h;
+  long long head = (long long)blockIdx.z * gridDim.y + h, total = before + length;
   if (token < length) {
     float* vector = vectors[warp];
     for (int d = lane; d < DIM; d += 32) {
@@ -96,7 +131,7 @@ __device__ inline void encode_vectors(
     __syncwarp();
     rotate<DIM>(vector, rotation);
     int scale = encode_vector<DIM, BITS>(vector, codes[warp]);
-    if (lane == 0) scales[head * length + token] = scale;
+    if (lane == 0) scales[head * total + before + token] = scale;
   }
   __syncthreads();
 
@@ -116,8 +151,9 @@ __device__ inline void encode_vectors(
         packed |= code << (BITS * field);
       }
     }
-    long long at = CHANNEL_MAJOR ? (head * BYTES + byte) * length + first + slot
-                                 : (head * length + first + slot) * BYTES + byte;
+    int at_token = before + first + slot;
+    long long at = CHANNEL_MAJOR ? (head * BYTES + byte) * total + at_token
+                                 : (head * total + at_token) * BYTES + byte;
     planes[0][at] = packed;
     if constexpr (BITS == 3) {
       planes[1][at] = packed >> 8;

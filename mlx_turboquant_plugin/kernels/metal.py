@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..codecs.key_bias import BLOCK, KeyBias, RotaryTable
-from ..codecs.kv_codec import Codes, KVCodec
+from ..codecs.kv_codec import Codes, KVCodec, joined
 from ..codecs.lloyd_max import ALONG, CODEBOOKS, SEARCH
 from ..codecs.rotation import Rotation
 from . import encodes, unsupported
@@ -120,21 +120,23 @@ def attend(problem: "Problem") -> mx.array:
     return out
 
 
-def encode_keys(codec: KVCodec, keys: mx.array, start: int) -> Codes:
+def encode_keys(codec: KVCodec, keys: mx.array, start: int, older: Codes = ()) -> Codes:
     """As :meth:`KVCodec.encode_keys`; Lloyd-Max codes in one launch."""
     spec = codec.spec
     if not encodes(spec.key_codec, keys):
-        return codec.encode_keys(keys, start)
+        return codec.encode_keys(keys, start, older)
     model = codec.balance, codec.bias
-    return _encode(keys, spec.key_bits, codec.key_rotation, True, start, *model)
+    codes = _encode(keys, spec.key_bits, codec.key_rotation, True, start, *model)
+    return joined(older, codes, axis=-1)
 
 
-def encode_values(codec: KVCodec, values: mx.array) -> Codes:
+def encode_values(codec: KVCodec, values: mx.array, older: Codes = ()) -> Codes:
     """As :meth:`KVCodec.encode_values`; Lloyd-Max codes in one launch."""
     spec = codec.spec
     if not encodes(spec.value_codec, values):
-        return codec.encode_values(values)
-    return _encode(values, spec.value_bits, codec.value_rotation, False)
+        return codec.encode_values(values, older)
+    codes = _encode(values, spec.value_bits, codec.value_rotation, False)
+    return joined(older, codes, axis=-2)
 
 
 def _encode(

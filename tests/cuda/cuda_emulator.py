@@ -16,7 +16,7 @@ from typing import Optional
 import mlx.core as mx
 import numpy as np
 
-from mlx_turboquant_plugin.kernels import cuda
+from mlx_turboquant_plugin.kernels import cuda_source
 
 TYPES = {
     mx.float32: "float",
@@ -94,7 +94,7 @@ class EmulatedKernel:
             parameters.append(f"{TYPES[dtype]}* {name}")
             arguments.append(f"({TYPES[dtype]}*)pointers[{len(self.inputs) + i}]")
         constants = "".join(_constant(*pair) for pair in template)
-        header = cuda.source(self.name).replace(cuda.include("ptx.cu"), "")
+        header = cuda_source.source(self.name).replace(cuda_source.include("ptx.cu"), "")
         return f"""#include "cuda_emulator.h"
 {header}
 #undef __global__

@@ -8,7 +8,7 @@ import pytest
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 from mlx_turboquant_plugin.evaluation.selftest import QUICK, check, serves
-from mlx_turboquant_plugin.kernels import cuda
+from mlx_turboquant_plugin.kernels import cuda, cuda_encode, cuda_source
 
 pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="needs g++ 12 or clang (apt-get install g++)"
@@ -24,8 +24,8 @@ RUNS = [(False, 256), (True, 1)]
 @pytest.fixture(params=RUNS, ids=["ascending", "descending"])
 def emulated(request, monkeypatch):
     descending, parts = request.param
-    kernels = (cuda._encode_kernel, cuda._split_kernel, cuda._merge_kernel, cuda._code_parts)
-    monkeypatch.setattr(cuda, "_kernel", cuda_emulator.EmulatedKernel)
+    kernels = (cuda_encode._encode_kernel, cuda._split_kernel, cuda._merge_kernel, cuda._code_parts)
+    monkeypatch.setattr(cuda_source, "kernel", cuda_emulator.EmulatedKernel)
     monkeypatch.setattr(cuda_emulator.EmulatedKernel, "descending", descending)
     monkeypatch.setattr(cuda, "MOST_PARTS", parts)
     for kernel in kernels:
@@ -122,6 +122,23 @@ def test_codes_of_extremes(x, emulated):
         assert mx.array_equal(ours, expected)
 
 
+@pytest.mark.parametrize("before, length", [(32, 32), (64, 96), (37, 32), (32, 5), (300, 1)])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@one_run
+def test_codes_after_older_ones(bits, before, length, emulated, monkeypatch):
+    """Copied by several blocks, 16 bytes or one at a time."""
+    monkeypatch.setattr(cuda_encode, "COPIED", 1000)
+    mx.random.seed(before)
+    one = codec(80, bits)
+    x = vectors(2, 2, before + length, 80)
+    older, newer = x[:, :, :before], x[:, :, before:]
+    for ours, expected in (
+        (cuda.encode_keys(one, newer, before, cuda.encode_keys(one, older, 0)), cuda.encode_keys(one, x, 0)),
+        (cuda.encode_values(one, newer, cuda.encode_values(one, older)), cuda.encode_values(one, x)),
+    ):
+        assert all(mx.array_equal(*pair) for pair in zip(ours, expected))
+
+
 @pytest.mark.parametrize("name, dim", [("affine", 64), ("lloyd-max", 16), ("lloyd-max", 320)])
 def test_other_codes_are_made_by_the_codec(name, dim):
     one = KVCodec(CodecSpec(dim, dim, key_codec=name, value_codec=name))
@@ -139,8 +156,9 @@ def test_one_launch_for_keys_and_one_for_values(bits, emulated, monkeypatch):
 
     monkeypatch.setattr(cuda_emulator.EmulatedKernel, "__call__", counted)
     one, (keys, values) = codec(64, bits, balanced=True), mx.random.normal((2, 1, 2, 70, 64))
-    cuda.encode_keys(one, keys, 0)
-    cuda.encode_values(one, values)
+    older = one.encode_keys(keys, 0), one.encode_values(values)
+    cuda.encode_keys(one, keys, 70, older[0])
+    cuda.encode_values(one, values, older[1])
     assert [name for name, _ in launches] == ["encode"] * 2
     # As they are given, so no operation of MLX came before.
     assert all(x is given for (_, x), given in zip(launches, (keys, values)))

@@ -1,0 +1,113 @@
+"""Codes made in one launch on NVIDIA GPUs."""
+
+import functools
+from typing import Any, Optional
+
+import mlx.core as mx
+
+from ..codecs.kv_codec import Codes, KVCodec
+from ..codecs.rotation import Rotation
+from . import cuda_source, encodes
+from .cuda_source import ENCODE_THREADS
+
+# Tokens of a block of encode.cu, which has a warp for each.
+ENCODED = 32
+
+# Bytes of older codes of a head that a block copies, and the most blocks that do.
+COPIED = 2**16
+MOST_COPYING = 64
+
+
+def encode_keys(codec: KVCodec, keys: mx.array, start: int, older: Codes = ()) -> Codes:
+    """As :meth:`KVCodec.encode_keys`; Lloyd-Max codes in one launch, but for the key bias."""
+    spec = codec.spec
+    if not encodes(spec.key_codec, keys):
+        return codec.encode_keys(keys, start, older)
+    bias = None if codec.bias is None else codec.bias.rotated(start, keys.shape[2])
+    return _encode(keys, spec.key_bits, codec.key_rotation, True, older, codec.balance, bias)
+
+
+def encode_values(codec: KVCodec, values: mx.array, older: Codes = ()) -> Codes:
+    """As :meth:`KVCodec.encode_values`; Lloyd-Max codes in one launch."""
+    spec = codec.spec
+    if not encodes(spec.value_codec, values):
+        return codec.encode_values(values, older)
+    return _encode(values, spec.value_bits, codec.value_rotation, False, older)
+
+
+def _encode(
+    x: mx.array,
+    bits: int,
+    rotation: Rotation,
+    channel_major: bool,
+    older: Codes,
+    balance: Optional[mx.array] = None,
+    bias: Optional[mx.array] = None,
+) -> Codes:
+    """Codes of ``x`` (B, H, T, D), which may be part of a larger array, after ``older`` ones.
+
+    Args:
+        balance: fp32 (H, 1, D).
+        bias: what is taken away from each sequence, fp32 (H, T, D).
+    """
+    batch, heads, length, dim = x.shape
+    widths = [dim // 8] * 3 if bits == 3 else [dim * bits // 8]
+    before = older[-1].shape[3 if channel_major else 2] if older else 0
+    total = before + length
+    copying = min(MOST_COPYING, -(-before * sum(widths) // COPIED))
+    # The kernel takes x as it lies, so MLX copies nothing, and these must be contiguous.
+    arrays = (rotation.array if y is None else mx.contiguous(y) for y in (balance, bias))
+    codes = _encode_kernel(len(widths), bool(older))(
+        inputs=[x, rotation.array, *arrays, *map(mx.contiguous, older)],
+        template=[
+            ("DIM", dim),
+            ("BITS", bits),
+            ("CHANNEL_MAJOR", channel_major),
+            ("BALANCED", balance is not None),
+            ("BIASED", bias is not None),
+            ("UNIT", 1 if before % 16 or total % 16 else 16),
+        ],
+        grid=((-(-length // ENCODED) + copying) * ENCODE_THREADS, heads, batch),
+        threadgroup=(ENCODE_THREADS, 1, 1),
+        output_shapes=[
+            (batch, heads, width, total) if channel_major else (batch, heads, total, width)
+            for width in (*widths, 1)
+        ],
+        output_dtypes=[mx.uint8] * (len(widths) + 1),
+    )
+    return tuple(codes)
+
+
+BODY = """
+  unsigned char* planes[] = {{{planes}}};
+  int before = 0;
+  {copy}
+  encode_vectors<DIM, BITS, CHANNEL_MAJOR, BALANCED, BIASED>(
+      x + blockIdx.z * x_strides[0] + blockIdx.y * x_strides[1], x_strides[2], x_strides[3],
+      x_shape[2], before, rotation, balance, bias, planes, scales);
+"""
+
+# The last blocks of each head.
+COPY_BODY = """
+  before = older_scales_shape[CHANNEL_MAJOR ? 3 : 2];
+  int encoding = (x_shape[2] + ENCODED - 1) / ENCODED;
+  if (blockIdx.x >= encoding) {{
+    const unsigned char* older_planes[] = {{{older}}};
+    copy_codes<DIM, BITS, CHANNEL_MAJOR, UNIT>(
+        older_planes, older_scales, planes, scales, before, before + x_shape[2],
+        blockIdx.x - encoding, gridDim.x - encoding);
+    return;
+  }}
+"""
+
+
+@functools.lru_cache(maxsize=None)
+def _encode_kernel(planes: int, joins: bool) -> Any:
+    outputs = ["low", "mid", "high"][:planes]
+    older = [f"older_{name}" for name in outputs]
+    inputs = ["x", "rotation", "balance", "bias"] + [*older, "older_scales"] * joins
+    copy = COPY_BODY.format(older=", ".join(older)) if joins else ""
+    body = BODY.format(planes=", ".join(outputs), copy=copy)
+    return cuda_source.kernel(
+        "encode", inputs, [*outputs, "scales"], body, ensure_row_contiguous=False
+    )

@@ -1,0 +1,92 @@
+"""The CUDA source of the kernels, and what makes kernels of it."""
+
+import math
+import zlib
+from importlib.resources import files
+from typing import Any, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ..codecs.lloyd_max import CODEBOOKS
+
+# Threads of a block in split.cu, merge.cu and encode.cu.
+SPLIT_THREADS, MERGE_THREADS, ENCODE_THREADS = 128, 512, 1024
+
+# Blocks of the first launch of attention that run at once on a multiprocessor.
+BLOCKS = 4
+
+
+def kernel(
+    name: str,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    body: str,
+    ensure_row_contiguous: bool = True,
+) -> Any:
+    """The kernel ``name`` as MLX compiles it.
+
+    Args:
+        inputs, outputs: the names that ``body`` uses.
+        body: the function that the device runs; see :func:`source`.
+        ensure_row_contiguous: whether MLX copies inputs that are not contiguous.
+    """
+    # MLX may keep what it compiled under this name, and does not see the files.
+    version = zlib.crc32("".join([_levels(), *map(read, PARTS), body]).encode())
+    return mx.fast.cuda_kernel(
+        name=f"turboquant_{name}_{version:08x}",
+        input_names=inputs,
+        output_names=outputs,
+        source=body,
+        header=source(name),
+        ensure_row_contiguous=ensure_row_contiguous,
+    )
+
+
+PARTS = ("ptx.cu", "codes.cu", "rotation.cu", "split.cu", "merge.cu", "encode.cu")
+
+
+def source(name: str) -> str:
+    """The CUDA source that comes before the body of the kernel ``name``.
+
+    MLX hashes all of it at every launch, for 15 us if the files were in it.
+    """
+    bounds = {
+        "split": f"{SPLIT_THREADS}, {BLOCKS}",
+        "merge": f"{MERGE_THREADS}",
+        "encode": f"{ENCODE_THREADS}",
+    }[name]
+    attributes = f"__attribute__((global)) __launch_bounds__({bounds})"
+    # MLX writes the signature. The bounds give a thread of the first launch 128 registers.
+    last = f"#undef __global__\n#define __global__ {attributes}\n"
+    return "\n".join([_levels(), *map(include, PARTS), last])
+
+
+def include(part: str) -> str:
+    """The line that brings in a file of this package."""
+    return f'#include "{files(__package__) / part}"'
+
+
+def read(part: str) -> str:
+    """The text of a file of this package."""
+    return (files(__package__) / part).read_text("utf-8")
+
+
+def _levels() -> str:
+    """The codebooks: tables for look_up() in codes.cu, and levels for encode.cu."""
+    text = ["template <int BITS> struct LEVELS;"]
+    for bits, book in CODEBOOKS.items():
+        upper = [math.floor(level) for level in book.levels]
+        lower = [~level for level in reversed(upper)]
+        table = lower + [level + 1 for level in upper] if bits == 4 else lower + upper
+        numbers = np.array(table, np.int8).tobytes().ljust(16, b"\0")
+        words = ", ".join(f"{word}u" for word in np.frombuffer(numbers, np.uint32))
+        text.append(
+            f"template <> struct LEVELS<{bits}> {{\n"
+            f"  static constexpr unsigned words[4] = {{{words}}};\n"
+            f"  static constexpr float unit = {book.unit}f;\n"
+            "  __device__ static constexpr float positive(int i) {\n"
+            f"    constexpr float levels[] = {{{', '.join(f'{x}f' for x in book.levels)}}};\n"
+            "    return levels[i];\n  }\n};"
+        )
+    return "\n".join(text)
