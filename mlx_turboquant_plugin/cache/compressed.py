@@ -96,8 +96,11 @@ class CompressedKVCache(_BaseCache):
         start = self.offset
         if self.codec is None:
             self.codec = KVCodec(CodecSpec(keys.shape[-1], values.shape[-1]))
-        self.exact_tokens = self.exact_tokens.grown(keys, values)
-        self.offset += keys.shape[2]
+        count = keys.shape[2]
+        # No query of a short chunk reads what is forgotten after it.
+        drop = self._forgettable(start + count) if count <= ROLLBACK else 0
+        self.exact_tokens = self.exact_tokens.grown(keys, values, self._sinks(), drop)
+        self.offset += count
         self.encode(self.visibility.exact_from(self.offset - 1))
         view = self._view(start)
         self._forget()
@@ -110,9 +113,8 @@ class CompressedKVCache(_BaseCache):
             return
         self._check_codec()
         skip = self._sinks() - self.exact_start
-        new = slice(start + skip, end + skip)
         coder = encoder(self.kernel)
-        keys, values = self.keys[:, :, new], self.values[:, :, new]
+        keys, values = self.exact_tokens.part(start + skip, end + skip)
         self.key_codes = coder.encode_keys(self.codec, keys, start, self.key_codes)
         self.value_codes = coder.encode_values(self.codec, values, self.value_codes)
         self.coded = end
@@ -147,11 +149,14 @@ class CompressedKVCache(_BaseCache):
 
     def _forget(self) -> None:
         """Drop exact tokens after the sinks that no query will read exactly."""
-        retained = self.visibility.exact_from(max(0, self.offset - ROLLBACK))
-        self._drop_exact(min(retained, self.coded))
+        self._drop_exact(self._forgettable(self.offset))
 
-    def _drop_exact(self, before: int) -> None:
-        drop = before - self.exact_start
+    def _forgettable(self, offset: int) -> int:
+        """How many tokens after the sinks queries from position ``offset`` on do not need."""
+        retained = self.visibility.exact_from(max(0, offset - ROLLBACK))
+        return max(0, min(retained, self.coded) - self.exact_start)
+
+    def _drop_exact(self, drop: int) -> None:
         if drop <= 0:
             return
         sinks = self._sinks()

@@ -54,6 +54,16 @@ class ExactTokens:
             return ExactTokens(*grown._joined())
         return grown
 
+    def part(self, first: int, last: int) -> Tuple[mx.array, mx.array]:
+        """Keys and values of the tokens first, ..., last - 1, which need not be joined for it."""
+        keys, values, shift = self._keys, self._values, 0
+        parts = self._unjoined
+        if parts is not None:
+            keys, values, shift = parts.keys, parts.values, parts.drop
+            if first < parts.sinks or last + shift > keys.shape[2]:
+                (keys, values), shift = self._joined(), 0
+        return tuple(x[:, :, first + shift : last + shift] for x in (keys, values))
+
     @property
     def unjoined(self) -> Optional[Unjoined]:
         """What is still to be joined, or None."""

@@ -45,7 +45,7 @@ class RotatingCompressedKVCache(CompressedKVCache):
     def _forget(self) -> None:
         super()._forget()
         _, oldest = self.ring.oldest(self.offset - 1, 0)
-        self._drop_exact(oldest)
+        self._drop_exact(oldest - self.exact_start)
         if self.exact_start > max(self.coded, self.keep):
             # The ring is so small that tokens leave it before they need codes.
             self.key_codes = self.value_codes = ()
