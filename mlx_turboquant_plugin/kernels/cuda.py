@@ -53,7 +53,7 @@ def attend(problem: "Problem") -> mx.array:
     bias = rotation = codec.key_rotation.array
     if codec.bias is not None and coded:
         q = problem.queries.astype(mx.float32).reshape(batch, heads, group * count, dim)
-        bias = codec.bias.scores(q, problem.first_coded, coded)
+        bias = codec.bias.scores(codec.bias.coefficients(q), problem.first_coded, coded)
     options = (
         ("DIM", dim),
         ("VALUE_DIM", spec.value_dim),
