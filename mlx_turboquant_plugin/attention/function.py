@@ -46,17 +46,15 @@ class AttentionFunctions(NamedTuple):
         begin: (queries as above; exact keys and values (B, H, E, D); mask; scores of
             learned sinks, tokens without values, (H, R, 1) or None) to the sums over the
             exact tokens.
-        expand: (key codes, value codes) to what the quantisers make products with.
-        fold: (rotated queries; running sums or None; expanded keys and values of C tokens;
-            bias scores (B, H, R, C) or None; mask) to the running sums with these tokens.
-            The values are rotated.
+        fold: (rotated queries; running sums or None; keys and values of C tokens, as the
+            quantisers expand them; bias scores (B, H, R, C) or None; mask) to the running
+            sums with these tokens. Values stay rotated.
         finish: (sums over the exact tokens; a list of running sums over parts of the coded
             ones; rotation of values) to the output (B, H, R, D_v).
     """
 
     rotate: Callable
     begin: Callable
-    expand: Callable
     fold: Callable
     finish: Callable
 
@@ -82,9 +80,6 @@ def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
             total = total + mx.exp(sink_scores - top)
         return top, total, weights @ exact_values.astype(mx.float32)
 
-    def expand(key_codes, value_codes):
-        return keys.expand(key_codes), values.expand(value_codes)
-
     def fold(rotated, sums, expanded_keys, expanded_values, bias, mask):
         scores = keys.scores(rotated, *expanded_keys)
         if bias is not None:
@@ -107,7 +102,7 @@ def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
             out = out + Rotation.inverse(rotated_out, rotation)
         return out / total
 
-    functions = (rotate, begin, expand, fold, finish)
+    functions = (rotate, begin, fold, finish)
     return AttentionFunctions(*(map(_compiled, functions) if compiled else functions))
 
 

@@ -8,7 +8,6 @@ import mlx.core as mx
 import numpy as np
 
 from ..cache.visibility import BLOCK
-from ..codecs.byte_matrix import prepare
 from ..codecs.kv_codec import KVCodec
 from .function import AttentionFunctions, Sums
 from .streams import helpers
@@ -126,8 +125,8 @@ def _fold_pieces(
         elif start < coded.oldest:
             mask = from_oldest(coded.oldest, start, stop)
         scores = None if bias is None else codec.bias.scores(bias, start, stop - start)
-        keys, values = functions.expand(*coded.codes(start, stop))
-        keys, values = _prepared(codec.keys, keys, -2), _prepared(codec.values, values, -1)
+        keys, values = coded.codes(start, stop)
+        keys, values = codec.keys.expand(keys, -2), codec.values.expand(values, -1)
         sums = functions.fold(rotated, sums, keys, values, scores, mask)
     return sums
 
@@ -137,10 +136,3 @@ def from_oldest(oldest: int, start: int, stop: int) -> mx.array:
     """Which of the positions start, ..., stop - 1 are not before ``oldest``: bool (stop - start,)."""
     # By way of NumPy, since lazy arrays must not be shared by threads.
     return mx.array(np.arange(start, stop) >= oldest)
-
-
-def _prepared(quantizer, expanded, axis: int):
-    first, *rest = expanded
-    if not isinstance(first, tuple):
-        return expanded
-    return (prepare(first, axis, quantizer.offset), *rest)
