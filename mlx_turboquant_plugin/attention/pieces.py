@@ -18,8 +18,9 @@ PIECE = {mx.cpu: 1024, mx.gpu: 65536}
 # A single query has so few scores that the numbers of its keys count, of all rows and heads.
 SINGLE_QUERY = {mx.cpu: 2**20, mx.gpu: 2**28}
 LEAST_PIECE = 256
-# Numbers of keys for which another stream is worth its synchronisation.
-LEAST_SHARE = 2**16
+# Numbers of keys for which another stream is worth its operations, which all have to be
+# described and scheduled by one thread.
+LEAST_SHARE = 2**17
 
 
 class Exact(NamedTuple):

@@ -38,6 +38,8 @@ class RotaryTable:
         traditional: whether the channels of a pair are neighbours, not half of ``dims`` apart.
         first, second: the channels of the F pairs.
         fine: cosines and then sines at the first BLOCK positions, fp32 (2 F, BLOCK).
+        even, odd: the cosines, and the sines, at the positions 0 to BLOCK / 2.
+        middle: (cos, sin) at the position BLOCK / 2, (F,).
 
     Raises:
         ValueError: the rope object is not one rotation per position (its angles
@@ -55,16 +57,26 @@ class RotaryTable:
         else:
             self.first = mx.arange(self.dims // 2)
             self.second = self.first + self.dims // 2
-        cos, sin = self._angles(mx.arange(BLOCK))
+        half = BLOCK // 2
+        cos, sin = self._angles(mx.arange(half + 1))
         magnitude = mx.sqrt(cos[:1] ** 2 + sin[:1] ** 2)
         # Rows of positions: MLX's CPU matmul is slow with columns of them.
-        self.fine = mx.contiguous(mx.concatenate([cos / magnitude, sin / magnitude], axis=-1).T)
+        cos, sin = (mx.contiguous((x / magnitude).T) for x in (cos, sin))
+        self.even, self.odd, self.middle = cos, sin, (cos[:, half], sin[:, half])
+        # Made of the others, so that products with either are the same to rounding.
+        cos, sin = (
+            mx.concatenate([sign * x[:, :0:-1], x[:, :half]], axis=1)
+            for x, sign in ((cos, 1), (sin, -1))
+        )
+        m_cos, m_sin = (x[:, None] for x in self.middle)
+        self.fine = mx.concatenate([m_cos * cos - m_sin * sin, m_sin * cos + m_cos * sin])
         self.coarse = self._angles(mx.arange(8) * BLOCK)
         mx.eval(self.arrays)
 
     @property
     def arrays(self) -> Tuple[mx.array, ...]:
-        return self.first, self.second, self.fine, *self.coarse
+        fixed = self.first, self.second, self.fine, self.even, self.odd, *self.middle
+        return *fixed, *self.coarse
 
     def blocks(self, count: int) -> Tuple[mx.array, mx.array]:
         """(cos, sin), fp32 (count, F), at the positions 0, BLOCK, 2 BLOCK, ..."""
@@ -165,21 +177,39 @@ class KeyBias:
         table = self.table
         products = q[..., None, : table.dims] * self._factors
         sums = table.pair_sums(products)
-        if table.dims == table.head_dim:
-            return sums[..., :1, :], sums[..., 1:, :], None
-        rest = q[..., table.dims :] * self.bias[:, None, table.dims :]
-        return sums[..., :1, :], sums[..., 1:, :], mx.sum(rest, axis=-1, keepdims=True)
+        pairs = sums[..., :1, :], sums[..., 1:, :]
+        if _on_cpu():
+            pairs = _turn(*pairs, *table.middle)
+        rest = None
+        if table.dims < table.head_dim:
+            rest = q[..., table.dims :] * self.bias[:, None, table.dims :]
+            rest = mx.sum(rest, axis=-1, keepdims=True)
+        return *pairs, rest
 
     def scores(self, coefficients: Coefficients, start: int, count: int) -> mx.array:
         """q . R_t b for ``count`` positions from ``start``, fp32 (B, H, R, count)."""
-        table = self.table
         *pairs, rest = coefficients
         first_block = start // BLOCK
-        coarse = table.blocks((start + count - 1) // BLOCK + 1)
+        coarse = self.table.blocks((start + count - 1) // BLOCK + 1)
         turned = _turn(*pairs, *(x[first_block:] for x in coarse))
+        blocks = self._around(*turned) if _on_cpu() else self._after(*turned)
         skip = start - first_block * BLOCK
-        scores = _multiply(turned, table.fine).flatten(-2)[..., skip : skip + count]
+        scores = blocks.flatten(-2)[..., skip : skip + count]
         return scores if rest is None else scores + rest
+
+    def _around(self, c: mx.array, s: mx.array) -> mx.array:
+        """Scores of blocks, given their coefficients at the middle.
+
+        Cosines are even and sines odd: half the multiplications do.
+        """
+        half = BLOCK // 2
+        even, odd = c @ self.table.even, s @ self.table.odd
+        before, after = (even - odd)[..., :0:-1], (even + odd)[..., :half]
+        return mx.concatenate([before, after], axis=-1)
+
+    def _after(self, c: mx.array, s: mx.array) -> mx.array:
+        """Scores of blocks, given their coefficients at the start."""
+        return _multiply(mx.concatenate([c, s], axis=-1), self.table.fine)
 
     def _agrees(self, rope: Any, position: int) -> bool:
         x = self.bias[None, :, None]
@@ -189,20 +219,22 @@ class KeyBias:
 
 
 @functools.partial(mx.compile, shapeless=True)
-def _turn(c: mx.array, s: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Coefficients (..., 1, F) as they are from the start of each block on: (..., blocks, 2 F)."""
-    return mx.concatenate([c * cos + s * sin, s * cos - c * sin], axis=-1)
+def _turn(c: mx.array, s: mx.array, cos: mx.array, sin: mx.array) -> Tuple[mx.array, mx.array]:
+    """Coefficients (..., 1, F) for positions that are counted from where the angles are."""
+    return c * cos + s * sin, s * cos - c * sin
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.cpu
 
 
 def _multiply(a: mx.array, b: mx.array) -> mx.array:
-    """``a @ b`` as exact as fp32 is, also where MLX rounds factors to TF32.
+    """``a @ b`` as exact as fp32 is, also where a GPU rounds factors to TF32.
 
-    On a GPU it may; the bias makes scores of hundreds, of which 2^-11 is not nothing.
-    There each factor is the sum of two in TF32, and all but the product of the small
-    ones are added up (Ootomo and Yokota 2022, arXiv 2203.03341).
+    The bias makes scores of hundreds, of which 2^-11 is not nothing. Each factor is the
+    sum of two in TF32, and all but the product of the small ones are added up (Ootomo and
+    Yokota 2022, arXiv 2203.03341).
     """
-    if mx.default_device().type == mx.cpu:
-        return a @ b
     (a, small_a), (b, small_b) = _split(a), _split(b)
     return mx.concatenate([a, a, small_a], axis=-1) @ mx.concatenate([b, small_b, b], axis=-2)
 
