@@ -205,7 +205,7 @@ def test_one_trace_serves_a_thousand_tokens():
         mx.eval(step(cache, case.queries, token, token, case.scale, None))
         traces.append(function.trace_count())
     assert cache.offset == 1299
-    # begin, expand, fold with and without a mask, finish: all in the first step.
+    # rotate, begin, fold with and without a mask, finish: all in the first step.
     assert traces[-1] == traces[0]
 
 

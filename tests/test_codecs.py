@@ -8,7 +8,6 @@ from lloyd_max import curve_levels, distortion, levels
 from mlx_turboquant_plugin import reference
 from mlx_turboquant_plugin.codecs import kv_codec, lloyd_max, packing, rotation
 from mlx_turboquant_plugin.codecs.affine import GroupAffine, VectorAffine
-from mlx_turboquant_plugin.codecs.byte_matrix import prepare
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 from mlx_turboquant_plugin.codecs.lloyd_max import CODEBOOKS, OFFSET, LloydMax
@@ -61,16 +60,17 @@ def relative_error(approximate, exact):
 
 
 @every_dim
+@pytest.mark.parametrize("tokens", [5, 8])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_unpack_undoes_pack_and_no_bit_is_lost_to_padding(bits, dim):
-    codes = np.random.default_rng(bits).integers(0, 2**bits, (2, 5, dim), dtype=np.uint8)
+def test_unpack_undoes_pack_and_no_bit_is_lost_to_padding(bits, tokens, dim):
+    shape = 2, tokens, dim
+    codes = np.random.default_rng(bits).integers(0, 2**bits, shape, dtype=np.uint8)
     packed = packing.pack(mx.array(codes), bits)
     assert all(plane.dtype == mx.uint8 for plane in packed)
-    assert sum(plane.nbytes for plane in packed) == 2 * 5 * dim * bits // 8
+    assert sum(plane.nbytes for plane in packed) == codes.size * bits // 8
     assert np.array_equal(packing.unpack(packed, bits), codes)
     swapped = [mx.swapaxes(plane, -1, -2) for plane in packed]
-    fields = packing.unpack_fields(swapped, bits)
-    assert np.array_equal(mx.concatenate(fields, axis=-2), codes.swapaxes(-1, -2))
+    assert np.array_equal(packing.unpack(swapped, bits, axis=-2), codes.swapaxes(-1, -2))
 
 
 # Rotation
@@ -280,8 +280,7 @@ def test_scores_are_products_with_the_decoded_keys(quantizer, tokens, dim):
     keys, q = gaussian(2, tokens, dim), gaussian(2, 5, dim, seed=1)
     encoded = quantizer.encode(mx.array(keys))
     channel_major = tuple(mx.swapaxes(plane, -1, -2) for plane in encoded)
-    fields, *rest = quantizer.expand(channel_major)
-    scores = quantizer.scores(mx.array(q), prepare(fields, -2, quantizer.offset), *rest)
+    scores = quantizer.scores(mx.array(q), *quantizer.expand(channel_major, -2))
     expected = q @ np.array(quantizer.decode(encoded)).swapaxes(-1, -2)
     np.testing.assert_allclose(scores, expected, atol=2e-3)
 
@@ -292,10 +291,7 @@ def test_mix_is_the_weighted_sum_of_the_decoded_values(spec, dim):
     quantizer = KVCodec(CodecSpec(dim, dim, **spec)).values
     values, p = gaussian(2, 33, dim), gaussian(2, 5, 33, seed=1)
     encoded = quantizer.encode(mx.array(values))
-    levels, *rest = quantizer.expand(encoded)
-    if isinstance(quantizer, LloydMax):
-        levels = prepare(levels, -1, quantizer.offset)
-    mixed = quantizer.mix(mx.array(p), levels, *rest)
+    mixed = quantizer.mix(mx.array(p), *quantizer.expand(encoded, -1))
     np.testing.assert_allclose(mixed, p @ np.array(quantizer.decode(encoded)), atol=2e-3)
 
 

@@ -83,7 +83,8 @@ def test_rotated_is_what_the_rope_object_makes_of_the_bias(rope, start, count):
 def test_scores_are_products_with_the_rotated_bias(rope, start, count):
     b = bias()
     q = np.random.default_rng(1).standard_normal((3, HEADS, 5, DIM)).astype(np.float32)
-    scores = KeyBias(b, rope).scores(mx.array(q), start, count)
+    key_bias = KeyBias(b, rope)
+    scores = key_bias.scores(key_bias.coefficients(mx.array(q)), start, count)
     expected = q @ turned(rope, b, start, count).swapaxes(-1, -2)
     assert scores.shape == expected.shape
     error = np.abs(scores - expected).max()

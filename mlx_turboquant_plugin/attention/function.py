@@ -1,8 +1,8 @@
 """Dequantisation and attention as functions of arrays.
 
-The softmax runs over the exact tokens first and then over pieces of the coded ones,
-keeping a running maximum and total (online softmax: Milakov and Gimelshein, arXiv
-1805.02867), so that no more than a piece is ever dequantised.
+The softmax runs over the exact tokens and over pieces of the coded ones, keeping running
+maxima and totals (online softmax: Milakov and Gimelshein, arXiv 1805.02867), so that no
+more than a piece is ever dequantised. Parts of the tokens can be summed apart.
 
 The same functions are the eager tier and, under ``mx.compile``, the compiled one. They
 use no operation that looks at the number of tokens: a single trace serves every length
@@ -11,7 +11,7 @@ head dims of its first call, such as the factor of the Hadamard transform.
 """
 
 import functools
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, Tuple
 
 import mlx.core as mx
 
@@ -21,6 +21,10 @@ from ..codecs.rotation import Rotation
 
 # Finite, so that a row without any visible token stays a number.
 MASKED = -1e30
+
+# Over some tokens: the highest score (B, H, R, 1), and, of e to the power of each score less
+# that, the total (B, H, R, 1) and the sum of values weighed with it (B, H, R, D_v).
+Sums = Tuple[mx.array, mx.array, mx.array]
 
 _traces = 0
 
@@ -37,18 +41,20 @@ class AttentionFunctions(NamedTuple):
     or additive and broadcast to the scores, and may be None.
 
     Attributes:
-        begin: (queries (B, H, R, D), scaled; exact keys and values (B, H, E, D);
-            rotation of keys; balance or None; mask; scores of learned sinks, tokens
-            without values, (H, R, 1) or None) to (rotated queries, running sums) over
-            the exact tokens.
-        expand: (key codes, value codes) to what the quantisers make products with.
-        fold: (rotated queries, running sums, expanded keys and values of C tokens,
-            bias scores (B, H, R, C) or None, mask) to the running sums with them.
-        finish: (running sums, rotation of values) to the output (B, H, R, D_v).
+        rotate: (queries (B, H, R, D), scaled; rotation of keys; balance or None) to what
+            is multiplied with codes.
+        begin: (queries as above; exact keys and values (B, H, E, D); mask; scores of
+            learned sinks, tokens without values, (H, R, 1) or None) to the sums over the
+            exact tokens.
+        fold: (rotated queries; running sums or None; keys and values of C tokens, as the
+            quantisers expand them; bias scores (B, H, R, C) or None; mask) to the running
+            sums with these tokens. Values stay rotated.
+        finish: (sums over the exact tokens; a list of running sums over parts of the coded
+            ones; rotation of values) to the output (B, H, R, D_v).
     """
 
+    rotate: Callable
     begin: Callable
-    expand: Callable
     fold: Callable
     finish: Callable
 
@@ -59,7 +65,10 @@ def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
     keys = key_quantizer(spec.key_codec, spec.key_bits)
     values = value_quantizer(spec.value_codec, spec.value_bits, spec.value_dim)
 
-    def begin(queries, exact_keys, exact_values, rotation, balance, mask, sink_scores):
+    def rotate(queries, rotation, balance):
+        return Rotation.forward(queries if balance is None else queries * balance, rotation)
+
+    def begin(queries, exact_keys, exact_values, mask, sink_scores):
         scores = queries @ mx.swapaxes(exact_keys, -1, -2).astype(mx.float32)
         scores = _masked(scores, mask)
         top = mx.max(scores, axis=-1, keepdims=True)
@@ -69,33 +78,40 @@ def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
         total = mx.sum(weights, axis=-1, keepdims=True)
         if sink_scores is not None:
             total = total + mx.exp(sink_scores - top)
-        out = weights @ exact_values.astype(mx.float32)
-        rotated = Rotation.forward(queries if balance is None else queries * balance, rotation)
-        # zeros_like() would keep the shape of the first trace.
-        return rotated, (top, total, out, out * 0)
-
-    def expand(key_codes, value_codes):
-        return keys.expand(key_codes), values.expand(value_codes)
+        return top, total, weights @ exact_values.astype(mx.float32)
 
     def fold(rotated, sums, expanded_keys, expanded_values, bias, mask):
-        top, total, out, rotated_out = sums
         scores = keys.scores(rotated, *expanded_keys)
         if bias is not None:
             scores = scores + bias
         scores = _masked(scores, mask)
-        new_top = mx.maximum(top, mx.max(scores, axis=-1, keepdims=True))
-        weights = exp(scores - new_top)
-        shrink = mx.exp(top - new_top)
-        total = total * shrink + mx.sum(weights, axis=-1, keepdims=True)
-        rotated_out = rotated_out * shrink + values.mix(weights, *expanded_values)
-        return new_top, total, out * shrink, rotated_out
+        top = mx.max(scores, axis=-1, keepdims=True)
+        if sums is not None:
+            top = mx.maximum(top, sums[0])
+        weights = exp(scores - top)
+        total = mx.sum(weights, axis=-1, keepdims=True)
+        out = values.mix(weights, *expanded_values)
+        return (top, total, out) if sums is None else _added(top, sums, (top, total, out))
 
-    def finish(sums, rotation):
-        _, total, out, rotated_out = sums
-        return (out + Rotation.inverse(rotated_out, rotation)) / total
+    def finish(exact, coded, rotation):
+        top = functools.reduce(mx.maximum, (sums[0] for sums in (exact, *coded)))
+        _, total, out = _added(top, exact)
+        if coded:
+            _, coded_total, rotated_out = _added(top, *coded)
+            total = total + coded_total
+            out = out + Rotation.inverse(rotated_out, rotation)
+        return out / total
 
-    functions = (begin, expand, fold, finish)
+    functions = (rotate, begin, fold, finish)
     return AttentionFunctions(*(map(_compiled, functions) if compiled else functions))
+
+
+def _added(top: mx.array, *sums: Sums) -> Sums:
+    """The sums over all tokens of ``sums``, none of which has a score above ``top``."""
+    shrinks = [mx.exp(own_top - top) for own_top, _, _ in sums]
+    total = sum(total * shrink for shrink, (_, total, _) in zip(shrinks, sums))
+    out = sum(out * shrink for shrink, (_, _, out) in zip(shrinks, sums))
+    return top, total, out
 
 
 def _compiled(function: Callable) -> Callable:

@@ -10,7 +10,7 @@ from ..cache.packed import PackedRows
 from ..cache.view import code_range
 from ..cache.visibility import Visibility
 from .function import AttentionFunctions
-from .tiles import Exact, attend_codes
+from .pieces import Coded, Exact, attend_codes
 
 
 def attend_packed(
@@ -49,18 +49,8 @@ def attend_packed(
             return rows.key_codes, rows.value_codes
         return code_range(rows.key_codes, rows.value_codes, first, last)
 
-    return attend_codes(
-        queries,
-        exact,
-        rows.codec,
-        codes,
-        range(codes_end),
-        sinks,
-        code_mask,
-        scale,
-        functions,
-        learned_sinks,
-    )
+    coded = Coded(rows.codec, codes, range(codes_end), sinks, code_mask)
+    return attend_codes(queries, exact, coded, scale, functions, learned_sinks)
 
 
 # All layers ask for the same.

@@ -4,27 +4,20 @@ No array of all the scores and no dequantised copy of all the keys is ever made,
 every query sees what the rule of visibility says, however the prompt was cut into chunks.
 """
 
-import functools
-from typing import Callable, NamedTuple, Optional, Union
+from typing import Optional, Union
 
 import mlx.core as mx
-import numpy as np
 
 from ..cache.view import View
 from ..cache.visibility import BLOCK
-from ..codecs.byte_matrix import prepare
-from ..codecs.kv_codec import KVCodec
 from .function import MASKED, AttentionFunctions
+from .pieces import PIECE, Coded, Exact, attend_codes, from_oldest
 
 Mask = Optional[Union[str, mx.array]]
 
-# Coded tokens that are dequantised at once, and bytes of a tile's scores with them.
-# On the CPU they should stay in the processor's cache; elsewhere few launches matter more.
-PIECE = {mx.cpu: 1024, mx.gpu: 65536}
+# Bytes of a tile's scores with a piece of codes. On the CPU they should stay in the
+# processor's cache; elsewhere few launches matter more.
 TILE_BYTES = {mx.cpu: 2**20, mx.gpu: 64 * 2**20}
-# A single query has so few scores that the numbers of its keys count, of all rows and heads.
-SINGLE_QUERY = {mx.cpu: 2**20, mx.gpu: 2**28}
-LEAST_PIECE = 256
 
 
 def attend_tiles(
@@ -58,18 +51,6 @@ def attend_tiles(
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
 
 
-def _piece_size(queries: int, channels: int) -> int:
-    """How many coded tokens of each row to dequantise at once.
-
-    Args:
-        channels: of the keys of one token, all rows and heads together.
-    """
-    device = mx.default_device().type
-    if queries > 1:
-        return PIECE[device]
-    return max(LEAST_PIECE, SINGLE_QUERY[device] // channels // BLOCK * BLOCK)
-
-
 def _rows(mask: Mask, start: int, count: int) -> Mask:
     return mask[..., start : start + count, :] if isinstance(mask, mx.array) else mask
 
@@ -99,96 +80,8 @@ def _tile(
         for m in _masks(view, index, count, forgets, exact_from, codes, seen_to, mask)
     )
     exact = Exact(keys, values, exact_mask)
-    return attend_codes(
-        queries,
-        exact,
-        view.codec,
-        view.codes,
-        codes,
-        oldest,
-        code_mask,
-        scale,
-        functions,
-        learned_sinks,
-    )
-
-
-class Exact(NamedTuple):
-    """The exact tokens of an attention: keys and values (B, H, E, D) and their mask or None."""
-
-    keys: mx.array
-    values: mx.array
-    mask: Optional[mx.array]
-
-
-def attend_codes(
-    queries: mx.array,
-    exact: Exact,
-    codec: KVCodec,
-    codes: Callable,
-    positions: range,
-    oldest: int,
-    mask: Optional[mx.array],
-    scale: float,
-    functions: AttentionFunctions,
-    learned_sinks: Optional[mx.array] = None,
-) -> mx.array:
-    """Attention over exact tokens and coded ones.
-
-    Args:
-        queries: (B, H_q, N, D).
-        codes: ``f(first, last)`` gives the codes of the positions first, ..., last - 1.
-        positions: which coded tokens to attend to, without those before ``oldest``.
-        mask: of these tokens, (..., len(positions)), or None; it hides those, too.
-        learned_sinks: for each query head, (H_q,), the score of one more token whose
-            value is zero (GPT-OSS), or None.
-
-    Returns:
-        (B, H_q, N, D_v) in the dtype of the queries.
-    """
-    batch, heads, count, dim = queries.shape
-    kv_heads = exact.keys.shape[1]
-    # All queries that share a KV head are rows of one matrix product.
-    q = queries.astype(mx.float32).reshape(batch, kv_heads, -1, dim) * scale
-    if learned_sinks is not None:
-        learned_sinks = mx.repeat(learned_sinks.astype(mx.float32), count)
-        learned_sinks = learned_sinks.reshape(kv_heads, -1, 1)
-    rotated, sums = functions.begin(
-        q,
-        exact.keys,
-        exact.values,
-        codec.key_rotation.array,
-        codec.balance,
-        exact.mask,
-        learned_sinks,
-    )
-    piece = _piece_size(count, batch * kv_heads * dim)
-    for start in positions[::piece]:
-        stop = min(start + piece, positions.stop)
-        if mask is not None:
-            part = mask[..., start - positions.start : stop - positions.start]
-        else:
-            part = _from(oldest, start, stop) if start < oldest else None
-        bias = None if codec.bias is None else codec.bias.scores(q, start, stop - start)
-        coded_keys, coded_values = functions.expand(*codes(start, stop))
-        coded_keys = _prepared(codec.keys, coded_keys, -2)
-        coded_values = _prepared(codec.values, coded_values, -1)
-        sums = functions.fold(rotated, sums, coded_keys, coded_values, bias, part)
-    out = functions.finish(sums, codec.value_rotation.array)
-    return out.reshape(batch, heads, count, -1).astype(queries.dtype)
-
-
-def _prepared(quantizer, expanded, axis: int):
-    first, *rest = expanded
-    if not isinstance(first, tuple):
-        return expanded
-    return (prepare(first, axis, quantizer.offset), *rest)
-
-
-@functools.lru_cache(maxsize=8)
-def _from(oldest: int, start: int, stop: int) -> mx.array:
-    # By way of NumPy, since lazy arrays must not be shared by threads.
-    return mx.array(np.arange(start, stop) >= oldest)
+    coded = Coded(view.codec, view.codes, codes, oldest, code_mask)
+    return attend_codes(queries, exact, coded, scale, functions, learned_sinks)
 
 
 def _masks(
@@ -217,7 +110,7 @@ def _masks(
         )
         code_given = mask[..., codes.start : codes.stop]
         if code_mask is None:
-            code_mask = _from(sinks, codes.start, codes.stop)
+            code_mask = from_oldest(sinks, codes.start, codes.stop)
         exact_mask, code_mask = _both(exact_mask, exact_given), _both(code_mask, code_given)
     return exact_mask, code_mask
 

@@ -1,12 +1,12 @@
 """The affine codecs: x is close to scale * code + zero point, from the minimum and maximum."""
 
 from dataclasses import dataclass
-from typing import Any, Tuple
+from typing import Tuple
 
 import mlx.core as mx
 
 from . import packing
-from .byte_matrix import multiply
+from .byte_matrix import Prepared, multiply, prepare
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,6 @@ class VectorAffine:
     """
 
     bits: int
-    offset = 0.0
 
     def encode(self, x: mx.array) -> Tuple[mx.array, ...]:
         zero = mx.min(x, axis=-1, keepdims=True).astype(mx.float16)
@@ -33,13 +32,16 @@ class VectorAffine:
         steps = packing.unpack(packed, self.bits)
         return steps.astype(mx.float32) * scale.astype(mx.float32) + zero.astype(mx.float32)
 
-    def expand(self, codes: Tuple[mx.array, ...]) -> Tuple[Any, mx.array, mx.array]:
+    def expand(
+        self, codes: Tuple[mx.array, ...], axis: int
+    ) -> Tuple[Prepared, mx.array, mx.array]:
         *packed, scale, zero = codes
-        return packing.unpack_fields(packed, self.bits), scale, zero
+        steps = packing.unpack(packed, self.bits, axis)
+        return prepare(steps, 0.0), scale, zero
 
-    def scores(self, q: mx.array, steps, scale: mx.array, zero: mx.array) -> mx.array:
+    def scores(self, q: mx.array, steps: Prepared, scale: mx.array, zero: mx.array) -> mx.array:
         total = mx.sum(q, axis=-1, keepdims=True)
-        product = multiply(q, steps, self.offset)
+        product = multiply(q, steps, 0.0)
         return product * scale.astype(mx.float32) + total * zero.astype(mx.float32)
 
 
@@ -68,7 +70,7 @@ class GroupAffine:
         x = mx.dequantize(*self._widen(codes), group_size=self.group_size, bits=self.bits)
         return self._unpad(x)
 
-    def expand(self, codes: Tuple[mx.array, ...]) -> Tuple[mx.array, ...]:
+    def expand(self, codes: Tuple[mx.array, ...], axis: int) -> Tuple[mx.array, ...]:
         return codes
 
     def mix(self, p: mx.array, *codes: mx.array) -> mx.array:

@@ -6,7 +6,7 @@ scales are 1 here, and its biases take the offset of the bytes away.
 """
 
 import functools
-from typing import Sequence, Tuple
+from typing import Tuple
 
 import mlx.core as mx
 
@@ -16,18 +16,16 @@ GROUP = 32
 Prepared = Tuple[mx.array, ...]
 
 
-def prepare(fields: Sequence[mx.array], axis: int, offset: float) -> Prepared:
-    """Join ``fields``, uint8, along ``axis`` to the matrix (..., K, N) that :func:`multiply` takes.
+def prepare(matrix: mx.array, offset: float) -> Prepared:
+    """What :func:`multiply` takes of a matrix (..., K, N), uint8.
 
     Views can't be traced for all shapes at once, so this is not part of compiled functions.
     """
-    columns = fields[0].shape[-1] * (len(fields) if axis == -1 else 1)
+    columns = matrix.shape[-1]
     if mx.default_device().type != mx.cpu or columns % GROUP:
-        return (mx.concatenate(fields, axis=axis),)
-    # Four bytes at a time: MLX copies words as fast as it copies bytes.
-    matrix = mx.concatenate([field.view(mx.uint32) for field in fields], axis=axis)
+        return (matrix,)
     shape = (*matrix.shape[:-1], columns // GROUP)
-    return (matrix, *constants(shape, offset))
+    return (matrix.view(mx.uint32), *constants(shape, offset))
 
 
 def multiply(a: mx.array, prepared: Prepared, offset: float) -> mx.array:

@@ -16,7 +16,7 @@ class Exact:
     def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
         return codes[0]
 
-    def expand(self, codes: Tuple[mx.array, ...]) -> Tuple[mx.array, ...]:
+    def expand(self, codes: Tuple[mx.array, ...], axis: int) -> Tuple[mx.array, ...]:
         return codes
 
     def scores(self, q: mx.array, x: mx.array) -> mx.array:

@@ -10,14 +10,19 @@ R_t b is added to its scores:
 over the rotary pairs (1, 2) with the angles theta_f of the model's own rope object.
 """
 
+import functools
 import weakref
-from typing import Any, Tuple
+from typing import Any, Optional, Tuple
 
 import mlx.core as mx
 
 # Angles are split as theta (BLOCK a + b): two small tables instead of one as long
 # as the sequence, and the same number of multiplications.
 BLOCK = 128
+
+# Of the cosines and the sines of each pair, fp32 (B, H, R, 1, F), and what the channels
+# that are not rotated add to every score, (B, H, R, 1), if there are any.
+Coefficients = Tuple[mx.array, mx.array, Optional[mx.array]]
 
 
 class RotaryTable:
@@ -28,6 +33,14 @@ class RotaryTable:
             layers without rotary positions.
         head_dim: D.
 
+    Attributes:
+        dims: how many channels are rotated; they come first.
+        traditional: whether the channels of a pair are neighbours, not half of ``dims`` apart.
+        first, second: the channels of the F pairs.
+        fine: cosines and then sines at the first BLOCK positions, fp32 (2 F, BLOCK).
+        even, odd: the cosines, and the sines, at the positions 0 to BLOCK / 2.
+        middle: (cos, sin) at the position BLOCK / 2, (F,).
+
     Raises:
         ValueError: the rope object is not one rotation per position (its angles
             depend on more than the position).
@@ -36,23 +49,34 @@ class RotaryTable:
     def __init__(self, rope: Any, head_dim: int):
         self.head_dim = head_dim
         self._rope = rope if rope is not None else (lambda x, offset: x)
-        rotated = getattr(rope, "dims", getattr(rope, "dim", head_dim))
-        if getattr(rope, "traditional", False):
-            self.first = mx.arange(0, rotated, 2)
+        self.dims = getattr(rope, "dims", getattr(rope, "dim", head_dim))
+        self.traditional = getattr(rope, "traditional", False)
+        if self.traditional:
+            self.first = mx.arange(0, self.dims, 2)
             self.second = self.first + 1
         else:
-            self.first = mx.arange(rotated // 2)
-            self.second = self.first + rotated // 2
-        self.rest = mx.arange(rotated, head_dim)
-        cos, sin = self._angles(mx.arange(BLOCK))
+            self.first = mx.arange(self.dims // 2)
+            self.second = self.first + self.dims // 2
+        half = BLOCK // 2
+        cos, sin = self._angles(mx.arange(half + 1))
         magnitude = mx.sqrt(cos[:1] ** 2 + sin[:1] ** 2)
-        self.fine = mx.concatenate([cos / magnitude, sin / magnitude], axis=-1)
+        # Rows of positions: MLX's CPU matmul is slow with columns of them.
+        cos, sin = (mx.contiguous((x / magnitude).T) for x in (cos, sin))
+        self.even, self.odd, self.middle = cos, sin, (cos[:, half], sin[:, half])
+        # Made of the others, so that products with either are the same to rounding.
+        cos, sin = (
+            mx.concatenate([sign * x[:, :0:-1], x[:, :half]], axis=1)
+            for x, sign in ((cos, 1), (sin, -1))
+        )
+        m_cos, m_sin = (x[:, None] for x in self.middle)
+        self.fine = mx.concatenate([m_cos * cos - m_sin * sin, m_sin * cos + m_cos * sin])
         self.coarse = self._angles(mx.arange(8) * BLOCK)
         mx.eval(self.arrays)
 
     @property
     def arrays(self) -> Tuple[mx.array, ...]:
-        return self.first, self.second, self.rest, self.fine, *self.coarse
+        fixed = self.first, self.second, self.fine, self.even, self.odd, *self.middle
+        return *fixed, *self.coarse
 
     def blocks(self, count: int) -> Tuple[mx.array, mx.array]:
         """(cos, sin), fp32 (count, F), at the positions 0, BLOCK, 2 BLOCK, ..."""
@@ -62,6 +86,11 @@ class RotaryTable:
             mx.eval(self.coarse)
         cos, sin = self.coarse
         return cos[:count], sin[:count]
+
+    def pair_sums(self, x: mx.array) -> mx.array:
+        """Sums over the two channels of each pair: (..., dims) to (..., F)."""
+        shape = (-1, 2) if self.traditional else (2, x.shape[-1] // 2)
+        return mx.sum(x.reshape(*x.shape[:-1], *shape), axis=-1 if self.traditional else -2)
 
     def _angles(self, positions: mx.array) -> Tuple[mx.array, mx.array]:
         # RoPE turns the pair (1, 0) into (cos, sin).
@@ -111,7 +140,18 @@ class KeyBias:
             )
         # Not the table above, which has grown by looking far ahead.
         self.table = shared_table(rope, bias.shape[-1])
-        mx.eval(self.bias)
+        b1, b2 = self.bias[:, self.table.first], self.bias[:, self.table.second]
+        # Of cosines and of sines: (q1, q2) times (b1, b2) and times (-b2, b1).
+        crossed = mx.zeros_like(self.bias)
+        crossed[:, self.table.first], crossed[:, self.table.second] = -b2, b1
+        factors = mx.stack([self.bias, crossed], axis=1)[:, None, :, : self.table.dims]
+        self._factors = mx.contiguous(factors)
+        mx.eval(self.bias, self._factors)
+
+    @property
+    def arrays(self) -> Tuple[mx.array, ...]:
+        """What one layer keeps for its bias, besides the table."""
+        return self.bias, self._factors
 
     def rotated(self, start: int, count: int) -> mx.array:
         """R_t b for the positions start, ..., start + count - 1: fp32 (H, count, D)."""
@@ -119,7 +159,7 @@ class KeyBias:
         first_block = start // BLOCK
         blocks = (start + count - 1) // BLOCK + 1
         a_cos, a_sin = (x[first_block:, None] for x in table.blocks(blocks))
-        b_cos, b_sin = mx.split(table.fine[None], 2, axis=-1)
+        b_cos, b_sin = mx.split(table.fine.T[None], 2, axis=-1)
         skip = start - first_block * BLOCK
         pairs = table.first.shape[0]
         cos = (a_cos * b_cos - a_sin * b_sin).reshape(-1, pairs)[skip : skip + count]
@@ -132,22 +172,44 @@ class KeyBias:
         out[..., table.second] = b1 * sin + b2 * cos
         return out
 
-    def scores(self, q: mx.array, start: int, count: int) -> mx.array:
-        """q . R_t b for ``count`` positions from ``start``: (B, H, R, D) -> fp32 (B, H, R, count)."""
+    def coefficients(self, q: mx.array) -> Coefficients:
+        """What :meth:`scores` takes for queries ``q``, fp32 (B, H, R, D)."""
         table = self.table
-        q1, q2 = q[..., table.first], q[..., table.second]
-        b1, b2 = self.bias[:, None, table.first], self.bias[:, None, table.second]
-        c = (q1 * b1 + q2 * b2)[..., None, :]
-        s = (q2 * b1 - q1 * b2)[..., None, :]
+        products = q[..., None, : table.dims] * self._factors
+        sums = table.pair_sums(products)
+        pairs = sums[..., :1, :], sums[..., 1:, :]
+        if _on_cpu():
+            pairs = _turn(*pairs, *table.middle)
+        rest = None
+        if table.dims < table.head_dim:
+            rest = q[..., table.dims :] * self.bias[:, None, table.dims :]
+            rest = mx.sum(rest, axis=-1, keepdims=True)
+        return *pairs, rest
+
+    def scores(self, coefficients: Coefficients, start: int, count: int) -> mx.array:
+        """q . R_t b for ``count`` positions from ``start``, fp32 (B, H, R, count)."""
+        *pairs, rest = coefficients
         first_block = start // BLOCK
-        cos, sin = (x[first_block:] for x in table.blocks((start + count - 1) // BLOCK + 1))
-        turned = mx.concatenate([c * cos + s * sin, s * cos - c * sin], axis=-1)
+        coarse = self.table.blocks((start + count - 1) // BLOCK + 1)
+        turned = _turn(*pairs, *(x[first_block:] for x in coarse))
+        blocks = self._around(*turned) if _on_cpu() else self._after(*turned)
         skip = start - first_block * BLOCK
-        scores = _multiply(turned, table.fine.T).flatten(-2)[..., skip : skip + count]
-        if table.rest.size:
-            rest = q[..., table.rest] * self.bias[:, None, table.rest]
-            scores = scores + mx.sum(rest, axis=-1, keepdims=True)
-        return scores
+        scores = blocks.flatten(-2)[..., skip : skip + count]
+        return scores if rest is None else scores + rest
+
+    def _around(self, c: mx.array, s: mx.array) -> mx.array:
+        """Scores of blocks, given their coefficients at the middle.
+
+        Cosines are even and sines odd: half the multiplications do.
+        """
+        half = BLOCK // 2
+        even, odd = c @ self.table.even, s @ self.table.odd
+        before, after = (even - odd)[..., :0:-1], (even + odd)[..., :half]
+        return mx.concatenate([before, after], axis=-1)
+
+    def _after(self, c: mx.array, s: mx.array) -> mx.array:
+        """Scores of blocks, given their coefficients at the start."""
+        return _multiply(mx.concatenate([c, s], axis=-1), self.table.fine)
 
     def _agrees(self, rope: Any, position: int) -> bool:
         x = self.bias[None, :, None]
@@ -156,15 +218,23 @@ class KeyBias:
         return error.item() <= 0.02 * mx.abs(self.bias).max().item()
 
 
-def _multiply(a: mx.array, b: mx.array) -> mx.array:
-    """``a @ b`` as exact as fp32 is, also where MLX rounds factors to TF32.
+@functools.partial(mx.compile, shapeless=True)
+def _turn(c: mx.array, s: mx.array, cos: mx.array, sin: mx.array) -> Tuple[mx.array, mx.array]:
+    """Coefficients (..., 1, F) for positions that are counted from where the angles are."""
+    return c * cos + s * sin, s * cos - c * sin
 
-    On a GPU it may; the bias makes scores of hundreds, of which 2^-11 is not nothing.
-    There each factor is the sum of two in TF32, and all but the product of the small
-    ones are added up (Ootomo and Yokota 2022, arXiv 2203.03341).
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.cpu
+
+
+def _multiply(a: mx.array, b: mx.array) -> mx.array:
+    """``a @ b`` as exact as fp32 is, also where a GPU rounds factors to TF32.
+
+    The bias makes scores of hundreds, of which 2^-11 is not nothing. Each factor is the
+    sum of two in TF32, and all but the product of the small ones are added up (Ootomo and
+    Yokota 2022, arXiv 2203.03341).
     """
-    if mx.default_device().type == mx.cpu:
-        return a @ b
     (a, small_a), (b, small_b) = _split(a), _split(b)
     return mx.concatenate([a, a, small_a], axis=-1) @ mx.concatenate([b, small_b, b], axis=-2)
 

@@ -92,7 +92,7 @@ class KVCodec:
         if self.balance is not None:
             tables.append(self.balance)
         if self.bias is not None:
-            tables += [self.bias.bias, *self.bias.table.arrays]
+            tables += [*self.bias.arrays, *self.bias.table.arrays]
         return tuple(tables)
 
     @property

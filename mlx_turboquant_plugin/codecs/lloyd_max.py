@@ -13,7 +13,7 @@ from typing import Callable, Tuple
 import mlx.core as mx
 
 from . import packing
-from .byte_matrix import multiply
+from .byte_matrix import Prepared, multiply, prepare
 from .exponential import exp2
 
 # A level is a byte less this: symmetric around zero.
@@ -68,8 +68,7 @@ class LloydMax:
 
     ``codes`` are the packed codes (:func:`packing.pack`), uint8 (..., T, bytes), and last
     the scales, uint8 (..., T, 1): token-major. Channel-major is with the last two axes
-    swapped. :meth:`expand`, :meth:`scores` and :meth:`mix` can be traced once for any
-    number of vectors.
+    swapped. :meth:`scores` and :meth:`mix` can be traced once for any number of vectors.
     """
 
     bits: int
@@ -86,35 +85,39 @@ class LloydMax:
         levels = _bytes(packing.unpack(packed, self.bits), self.bits)
         return (levels.astype(mx.float32) - OFFSET) * self._width(scale)
 
-    def expand(self, codes: Tuple[mx.array, ...]) -> Tuple[Tuple[mx.array, ...], mx.array]:
-        """The levels as matrices of bytes, one for each field of channels, and their widths."""
-        *packed, scale = codes
-        fields = packing.unpack_fields(packed, self.bits)
-        return tuple(_bytes(field, self.bits) for field in fields), self._width(scale)
+    def expand(self, codes: Tuple[mx.array, ...], axis: int) -> Tuple[Prepared, mx.array]:
+        """The levels as a matrix for products, and the scales.
 
-    def scores(self, q: mx.array, levels, width: mx.array) -> mx.array:
+        Args:
+            axis: that of the channels, -1 (token-major) or -2 (channel-major).
+        """
+        *packed, scale = codes
+        levels = _levels(self.bits)(packing.unpack(packed, self.bits, axis))
+        return prepare(levels, OFFSET), scale
+
+    def scores(self, q: mx.array, levels: Prepared, scale: mx.array) -> mx.array:
         """Dot products of queries with vectors.
 
         Args:
             q: fp32 (..., R, D).
-            levels, width: of channel-major codes; the levels prepared for products.
+            levels, scale: expanded channel-major codes.
 
         Returns:
             fp32 (..., R, T).
         """
-        return multiply(q, levels, OFFSET) * width
+        return multiply(q, levels, OFFSET) * self._width(scale)
 
-    def mix(self, p: mx.array, levels, width: mx.array) -> mx.array:
+    def mix(self, p: mx.array, levels: Prepared, scale: mx.array) -> mx.array:
         """Weighted sums of vectors.
 
         Args:
             p: the weights, fp32 (..., R, T).
-            levels, width: of token-major codes; the levels prepared for products.
+            levels, scale: expanded token-major codes.
 
         Returns:
             fp32 (..., R, D).
         """
-        return multiply(p * mx.swapaxes(width, -1, -2), levels, OFFSET)
+        return multiply(p * self._width(mx.swapaxes(scale, -1, -2)), levels, OFFSET)
 
     def _width(self, scale: mx.array) -> mx.array:
         # What one step of a level, a byte, stands for.
@@ -136,6 +139,12 @@ def _bytes(codes: mx.array, bits: int) -> mx.array:
     u = codes.astype(mx.int16) * 2 - (2**bits - 1)
     j = (u * u) >> 3
     return (((b + ((j * (a * j + d)) >> shift)) * u >> 8) + 128).astype(mx.uint8)
+
+
+@functools.lru_cache(maxsize=None)
+def _levels(bits: int) -> Callable:
+    """:func:`_bytes` of any number of codes, in few passes over them."""
+    return mx.compile(lambda codes: _bytes(codes, bits), shapeless=True)
 
 
 def _nearest(z: mx.array, bits: int) -> mx.array:

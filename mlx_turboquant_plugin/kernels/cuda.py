@@ -63,7 +63,7 @@ def attend(problem: "Problem") -> mx.array:
     if codec.bias is not None:
         batch, heads, count, dim = queries.shape
         q = queries.astype(mx.float32).reshape(batch, tokens[0].shape[1], -1, dim)
-        inputs.append(codec.bias.scores(q, problem.first_coded, coded))
+        inputs.append(codec.bias.scores(codec.bias.coefficients(q), problem.first_coded, coded))
     sums, weights, *joined = split(inputs)
     if joined:
         exact.join(*joined)

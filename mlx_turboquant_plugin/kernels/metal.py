@@ -12,7 +12,6 @@ generated. That is why there is a kernel for it, which has not been timed.
 
 import functools
 import math
-import weakref
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
@@ -238,9 +237,9 @@ def _model(
         balance = levels
     if bias is None:
         return (0, 0, 0), (levels, balance, *[levels] * 4)
-    layout, fine = _layout(bias.table)
-    bias.table.blocks((end - 1) // BLOCK + 1)
-    return layout, (levels, balance, bias.bias, fine, *bias.table.coarse)
+    table = bias.table
+    table.blocks((end - 1) // BLOCK + 1)
+    return _layout(table), (levels, balance, bias.bias, table.fine, *table.coarse)
 
 
 @functools.lru_cache(maxsize=None)
@@ -262,24 +261,11 @@ def _inverse(rotation: Rotation) -> mx.array:
     return array
 
 
-_layouts: "weakref.WeakKeyDictionary[RotaryTable, tuple]" = weakref.WeakKeyDictionary()
-
-
-def _layout(table: RotaryTable) -> Tuple[Tuple[int, int, int], mx.array]:
-    """Where the rotary pairs are, and their angles.
-
-    Returns:
-        The number of pairs F, the distance of the first channels of two pairs and of the
-        channels of a pair; cosines and then sines of the table's first positions,
-        (2 F, BLOCK).
-    """
-    if table not in _layouts:
-        first, second = table.first.tolist(), table.second.tolist()
-        between = first[1] - first[0] if len(first) > 1 else 1
-        fine = mx.contiguous(table.fine.T)
-        mx.eval(fine)
-        _layouts[table] = (len(first), between, second[0] - first[0]), fine
-    return _layouts[table]
+def _layout(table: RotaryTable) -> Tuple[int, int, int]:
+    """The number of rotary pairs, and the distance of the first channels of two pairs and of the
+    channels of a pair."""
+    pairs = table.dims // 2
+    return (pairs, 2, 1) if table.traditional else (pairs, 1, pairs)
 
 
 # All layers ask for the same. By way of NumPy, since lazy arrays must not be shared by threads.

@@ -217,6 +217,9 @@ class ModelBench:
                 logits = self.model(token[:, None], cache=caches)[:, -1]
                 return mx.argmax(logits, axis=-1)
 
+            # As mlx-lm does it every 256 tokens; and MLX would keep buffers of the cache before,
+            # which have other sizes, instead of this one's.
+            mx.clear_cache()
             token = step(mx.zeros((batch,), mx.int32))
             mx.eval(token)
             start = time.perf_counter()

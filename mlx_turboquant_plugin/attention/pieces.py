@@ -1,0 +1,139 @@
+"""Attention over exact tokens and pieces of codes, which streams share where that pays."""
+
+import functools
+from contextlib import nullcontext
+from typing import Callable, List, NamedTuple, Optional
+
+import mlx.core as mx
+import numpy as np
+
+from ..cache.visibility import BLOCK
+from ..codecs.kv_codec import KVCodec
+from .function import AttentionFunctions, Sums
+from .streams import helpers
+
+# Coded tokens that are dequantised at once by tiles of queries. On the CPU their scores
+# should stay in the processor's cache; elsewhere few launches matter more.
+PIECE = {mx.cpu: 1024, mx.gpu: 65536}
+# A single query has so few scores that the numbers of its keys count, of all rows and heads.
+SINGLE_QUERY = {mx.cpu: 2**20, mx.gpu: 2**28}
+LEAST_PIECE = 256
+# Numbers of keys for which another stream is worth its operations, which all have to be
+# described and scheduled by one thread.
+LEAST_SHARE = 2**17
+
+
+class Exact(NamedTuple):
+    """The exact tokens of an attention: keys and values (B, H, E, D) and their mask or None."""
+
+    keys: mx.array
+    values: mx.array
+    mask: Optional[mx.array]
+
+
+class Coded(NamedTuple):
+    """The coded tokens of an attention.
+
+    Attributes:
+        codec: what made them.
+        codes: ``f(first, last)`` gives the codes of the positions first, ..., last - 1.
+        positions: which tokens to attend to, without those before ``oldest``.
+        mask: of these tokens, (..., len(positions)), or None; it hides those, too.
+    """
+
+    codec: KVCodec
+    codes: Callable
+    positions: range
+    oldest: int
+    mask: Optional[mx.array]
+
+
+def attend_codes(
+    queries: mx.array,
+    exact: Exact,
+    coded: Coded,
+    scale: float,
+    functions: AttentionFunctions,
+    learned_sinks: Optional[mx.array] = None,
+) -> mx.array:
+    """Attention over exact tokens and coded ones.
+
+    Args:
+        queries: (B, H_q, N, D).
+        learned_sinks: for each query head, (H_q,), the score of one more token whose
+            value is zero (GPT-OSS), or None.
+
+    Returns:
+        (B, H_q, N, D_v) in the dtype of the queries.
+    """
+    codec = coded.codec
+    batch, heads, count, dim = queries.shape
+    kv_heads = exact.keys.shape[1]
+    # All queries that share a KV head are rows of one matrix product.
+    q = queries.astype(mx.float32).reshape(batch, kv_heads, -1, dim) * scale
+    if learned_sinks is not None:
+        learned_sinks = mx.repeat(learned_sinks.astype(mx.float32), count)
+        learned_sinks = learned_sinks.reshape(kv_heads, -1, 1)
+    rotated = functions.rotate(q, codec.key_rotation.array, codec.balance)
+    bias = None if codec.bias is None else codec.bias.coefficients(q)
+    channels = batch * kv_heads * dim
+    piece = _piece_size(count, channels)
+    streams = helpers() if count == 1 and mx.default_device().type == mx.cpu else ()
+    shares = _shares(coded.positions, exact.keys.shape[2], channels, 1 + len(streams))
+    sums = []
+    for share, stream in zip(shares, (None, *streams)):
+        if share:
+            with nullcontext() if stream is None else mx.stream(stream):
+                sums.append(_fold_pieces(rotated, bias, coded, share, piece, functions))
+    exact_sums = functions.begin(q, *exact, learned_sinks)
+    out = functions.finish(exact_sums, sums, codec.value_rotation.array)
+    return out.reshape(batch, heads, count, -1).astype(queries.dtype)
+
+
+def _piece_size(queries: int, channels: int) -> int:
+    """How many coded tokens of each row to dequantise at once.
+
+    Args:
+        channels: of the keys of one token, all rows and heads together.
+    """
+    device = mx.default_device().type
+    if queries > 1:
+        return PIECE[device]
+    return max(LEAST_PIECE, SINGLE_QUERY[device] // channels // BLOCK * BLOCK)
+
+
+def _shares(positions: range, exact: int, channels: int, streams: int) -> List[range]:
+    """Parts of ``positions``, whole blocks, for at most so many streams.
+
+    The first may be empty: its stream has the ``exact`` tokens as well.
+    """
+    streams = max(1, min(streams, len(positions) * channels // LEAST_SHARE))
+    each = -(-(len(positions) + exact) // streams)
+    cuts = [max(0, i * each - exact) // BLOCK * BLOCK for i in range(1, streams)]
+    return [positions[a:b] for a, b in zip([0, *cuts], [*cuts, len(positions)])]
+
+
+def _fold_pieces(
+    rotated: mx.array, bias, coded: Coded, positions: range, piece: int, functions
+) -> Sums:
+    """The running sums over coded tokens, ``piece`` of them at a time."""
+    codec, sums, origin = coded.codec, None, coded.positions.start
+    for start in positions[::piece]:
+        stop = min(start + piece, positions.stop)
+        mask = None
+        if coded.mask is not None:
+            mask = coded.mask[..., start - origin : stop - origin]
+        elif start < coded.oldest:
+            mask = from_oldest(coded.oldest, start, stop)
+        scores = None if bias is None else codec.bias.scores(bias, start, stop - start)
+        keys, values = coded.codes(start, stop)
+        keys, values = codec.keys.expand(keys, -2), codec.values.expand(values, -1)
+        sums = functions.fold(rotated, sums, keys, values, scores, mask)
+    return sums
+
+
+@functools.lru_cache(maxsize=8)
+def from_oldest(oldest: int, start: int, stop: int) -> mx.array:
+    """Which of the positions start, ..., stop - 1 are not before ``oldest``: bool (stop - start,)."""
+    # By way of NumPy, since lazy arrays must not be shared by threads.
+    return mx.array(np.arange(start, stop) >= oldest)
