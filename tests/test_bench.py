@@ -239,6 +239,29 @@ def test_what_can_not_be_measured_is_said(measure, monkeypatch, capsys):
     assert "not measured: decode, 300 tokens, batch 1, all: needs about" in capsys.readouterr().out
 
 
+def test_quantised_caches_that_mlx_can_not_multiply_with_are_left_out(measure, monkeypatch):
+    def quantized(*args, **kwargs):
+        raise RuntimeError("[quantized_matmul] No implementation for problem shape")
+
+    monkeypatch.setattr("mlx_lm.models.base.quantized_scaled_dot_product_attention", quantized)
+    report, rows = measure(
+        "--lengths", 300, "--prompts", 200, "--dtypes", "float32", "--model-dtype", "float32"
+    )
+    assert {row[0] for row in rows} == {"call", "decode", "prefill"}
+    assert {row[-1] for row in rows} == {"KVCache", "compressed"}
+    assert [x["cache"] for x in report["skipped"]] == ["QuantizedKVCache"] * 3
+    assert all("quantized_matmul" in x["reason"] for x in report["skipped"])
+
+
+def test_other_errors_are_not_hidden(measure, monkeypatch):
+    def attend(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("mlx_turboquant_plugin.evaluation.bench.layer.attend", attend)
+    with pytest.raises(RuntimeError, match="broken"):
+        measure("--parts", "layer", "--lengths", 300, "--dtypes", "float32")
+
+
 def test_turns():
     order = []
 

@@ -113,6 +113,20 @@ def take_turns(
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
+def obstacle(name: str, run: Callable[[], object]) -> Optional[str]:
+    """Run an arm for the first time; returns why it can't be measured, or None.
+
+    MLX has no quantised products of some shapes on some devices.
+    """
+    try:
+        run()
+    except RuntimeError as error:
+        if name != QUANTIZED:
+            raise
+        return f"MLX can't: {error}"
+    return None
+
+
 def dtype_name(dtype: mx.Dtype) -> str:
     """The name of a dtype, such as "float16"."""
     return str(dtype).removeprefix("mlx.core.")

@@ -13,7 +13,7 @@ from ...codecs.byte_matrix import constants
 from ..runs import compressed, compressed_prompt_cache, kv_bytes, prompt_cache, table_bytes
 from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, ROUND
 from .measurement import Measurement, Results, Skipped, dtype_name, filled, quantized_group
-from .measurement import slow_when_quantized, take_turns, too_large
+from .measurement import obstacle, slow_when_quantized, take_turns, too_large
 
 # Models that can be measured without their weights.
 SHAPES: Dict[str, Callable[[], nn.Module]] = {
@@ -103,7 +103,11 @@ class ModelBench:
             mx.clear_cache()
             mx.reset_peak_memory()
             # Warms up, too.
-            self._decode(kind, arms[kind], batch)
+            reason = obstacle(kind, lambda: self._decode(kind, arms[kind], batch))
+            if reason:
+                results.skipped.append(Skipped("decode", tokens, batch, kind, reason))
+                del arms[kind]
+                continue
             peaks[kind] = mx.get_peak_memory() - before
         timers = {
             kind: lambda kind=kind: self._decode(kind, arms[kind], batch) for kind in arms
@@ -149,8 +153,11 @@ class ModelBench:
 
             return run
 
-        for kind in kinds:
-            timer(kind, prompt[:, : 2 * chunk])()
+        for kind in list(kinds):
+            reason = obstacle(kind, timer(kind, prompt[:, : 2 * chunk]))
+            if reason:
+                results.skipped.append(Skipped("prefill", tokens, 1, kind, reason))
+                kinds.remove(kind)
         timings = take_turns({kind: timer(kind, prompt) for kind in kinds}, rounds, tick)
         for kind, seconds in timings.items():
             results.measurements.append(
