@@ -13,7 +13,7 @@ import numpy as np
 from ..cache.exact import ExactTokens
 from ..cache.packed import PackedRows
 from ..cache.view import View
-from ..cache.visibility import Visibility
+from ..cache.visibility import Ring, Visibility
 from ..codecs.kv_codec import Codes, KVCodec
 from ..kernels import fused_kernel
 from ..log import log_once
@@ -78,7 +78,6 @@ def fallbacks() -> List[str]:
 
 def problem_of_view(queries: mx.array, view: View, scale: float) -> Problem:
     """The newest tokens of one cache: ``queries`` (B, H_q, N, D), with a causal mask."""
-    batch, _, count, _ = queries.shape
     return Problem(
         view.codec,
         queries,
@@ -87,9 +86,41 @@ def problem_of_view(queries: mx.array, view: View, scale: float) -> Problem:
         view.key_codes,
         view.value_codes,
         view.first_coded,
-        _bounds_array((tuple(_bounds(view, index) for index in range(count)),) * batch),
+        _bounds_of_view(
+            queries.shape[0],
+            view.start,
+            view.end,
+            view.exact_start,
+            view.first_coded,
+            view.coded,
+            view.visibility,
+            view.ring,
+        ),
         scale,
     )
+
+
+# All layers ask for the same.
+@functools.lru_cache(maxsize=4)
+def _bounds_of_view(
+    batch: int,
+    start: int,
+    end: int,
+    exact_start: int,
+    first_coded: int,
+    coded: int,
+    visibility: Visibility,
+    ring: Optional[Ring],
+) -> mx.array:
+    bounds = []
+    for position in range(start, end):
+        hidden, oldest = 0, visibility.sinks
+        if ring is not None:
+            hidden, oldest = ring.oldest(start, position - start)
+        exact_from = max(oldest, exact_start, visibility.exact_from(position))
+        first_code, unread = max(0, oldest - first_coded), max(0, coded - exact_from)
+        bounds.append((hidden, first_code, unread, end - exact_from))
+    return _bounds_array((tuple(bounds),) * batch)
 
 
 def problem_of_rows(queries: mx.array, rows: PackedRows, scale: float) -> Problem:
@@ -118,13 +149,6 @@ def _bounds_of_rows(
         unread = max(0, coded - exact_from)
         bounds.append(((0, visibility.sinks, unread, length - exact_from),))
     return _bounds_array(tuple(bounds))
-
-
-def _bounds(view: View, index: int) -> Tuple[int, int, int, int]:
-    hidden, oldest = view.oldest(index)
-    exact_from = max(oldest, view.exact_from(view.start + index))
-    first_code = max(0, oldest - view.first_coded)
-    return hidden, first_code, max(0, view.coded - exact_from), view.end - exact_from
 
 
 # Later steps ask for the same.

@@ -38,7 +38,7 @@ class ExactTokens:
         self._keys, self._values = keys, values
         self._unjoined: Optional[Unjoined] = None
         self.count = 0 if keys is None else keys.shape[2]
-        self.dtypes = tuple(None if x is None else x.dtype for x in (keys, values))
+        self.dtypes = _dtype(keys), _dtype(values)
 
     def grown(
         self, keys: mx.array, values: mx.array, sinks: int = 0, drop: int = 0
@@ -89,6 +89,10 @@ class ExactTokens:
             pairs = (parts.keys, parts.new_keys), (parts.values, parts.new_values)
             self.join(*(_concatenate(*pair, parts.sinks, parts.drop) for pair in pairs))
         return self._keys, self._values
+
+
+def _dtype(x: Optional[mx.array]) -> Optional[mx.Dtype]:
+    return None if x is None else x.dtype
 
 
 def _concatenate(old: mx.array, new: mx.array, sinks: int, drop: int) -> mx.array:
