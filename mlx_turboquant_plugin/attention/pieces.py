@@ -76,6 +76,10 @@ def attend_codes(
         learned_sinks = learned_sinks.reshape(kv_heads, -1, 1)
     rotated = functions.rotate(q, codec.key_rotation.array, codec.balance)
     bias = None if codec.bias is None else codec.bias.coefficients(q)
+    exact_sums = functions.begin(q, *exact, learned_sinks)
+    if count > 1:
+        # Before the codes, or all scores of a tile would be in memory at once.
+        rotated = mx.depends(rotated, exact_sums)
     channels = batch * kv_heads * dim
     piece = _piece_size(count, channels)
     streams = helpers() if count == 1 and mx.default_device().type == mx.cpu else ()
@@ -85,7 +89,6 @@ def attend_codes(
         if share:
             with nullcontext() if stream is None else mx.stream(stream):
                 sums.append(_fold_pieces(rotated, bias, coded, share, piece, functions))
-    exact_sums = functions.begin(q, *exact, learned_sinks)
     out = functions.finish(exact_sums, sums, codec.value_rotation.array)
     return out.reshape(batch, heads, count, -1).astype(queries.dtype)
 
