@@ -71,6 +71,8 @@ class LayerBench:
             for heads in (layer.heads, layer.kv_heads)
         )
         mx.eval(query, token)
+        # As mlx-lm does it after a prompt: MLX would keep buffers of other sizes instead.
+        mx.clear_cache()
         parts = {"call": _one_call}
         if self.chain:
             parts["chain"] = _one_chain
