@@ -118,8 +118,8 @@ def _bounds_of_view(
         if ring is not None:
             hidden, oldest = ring.oldest(start, position - start)
         exact_from = max(oldest, exact_start, visibility.exact_from(position))
-        first_code, unread = max(0, oldest - first_coded), max(0, coded - exact_from)
-        bounds.append((hidden, first_code, unread, end - exact_from))
+        first_code = max(0, oldest - first_coded)
+        bounds.append(_bound(hidden, first_code, exact_from, coded, end))
     return _bounds_array((tuple(bounds),) * batch)
 
 
@@ -146,9 +146,15 @@ def _bounds_of_rows(
     bounds = []
     for length, start in zip(lengths, exact_start):
         exact_from = max(visibility.exact_from(length - 1), start)
-        unread = max(0, coded - exact_from)
-        bounds.append(((0, visibility.sinks, unread, length - exact_from),))
+        bounds.append((_bound(0, visibility.sinks, exact_from, coded, length),))
     return _bounds_array(tuple(bounds))
+
+
+def _bound(
+    first_sink: int, first_code: int, exact_from: int, coded: int, end: int
+) -> Tuple[int, int, int, int]:
+    """What :class:`Problem` says of one query that reads exactly from ``exact_from`` on."""
+    return first_sink, first_code, max(0, coded - exact_from), end - exact_from
 
 
 # Later steps ask for the same.

@@ -192,6 +192,7 @@ MERGE_BODY = """
   merge_parts<VALUE_DIM, ROWS>(sums, weights, rotation, out, sums_shape[3], COUNT);
 """
 
+
 # Numbers are written into the source: MLX would convert and compare them on every call.
 @functools.lru_cache(maxsize=None)
 def _split_kernel(

@@ -16,7 +16,7 @@ from ...codecs.kv_codec import CodecSpec, KVCodec
 from ..runs import kv_bytes, table_bytes
 from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, ROUND
 from .measurement import Measurement, Results, Skipped, dtype_name, filled, quantized_group
-from .measurement import obstacle, take_turns, too_large
+from .measurement import take_turns, too_large
 
 WARM_UP = 3
 
@@ -78,11 +78,11 @@ class LayerBench:
             parts["chain"] = _one_chain
         for part, timer in parts.items():
             timers = {name: timer(caches, query, token) for name, caches in arms.items()}
-            for name, run in list(timers.items()):
-                reason = obstacle(name, run)
-                if reason:
-                    results.skipped.append(Skipped(part, tokens, batch, name, reason))
-                    del timers[name]
+            timers = {
+                name: run
+                for name, run in timers.items()
+                if results.starts(part, tokens, batch, name, run)
+            }
             for name, run in timers.items():
                 # A round has every kind of step, and each has kernels that are compiled once.
                 for _ in range(ROUND if name == COMPRESSED else WARM_UP):

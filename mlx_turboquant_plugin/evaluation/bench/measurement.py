@@ -88,6 +88,22 @@ class Results:
     measurements: List[Measurement]
     skipped: List[Skipped]
 
+    def starts(
+        self, part: str, tokens: int, batch: int, cache: str, run: Callable[[], object]
+    ) -> bool:
+        """Run for the first time; whether it can be measured, which is noted if not.
+
+        MLX has no quantised products of some shapes on some devices.
+        """
+        try:
+            run()
+        except RuntimeError as error:
+            if cache != QUANTIZED:
+                raise
+            self.skipped.append(Skipped(part, tokens, batch, cache, f"MLX can't: {error}"))
+            return False
+        return True
+
 
 def take_turns(
     arms: Mapping[str, Callable[[], float]], rounds: int, tick: Callable[[], object]
@@ -111,20 +127,6 @@ def take_turns(
                 samples[name].append(arm())
         tick()
     return {name: Timing.of(values) for name, values in samples.items()}
-
-
-def obstacle(name: str, run: Callable[[], object]) -> Optional[str]:
-    """Run an arm for the first time; returns why it can't be measured, or None.
-
-    MLX has no quantised products of some shapes on some devices.
-    """
-    try:
-        run()
-    except RuntimeError as error:
-        if name != QUANTIZED:
-            raise
-        return f"MLX can't: {error}"
-    return None
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from ...codecs.byte_matrix import constants
 from ..runs import compressed, compressed_prompt_cache, kv_bytes, prompt_cache, table_bytes
 from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, ROUND
 from .measurement import Measurement, Results, Skipped, dtype_name, filled, quantized_group
-from .measurement import obstacle, slow_when_quantized, take_turns, too_large
+from .measurement import slow_when_quantized, take_turns, too_large
 
 # Models that can be measured without their weights.
 SHAPES: Dict[str, Callable[[], nn.Module]] = {
@@ -103,15 +104,12 @@ class ModelBench:
             mx.clear_cache()
             mx.reset_peak_memory()
             # Warms up, too.
-            reason = obstacle(kind, lambda: self._decode(kind, arms[kind], batch))
-            if reason:
-                results.skipped.append(Skipped("decode", tokens, batch, kind, reason))
+            run = partial(self._decode, kind, arms[kind], batch)
+            if not results.starts("decode", tokens, batch, kind, run):
                 del arms[kind]
                 continue
             peaks[kind] = mx.get_peak_memory() - before
-        timers = {
-            kind: lambda kind=kind: self._decode(kind, arms[kind], batch) for kind in arms
-        }
+        timers = {kind: partial(self._decode, kind, arms[kind], batch) for kind in arms}
         for kind, seconds in take_turns(timers, rounds, tick).items():
             results.measurements.append(
                 Measurement(
@@ -153,11 +151,11 @@ class ModelBench:
 
             return run
 
-        for kind in list(kinds):
-            reason = obstacle(kind, timer(kind, prompt[:, : 2 * chunk]))
-            if reason:
-                results.skipped.append(Skipped("prefill", tokens, 1, kind, reason))
-                kinds.remove(kind)
+        kinds = [
+            kind
+            for kind in kinds
+            if results.starts("prefill", tokens, 1, kind, timer(kind, prompt[:, : 2 * chunk]))
+        ]
         timings = take_turns({kind: timer(kind, prompt) for kind in kinds}, rounds, tick)
         for kind, seconds in timings.items():
             results.measurements.append(
