@@ -11,7 +11,12 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache, save_prompt_cache
 
 import mlx_turboquant_plugin
-from mlx_turboquant_plugin.cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
+from mlx_turboquant_plugin.cache import (
+    CompressedKVCache,
+    RotatingCompressedKVCache,
+    Visibility,
+    compressed,
+)
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 
@@ -99,9 +104,27 @@ def test_without_arguments_it_is_used_like_kvcache():
     assert not hasattr(ours, "bits")
 
 
+@pytest.fixture(params=[False, True], ids=["any", "steady"])
+def steady(request, monkeypatch):
+    """Caches as they are for kernels that like arrays to keep their shapes."""
+    if request.param:
+        monkeypatch.setattr(compressed, "STEADY", ("eager",))
+
+
+@pytest.mark.parametrize("window, sinks", [(0, 4), (32, 0), (64, 4)])
+def test_a_steady_cache_always_holds_as_many_exact_tokens(window, sinks, monkeypatch):
+    plain, ours = (CompressedKVCache(codec(), Visibility(window, sinks)) for _ in range(2))
+    fill(plain, 300, 1)
+    monkeypatch.setattr(compressed, "STEADY", ("eager",))
+    fill(ours, 230, 230)
+    counts = {fill(ours, length, 1).exact_tokens.count for length in range(230, 301)}
+    assert counts == {sinks + window + 48}
+    assert same(ours.keys_and_values(), plain.keys_and_values())
+
+
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("chunk", [1, 7, 100])
-def test_chunks_do_not_matter(chunk, biased):
+@pytest.mark.parametrize("chunk", [1, 7, 16, 17, 100])
+def test_chunks_do_not_matter(chunk, biased, steady):
     whole = filled(chunk=300, cache=CompressedKVCache(codec(64, biased), VISIBILITY))
     parts = filled(chunk=chunk, cache=CompressedKVCache(codec(64, biased), VISIBILITY))
     assert parts.coded == whole.coded
@@ -132,8 +155,8 @@ def test_trim_keeps_what_was_before(n):
     assert same([x[..., : cache.coded] for x in fresh.key_codes], cache.key_codes)
 
 
-@pytest.mark.parametrize("chunk", [1, 30])
-def test_a_short_trim_leaves_no_trace(chunk):
+@pytest.mark.parametrize("chunk", [1, 16, 30])
+def test_a_short_trim_leaves_no_trace(chunk, steady):
     plain, trimmed = filled(400, chunk=1), filled(330, chunk=1)
     assert trimmed.trim(16) == 16
     fill(trimmed, 400, chunk)

@@ -28,7 +28,6 @@ def module(monkeypatch):
 
     module = SimpleNamespace(
         seen=seen,
-        supports=lambda problem: None,
         attend=attend,
         encode_keys=KVCodec.encode_keys,
         encode_values=KVCodec.encode_values,
@@ -76,8 +75,8 @@ def test_learned_sinks_fall_back(rows, module):
 
 
 @pytest.mark.parametrize("mask", [False, True])
-def test_what_falls_back_is_said_once_and_in_status(mask, module, caplog):
-    module.supports = lambda problem: "this"
+def test_what_falls_back_is_said_once_and_in_status(mask, module, monkeypatch, caplog):
+    monkeypatch.setattr(fused, "unsupported", lambda problem: "this")
     case = Case(count=2)
     given = mx.tril(mx.ones((2, case.length), mx.bool_), case.length - 2) if mask else "causal"
     with caplog.at_level(logging.WARNING):

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_turboquant_plugin import cli
-from mlx_turboquant_plugin.attention import dispatch
+from mlx_turboquant_plugin.attention import dispatch, fused
 from mlx_turboquant_plugin.cache import compressed
 from mlx_turboquant_plugin.codecs.kv_codec import KVCodec
 from mlx_turboquant_plugin.evaluation import selftest
@@ -68,6 +68,7 @@ def test_codes_that_lose_too_much_fail(side, monkeypatch):
 
 
 def test_a_kernel_that_leaves_its_work_to_another_fails(monkeypatch):
+    monkeypatch.setattr(fused, "_fallbacks", [])
     monkeypatch.setattr(dispatch, "attend_fused", lambda kernel, problem: dispatch.fall_back(
         kernel, "anything"
     ))
@@ -88,4 +89,6 @@ def test_the_table_has_every_shape_codec_and_dtype():
     assert {c.keys[1] for c in cases if c.keys[0] == "affine"} == {2, 3, 4, 8}
     assert {c.values[1] for c in cases if c.values[0] == "affine"} == {2, 3, 4, 8}
     assert any(len(case.lengths) > 1 for case in cases)
+    # With codes, and steps of decoding before.
+    assert {(len(case.lengths), case.steps > 1) for case in cases} >= {(1, True), (2, True)}
     assert len(set(cases)) == len(cases)

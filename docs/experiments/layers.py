@@ -8,7 +8,6 @@ more bits for the first and the last layer. All choices take the same number of 
     python docs/experiments/layers.py --model PATH --tokens FILE
 """
 
-from dataclasses import replace
 from itertools import product
 
 from common import load, measure
@@ -25,7 +24,7 @@ def bits(choice):
 
     def change(index, codec):
         key_bits, value_bits = choice[index]
-        spec = replace(codec.spec, key_bits=key_bits, value_bits=value_bits)
+        spec = codec.spec._replace(key_bits=key_bits, value_bits=value_bits)
         return KVCodec(spec, codec.balance, codec.bias)
 
     return change
@@ -37,7 +36,7 @@ def alone(layer, side):
 
     def change(index, codec):
         exact = {other: "exact"} if index == layer else {"key_codec": "exact", "value_codec": "exact"}
-        return KVCodec(replace(codec.spec, **exact), codec.balance, codec.bias)
+        return KVCodec(codec.spec._replace(**exact), codec.balance, codec.bias)
 
     return change
 

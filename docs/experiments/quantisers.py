@@ -8,7 +8,6 @@ everything around them (rotation, balance, bias, window, scale search) stays as 
 
 import functools
 import math
-from dataclasses import replace
 from statistics import NormalDist
 
 import mlx.core as mx
@@ -218,7 +217,7 @@ def variance_normalised(restore):
 
 def simulated(keys, values):
     def change(index, codec):
-        spec = replace(codec.spec, key_codec="exact", value_codec="exact")
+        spec = codec.spec._replace(key_codec="exact", value_codec="exact")
         other = KVCodec(spec, codec.balance, codec.bias)
         other.keys, other.values = Simulated(keys), Simulated(values)
         return other

@@ -15,7 +15,7 @@ from ..cache.packed import PackedRows
 from ..cache.view import View
 from ..cache.visibility import Ring, Visibility
 from ..codecs.kv_codec import Codes, KVCodec
-from ..kernels import fused_kernel
+from ..kernels import fused_kernel, unsupported
 from ..log import log_once
 
 # Speculative decoding verifies a few tokens at once; more are better served by tiles.
@@ -55,10 +55,9 @@ class Problem(NamedTuple):
 
 def attend_fused(kernel: str, problem: Problem) -> Optional[mx.array]:
     """The attention (B, H_q, N, D_v), or None if the kernel can't do it, which is logged."""
-    module = fused_kernel(kernel)
-    missing = module.supports(problem)
+    missing = unsupported(problem)
     if missing is None:
-        return module.attend(problem)
+        return fused_kernel(kernel).attend(problem)
     fall_back(kernel, missing)
     return None
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache, _BaseCache, create_attention_mask
 
 from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
-from ..kernels import encoder
+from ..kernels import STEADY, encoder
 from ..log import log_once
 from . import state as saved
 from .exact import ExactTokens
@@ -103,7 +103,7 @@ class CompressedKVCache(_BaseCache):
         self.offset += count
         self.encode(self.visibility.exact_from(self.offset - 1))
         view = self._view(start)
-        self._forget()
+        self._forget(count)
         return view
 
     def encode(self, end: int) -> None:
@@ -147,13 +147,17 @@ class CompressedKVCache(_BaseCache):
                 "run the model it was made with, TURBOQUANT=1, before reading it"
             )
 
-    def _forget(self) -> None:
-        """Drop exact tokens after the sinks that no query will read exactly."""
-        self._drop_exact(self._forgettable(self.offset))
+    def _forget(self, count: int) -> None:
+        """Drop what no query will read exactly after a chunk of ``count`` tokens."""
+        if count > ROLLBACK:
+            self._drop_exact(self._forgettable(self.offset))
 
     def _forgettable(self, offset: int) -> int:
         """How many tokens after the sinks queries from position ``offset`` on do not need."""
-        retained = self.visibility.exact_from(max(0, offset - ROLLBACK))
+        if self.kernel in STEADY:
+            retained = offset - self.visibility.most_exact
+        else:
+            retained = self.visibility.exact_from(max(0, offset - ROLLBACK))
         return max(0, min(retained, self.coded) - self.exact_start)
 
     def _drop_exact(self, drop: int) -> None:

@@ -9,7 +9,7 @@ from ..codecs.kv_codec import Codes, KVCodec
 from .compressed import CompressedKVCache
 from .exact import ExactTokens
 from .view import View
-from .visibility import BLOCK, ROLLBACK, Visibility
+from .visibility import Visibility
 
 
 class PackedRows:
@@ -78,8 +78,7 @@ class PackedRows:
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Append one token (B, H, 1, D) to every row."""
         sinks = self.visibility.sinks
-        room = sinks + self.visibility.window + BLOCK + ROLLBACK
-        drop = max(0, self.exact_tokens.count + 1 - room)
+        drop = max(0, self.exact_tokens.count + 1 - sinks - self.visibility.most_exact)
         self.exact_tokens = self.exact_tokens.grown(keys, values, sinks, drop)
         held = self.exact_tokens.count - sinks
         self.lengths, self.exact_start = _grown(self.lengths, self.exact_start, held)

@@ -1,6 +1,5 @@
 """The compressed KV cache of one sequence that forgets: for ``max_kv_size``."""
 
-from dataclasses import replace
 from typing import Optional
 
 import mlx.core as mx
@@ -31,7 +30,7 @@ class RotatingCompressedKVCache(CompressedKVCache):
         visibility: Visibility = Visibility(),
         kernel: str = "eager",
     ):
-        super().__init__(codec, replace(visibility, sinks=keep), kernel)
+        super().__init__(codec, visibility._replace(sinks=keep), kernel)
         self.ring = Ring(max_size, keep)
 
     @property
@@ -42,8 +41,8 @@ class RotatingCompressedKVCache(CompressedKVCache):
     def keep(self) -> int:
         return self.ring.keep
 
-    def _forget(self) -> None:
-        super()._forget()
+    def _forget(self, count: int) -> None:
+        super()._forget(count)
         _, oldest = self.ring.oldest(self.offset - 1, 0)
         self._drop_exact(oldest - self.exact_start)
         if self.exact_start > max(self.coded, self.keep):

@@ -1,7 +1,6 @@
 """Saving a compressed cache and getting it back, checked before it is trusted."""
 
 import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -91,12 +90,12 @@ def check_fits(cache: "CompressedKVCache", codec: KVCodec, fingerprint: str) -> 
 def _describe(cache: "CompressedKVCache") -> dict:
     codec = cache.codec
     return {
-        "codec": codec and asdict(codec.spec),
-        "visibility": asdict(cache.visibility),
+        "codec": codec and codec.spec._asdict(),
+        "visibility": cache.visibility._asdict(),
         "biased": cache.biased,
         "rotation": codec and codec.checksum,
         "first_coded": cache.first_coded,
-        "ring": asdict(cache.ring) if cache.ring else {},
+        "ring": cache.ring._asdict() if cache.ring else {},
     }
 
 

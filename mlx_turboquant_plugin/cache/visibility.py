@@ -1,7 +1,6 @@
 """Who sees what: which tokens a query reads exactly and which through their codes."""
 
-from dataclasses import dataclass
-from typing import Optional, Union
+from typing import NamedTuple, Optional, Union
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -15,8 +14,7 @@ BLOCK = 32
 ROLLBACK = 16
 
 
-@dataclass(frozen=True)
-class Visibility:
+class Visibility(NamedTuple):
     """A function of two absolute positions and of nothing else.
 
     A query at position p reads the key at t exactly if t is one of the first
@@ -32,6 +30,11 @@ class Visibility:
     window: int = 192
     sinks: int = 4
 
+    @property
+    def most_exact(self) -> int:
+        """The most exact tokens after the sinks that queries and trims can need."""
+        return self.window + BLOCK + ROLLBACK
+
     def exact_from(self, position: int) -> int:
         """The first position, after the sinks, that a query at ``position`` reads exactly."""
         return max(self.sinks, (position // BLOCK) * BLOCK - self.window)
@@ -41,8 +44,7 @@ class Visibility:
         return ((token + self.window) // BLOCK + 1) * BLOCK
 
 
-@dataclass(frozen=True)
-class Ring:
+class Ring(NamedTuple):
     """How far back the queries of mlx-lm's RotatingKVCache see.
 
     It keeps the first ``keep`` tokens and the newest of the others, ``max_size`` together.

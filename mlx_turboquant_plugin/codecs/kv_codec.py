@@ -1,8 +1,7 @@
 """How one attention layer's keys and values become codes, and what they are worth."""
 
 import zlib
-from dataclasses import dataclass
-from typing import Callable, Optional, Tuple
+from typing import Callable, NamedTuple, Optional, Tuple
 
 import mlx.core as mx
 
@@ -34,8 +33,7 @@ def _exact(bits: int) -> Exact:
     return Exact()
 
 
-@dataclass(frozen=True)
-class CodecSpec:
+class CodecSpec(NamedTuple):
     """What a codec is, apart from the model it serves; written into saved caches.
 
     ``head_dim`` is that of the keys and ``value_dim`` that of the values.

@@ -1,13 +1,10 @@
 """Fused attention kernels: codes are dequantised in registers, never in memory.
 
-Each is a module named after what it is written in. ``CODECS`` are the names of the codecs
-that it is made for, and two functions take a
-:class:`~mlx_turboquant_plugin.attention.fused.Problem`:
+Each is a module named after what it is written in, with
 
-``supports(problem) -> Optional[str]``
-    None, or what the kernel can't do about the problem, in words.
 ``attend(problem) -> mx.array``
-    The attention, (B, H_q, N, D_v) in the dtype of the queries.
+    The attention, (B, H_q, N, D_v) in the dtype of the queries, of a
+    :class:`~mlx_turboquant_plugin.attention.fused.Problem` that is not :func:`unsupported`.
 
 And ``encode_keys`` and ``encode_values``, see :func:`encoder`.
 """
@@ -15,7 +12,7 @@ And ``encode_keys`` and ``encode_values``, see :func:`encoder`.
 import functools
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, List, Optional, Tuple, Type, Union
+from typing import TYPE_CHECKING, List, Optional, Type, Union
 
 import mlx.core as mx
 
@@ -25,6 +22,10 @@ if TYPE_CHECKING:
     from ..attention.fused import Problem
 
 FUSED = ("metal", "cuda")
+# Those that are launched faster while arrays keep their shapes: caches hold as many exact
+# tokens as can be needed then, and one goes when one comes.
+STEADY = ("cuda",)
+CODECS = ("lloyd-max", "affine")
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
@@ -58,23 +59,17 @@ def encoder(kernel: str) -> Union[ModuleType, Type[KVCodec]]:
     return fused_kernel(kernel) if kernel in FUSED else KVCodec
 
 
-def unsupported(problem: "Problem", codecs: Tuple[str, ...]) -> Optional[str]:
-    """None, or what a fused kernel that is made for ``codecs`` can't do about ``problem``."""
-    return _unsupported(
-        problem.codec.spec, problem.queries.dtype, *problem.exact_tokens.dtypes, codecs
-    )
+def unsupported(problem: "Problem") -> Optional[str]:
+    """None, or what fused kernels can't do about ``problem``, in words."""
+    return _unsupported(problem.codec.spec, problem.queries.dtype, *problem.exact_tokens.dtypes)
 
 
 @functools.lru_cache(maxsize=None)
 def _unsupported(
-    spec: CodecSpec,
-    queries: mx.Dtype,
-    keys: mx.Dtype,
-    values: mx.Dtype,
-    codecs: Tuple[str, ...],
+    spec: CodecSpec, queries: mx.Dtype, keys: mx.Dtype, values: mx.Dtype
 ) -> Optional[str]:
     for codec in (spec.key_codec, spec.value_codec):
-        if codec not in codecs:
+        if codec not in CODECS:
             return f"the {codec} codec"
     for dim in (spec.head_dim, spec.value_dim):
         if unsupported_dim(dim):

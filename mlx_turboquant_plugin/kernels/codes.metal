@@ -4,7 +4,9 @@
 // threadgroup serves: 1, 2, 4 or 8. Rows lie side by side in threadgroup memory, so that
 // one load serves a channel or a token for all of them.
 
+#ifndef UNROLL
 #define UNROLL _Pragma("clang loop unroll(full)")
+#endif
 
 // Scores of tokens that a row does not see. Finite, since kernels may be compiled as if
 // there were no infinities.

@@ -1,12 +1,13 @@
 """The fused attention kernel for NVIDIA GPUs (compute capability 8.0 and later), and the encoder."""
 
 import functools
-from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Tuple
+import threading
+from typing import TYPE_CHECKING, Callable, Dict, Tuple
 
 import mlx.core as mx
 
 from ..codecs.kv_codec import CodecSpec
-from . import cuda_source, unsupported
+from . import cuda_portable, cuda_source
 from .cuda_encode import encode_keys, encode_values
 from .cuda_source import BLOCKS, MERGE_THREADS, SPLIT_THREADS
 
@@ -21,27 +22,26 @@ EXACT_PART = 64
 ROOM = 132 * BLOCKS
 
 MOST_PARTS = 256
-CODECS = ("lloyd-max",)
 
-__all__ = ["CODECS", "attend", "encode_keys", "encode_values", "supports"]
-
-
-def supports(problem: "Problem") -> Optional[str]:
-    """None, or what the kernel can't do about ``problem``, in words."""
-    return unsupported(problem, CODECS)
+__all__ = ["attend", "encode_keys", "encode_values"]
 
 
 def attend(problem: "Problem") -> mx.array:
     """Attention in two launches: (B, H_q, N, D_v) in the dtype of the queries."""
     codec, queries, exact = problem.codec, problem.queries, problem.exact_tokens
+    if "affine" in (codec.spec.key_codec, codec.spec.value_codec):
+        return cuda_portable.attend(problem)
     unjoined = exact.unjoined
-    if unjoined is None:
+    if unjoined is None or unjoined.drop > 1:
+        # More than one go only after a trim or when several tokens come, and each number has
+        # a kernel of its own.
         tokens, appended, drop = (exact.keys, exact.values), 0, 0
     else:
         tokens, drop = unjoined[:4], unjoined.drop
         appended = exact.count - (tokens[0].shape[2] - drop)
     coded = problem.key_codes[-1].shape[-1]
-    split, merge = _launches(
+    attention = _attention(
+        threading.get_ident(),
         codec.spec,
         codec.balance is not None,
         codec.bias is not None,
@@ -64,14 +64,16 @@ def attend(problem: "Problem") -> mx.array:
         batch, heads, count, dim = queries.shape
         q = queries.astype(mx.float32).reshape(batch, tokens[0].shape[1], -1, dim)
         inputs.append(codec.bias.scores(codec.bias.coefficients(q), problem.first_coded, coded))
-    sums, weights, *joined = split(inputs)
+    out, *joined = attention(codec.value_rotation.array, *inputs)
     if joined:
         exact.join(*joined)
-    return merge([sums, weights, codec.value_rotation.array])[0]
+    return out
 
 
-@functools.lru_cache(maxsize=1024)
-def _launches(
+# All layers ask for the same, until there are more codes.
+@functools.lru_cache(maxsize=64)
+def _attention(
+    thread: int,
     spec: CodecSpec,
     balanced: bool,
     biased: bool,
@@ -85,27 +87,36 @@ def _launches(
     appended: int,
     drop: int,
     coded: int,
-) -> Tuple[Callable, Callable]:
-    """The two launches as functions of their inputs. All layers ask for the same.
+) -> Callable[..., Tuple[mx.array, ...]]:
+    """The two launches as one function of the rotation of the values and of all other inputs.
+
+    It is traced once: MLX writes a kernel's source anew whenever a launch is described, which
+    takes longer than the launch.
 
     Args:
+        thread: the one that calls it. MLX keeps traces by thread, and forgets only those of
+            the last one that called a function.
         queries: (B, H_q, N, D), the shape of the queries.
         heads: H.
         exact: E, the exact tokens with those that are ``appended``.
         drop: how many of the older tokens after the sinks count no more.
+
+    Returns:
+        A function that returns the attention, and joined keys and values if any are
+        ``appended``.
     """
     batch, query_heads, count, dim = queries
     rows = query_heads // heads * count
     tiles_of_rows = 1 if rows <= 4 or max(dim, spec.value_dim) > 128 else 2
     tile = 64 if tiles_of_rows == 1 and max(dim, spec.value_dim) <= 128 else 32
-    chunks = -(-rows // (4 * tiles_of_rows))
+    rows_of_block = 4 * tiles_of_rows
+    chunks = -(-rows // rows_of_block)
     exact_parts = -(-exact // EXACT_PART)
     parts = exact_parts + _code_parts(batch * heads * chunks, -(-coded // tile))
     joining = exact_parts if appended else 0
-    shape = (batch, heads, chunks, parts, 4 * tiles_of_rows)
+    partial = (batch, heads, chunks, parts, rows_of_block * (spec.value_dim + 3))
     joined = [(batch, heads, exact, d) for d in (dim, spec.value_dim)] if appended else []
     split = functools.partial(
-        _call,
         _split_kernel(
             spec,
             tiles_of_rows,
@@ -120,22 +131,22 @@ def _launches(
         ),
         grid=((parts + joining) * SPLIT_THREADS, heads * chunks, batch),
         threadgroup=(SPLIT_THREADS, 1, 1),
-        output_shapes=[(*shape, spec.value_dim), (*shape, 3), *joined],
-        output_dtypes=[mx.float32, mx.float32, *[exact_dtype] * len(joined)],
+        output_shapes=[partial, *joined],
+        output_dtypes=[mx.float32, *[exact_dtype] * len(joined)],
     )
     merge = functools.partial(
-        _call,
-        _merge_kernel(spec.value_dim, 4 * tiles_of_rows, count),
+        _merge_kernel(spec.value_dim, rows_of_block, count),
         grid=(rows * MERGE_THREADS, heads, batch),
         threadgroup=(MERGE_THREADS, 1, 1),
         output_shapes=[(batch, query_heads, count, spec.value_dim)],
         output_dtypes=[dtype],
     )
-    return split, merge
 
+    def attention(value_rotation: mx.array, *inputs: mx.array) -> Tuple[mx.array, ...]:
+        partial, *joined = split(inputs=inputs)
+        return (*merge(inputs=[partial, value_rotation]), *joined)
 
-def _call(kernel: Callable, inputs: List[mx.array], **launch) -> List[mx.array]:
-    return kernel(inputs=inputs, **launch)
+    return mx.compile(attention)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -160,7 +171,7 @@ SPLIT_BODY = """
   p.heads = keys_shape[1], p.group = queries_shape[1] / p.heads, p.count = queries_shape[2];
   p.older = keys_shape[2], p.coded = kc_size_shape[3], p.drop = DROP;
   p.exact = p.older - DROP, p.parts = gridDim.x;
-  p.sums = sums, p.weights = weights;
+  p.partial = partial;
   {appended}
   int exact_parts = (p.exact + EXACT_PART - 1) / EXACT_PART;
   if (blockIdx.x < exact_parts) {{
@@ -189,7 +200,7 @@ APPENDED_BODY = """
 """
 
 MERGE_BODY = """
-  merge_parts<VALUE_DIM, ROWS>(sums, weights, rotation, out, sums_shape[3], COUNT);
+  merge_parts<VALUE_DIM, ROWS>(partial, rotation, out, partial_shape[3], COUNT);
 """
 
 
@@ -235,7 +246,7 @@ def _split_kernel(
         "DROP": drop,
     }
     body = f"  constexpr float SCALE = {float(scale)}f;\n{_constants(numbers)}{body}"
-    outputs = ["sums", "weights", *(["all_keys", "all_values"] if appends else [])]
+    outputs = ["partial", *(["all_keys", "all_values"] if appends else [])]
     return cuda_source.kernel("split", inputs, outputs, body)
 
 
@@ -243,7 +254,7 @@ def _split_kernel(
 def _merge_kernel(value_dim: int, rows: int, count: int):
     numbers = {"VALUE_DIM": value_dim, "ROWS": rows, "COUNT": count}
     return cuda_source.kernel(
-        "merge", ("sums", "weights", "rotation"), ("out",), _constants(numbers) + MERGE_BODY
+        "merge", ("partial", "rotation"), ("out",), _constants(numbers) + MERGE_BODY
     )
 
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..codecs.lloyd_max import CODEBOOKS
+from . import metal
 
 # Threads of a block in split.cu, merge.cu and encode.cu.
 SPLIT_THREADS, MERGE_THREADS, ENCODE_THREADS = 128, 512, 1024
@@ -32,7 +33,8 @@ def kernel(
         ensure_row_contiguous: whether MLX copies inputs that are not contiguous.
     """
     # MLX may keep what it compiled under this name, and does not see the files.
-    version = zlib.crc32("".join([_levels(), *map(read, PARTS), body]).encode())
+    parts = map(read, (*PARTS, *PORTABLE_PARTS))
+    version = zlib.crc32("".join([_levels(), *parts, body]).encode())
     return mx.fast.cuda_kernel(
         name=f"turboquant_{name}_{version:08x}",
         input_names=inputs,
@@ -43,6 +45,7 @@ def kernel(
     )
 
 
+PORTABLE_PARTS = ("dialect.cuh", "codes.metal")
 PARTS = ("ptx.cu", "codes.cu", "rotation.cu", "split.cu", "merge.cu", "encode.cu")
 
 
@@ -55,10 +58,12 @@ def source(name: str) -> str:
         "split": f"{SPLIT_THREADS}, {BLOCKS}",
         "merge": f"{MERGE_THREADS}",
         "encode": f"{ENCODE_THREADS}",
-    }[name]
+    }.get(name, f"{metal.THREADS}")
     attributes = f"__attribute__((global)) __launch_bounds__({bounds})"
     # MLX writes the signature. The bounds give a thread of the first launch 128 registers.
     last = f"#undef __global__\n#define __global__ {attributes}\n"
+    if name.startswith("metal"):
+        return "\n".join([*map(include, PORTABLE_PARTS), last])
     return "\n".join([_levels(), *map(include, PARTS), last])
 
 

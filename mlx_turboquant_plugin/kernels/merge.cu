@@ -5,8 +5,8 @@ constexpr int MERGE_THREADS = 512;
 // ROWS: of a block of the first launch.
 template <int VALUE_DIM, int ROWS, typename T>
 __device__ inline void merge_parts(
-    const float* sums, const float* weights, const float* rotation, T* out, int parts,
-    int count) {
+    const float* partial, const float* rotation, T* out, int parts, int count) {
+  constexpr long long PART = ROWS * (VALUE_DIM + 3);
   constexpr int WIDTH = (VALUE_DIM + 31) / 32 * 32, GROUPS = MERGE_THREADS / WIDTH;
   constexpr int MOST_PARTS = 1024;
   __shared__ float share[MOST_PARTS];
@@ -15,17 +15,19 @@ __device__ inline void merge_parts(
   __shared__ float total;
   int row = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
   int chunks = (gridDim.x + ROWS - 1) / ROWS;
-  long long first = ((long long)(b * gridDim.y + h) * chunks + row / ROWS) * parts * ROWS + row % ROWS;
+  partial += ((long long)(b * gridDim.y + h) * chunks + row / ROWS) * parts * PART;
+  const float* sums = partial + row % ROWS * VALUE_DIM;
+  const float* weights = partial + ROWS * VALUE_DIM + row % ROWS * 3;
 
   if (threadIdx.x < 32) {
     float top = LOWEST, sum = 0;
     for (int i = threadIdx.x; i < parts; i += 32) {
-      top = fmaxf(top, weights[(first + (long long)i * ROWS) * 3 + 1]);
+      top = fmaxf(top, weights[i * PART + 1]);
     }
 #pragma unroll
     for (int bit = 1; bit < 32; bit *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, bit));
     for (int i = threadIdx.x; i < parts; i += 32) {
-      const float* weight = weights + (first + (long long)i * ROWS) * 3;
+      const float* weight = weights + i * PART;
       share[i] = exp2f(weight[1] - top);
       coded[i] = weight[2] != 0;
       sum += weight[0] * share[i];
@@ -40,10 +42,9 @@ __device__ inline void merge_parts(
   if (group < GROUPS) {
     float own[2] = {};
     if (d < VALUE_DIM) {
-      const float* from = sums + first * VALUE_DIM + d;
 #pragma unroll 4
       for (int i = group; i < parts; i += GROUPS) {
-        float x = from[(long long)i * ROWS * VALUE_DIM] * share[i];
+        float x = sums[i * PART + d] * share[i];
         own[0] += coded[i] ? 0 : x;
         own[1] += coded[i] ? x : 0;
       }

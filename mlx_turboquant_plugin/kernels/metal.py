@@ -13,7 +13,7 @@ generated. That is why there is a kernel for it, which has not been timed.
 import functools
 import math
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence, Tuple
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +22,7 @@ from ..codecs.key_bias import BLOCK, KeyBias, RotaryTable
 from ..codecs.kv_codec import Codes, KVCodec, joined
 from ..codecs.lloyd_max import ALONG, CODEBOOKS, SEARCH
 from ..codecs.rotation import Rotation
-from . import encodes, unsupported
+from . import encodes
 
 if TYPE_CHECKING:
     from ..attention.fused import Problem
@@ -54,16 +54,15 @@ MERGE = "merge", "partial value_rotation sizes", "out"
 ENCODE = "encode", f"x rotation {MODEL} places", "low scales"
 ENCODE_3_BITS = *ENCODE[:2], "low low_of_upper_fields high scales"
 
-CODECS = ("lloyd-max", "affine")
 
+def attend(problem: "Problem", compiled: Optional[Callable[..., Any]] = None) -> mx.array:
+    """Attention (B, H_q, N, D_v), in the dtype of the queries.
 
-def supports(problem: "Problem") -> Optional[str]:
-    """None, or what the kernels can't do about ``problem``, in words."""
-    return unsupported(problem, CODECS)
-
-
-def attend(problem: "Problem") -> mx.array:
-    """Attention (B, H_q, N, D_v), in the dtype of the queries."""
+    Args:
+        compiled: makes a kernel of the name of its file, its inputs and its outputs; by
+            default one of Metal.
+    """
+    compiled = compiled or _kernel
     codec, spec = problem.codec, problem.codec.spec
     batch, heads, count, dim = problem.queries.shape
     exact_keys, exact_values = problem.exact_tokens.keys, problem.exact_tokens.values
@@ -79,7 +78,7 @@ def attend(problem: "Problem") -> mx.array:
     levels = _levels((spec.key_codec, spec.key_bits), (spec.value_codec, spec.value_bits))
     layout, model = _model(levels, codec.balance, codec.bias, problem.first_coded + coded)
     sizes = _ints(problem.first_coded, problem.sinks, exact_splits, coded, *layout)
-    (partial,) = _kernel(*DECODE)(
+    (partial,) = compiled(*DECODE)(
         inputs=[
             problem.queries,
             exact_keys,
@@ -108,7 +107,7 @@ def attend(problem: "Problem") -> mx.array:
         output_shapes=[(batch * kv_heads, chunks, splits, chunk, spec.value_dim + 2)],
         output_dtypes=[mx.float32],
     )
-    (out,) = _kernel(*MERGE)(
+    (out,) = compiled(*MERGE)(
         inputs=[partial, _inverse(codec.value_rotation), sizes],
         template=[("T", problem.queries.dtype), ("DV", spec.value_dim), ("ROWS", chunk)],
         grid=(rows * THREADS, batch * kv_heads, 1),

@@ -40,9 +40,15 @@ struct Problem {
   int heads, group, count;  // H, G and N
   int sinks, older, drop, exact, coded;  // exact: E, coded: T
   int parts;
-  // Outputs: (B, H, chunks, parts, ROWS, DV) and, for each of these rows, the sum of its
+  // Output (B, H, chunks, parts, ROWS (DV + 3)): sums, and then for each row the sum of its
   // weights, their power of two and whether they are of codes.
-  float *sums, *weights;
+  float* partial;
+
+  template <int ROWS, int VALUE_DIM>
+  __device__ float* sums_of_block() const {
+    long long block = (long long)(blockIdx.z * gridDim.y + blockIdx.y) * parts + blockIdx.x;
+    return partial + block * (ROWS * (VALUE_DIM + 3));
+  }
 
   // Where the exact token `slot` is: in the older or in the new ones.
   __device__ const X* exact_token(
@@ -150,7 +156,8 @@ __device__ inline void attend_exact(const P& p, int part) {
   }
   __syncthreads();
 
-  long long out = ((long long)(b * gridDim.y + blockIdx.y) * p.parts + blockIdx.x) * ROWS;
+  float* sums = p.template sums_of_block<ROWS, VALUE_DIM>();
+  float* weights = sums + ROWS * VALUE_DIM;
   for (int r = warp; r < ROWS; r += WARPS) {
     int n = min(chunk * ROWS + r, last_row) % p.count;
     const int* bound = p.bounds + (b * p.count + n) * 4;
@@ -173,9 +180,9 @@ __device__ inline void attend_exact(const P& p, int part) {
 #pragma unroll
     for (int bit = 1; bit < 32; bit *= 2) total += __shfl_xor_sync(ALL, total, bit);
     if (lane == 0) {
-      p.weights[(out + r) * 3] = total;
-      p.weights[(out + r) * 3 + 1] = top;
-      p.weights[(out + r) * 3 + 2] = 0;
+      weights[r * 3] = total;
+      weights[r * 3 + 1] = top;
+      weights[r * 3 + 2] = 0;
     }
   }
   __syncthreads();
@@ -190,7 +197,7 @@ __device__ inline void attend_exact(const P& p, int part) {
       for (int r = 0; r < ROWS; r++) sum[r] += weight[r][slot] * x;
     }
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) p.sums[(out + r) * VALUE_DIM + d] = sum[r];
+    for (int r = 0; r < ROWS; r++) sums[r * VALUE_DIM + d] = sum[r];
   }
 }
 
@@ -595,7 +602,8 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
     }
   }
   __syncthreads();
-  long long out = ((long long)(b * gridDim.y + blockIdx.y) * p.parts + blockIdx.x) * ROWS;
+  float* sums = p.template sums_of_block<ROWS, VALUE_DIM>();
+  float* weights = sums + ROWS * VALUE_DIM;
   for (int i = threadIdx.x; i < ROWS * VALUE_DIM; i += THREADS) {
     int r = i / VALUE_DIM, d = i % VALUE_DIM;
     float block_top = LOWEST, x = 0;
@@ -605,16 +613,16 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
     for (int w = 0; w < WARPS; w++) {
       x += block_sum[w][r][d] * exp2f(block_weight[w][r][1] - block_top);
     }
-    p.sums[out * VALUE_DIM + i] = x * (1 / (WHOLE * LEVELS<VALUE_BITS>::unit));
+    sums[i] = x * (1 / (WHOLE * LEVELS<VALUE_BITS>::unit));
     if (d == 0) {
       float all = 0;
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
         all += block_weight[w][r][0] * exp2f(block_weight[w][r][1] - block_top);
       }
-      p.weights[(out + r) * 3] = all;
-      p.weights[(out + r) * 3 + 1] = block_top;
-      p.weights[(out + r) * 3 + 2] = 1;
+      weights[r * 3] = all;
+      weights[r * 3 + 1] = block_top;
+      weights[r * 3 + 2] = 1;
     }
   }
 }

@@ -129,6 +129,7 @@ struct Bfloat16 {
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline float max(float a, float b) { return a > b ? a : b; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline unsigned __float_as_uint(float x) { return emulator::bits<unsigned>(x); }
 inline float __int_as_float(unsigned x) { return emulator::bits<float>(x); }

@@ -24,6 +24,7 @@ TYPES = {
     mx.bfloat16: "Bfloat16",
     mx.int32: "int",
     mx.uint8: "unsigned char",
+    mx.uint32: "unsigned",
 }
 WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 # Memory around every array, and what outputs hold at first: not a number.

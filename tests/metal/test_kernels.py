@@ -18,7 +18,7 @@ from mlx_turboquant_plugin.cache.exact import ExactTokens
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 from mlx_turboquant_plugin.evaluation.selftest import QUICK, check, table
-from mlx_turboquant_plugin.kernels import metal
+from mlx_turboquant_plugin.kernels import metal, unsupported
 
 pytestmark = pytest.mark.skipif(
     emulator.unavailable() is not None, reason=str(emulator.unavailable())
@@ -198,7 +198,7 @@ def test_what_is_not_supported_is_named(spec, dtype, named):
     bounds = mx.zeros((1, 1, 4), mx.int32)
     exact = ExactTokens(keys, values)
     given = Problem(KVCodec(spec), keys[:, :, :1], exact, 0, (), (), 0, bounds, 1.0)
-    assert named in metal.supports(given)
+    assert named in unsupported(given)
 
 
 @one_run

@@ -149,8 +149,10 @@ def _one_chain(caches: List[Any], query: mx.array, token: mx.array) -> Callable[
 
     def run() -> float:
         out = query
-        mask = create_attention_mask(token[:, 0], caches[0])
-        for cache in caches:
+        # One each, since not all need be of the same length.
+        masks = [create_attention_mask(token[:, 0], cache) for cache in caches]
+        mx.eval([mask for mask in masks if isinstance(mask, mx.array)])
+        for cache, mask in zip(caches, masks):
             out = _step(cache, out, token, mask)
         start = time.perf_counter()
         mx.eval(out)

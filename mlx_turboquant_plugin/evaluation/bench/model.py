@@ -105,10 +105,12 @@ class ModelBench:
             mx.reset_peak_memory()
             # Warms up, too.
             run = partial(self._decode, kind, arms[kind], batch)
-            if not results.starts("decode", tokens, batch, kind, run):
+            if results.starts("decode", tokens, batch, kind, run):
+                peaks[kind] = mx.get_peak_memory() - before
+            else:
                 del arms[kind]
-                continue
-            peaks[kind] = mx.get_peak_memory() - before
+            # Or it would hold the caches of one that is left out.
+            del run
         timers = {kind: partial(self._decode, kind, arms[kind], batch) for kind in arms}
         for kind, seconds in take_turns(timers, rounds, tick).items():
             results.measurements.append(
