@@ -319,6 +319,14 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         mlx_lm_cache.load_prompt_cache(str(tmp_path / "none.safetensors"))
 
 
+@pytest.mark.parametrize("ours", [False, True])
+def test_an_uncompressed_file_says_that_it_stays_so(ours, saved, caplog):
+    cache = filled(cache=None if ours else KVCache())
+    [loaded] = saved(cache)
+    assert type(loaded) is type(cache)
+    assert [("stays so" in record.message) for record in caplog.records] == [True] * (not ours)
+
+
 def test_files_of_unknown_classes_are_refused(tmp_path):
     class LaterKVCache(KVCache):
         pass

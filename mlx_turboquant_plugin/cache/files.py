@@ -1,7 +1,7 @@
 """Looking at a prompt cache file before mlx-lm reads it."""
 
 import os
-from typing import Union
+from typing import List, Union
 
 from mlx_lm.models import cache as mlx_lm_cache
 from safetensors import SafetensorError, safe_open
@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 REMEDY = "make it again with mlx_lm.cache_prompt or save_prompt_cache"
 
 
-def check_file(path: Union[str, os.PathLike]) -> None:
-    """Raise unless ``path`` is a whole file that mlx-lm's ``save_prompt_cache`` wrote.
+def check_file(path: Union[str, os.PathLike]) -> List[str]:
+    """The classes of the caches in ``path``, a whole file of mlx-lm's ``save_prompt_cache``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -34,3 +34,4 @@ def check_file(path: Union[str, os.PathLike]) -> None:
                 f"prompt cache {path}: holds caches of the class {name}, which this version "
                 f"of mlx-lm and its plugins do not have: {REMEDY}"
             )
+    return classes

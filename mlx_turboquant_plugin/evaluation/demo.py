@@ -118,7 +118,8 @@ def _lines(
     yield ""
     yield f"uncompressed: {_short(exact.text)}"
     yield f"compressed:   {_short(ours.text)}"
-    yield f"the same for {_common(exact.tokens, ours.tokens)} of {len(exact.tokens)} tokens"
+    same = _common(exact.tokens, ours.tokens)
+    yield f"the same for {same} of {len(exact.tokens)} tokens; after a close choice texts part"
     yield ""
     yield f"{'':22} {'uncompressed':>13} {'compressed':>13}"
     for title, a, b, note in (

@@ -435,7 +435,7 @@ def run(args: argparse.Namespace) -> int:
     kernels = [resolve_kernel(args.kernel)] if args.kernel else available_kernels()
     if not fused_kernels():
         sys.stdout.write(
-            f"no fused kernel runs on {mx.default_device()}: {' and '.join(kernels)} are checked\n"
+            f"no fused kernel runs on {mx.default_device()}; checking {' and '.join(kernels)}\n"
         )
     failed, total = 0, 0
     for kernel in kernels:

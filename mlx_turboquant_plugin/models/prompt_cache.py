@@ -17,6 +17,8 @@ from .identity import identity_of
 from .layer import known_layer
 
 KINDS = (CompressedKVCache, RotatingCompressedKVCache, BatchCompressedKVCache)
+# Kinds of mlx-lm's that this package would have replaced.
+UNCOMPRESSED = {"KVCache", "QuantizedKVCache", "RotatingKVCache"}
 
 _reports: Dict[settings.ModelIdentity, str] = {}
 
@@ -27,7 +29,7 @@ def register() -> None:
 
 
 def check_saved(file: str) -> None:
-    """Check a file before mlx-lm loads a prompt cache from it.
+    """Check a file before mlx-lm loads a prompt cache from it; say if it is uncompressed.
 
     Raises:
         ValueError: see :func:`check_file`.
@@ -35,7 +37,12 @@ def check_saved(file: str) -> None:
     for kind in KINDS:
         # mlx-lm looks the class up by its name there.
         setattr(cache_module, kind.__name__, kind)
-    check_file(file)
+    if {*check_file(file)} <= UNCOMPRESSED:
+        log_once(
+            "the prompt cache %s was saved uncompressed and stays so: make it again with "
+            "TURBOQUANT=1",
+            file,
+        )
 
 
 def report() -> List[str]:
