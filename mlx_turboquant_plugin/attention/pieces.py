@@ -14,7 +14,7 @@ from .streams import helpers
 
 # Coded tokens that are dequantised at once by tiles of queries. On the CPU their scores
 # should stay in the processor's cache; elsewhere few launches matter more.
-PIECE = {mx.cpu: 1024, mx.gpu: 65536}
+PIECE = {mx.cpu: 512, mx.gpu: 65536}
 # A single query has so few scores that the numbers of its keys count, of all rows and heads.
 SINGLE_QUERY = {mx.cpu: 2**20, mx.gpu: 2**28}
 LEAST_PIECE = 256

@@ -15,9 +15,10 @@ from .pieces import PIECE, Coded, Exact, attend_codes, from_oldest
 
 Mask = Optional[Union[str, mx.array]]
 
-# Bytes of a tile's scores with a piece of codes. On the CPU they should stay in the
-# processor's cache; elsewhere few launches matter more.
-TILE_BYTES = {mx.cpu: 2**20, mx.gpu: 64 * 2**20}
+# Bytes of a tile's scores with a piece of codes. On the CPU they should stay in the processor's
+# cache, and MLX holds the results of some ten operations that it has not come to; elsewhere
+# few launches matter more.
+TILE_BYTES = {mx.cpu: 2**19, mx.gpu: 64 * 2**20}
 
 
 def attend_tiles(
