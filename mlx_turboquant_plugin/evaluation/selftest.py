@@ -22,8 +22,9 @@ the model's dtype, S the largest |score| and V the largest |value|, an output ma
 MLX multiplies fp32 matrices in TF32 on a GPU; the eager and the compiled kernel do so,
 and there u is 2^-11 for them.
 
-The CUDA kernel for Lloyd-Max codes multiplies whole numbers: channels of rotated queries, and
-the weights of codes, are off by up to w = 2^-16 of the largest of the vector or of 64 tokens. That adds
+The CUDA kernel for Lloyd-Max codes multiplies whole numbers: channels of rotated queries,
+and the weights of codes, are off by up to w = 2^-16 of the largest of the vector or of 64
+tokens. That adds
 
     w V (2 + S)
 

@@ -58,7 +58,9 @@ def source(name: str) -> str:
         "split": f"{SPLIT_THREADS}, {BLOCKS}",
         "merge": f"{MERGE_THREADS}",
         "encode": f"{ENCODE_THREADS}",
-    }.get(name, f"{metal.THREADS}")
+        "metal_decode": f"{metal.THREADS}",
+        "metal_merge": f"{metal.THREADS}",
+    }[name]
     attributes = f"__attribute__((global)) __launch_bounds__({bounds})"
     # MLX writes the signature. The bounds give a thread of the first launch 128 registers.
     last = f"#undef __global__\n#define __global__ {attributes}\n"

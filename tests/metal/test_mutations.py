@@ -220,6 +220,7 @@ def test_a_bug_is_noticed(what, file, text, wrong, few_splits, monkeypatch):
     def mutated(name):
         return source(name).replace(text, wrong) if name == file else source(name)
 
+    assert source(file).count(text) == 1
     monkeypatch.setattr(metal, "_source", mutated)
     with emulator.patch(mode="checked", schedule=2, poison=0):
         if text == PARTIAL:
