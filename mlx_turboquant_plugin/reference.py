@@ -32,6 +32,7 @@ STEPS = (0, -1, 1, -2, 2)
 ALONG = 16
 
 BLOCK = 32
+ROLLBACK = 16
 
 
 def signs(dim, seed=SEED):
@@ -134,11 +135,14 @@ def decode_keys(codes, sizes, bits, rotated_bias=0.0, balance=1.0):
     return x * balance + rotated_bias
 
 
-def reads_exactly(queries, keys, window, sinks):
+def reads_exactly(queries, keys, window, sinks, invariant=False):
     """Which keys a query reads exactly: bool (N, T), for positions (N,) and (T,).
 
-    The first ``sinks``, and those whose block of 32 is at most window / 32 blocks older.
+    The first ``sinks``, and those whose block of 32 is at most window / 32 blocks older. In a
+    pass of more than ``ROLLBACK`` queries all read what the first does, unless ``invariant``.
     """
+    if len(queries) > ROLLBACK and not invariant:
+        queries = np.full_like(queries, queries[0])
     older = np.asarray(queries)[:, None] // BLOCK - np.asarray(keys) // BLOCK
     return (np.asarray(keys) < sinks) | (older <= window // BLOCK)
 
@@ -156,6 +160,7 @@ def attention(
     causal=True,
     seen=True,
     learned_sinks=None,
+    invariant=False,
 ):
     """Attention that reads each token as :func:`reads_exactly` says.
 
@@ -164,6 +169,7 @@ def attention(
         keys, values, decoded_keys, decoded_values: (B, H, T, D), positions 0, ..., T - 1.
         seen: bool (N, T) or (T,), the tokens that have not been forgotten.
         learned_sinks: (H_q,), scores of one more token, of value zero (GPT-OSS), or None.
+        invariant: see :func:`reads_exactly`.
 
     Returns:
         (B, H_q, N, D_v).
@@ -174,7 +180,7 @@ def attention(
         for x in (keys, values, decoded_keys, decoded_values)
     )
     tokens = np.arange(keys.shape[2])
-    exact = reads_exactly(positions, tokens, window, sinks)
+    exact = reads_exactly(positions, tokens, window, sinks, invariant)
     scores = scale * np.where(exact, q @ keys.swapaxes(-1, -2), q @ decoded_keys.swapaxes(-1, -2))
     if causal:
         seen = seen & (tokens <= np.asarray(positions)[:, None])

@@ -72,6 +72,11 @@ def _text_or_none(text: str) -> Optional[str]:
     return None if text.lower() == "none" else text
 
 
+_SWITCH = Rule(
+    "true or false (1 or 0 in the environment)",
+    lambda value: isinstance(value, bool),
+    lambda text: {"1": True, "0": False}.get(text, text),
+)
 _ALL_BITS = sorted(set().union(*CODEC_BITS.values()))
 RULES: Dict[str, Rule] = {
     "preset": _choice(*PRESETS),
@@ -81,11 +86,8 @@ RULES: Dict[str, Rule] = {
     "value_codec": _choice(*CODEC_BITS),
     "window": _integer(32, 4096, step=32),
     "sinks": _integer(0, 64),
-    "balance": Rule(
-        "true or false (1 or 0 in the environment)",
-        lambda value: isinstance(value, bool),
-        lambda text: {"1": True, "0": False}.get(text, text),
-    ),
+    "balance": _SWITCH,
+    "invariant": _SWITCH,
     "kernel": _choice(*KERNELS),
     "bypass": _choice(None, *BYPASSES, from_text=_text_or_none),
     "opt_out": Rule(

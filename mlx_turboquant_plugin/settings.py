@@ -70,6 +70,8 @@ class Settings:
         window: that many newest tokens, and up to 32 more, stay exact.
         sinks: first tokens that stay exact.
         balance: weigh key channels by the model's weights before rotating.
+        invariant: whether results do not depend on how a prompt is cut into chunks, or
+            who shares its batch; slower prompts.
         kernel: how attention reads the codes; "auto" is the best there is.
         bypass: None, "identity" (exact vectors instead of codes) or "bridge"
             (codes, but mlx-lm's own attention).
@@ -89,6 +91,7 @@ class Settings:
     window: int = 192
     sinks: int = 4
     balance: bool = True
+    invariant: bool = False
     kernel: str = "auto"
     bypass: Optional[str] = None
     opt_out: Tuple[str, ...] = ()

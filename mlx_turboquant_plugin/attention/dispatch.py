@@ -4,16 +4,18 @@ from typing import Any, Callable, List, Optional, Union
 
 import mlx.core as mx
 
-from ..cache import BatchCompressedKVCache, CompressedKVCache, PackedRows, RowView, View
+from ..cache import BatchCompressedKVCache, BatchView, CompressedKVCache, PackedRows, RowView, View
 from ..kernels import FUSED
-from .bridge import attend_bridge
+from .dequantized import attend_dequantized, attend_packed_dequantized, attend_rows_dequantized
 from .function import AttentionFunctions, attention_functions
 from .fused import MAX_QUERIES, attend_fused, fall_back, problem_of_rows, problem_of_view
+from .masks import Mask, checked
 from .packed import attend_packed
-from .tiles import Mask, attend_tiles
+from .tiles import attend_tiles
 
 BRIDGE = "bridge"
 LEARNED_SINKS = "learned attention sinks"
+OTHER_MASKS = "masks other than the causal one"
 
 
 def attend(
@@ -31,7 +33,10 @@ def attend(
     Args:
         original: mlx-lm's own function; it serves every other cache.
         queries: (B, H_q, N, D), as the other arguments those of mlx-lm's function.
-        sinks: learned attention sinks (H_q,), see :func:`attend_codes`.
+        sinks: learned attention sinks (H_q,), scores of one more token without a value.
+
+    Raises:
+        ValueError: the mask is for other numbers of queries or tokens.
     """
     ours = isinstance(cache, (CompressedKVCache, BatchCompressedKVCache))
     view = cache.view if ours else None
@@ -40,51 +45,104 @@ def attend(
     if view is None:
         cache = None if ours else cache
         return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
-    if isinstance(view, PackedRows):
-        return _attend_packed(original, queries, view, scale, sinks)
-    if isinstance(view, list):
-        return _attend_rows(original, queries, values, view, scale, sinks)
+    if isinstance(view, BatchView):
+        return _attend_batch(original, queries, values, view, scale, mask, sinks)
+    if view.ring is not None and (not isinstance(mask, mx.array) or mask is view.mask()):
+        mask = "causal" if queries.shape[2] > 1 else None
     return _attend_view(original, queries, view, scale, mask, sinks)
 
 
 def _attend_view(
-    original: Callable, queries, view: View, scale: float, mask: Mask, sinks
+    original: Callable, queries: mx.array, view: View, scale: float, mask: Mask, sinks
 ) -> mx.array:
-    if view.coded == view.first_coded:
+    count = queries.shape[2]
+    mask = checked(mask, count, view.seen)
+    if view.coded == view.first_coded and not view.forgets:
         # Nothing is compressed yet: this is mlx-lm's own result, bit for bit.
         keys, values = view.keys_and_values()
         return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=sinks)
-    if view.kernel == BRIDGE:
-        return attend_bridge(original, queries, view, scale, mask, sinks)
-    count = queries.shape[2]
     if view.kernel in FUSED and count <= MAX_QUERIES:
-        # A ring makes its own mask.
-        causal = view.ring is not None or isinstance(mask, str) or (mask is None and count == 1)
-        if sinks is not None:
-            fall_back(view.kernel, LEARNED_SINKS)
-        elif not causal:
-            fall_back(view.kernel, "masks other than the causal one")
-        else:
+        missing = _missing(isinstance(mask, str) or (mask is None and count == 1), sinks)
+        if missing is None:
             out = attend_fused(view.kernel, problem_of_view(queries, view, scale))
             if out is not None:
                 return out
+        else:
+            fall_back(view.kernel, missing)
+    if _on_gpu() or view.kernel == BRIDGE:
+        return attend_dequantized(original, queries, view, scale, mask, sinks)
     return attend_tiles(queries, view, scale, mask, _functions(view), sinks)
 
 
-def _attend_packed(
-    original: Callable, queries, rows: PackedRows, scale: float, sinks
+def _attend_batch(
+    original: Callable, queries, values, view: BatchView, scale: float, mask: Mask, sinks
 ) -> mx.array:
-    if rows.kernel == BRIDGE:
-        views = [RowView(view, 0, 1) for view in rows.views()]
-        return _attend_rows(original, queries, rows.values, views, scale, sinks)
-    if rows.kernel in FUSED and rows.key_codes:
-        if sinks is not None:
-            fall_back(rows.kernel, LEARNED_SINKS)
+    count, rows = queries.shape[2], view.rows
+    if not isinstance(mask, mx.array) or view.knows(mask, count):
+        mask = "causal"
+    mask = checked(mask, count, view.index + count)
+    if isinstance(rows, PackedRows):
+        return _attend_packed(original, queries, rows, scale, mask, view.left_padding, sinks)
+    filled = [row.view for row in rows if row.view is not None]
+    few = count <= MAX_QUERIES and filled[:1] and filled[0].kernel in FUSED
+    if filled and not few and (_on_gpu() or filled[0].kernel == BRIDGE):
+        return attend_rows_dequantized(
+            original, queries, rows, scale, mask, view.left_padding, sinks
+        )
+    out = []
+    for index, row in enumerate(rows):
+        own = queries[index : index + 1, :, row.first : row.last]
+        if row.view is None:
+            own = mx.zeros((*own.shape[:-1], values.shape[-1]), own.dtype)
         else:
+            own_mask = _row_mask(mask, index, row, view.left_padding[index])
+            own = _attend_view(original, own, row.view, scale, own_mask, sinks)
+        padding = [(0, 0), (0, 0), (row.first, count - row.last), (0, 0)]
+        out.append(own if padding[2] == (0, 0) else mx.pad(own, padding))
+    return mx.concatenate(out)
+
+
+def _row_mask(mask: Mask, index: int, row: RowView, padding: int) -> Mask:
+    """A batch's mask for one row: its own queries, and the tokens that the first of them sees."""
+    view = row.view
+    if not isinstance(mask, mx.array):
+        return "causal" if row.last - row.first > 1 else None
+    mask = mask[index : index + 1] if mask.shape[0] > 1 else mask
+    mask = mask[:, :, row.first : row.last, padding:]
+    oldest = max(view.sinks, view.oldest(0)[1])
+    return mx.concatenate([mask[..., : view.sinks], mask[..., oldest : view.end]], axis=-1)
+
+
+def _attend_packed(
+    original: Callable,
+    queries: mx.array,
+    rows: PackedRows,
+    scale: float,
+    mask: Mask,
+    left_padding: List[int],
+    sinks,
+) -> mx.array:
+    if rows.kernel in FUSED and rows.key_codes:
+        missing = _missing(isinstance(mask, str), sinks)
+        if missing is None:
             out = attend_fused(rows.kernel, problem_of_rows(queries, rows, scale))
             if out is not None:
                 return out
-    return attend_packed(original, queries, rows, scale, _functions(rows), sinks)
+        else:
+            fall_back(rows.kernel, missing)
+    if _on_gpu() or rows.kernel == BRIDGE:
+        return attend_packed_dequantized(
+            original, queries, rows, scale, mask, left_padding, sinks
+        )
+    given = mask if isinstance(mask, mx.array) else None
+    return attend_packed(queries, rows, scale, _functions(rows), given, left_padding, sinks)
+
+
+def _missing(causal: bool, sinks: Optional[mx.array]) -> Optional[str]:
+    """What fused kernels can't do about such an attention, or None."""
+    if sinks is not None:
+        return LEARNED_SINKS
+    return None if causal else OTHER_MASKS
 
 
 def _functions(view: Union[View, PackedRows]) -> AttentionFunctions:
@@ -92,17 +150,5 @@ def _functions(view: Union[View, PackedRows]) -> AttentionFunctions:
     return attention_functions(view.codec.spec, view.kernel in ("compiled", *FUSED))
 
 
-def _attend_rows(
-    original: Callable, queries, values, rows: List[RowView], scale, sinks
-) -> mx.array:
-    """Attention of each row by itself, zero where there is padding."""
-    out = []
-    for index, row in enumerate(rows):
-        own = queries[index : index + 1, :, row.first : row.last]
-        if row.view is not None:
-            own = _attend_view(original, own, row.view, scale, row.view.mask(), sinks)
-        else:
-            own = mx.zeros((*own.shape[:-1], values.shape[-1]), own.dtype)
-        padding = [(0, 0), (0, 0), (row.first, queries.shape[2] - row.last), (0, 0)]
-        out.append(own if padding[2] == (0, 0) else mx.pad(own, padding))
-    return mx.concatenate(out)
+def _on_gpu() -> bool:
+    return mx.default_device().type == mx.gpu

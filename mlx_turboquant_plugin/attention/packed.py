@@ -1,7 +1,7 @@
 """Attention of the newest token of every row of a batch, all rows at once."""
 
 import functools
-from typing import Callable, Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
 import mlx.core as mx
 import numpy as np
@@ -10,37 +10,37 @@ from ..cache.packed import PackedRows
 from ..cache.view import code_range
 from ..cache.visibility import Visibility
 from .function import AttentionFunctions
+from .masks import both
 from .pieces import Coded, Exact, attend_codes
 
 
 def attend_packed(
-    original: Callable,
     queries: mx.array,
     rows: PackedRows,
     scale: float,
     functions: AttentionFunctions,
+    mask: Optional[mx.array],
+    left_padding: Sequence[int],
     learned_sinks: Optional[mx.array] = None,
 ) -> mx.array:
     """Attention of ``queries`` (B, H_q, 1, D); returns (B, H_q, 1, D_v).
 
     Args:
-        original: mlx-lm's own function, for rows that are all so short that nothing
-            is compressed.
+        mask: None, or (B or 1, H_q or 1, 1, T) for mlx-lm's BatchKVCache, whose rows have
+            ``left_padding``.
         learned_sinks: (H_q,), see :func:`attend_codes`.
     """
-    sinks = rows.visibility.sinks
+    sinks, held = rows.visibility.sinks, rows.exact_tokens.count
     exact_mask, codes_end, code_mask = _masks(
-        rows.lengths, rows.exact_start, rows.keys.shape[2], rows.visibility
+        rows.lengths, rows.exact_start, held, rows.visibility
     )
-    if codes_end <= sinks:
-        return original(
-            queries,
-            rows.keys,
-            rows.values,
-            cache=None,
-            scale=scale,
-            mask=exact_mask,
-            sinks=learned_sinks,
+    if mask is not None:
+        padding = mx.array(left_padding)[:, None]
+        newest = mx.array(rows.lengths)[:, None] + mx.arange(sinks - held, 0)
+        places = mx.concatenate([mx.zeros_like(padding) + mx.arange(sinks), newest], axis=1)
+        exact_mask, code_mask = (
+            _per_head(both(own, _columns(mask, positions + padding)), queries, rows)
+            for own, positions in ((exact_mask, places), (code_mask, mx.arange(codes_end)[None]))
         )
     exact = Exact(rows.keys, rows.values, exact_mask)
 
@@ -49,8 +49,22 @@ def attend_packed(
             return rows.key_codes, rows.value_codes
         return code_range(rows.key_codes, rows.value_codes, first, last)
 
-    coded = Coded(rows.codec, codes, range(codes_end), sinks, code_mask)
+    positions = range(codes_end if codes_end > sinks else 0)
+    coded = Coded(rows.codec, codes, positions, sinks, code_mask)
     return attend_codes(queries, exact, coded, scale, functions, learned_sinks)
+
+
+def _columns(mask: mx.array, columns: mx.array) -> mx.array:
+    """What a mask (B or 1, H_q or 1, 1, T) says of ``columns`` (B, n): (B, H_q or 1, 1, n)."""
+    columns = mx.clip(columns, 0, mask.shape[-1] - 1)
+    return mx.take_along_axis(mask, columns[:, None, None], axis=-1)
+
+
+def _per_head(mask: mx.array, queries: mx.array, rows: PackedRows) -> mx.array:
+    """A mask (B, H_q or 1, 1, n) for rows that are the query heads of a KV head."""
+    if mask.shape[1] == 1:
+        return mask
+    return mask.reshape(mask.shape[0], rows.keys.shape[1], -1, mask.shape[-1])
 
 
 # All layers ask for the same.

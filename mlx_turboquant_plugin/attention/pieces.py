@@ -12,11 +12,11 @@ from ..codecs.kv_codec import KVCodec
 from .function import AttentionFunctions, Sums
 from .streams import helpers
 
-# Coded tokens that are dequantised at once by tiles of queries. On the CPU their scores
-# should stay in the processor's cache; elsewhere few launches matter more.
-PIECE = {mx.cpu: 512, mx.gpu: 65536}
+# Coded tokens that are dequantised at once by tiles of queries: their scores should stay in the
+# processor's cache.
+PIECE = 512
 # A single query has so few scores that the numbers of its keys count, of all rows and heads.
-SINGLE_QUERY = {mx.cpu: 2**20, mx.gpu: 2**28}
+SINGLE_QUERY = 2**20
 LEAST_PIECE = 256
 # Numbers of keys for which another stream is worth its operations, which all have to be
 # described and scheduled by one thread.
@@ -82,7 +82,7 @@ def attend_codes(
         rotated = mx.depends(rotated, exact_sums)
     channels = batch * kv_heads * dim
     piece = _piece_size(count, channels)
-    streams = helpers() if count == 1 and mx.default_device().type == mx.cpu else ()
+    streams = helpers() if count == 1 else ()
     shares = _shares(coded.positions, exact.keys.shape[2], channels, 1 + len(streams))
     sums = []
     for share, stream in zip(shares, (None, *streams)):
@@ -99,10 +99,9 @@ def _piece_size(queries: int, channels: int) -> int:
     Args:
         channels: of the keys of one token, all rows and heads together.
     """
-    device = mx.default_device().type
     if queries > 1:
-        return PIECE[device]
-    return max(LEAST_PIECE, SINGLE_QUERY[device] // channels // BLOCK * BLOCK)
+        return PIECE
+    return max(LEAST_PIECE, SINGLE_QUERY // channels // BLOCK * BLOCK)
 
 
 def _shares(positions: range, exact: int, channels: int, streams: int) -> List[range]:

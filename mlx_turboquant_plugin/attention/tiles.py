@@ -4,21 +4,19 @@ No array of all the scores and no dequantised copy of all the keys is ever made,
 every query sees what the rule of visibility says, however the prompt was cut into chunks.
 """
 
-from typing import Optional, Union
+from typing import Optional
 
 import mlx.core as mx
 
 from ..cache.view import View
 from ..cache.visibility import BLOCK
-from .function import MASKED, AttentionFunctions
+from .function import AttentionFunctions
+from .masks import Mask, both
 from .pieces import PIECE, Coded, Exact, attend_codes, from_oldest
 
-Mask = Optional[Union[str, mx.array]]
-
-# Bytes of a tile's scores with a piece of codes. On the CPU they should stay in the processor's
-# cache, and MLX holds the results of some ten operations that it has not come to; elsewhere
-# few launches matter more.
-TILE_BYTES = {mx.cpu: 2**19, mx.gpu: 64 * 2**20}
+# Bytes of a tile's scores with a piece of codes: they should stay in the processor's cache, and
+# MLX holds the results of some ten operations that it has not come to.
+TILE_BYTES = 2**19
 
 
 def attend_tiles(
@@ -32,16 +30,13 @@ def attend_tiles(
     """Attention of ``queries`` (B, H_q, N, D) over ``view``; returns (B, H_q, N, D_v).
 
     Args:
-        mask: None, "causal", or an array (..., N, T), bool or additive. A view that is
-            a ring knows its own, which is not looked at.
+        mask: None, "causal", or an array (B or 1, H_q or 1, N, T), bool or additive, over
+            the tokens that the first query sees.
         learned_sinks: (H_q,), see :func:`attend_codes`.
     """
-    if view.ring is not None:
-        mask = "causal"
     batch, heads, count, _ = queries.shape
-    device = mx.default_device().type
-    per_query = 4 * batch * heads * min(view.end, PIECE[device])
-    rows = max(BLOCK, TILE_BYTES[device] // per_query)
+    per_query = 4 * batch * heads * min(view.end, PIECE)
+    rows = max(BLOCK, TILE_BYTES // per_query)
     tiles = []
     for i in range(0, count, rows):
         tile = queries[:, :, i : i + rows]
@@ -97,7 +92,10 @@ def _masks(
         hidden, oldest = view.oldest(queries)
         positions = view.start + queries
         # view.exact_from(), for every query at once.
-        begins = mx.maximum(positions // BLOCK * BLOCK - view.visibility.window, view.exact_start)
+        begins = exact_from
+        if not view.is_prompt:
+            begins = positions // BLOCK * BLOCK - view.visibility.window
+            begins = mx.maximum(begins, view.exact_start)
         begins = mx.maximum(begins, oldest)
         exact_mask = mx.where(exact < sinks, exact >= hidden, exact >= begins)
         if isinstance(mask, str):
@@ -106,22 +104,19 @@ def _masks(
             coded = mx.arange(codes.start, codes.stop)
             code_mask = (coded >= oldest) & (coded < begins)
     if isinstance(mask, mx.array):
-        exact_given = mx.concatenate(
-            [mask[..., : view.sinks], mask[..., exact_from:seen_to]], axis=-1
+        # What the first query of the pass does not see has no column.
+        skipped = max(sinks, view.oldest(0)[1]) - sinks
+        exact_given, code_given = (
+            mx.take(mask, mx.array(columns, mx.int32), axis=-1)
+            for columns in (
+                [*range(sinks), *range(exact_from - skipped, seen_to - skipped)],
+                [max(0, position - skipped) for position in codes],
+            )
         )
-        code_given = mask[..., codes.start : codes.stop]
         if code_mask is None:
-            code_mask = from_oldest(sinks, codes.start, codes.stop)
-        exact_mask, code_mask = _both(exact_mask, exact_given), _both(code_mask, code_given)
+            code_mask = from_oldest(sinks + skipped, codes.start, codes.stop)
+        exact_mask, code_mask = both(exact_mask, exact_given), both(code_mask, code_given)
     return exact_mask, code_mask
-
-
-def _both(ours: Optional[mx.array], given: mx.array) -> mx.array:
-    if ours is None:
-        return given
-    if given.dtype == mx.bool_:
-        return ours & given
-    return mx.where(ours, given.astype(mx.float32), MASKED)
 
 
 def _per_row(mask: Optional[mx.array], groups: int, kv_heads: int) -> Optional[mx.array]:

@@ -1,6 +1,6 @@
 """The caches that replace mlx-lm's."""
 
-from .batch import BatchCompressedKVCache, RowView
+from .batch import BatchCompressedKVCache, BatchView, RowView
 from .compressed import CompressedKVCache
 from .packed import PackedRows
 from .rotating import RotatingCompressedKVCache
@@ -9,6 +9,7 @@ from .visibility import Visibility
 
 __all__ = [
     "BatchCompressedKVCache",
+    "BatchView",
     "CompressedKVCache",
     "PackedRows",
     "RotatingCompressedKVCache",

@@ -3,6 +3,7 @@
 import copy
 import functools
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import mlx.core as mx
@@ -26,7 +27,29 @@ class RowView:
     last: int
 
 
-BatchView = Union[PackedRows, List[RowView]]
+@dataclass(frozen=True)
+class BatchView:
+    """What the queries of a batch see.
+
+    Attributes:
+        rows: all rows packed, or each by itself.
+        index: the tokens before the pass, padding included, as BatchKVCache counts them.
+        left_padding: of each row.
+    """
+
+    rows: Union[PackedRows, List[RowView]]
+    index: int
+    left_padding: Tuple[int, ...]
+
+    def knows(self, mask: mx.array, count: int) -> bool:
+        """Whether ``mask`` is what the batch itself made for a pass of ``count`` tokens."""
+        windows = {None}
+        if isinstance(self.rows, list):
+            windows |= {row.view.ring.max_size for row in self.rows if row.view and row.view.ring}
+        return any(
+            mask is _causal_mask(get_ident(), count, self.index, self.left_padding, window)
+            for window in windows
+        )
 
 
 class BatchCompressedKVCache(_BaseCache):
@@ -94,9 +117,9 @@ class BatchCompressedKVCache(_BaseCache):
             view = self._append_packed(keys, values)
         else:
             view = self._append_rows(keys, values, self._parts(count))
-        self._index += count
         if self.attending or self.hooked:
-            self.view = view
+            self.view = BatchView(view, self._index, tuple(self._left_padding))
+        self._index += count
         if self.attending:
             return keys, values
         return (keys, values) if self.empty() else self.keys_and_values()
@@ -113,7 +136,7 @@ class BatchCompressedKVCache(_BaseCache):
             parts.append((first, max(first, last)))
         return parts
 
-    def _append_packed(self, keys, values) -> BatchView:
+    def _append_packed(self, keys, values) -> Union[PackedRows, List[RowView]]:
         if self._packed is None:
             self._pack()
         if self._packed is None:
@@ -131,13 +154,14 @@ class BatchCompressedKVCache(_BaseCache):
             # Or every code would be there twice.
             self._rows = []
 
-    def _append_rows(self, keys, values, parts) -> BatchView:
+    def _append_rows(self, keys, values, parts) -> List[RowView]:
         views = []
         for index, (row, (first, last)) in enumerate(zip(self.rows, parts)):
             view = None
             if last > first:
                 own = (slice(index, index + 1), slice(None), slice(first, last))
-                view = row.append(keys[own], values[own])
+                is_prompt = row.visibility.is_prompt(keys.shape[2])
+                view = row.append(keys[own], values[own], is_prompt)
             views.append(RowView(view, first, last))
         return views
 
@@ -156,10 +180,10 @@ class BatchCompressedKVCache(_BaseCache):
             padded.append([mx.pad(x, [(0, 0), (0, 0), (padding, 0), (0, 0)]) for x in pair])
         return tuple(mx.concatenate(arrays) for arrays in zip(*padded))
 
-    def bind(self, codec: KVCodec, fingerprint: str, kernel: str) -> None:
+    def bind(self, codec: KVCodec, fingerprint: str, kernel: str, invariant: bool) -> None:
         """Adopt what is known about the attention module; see :class:`CompressedKVCache`."""
         for row in self.rows:
-            row.bind(codec, fingerprint, kernel)
+            row.bind(codec, fingerprint, kernel, invariant)
 
     def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
         """Expect padding in the next tokens; arguments as in BatchKVCache."""
@@ -224,11 +248,11 @@ class BatchCompressedKVCache(_BaseCache):
     def empty(self) -> bool:
         return self._packed is None and all(row.empty() for row in self._rows)
 
-    def make_mask(self, N: int, return_array: bool = False, **kwargs):
+    def make_mask(
+        self, N: int, window_size: Optional[int] = None, return_array: bool = False
+    ) -> mx.array:
         """The mask of BatchKVCache, for layers that are not compressed."""
-        return create_causal_mask(
-            N, offset=self._index, left_padding=self.left_padding, **kwargs
-        )
+        return _causal_mask(get_ident(), N, self._index, tuple(self._left_padding), window_size)
 
     @property
     def offset(self) -> mx.array:
@@ -290,6 +314,16 @@ def _row(cache: Any, model: CompressedKVCache) -> CompressedKVCache:
     if not cache.empty():
         row.append(*cache.keys_and_values())
     return row
+
+
+# All layers get the same, which tells it from the masks of others. By thread, since lazy
+# arrays must not be shared by threads.
+@functools.lru_cache(maxsize=2)
+def _causal_mask(
+    thread: int, count: int, index: int, left_padding: Tuple[int, ...], window: Optional[int]
+) -> mx.array:
+    padding = mx.array(np.array(left_padding, np.int32))
+    return create_causal_mask(count, offset=index, window_size=window, left_padding=padding)
 
 
 # All layers ask for the same. By way of NumPy, since lazy arrays must not be shared by threads.

@@ -7,7 +7,8 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache, _BaseCache, create_attention_mask
 
 from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
-from ..kernels import STEADY, encoder
+from ..kernels import FUSED, STEADY, encoder
+from ..kernels.prompt import Places, can_pass, run_pass
 from ..log import log_once
 from . import state as saved
 from .exact import ExactTokens
@@ -91,20 +92,68 @@ class CompressedKVCache(_BaseCache):
         # Nobody pays for these but who evaluates them.
         return view.keys_and_values()
 
-    def append(self, keys: mx.array, values: mx.array) -> View:
-        """Append keys and values (B, H, N, D); returns what their queries see."""
+    def append(
+        self, keys: mx.array, values: mx.array, is_prompt: Optional[bool] = None
+    ) -> View:
+        """Append keys and values (B, H, N, D); returns what their queries see.
+
+        Args:
+            is_prompt: see :class:`View`; by default what N says.
+        """
         start = self.offset
         if self.codec is None:
             self.codec = KVCodec(CodecSpec(keys.shape[-1], values.shape[-1]))
         count = keys.shape[2]
+        if is_prompt is None:
+            is_prompt = self.visibility.is_prompt(count)
         # No query of a short chunk reads what is forgotten after it.
         drop = self._forgettable(start + count) if count <= ROLLBACK else 0
         self.exact_tokens = self.exact_tokens.grown(keys, values, self._sinks(), drop)
         self.offset += count
+        if is_prompt and self.kernel in FUSED and can_pass(self.codec, keys, values):
+            view = self._pass(start, keys, values)
+            if view is not None:
+                return view
         self.encode(self.visibility.exact_from(self.offset - 1))
-        view = self._view(start)
+        view = self._view(start, is_prompt)
         self._forget(count)
         return view
+
+    def _pass(self, start: int, keys: mx.array, values: mx.array) -> Optional[View]:
+        """Have fused kernels do all that a prompt's tokens from ``start`` on ask for at once.
+
+        Returns:
+            What their queries see, or None if nothing is to be encoded.
+        """
+        self.encode(self.visibility.exact_from(start))
+        # Up to what the next token reads, so that the next pass finds the codes it needs.
+        end = self.visibility.exact_from(self.offset)
+        if self.ring is not None or end <= max(self.coded, self.visibility.sinks):
+            return None
+        self._check_codec()
+        view, unjoined = self._view(start, True), self.exact_tokens.unjoined
+        sinks, begin, reads_from = view.sinks, self.coded, max(view.sinks, view.exact_from(start))
+        self.coded = end
+        kept = sinks + self._forgettable(self.offset)
+        places = Places(
+            first_coded=self.first_coded,
+            sinks=sinks,
+            first_code=sinks - self.first_coded,
+            decoded=reads_from - sinks,
+            first_exact=view.slot(reads_from),
+            exact=self.offset - reads_from,
+            start=begin,
+            first_encoded=view.slot(begin),
+            encoded=end - begin,
+            first_kept=kept,
+            kept=self.exact_tokens.count - kept,
+        )
+        older = None if unjoined is None else (unjoined.keys, unjoined.values)
+        codes = self.key_codes, self.value_codes
+        done = run_pass(self.kernel, self.codec, older, (keys, values), *codes, places)
+        self.exact_tokens = ExactTokens(*done.kept)
+        self.key_codes, self.value_codes = done.key_codes, done.value_codes
+        return view._replace(laid_out=done.laid_out)
 
     def encode(self, end: int) -> None:
         """Write the codes of the tokens before position ``end`` that have none."""
@@ -195,7 +244,7 @@ class CompressedKVCache(_BaseCache):
     def values(self, v: mx.array):
         self.exact_tokens = ExactTokens(self.exact_tokens.keys, v)
 
-    def _view(self, start: int) -> View:
+    def _view(self, start: int, is_prompt: bool = False) -> View:
         return View(
             self.codec,
             self.visibility,
@@ -207,6 +256,7 @@ class CompressedKVCache(_BaseCache):
             self.coded,
             start,
             self.offset,
+            is_prompt,
             self.ring,
         )
 
@@ -220,7 +270,7 @@ class CompressedKVCache(_BaseCache):
         """What the newest token sees."""
         return self._view(self.offset - 1)
 
-    def bind(self, codec: KVCodec, fingerprint: str, kernel: str):
+    def bind(self, codec: KVCodec, fingerprint: str, kernel: str, invariant: bool):
         """Adopt what is known about the attention module that uses this cache.
 
         A cache that holds codes, or was saved, keeps the codec that it has.
@@ -239,6 +289,7 @@ class CompressedKVCache(_BaseCache):
         self.biased = codec.bias is not None
         self.fingerprint = fingerprint
         self.kernel = kernel
+        self.visibility = self.visibility._replace(invariant=invariant)
 
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens (at most all of them) and return how many.

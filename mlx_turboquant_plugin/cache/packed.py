@@ -23,10 +23,13 @@ class PackedRows:
             last. What stands before a row's own tokens has no meaning.
         key_codes, value_codes: of the positions 0, 1, ... of every row, followed by
             zeros in rows that have fewer codes.
+        first_coded: 0, the position of the first code.
         lengths: the number of tokens of each row.
         coded: the number of tokens of each row that are held as codes.
         exact_start: the position of each row's first exact token after the sinks.
     """
+
+    first_coded = 0
 
     def __init__(
         self,

@@ -1,12 +1,13 @@
 """Saving a compressed cache and getting it back, checked before it is trusted."""
 
+import functools
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 import mlx.core as mx
 
 from ..codecs.kv_codec import CodecSpec, KVCodec
-from .visibility import Visibility
+from .visibility import Ring, Visibility
 
 if TYPE_CHECKING:
     from .compressed import CompressedKVCache
@@ -25,7 +26,14 @@ def to_state(cache: "CompressedKVCache") -> tuple:
     """
     return (
         FORMAT,
-        json.dumps(_describe(cache), sort_keys=True),
+        _description(
+            cache.codec and cache.codec.spec,
+            cache.codec and cache.codec.checksum,
+            cache.visibility,
+            cache.biased,
+            cache.first_coded,
+            cache.ring,
+        ),
         cache.fingerprint,
         cache.offset,
         cache.keys,
@@ -87,16 +95,25 @@ def check_fits(cache: "CompressedKVCache", codec: KVCodec, fingerprint: str) -> 
         )
 
 
-def _describe(cache: "CompressedKVCache") -> dict:
-    codec = cache.codec
-    return {
-        "codec": codec and codec.spec._asdict(),
-        "visibility": cache.visibility._asdict(),
-        "biased": cache.biased,
-        "rotation": codec and codec.checksum,
-        "first_coded": cache.first_coded,
-        "ring": cache.ring._asdict() if cache.ring else {},
+# mlx-lm asks for the state of every layer after every chunk of a prompt.
+@functools.lru_cache(maxsize=64)
+def _description(
+    spec: Optional[CodecSpec],
+    checksum: Optional[int],
+    visibility: Visibility,
+    biased: bool,
+    first_coded: int,
+    ring: Optional[Ring],
+) -> str:
+    parts = {
+        "codec": spec and spec._asdict(),
+        "visibility": {"window": visibility.window, "sinks": visibility.sinks},
+        "biased": biased,
+        "rotation": checksum,
+        "first_coded": first_coded,
+        "ring": ring._asdict() if ring else {},
     }
+    return json.dumps(parts, sort_keys=True)
 
 
 def _check_arrays(cache: "CompressedKVCache") -> None:

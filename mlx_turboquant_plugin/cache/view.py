@@ -18,7 +18,11 @@ class View(NamedTuple):
         key_codes, value_codes: of the positions ``first_coded``, ..., ``coded`` - 1.
         start: position of the first query.
         end: one more than the position of the last query.
+        is_prompt: whether all queries read exactly what the first does, see
+            :class:`Visibility`.
         ring: how far back queries see, or None for all the way.
+        laid_out: keys and values (B, H, T, D), sinks, decoded and exact tokens, if they
+            have been put side by side already.
     """
 
     codec: KVCodec
@@ -31,7 +35,9 @@ class View(NamedTuple):
     coded: int
     start: int
     end: int
+    is_prompt: bool
     ring: Optional[Ring] = None
+    laid_out: Optional[Tuple[mx.array, mx.array]] = None
 
     @property
     def sinks(self) -> int:
@@ -47,7 +53,23 @@ class View(NamedTuple):
 
         After a long trim some tokens are only there as codes that would have been exact.
         """
+        if self.is_prompt:
+            position = self.start
         return max(self.visibility.exact_from(position), self.exact_start)
+
+    @property
+    def seen(self) -> int:
+        """How many tokens the first query sees, those of the pass included."""
+        return self.sinks + self.end - max(self.sinks, self.oldest(0)[1])
+
+    @property
+    def forgets(self) -> bool:
+        """Whether some query sees less of the past than the first."""
+        return self.ring is not None and self.oldest(self.end - 1 - self.start)[0] > 0
+
+    def slot(self, position: int) -> int:
+        """Where a token from ``exact_start`` on stands among the exact ones."""
+        return position - self.exact_start + self.sinks
 
     def oldest(self, query):
         """Positions of the oldest sink and the oldest later token that a query sees.
@@ -60,11 +82,8 @@ class View(NamedTuple):
         return self.ring.oldest(self.start, query)
 
     def mask(self) -> Optional[Union[str, mx.array]]:
-        """mlx-lm's mask for the queries, for the tokens that the first of them sees."""
-        count = self.end - self.start
-        if self.ring is not None:
-            return self.ring.mask(self.start, count)
-        return "causal" if count > 1 else None
+        """What the cache has made as the mask of a ring's queries."""
+        return self.ring.mask(self.start, self.end - self.start)
 
     def exact(self, first: int, last: int) -> Tuple[mx.array, mx.array]:
         """Exact keys and values of the sinks and of the positions first, ..., last - 1."""

@@ -1,5 +1,7 @@
 """Who sees what: which tokens a query reads exactly and which through their codes."""
 
+import functools
+import threading
 from typing import NamedTuple, Optional, Union
 
 import mlx.core as mx
@@ -15,20 +17,31 @@ ROLLBACK = 16
 
 
 class Visibility(NamedTuple):
-    """A function of two absolute positions and of nothing else.
+    """Who reads which key exactly.
 
     A query at position p reads the key at t exactly if t is one of the first
     ``sinks`` tokens, or if t's block of 32 tokens is at most ``window`` / 32
-    blocks older than p's; it reads every other key through its codes. It never
-    matters how a prompt was cut into chunks or when codes were written.
+    blocks older than p's; it reads every other key through its codes. This is a
+    function of two positions: when codes were written never matters.
+
+    A prompt's pass of more than 16 tokens reads more: each of its queries reads
+    exactly what the first one does, and all of the pass's own tokens. One causal
+    attention serves such a pass. Unless ``invariant``: then positions alone decide
+    for prompts, too, and it does not matter how a prompt was cut into chunks.
 
     Attributes:
         window: a multiple of 32; at least that many newest tokens are exact.
         sinks: the number of first tokens that are always exact.
+        invariant: whether prompts follow the rule of positions.
     """
 
     window: int = 192
     sinks: int = 4
+    invariant: bool = False
+
+    def is_prompt(self, count: int) -> bool:
+        """Whether all queries of a pass of ``count`` tokens read exactly what the first does."""
+        return count > ROLLBACK and not self.invariant
 
     @property
     def most_exact(self) -> int:
@@ -36,7 +49,7 @@ class Visibility(NamedTuple):
         return self.window + BLOCK + ROLLBACK
 
     def exact_from(self, position: int) -> int:
-        """The first position, after the sinks, that a query at ``position`` reads exactly."""
+        """The first position, after the sinks, that the window of ``position`` has."""
         return max(self.sinks, (position // BLOCK) * BLOCK - self.window)
 
     def first_without(self, token: int) -> int:
@@ -74,8 +87,15 @@ class Ring(NamedTuple):
             return None
         before = min(self.max_size - 1, start)
         if before + count > self.max_size or return_array:
-            return create_causal_mask(count, before, window_size=self.max_size)
+            return _window_mask(threading.get_ident(), count, before, self.max_size)
         return "causal"
+
+
+# All layers get the same, which tells it from the masks of others. By thread, since lazy
+# arrays must not be shared by threads.
+@functools.lru_cache(maxsize=2)
+def _window_mask(thread: int, count: int, before: int, window: int) -> mx.array:
+    return create_causal_mask(count, before, window_size=window)
 
 
 def _at_least(low: int, number):

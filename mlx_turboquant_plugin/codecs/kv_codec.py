@@ -1,5 +1,6 @@
 """How one attention layer's keys and values become codes, and what they are worth."""
 
+import functools
 import zlib
 from typing import Callable, NamedTuple, Optional, Tuple
 
@@ -96,7 +97,7 @@ class KVCodec:
     @property
     def checksum(self) -> int:
         """Of both rotations: tells whether codes from elsewhere mean the same here."""
-        return zlib.crc32(self.key_rotation.fingerprint() + self.value_rotation.fingerprint())
+        return _checksum(self.key_rotation, self.value_rotation)
 
     def encode_keys(self, keys: mx.array, start: int, older: Codes = ()) -> Codes:
         """Codes of ``keys`` (B, H, T, D), rotary positions start, start + 1, ...
@@ -139,6 +140,11 @@ class KVCodec:
     def decode_values(self, codes: Codes) -> mx.array:
         """The values, fp32 (B, H, T, D), that ``codes`` stand for."""
         return Rotation.inverse(self.values.decode(codes), self.value_rotation.array)
+
+
+@functools.lru_cache(maxsize=None)
+def _checksum(*rotations: Rotation) -> int:
+    return zlib.crc32(b"".join(rotation.fingerprint() for rotation in rotations))
 
 
 def joined(older: Codes, newer: Codes, axis: int) -> Codes:

@@ -104,6 +104,28 @@ METAL_FUNC float2 angle(
   return float2(cos1 * cos2 - sin1 * sin2, sin1 * cos2 + cos1 * sin2);
 }
 
+// Channel c of a key bias, turned to a position. The rotary pairs are `pairs`; those
+// channels that are first ones lie `between` apart, and the two of a pair `distance`.
+METAL_FUNC float rotated_bias(
+    device const float* bias,
+    device const float* coarse_cos,
+    device const float* coarse_sin,
+    device const float* fine,
+    int pairs,
+    int between,
+    int distance,
+    int c,
+    int position) {
+  if (c >= 2 * pairs) {
+    return bias[c];
+  }
+  const bool second = distance == 1 ? c % 2 == 1 : c >= distance;
+  const int other = second ? c - distance : c + distance;
+  const int f = (second ? other : c) / between;
+  const float2 turn = angle(coarse_cos, coarse_sin, fine, pairs, f, position);
+  return bias[c] * turn.x + bias[other] * (second ? turn.y : -turn.y);
+}
+
 // The arrays of packed codes: one, or three for 3 bits.
 struct Planes {
   device const uint8_t* low;
@@ -166,6 +188,36 @@ METAL_FUNC void multiply_keys(
     }
   }
 }
+
+// How the codes of a vector lie in threadgroup memory: its bytes, plane after plane. GROUPED:
+// as mx.quantize packs them, by groups of channels that have a scale and a zero point each.
+template <int D, int BITS, bool GROUPED>
+struct StoredVector {
+  static constant constexpr const int FIELDS = BITS == 3 ? 8 : 8 / BITS;
+  static constant constexpr const int GROUP = GROUPED ? (D % 64 == 0 ? 64 : 32) : D;
+  static constant constexpr const int SCALES = (D + GROUP - 1) / GROUP;
+  static constant constexpr const int PLANES = BITS == 3 && !GROUPED ? 3 : 1;
+  // Of a plane.
+  static constant constexpr const int BYTES = GROUPED ? SCALES * GROUP * BITS / 8 : D / FIELDS;
+  // Vectors start in other banks of memory than their neighbours.
+  static constant constexpr const int PITCH = PLANES * BYTES + 4;
+
+  // The code of channel c.
+  static uint code(threadgroup const uint8_t* bytes, int c) {
+    if (GROUPED) {
+      const int byte = c * BITS / 8, shift = c * BITS % 8;
+      // A code of 3 bits can begin in one byte and end in the next.
+      const uint next = shift + BITS > 8 ? bytes[byte + 1] : 0;
+      return ((bytes[byte] | next << 8) >> shift) & ((1 << BITS) - 1);
+    }
+    const int field = c / BYTES, byte = c % BYTES;
+    if (BITS == 3) {
+      const uint low_bits = bytes[field < 4 ? byte : BYTES + byte] >> (2 * (field % 4));
+      return (low_bits & 3) | ((bytes[2 * BYTES + byte] >> field) & 1) << 2;
+    }
+    return (bytes[byte] >> (BITS * field)) & ((1 << BITS) - 1);
+  }
+};
 
 // How the channels of token-major values are dealt to the lanes of a simdgroup.
 //

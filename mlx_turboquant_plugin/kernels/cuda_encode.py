@@ -5,10 +5,12 @@ from typing import Any, Optional
 
 import mlx.core as mx
 
+from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import Codes, KVCodec
 from ..codecs.rotation import Rotation
 from . import cuda_source, encodes
 from .cuda_source import ENCODE_THREADS
+from .inputs import MODEL, int_array, model_arrays
 
 # Tokens of a block of encode.cu, which has a warp for each.
 ENCODED = 32
@@ -19,12 +21,12 @@ MOST_COPYING = 64
 
 
 def encode_keys(codec: KVCodec, keys: mx.array, start: int, older: Codes = ()) -> Codes:
-    """As :meth:`KVCodec.encode_keys`; Lloyd-Max codes in one launch, but for the key bias."""
+    """As :meth:`KVCodec.encode_keys`; Lloyd-Max codes in one launch."""
     spec = codec.spec
     if not encodes(spec.key_codec, keys):
         return codec.encode_keys(keys, start, older)
-    bias = None if codec.bias is None else codec.bias.rotated(start, keys.shape[2])
-    return _encode(keys, spec.key_bits, codec.key_rotation, True, older, codec.balance, bias)
+    known = codec.balance, codec.bias
+    return _encode(keys, spec.key_bits, codec.key_rotation, True, older, start, *known)
 
 
 def encode_values(codec: KVCodec, values: mx.array, older: Codes = ()) -> Codes:
@@ -41,24 +43,26 @@ def _encode(
     rotation: Rotation,
     channel_major: bool,
     older: Codes,
+    start: int = 0,
     balance: Optional[mx.array] = None,
-    bias: Optional[mx.array] = None,
+    bias: Optional[KeyBias] = None,
 ) -> Codes:
     """Codes of ``x`` (B, H, T, D), which may be part of a larger array, after ``older`` ones.
 
     Args:
+        start: the position of the first vector.
         balance: fp32 (H, 1, D).
-        bias: what is taken away from each sequence, fp32 (H, T, D).
     """
     batch, heads, length, dim = x.shape
     widths = [dim // 8] * 3 if bits == 3 else [dim * bits // 8]
     before = older[-1].shape[3 if channel_major else 2] if older else 0
     total = before + length
     copying = min(MOST_COPYING, -(-before * sum(widths) // COPIED))
+    layout, model = model_arrays(rotation.array, balance, bias, start + length)
     # The kernel takes x as it lies, so MLX copies nothing, and these must be contiguous.
-    arrays = (rotation.array if y is None else mx.contiguous(y) for y in (balance, bias))
-    codes = _encode_kernel(len(widths), bool(older))(
-        inputs=[x, rotation.array, *arrays, *map(mx.contiguous, older)],
+    older = older or (rotation.array.view(mx.uint8),) * (len(widths) + 1)
+    codes = _encode_kernel(len(widths))(
+        inputs=[x, *map(mx.contiguous, model), *map(mx.contiguous, older), int_array(start, before, *layout)],
         template=[
             ("DIM", dim),
             ("BITS", bits),
@@ -78,36 +82,32 @@ def _encode(
     return tuple(codes)
 
 
+# The last blocks of each head copy.
 BODY = """
   unsigned char* planes[] = {{{planes}}};
-  int before = 0;
-  {copy}
-  encode_vectors<DIM, BITS, CHANNEL_MAJOR, BALANCED, BIASED>(
-      x + blockIdx.z * x_strides[0] + blockIdx.y * x_strides[1], x_strides[2], x_strides[3],
-      x_shape[2], before, rotation, balance, bias, planes, scales);
-"""
-
-# The last blocks of each head.
-COPY_BODY = """
-  before = older_scales_shape[CHANNEL_MAJOR ? 3 : 2];
+  const unsigned char* older_planes[] = {{{older}}};
+  int start = places[0], before = places[1];
   int encoding = (x_shape[2] + ENCODED - 1) / ENCODED;
   if (blockIdx.x >= encoding) {{
-    const unsigned char* older_planes[] = {{{older}}};
     copy_codes<DIM, BITS, CHANNEL_MAJOR, UNIT>(
         older_planes, older_scales, planes, scales, before, before + x_shape[2],
         blockIdx.x - encoding, gridDim.x - encoding);
     return;
   }}
+  RotaryPairs rotary = {{fine, coarse_cos, coarse_sin, places[2], places[3], places[4]}};
+  encode_vectors<DIM, BITS, CHANNEL_MAJOR, BALANCED, BIASED>(
+      x + blockIdx.z * x_strides[0] + blockIdx.y * x_strides[1], x_strides[2], x_strides[3],
+      x_shape[2], before, start, rotation, balance, bias, rotary, planes, scales);
 """
 
 
 @functools.lru_cache(maxsize=None)
-def _encode_kernel(planes: int, joins: bool) -> Any:
+def _encode_kernel(planes: int) -> Any:
     outputs = ["low", "mid", "high"][:planes]
     older = [f"older_{name}" for name in outputs]
-    inputs = ["x", "rotation", "balance", "bias"] + [*older, "older_scales"] * joins
-    copy = COPY_BODY.format(older=", ".join(older)) if joins else ""
-    body = BODY.format(planes=", ".join(outputs), copy=copy)
+    names = MODEL.replace("levels", "rotation").split()
+    inputs = ["x", *names, *older, "older_scales", "places"]
+    body = BODY.format(planes=", ".join(outputs), older=", ".join(older))
     return cuda_source.kernel(
         "encode", inputs, [*outputs, "scales"], body, ensure_row_contiguous=False
     )

@@ -20,10 +20,13 @@ _MEMORY = re.compile(r"^threadgroup (\w+ \w+\[)", re.MULTILINE)
 
 def attend(problem: "Problem") -> mx.array:
     """Attention (B, H_q, N, D_v), in the dtype of the queries."""
-    return metal.attend(problem, _kernel)
+    return metal.attend(problem, kernel)
 
 
 @functools.lru_cache(maxsize=None)
-def _kernel(name: str, inputs: str, outputs: str) -> Any:
-    body = _MEMORY.sub(r"__shared__ \1", cuda_source.read(f"{name}.metal"))
-    return cuda_source.kernel(f"metal_{name}", inputs.split(), outputs.split(), body)
+def kernel(name: str, inputs: str, outputs: str, ensure_row_contiguous: bool = True) -> Any:
+    """As :func:`metal.kernel`, compiled as CUDA."""
+    body = _MEMORY.sub(r"__shared__ \1", metal.source(name))
+    return cuda_source.kernel(
+        f"metal_{name}", inputs.split(), outputs.split(), body, ensure_row_contiguous
+    )

@@ -60,6 +60,7 @@ def source(name: str) -> str:
         "encode": f"{ENCODE_THREADS}",
         "metal_decode": f"{metal.THREADS}",
         "metal_merge": f"{metal.THREADS}",
+        "metal_dequantize": "256",
     }[name]
     attributes = f"__attribute__((global)) __launch_bounds__({bounds})"
     # MLX writes the signature. The bounds give a thread of the first launch 128 registers.

@@ -11,6 +11,31 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+// Channel c of a key bias (DIM,), turned to a position: as rotated_bias() in codes.metal. The
+// angles are those of RotaryTable in codecs/key_bias.py, of blocks of ANGLES positions.
+constexpr int ANGLES = 128;
+
+struct RotaryPairs {
+  const float *fine, *coarse_cos, *coarse_sin;  // (2 pairs, ANGLES) and (blocks, pairs)
+  // The distances of the first channels of two pairs and of the channels of a pair.
+  int pairs, between, distance;
+};
+
+__device__ inline float rotated_bias(
+    const float* bias, const RotaryPairs& rotary, int c, long long position) {
+  if (c >= 2 * rotary.pairs) return bias[c];
+  bool second = rotary.distance == 1 ? c % 2 == 1 : c >= rotary.distance;
+  int other = second ? c - rotary.distance : c + rotary.distance;
+  int f = (second ? other : c) / rotary.between;
+  long long block = position / ANGLES * rotary.pairs + f;
+  int within = position % ANGLES;
+  float cos1 = rotary.coarse_cos[block], sin1 = rotary.coarse_sin[block];
+  float cos2 = rotary.fine[f * ANGLES + within];
+  float sin2 = rotary.fine[(rotary.pairs + f) * ANGLES + within];
+  float cos = cos1 * cos2 - sin1 * sin2, sin = sin1 * cos2 + cos1 * sin2;
+  return bias[c] * cos + bias[other] * (second ? sin : -sin);
+}
+
 // The code of the level nearest to x, in units of levels, and that level.
 template <int BITS>
 __device__ inline int nearest(float x, float& level) {
@@ -104,14 +129,16 @@ __device__ inline void copy_codes(
 }
 
 // x: the first channel of the first token of this head, of `length` tokens, which there are
-// `before` others before; channels and tokens are as far apart as the strides say. rotation:
-// see rotate(). balance: (H, 1, DIM), bias: (H, T, DIM), or not read. planes: (B, H, bytes, T)
-// if CHANNEL_MAJOR, (B, H, T, bytes) otherwise. scales: (B, H, T).
+// `before` others before; channels and tokens are as far apart as the strides say. `start`:
+// the position of the first. rotation: see rotate(). balance: (H, 1, DIM), bias: (H, DIM), or
+// not read. planes: (B, H, bytes, T) if CHANNEL_MAJOR, (B, H, T, bytes) otherwise. scales:
+// (B, H, T).
 template <
     int DIM, int BITS, bool CHANNEL_MAJOR, bool BALANCED, bool BIASED, typename X, int PLANES>
 __device__ inline void encode_vectors(
     const X* x, long long token_stride, long long channel_stride, int length, int before,
-    const float* rotation, const float* balance, const float* bias,
+    int start, const float* rotation, const float* balance, const float* bias,
+    const RotaryPairs& rotary,
     unsigned char* const (&planes)[PLANES], unsigned char* scales) {
   constexpr int FIELDS = Layout<DIM, BITS>::FIELDS, BYTES = Layout<DIM, BITS>::ROWS;
   __shared__ float vectors[ENCODED][DIM];
@@ -124,7 +151,7 @@ __device__ inline void encode_vectors(
     float* vector = vectors[warp];
     for (int d = lane; d < DIM; d += 32) {
       float y = float(x[token * token_stride + d * channel_stride]);
-      if constexpr (BIASED) y -= bias[((long long)h * length + token) * DIM + d];
+      if constexpr (BIASED) y -= rotated_bias(bias + h * DIM, rotary, d, start + token);
       if constexpr (BALANCED) y /= balance[h * DIM + d];
       vector[d] = y;
     }

@@ -49,17 +49,9 @@ for (int token = simd; token < count; token += SIMDS) {
     if (c < D) {
       y[j] = float(x[(first_vector + token) * D + c]);
       if (BIASED) {
-        device const float* own_bias = bias + kv_head * D;
-        float known = own_bias[c];
-        if (c < 2 * rotary) {
-          const bool second = distance == 1 ? c % 2 == 1 : c >= distance;
-          const int other = second ? c - distance : c + distance;
-          const int f = (second ? other : c) / between;
-          const float2 turn =
-              angle(coarse_cos, coarse_sin, fine, rotary, f, start + first + token);
-          known = known * turn.x + own_bias[other] * (second ? turn.y : -turn.y);
-        }
-        y[j] -= known;
+        y[j] -= rotated_bias(
+            bias + kv_head * D, coarse_cos, coarse_sin, fine, rotary, between, distance, c,
+            start + first + token);
       }
       if (BALANCED) {
         y[j] /= balance[kv_head * D + c];

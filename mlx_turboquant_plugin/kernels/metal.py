@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence, Tuple
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.key_bias import BLOCK, KeyBias, RotaryTable
+from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import Codes, KVCodec, joined
-from ..codecs.lloyd_max import ALONG, CODEBOOKS, SEARCH
+from ..codecs.lloyd_max import ALONG, SEARCH
 from ..codecs.rotation import Rotation
 from . import encodes
+from .inputs import MODEL, code_arrays, int_array, inverse_array, level_array, model_arrays
 
 if TYPE_CHECKING:
     from ..attention.fused import Problem
@@ -39,11 +40,7 @@ ENCODED = 32
 GROUPS = 1024
 MAX_SPLITS = 64
 
-# MLX puts smaller arrays into another address space.
-DEVICE_SIZE = 8
-
 # A kernel's file, its inputs and its outputs.
-MODEL = "levels balance bias fine coarse_cos coarse_sin"
 DECODE = (
     "decode",
     "queries keys values k0 k1 k2 key_scale key_zero v0 v1 v2 value_scale value_zero "
@@ -62,7 +59,7 @@ def attend(problem: "Problem", compiled: Optional[Callable[..., Any]] = None) ->
         compiled: makes a kernel of the name of its file, its inputs and its outputs; by
             default one of Metal.
     """
-    compiled = compiled or _kernel
+    compiled = compiled or kernel
     codec, spec = problem.codec, problem.codec.spec
     batch, heads, count, dim = problem.queries.shape
     exact_keys, exact_values = problem.exact_tokens.keys, problem.exact_tokens.values
@@ -70,14 +67,14 @@ def attend(problem: "Problem", compiled: Optional[Callable[..., Any]] = None) ->
     rows = heads // kv_heads * count
     chunk = _chunk(rows, max(dim, spec.value_dim))
     chunks = -(-rows // chunk)
-    keys = _arrays(problem.key_codes, spec.key_codec, batch * kv_heads, -1)
-    values = _arrays(problem.value_codes, spec.value_codec, batch * kv_heads, -2)
+    keys = code_arrays(problem.key_codes, spec.key_codec, batch * kv_heads, -1)
+    values = code_arrays(problem.value_codes, spec.value_codec, batch * kv_heads, -2)
     coded = problem.key_codes[-1].shape[-1] if problem.key_codes else 0
     exact_splits, code_splits = _splits(exact, coded, batch * kv_heads * chunks)
     splits = exact_splits + code_splits
-    levels = _levels((spec.key_codec, spec.key_bits), (spec.value_codec, spec.value_bits))
-    layout, model = _model(levels, codec.balance, codec.bias, problem.first_coded + coded)
-    sizes = _ints(problem.first_coded, problem.sinks, exact_splits, coded, *layout)
+    levels = level_array((spec.key_codec, spec.key_bits), (spec.value_codec, spec.value_bits))
+    layout, model = model_arrays(levels, codec.balance, codec.bias, problem.first_coded + coded)
+    sizes = int_array(problem.first_coded, problem.sinks, exact_splits, coded, *layout)
     (partial,) = compiled(*DECODE)(
         inputs=[
             problem.queries,
@@ -108,7 +105,7 @@ def attend(problem: "Problem", compiled: Optional[Callable[..., Any]] = None) ->
         output_dtypes=[mx.float32],
     )
     (out,) = compiled(*MERGE)(
-        inputs=[partial, _inverse(codec.value_rotation), sizes],
+        inputs=[partial, inverse_array(codec.value_rotation), sizes],
         template=[("T", problem.queries.dtype), ("DV", spec.value_dim), ("ROWS", chunk)],
         grid=(rows * THREADS, batch * kv_heads, 1),
         threadgroup=(THREADS, 1, 1),
@@ -147,11 +144,11 @@ def _encode(
     bias: Optional[KeyBias] = None,
 ) -> Codes:
     batch, heads, length, dim = x.shape
-    levels = _levels(("lloyd-max", bits))
-    layout, model = _model(levels, balance, bias, start + length)
+    levels = level_array(("lloyd-max", bits))
+    layout, model = model_arrays(levels, balance, bias, start + length)
     widths = [dim // 8] * 3 if bits == 3 else [dim * bits // 8]
-    codes = _kernel(*(ENCODE_3_BITS if bits == 3 else ENCODE))(
-        inputs=[x, rotation.array, *model, _ints(start, *layout)],
+    codes = kernel(*(ENCODE_3_BITS if bits == 3 else ENCODE))(
+        inputs=[x, rotation.array, *model, int_array(start, *layout)],
         template=[
             ("D", dim),
             ("BITS", bits),
@@ -188,89 +185,23 @@ def _splits(exact: int, coded: int, others: int) -> Tuple[int, int]:
     return min(most, -(-exact // TILE)), min(most, -(-coded // (TILE * SIMDS)))
 
 
-def _arrays(codes: Codes, codec: str, heads: int, axis: int) -> Sequence[mx.array]:
-    """Three planes, scales and zero points; those that a codec lacks are repetitions.
-
-    Args:
-        heads: the KV heads of all sequences.
-        axis: that of the tokens.
-    """
-    if not codes:
-        return [mx.zeros((1, 1, 1, DEVICE_SIZE), mx.uint8)] * 5
-    tokens = codes[-1].shape[axis]
-    if heads * tokens < DEVICE_SIZE:
-        padding = [(0, 0)] * 4
-        padding[axis] = (0, DEVICE_SIZE - tokens)
-        codes = tuple(mx.pad(plane, padding) for plane in codes)
-    *planes, scale, zero = codes if codec == "affine" else (*codes, codes[-1])
-    return [*(planes if len(planes) == 3 else planes * 3), scale, zero]
-
-
 @functools.lru_cache(maxsize=None)
-def _kernel(name: str, inputs: str, outputs: str) -> Any:
+def kernel(name: str, inputs: str, outputs: str, ensure_row_contiguous: bool = True) -> Any:
+    """A kernel of the name of its file, its inputs and its outputs, as MLX compiles it."""
     output_names = outputs.split()
     return mx.fast.metal_kernel(
         name=f"turboquant_{name}",
         input_names=inputs.split(),
         output_names=output_names,
-        source=_source(name),
-        header=f"#define OUTPUTS {len(output_names)}\n{_source('codes')}",
+        source=source(name),
+        header=f"#define OUTPUTS {len(output_names)}\n{source('codes')}",
+        ensure_row_contiguous=ensure_row_contiguous,
     )
 
 
-def _source(name: str) -> str:
+def source(name: str) -> str:
+    """The text of a Metal file of this package."""
     return files(__package__).joinpath(f"{name}.metal").read_text("utf-8")
-
-
-def _model(
-    levels: mx.array, balance: Optional[mx.array], bias: Optional[KeyBias], end: int
-) -> Tuple[Tuple[int, int, int], Sequence[mx.array]]:
-    """The layout of the rotary pairs, and the inputs that ``MODEL`` names.
-
-    The levels stand for what is missing, and are not read there.
-
-    Args:
-        end: one more than the last position whose angles are needed.
-    """
-    if balance is None:
-        balance = levels
-    if bias is None:
-        return (0, 0, 0), (levels, balance, *[levels] * 4)
-    table = bias.table
-    table.blocks((end - 1) // BLOCK + 1)
-    return _layout(table), (levels, balance, bias.bias, table.fine, *table.coarse)
-
-
-@functools.lru_cache(maxsize=None)
-def _levels(*codecs: Tuple[str, int]) -> mx.array:
-    """The levels of codecs and bits, 16 places each, for vectors of unit mean square."""
-    levels = np.zeros((len(codecs), 16), np.float32)
-    for row, (codec, bits) in zip(levels, codecs):
-        if codec == "lloyd-max":
-            half = np.array(CODEBOOKS[bits].levels) / CODEBOOKS[bits].unit
-            row[: 2**bits] = np.concatenate([-half[::-1], half])
-    return mx.array(levels)
-
-
-@functools.lru_cache(maxsize=None)
-def _inverse(rotation: Rotation) -> mx.array:
-    """What turns vectors back: the signs, or the transposed matrix."""
-    array = mx.contiguous(rotation.array.T)
-    mx.eval(array)
-    return array
-
-
-def _layout(table: RotaryTable) -> Tuple[int, int, int]:
-    """The number of rotary pairs, and the distance of the first channels of two pairs and of the
-    channels of a pair."""
-    pairs = table.dims // 2
-    return (pairs, 2, 1) if table.traditional else (pairs, 1, pairs)
-
-
-# All layers ask for the same. By way of NumPy, since lazy arrays must not be shared by threads.
-@functools.lru_cache(maxsize=64)
-def _ints(*numbers: int) -> mx.array:
-    return mx.array(np.array(numbers, np.int32))
 
 
 @functools.lru_cache(maxsize=64)

@@ -73,5 +73,5 @@ def bind(cache: Union[CompressedKVCache, BatchCompressedKVCache], attention: nn.
         ValueError: it was filled by another model.
     """
     layer = known_layer(attention)
-    cache.bind(layer.codec, layer.fingerprint, layer.kernel)
+    cache.bind(layer.codec, layer.fingerprint, layer.kernel, layer.visibility.invariant)
     cache.attention = weakref.ref(attention)

@@ -96,7 +96,7 @@ def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Setti
     linear = projections[min(1, len(projections) - 1)].linear
     return Layer(
         KVCodec(spec, factors if settings.balance else None, bias),
-        Visibility(settings.window, settings.sinks),
+        Visibility(settings.window, settings.sinks, settings.invariant),
         BRIDGE if settings.bypass == BRIDGE else resolve_kernel(settings.kernel),
         f"{zlib.crc32(bytes(linear.weight[:1].view(mx.uint8))):08x}",
         settings,

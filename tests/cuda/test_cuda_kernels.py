@@ -1,6 +1,7 @@
 """The CUDA kernels on the CPU: the selftest's table, and codes of all kinds."""
 
 import cuda_emulator
+import dequantized
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -27,7 +28,7 @@ def emulated(request, monkeypatch):
         cuda._merge_kernel,
         cuda._code_parts,
         cuda_encode._encode_kernel,
-        cuda_portable._kernel,
+        cuda_portable.kernel,
     )
     monkeypatch.setattr(cuda_source, "kernel", cuda_emulator.EmulatedKernel)
     monkeypatch.setattr(cuda_emulator.EmulatedKernel, "descending", descending)
@@ -49,6 +50,11 @@ one_run = pytest.mark.parametrize("emulated", RUNS[1:], ids=["descending"], indi
 def test_the_table(case, emulated):
     result = check(case, "cuda")
     assert result.ok, f"{case}: error {result.error:.1e} of {result.tolerance:.1e} {result.note}"
+
+
+@pytest.mark.parametrize("case", dequantized.CASES, ids=str)
+def test_what_is_dequantised(case, emulated):
+    dequantized.check(case, "cuda")
 
 
 ENCODED_DIMS = (32, 40, 64, 80, 96, 128, 256)

@@ -32,12 +32,12 @@ VISIBILITY = Visibility(window=64, sinks=4)
 
 @pytest.fixture(params=RUNS, ids=lambda run: "schedule{}-poison{}-splits{}".format(*run))
 def emulated(request, monkeypatch):
-    metal._kernel.cache_clear()
+    metal.kernel.cache_clear()
     schedule, poison, splits = request.param
     monkeypatch.setattr(metal, "MAX_SPLITS", splits)
     with emulator.patch(mode="checked", schedule=schedule, poison=poison):
         yield
-    metal._kernel.cache_clear()
+    metal.kernel.cache_clear()
 
 
 one_run = pytest.mark.parametrize("emulated", RUNS[3:], indirect=True)

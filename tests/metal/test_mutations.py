@@ -200,14 +200,14 @@ MUTATIONS = [
 def few_splits(monkeypatch):
     """Each simdgroup has several tiles."""
     monkeypatch.setattr(metal, "MAX_SPLITS", 1)
-    metal._kernel.cache_clear()
+    metal.kernel.cache_clear()
     yield
-    metal._kernel.cache_clear()
+    metal.kernel.cache_clear()
 
 
 def test_every_bug_has_its_place():
     """After a change of the kernels, too; the bugs themselves take longer to try."""
-    places = {what: metal._source(file).count(text) for what, file, text, _ in MUTATIONS}
+    places = {what: metal.source(file).count(text) for what, file, text, _ in MUTATIONS}
     assert {what: n for what, n in places.items() if n != 1} == {}
 
 
@@ -215,7 +215,7 @@ def test_every_bug_has_its_place():
 @pytest.mark.skipif(emulator.unavailable() is not None, reason=str(emulator.unavailable()))
 @pytest.mark.parametrize("what, file, text, wrong", MUTATIONS, ids=[m[0] for m in MUTATIONS])
 def test_a_bug_is_noticed(what, file, text, wrong, few_splits, monkeypatch):
-    source = metal._source
+    source = metal.source
 
     def mutated(name):
         return source(name).replace(text, wrong) if name == file else source(name)

@@ -48,7 +48,7 @@ class LayerBench:
             dim, dim, chosen.key_codec, chosen.key_bits, chosen.value_codec, chosen.value_bits
         )
         self._codec = KVCodec(spec)
-        self._visibility = Visibility(chosen.window, chosen.sinks)
+        self._visibility = Visibility(chosen.window, chosen.sinks, chosen.invariant)
         self._kernel = resolve_kernel(chosen.kernel)
 
     def measure(

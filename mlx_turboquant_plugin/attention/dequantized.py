@@ -1,0 +1,225 @@
+"""Attention by MLX's own fused function, over keys and values dequantised for one layer.
+
+So GPUs process prompts: a layer's codes are dequantised once for all queries, into the
+arrays that MLX is given, and nothing of it outlives the layer.
+"""
+
+from typing import Callable, List, Optional, Sequence, Tuple, Union
+
+import mlx.core as mx
+
+from ..cache.batch import RowView
+from ..cache.packed import PackedRows
+from ..cache.view import View, code_range
+from ..kernels import FUSED
+from ..kernels.dequantize import Side, cannot_dequantize, dequantize
+from .layout import Layout, Row, combined_mask, layout_of
+from .masks import Mask
+
+# On NVIDIA GPUs MLX prepares a graph for each number of tokens that a mask is for, in 65 ms:
+# steps of a few tokens have them in multiples of this.
+STEP = 256
+
+
+def attend_dequantized(
+    original: Callable,
+    queries: mx.array,
+    view: View,
+    scale: float,
+    mask: Mask,
+    learned_sinks: Optional[mx.array] = None,
+) -> mx.array:
+    """Attention of ``queries`` (B, H_q, N, D) over a view; returns (B, H_q, N, D_v).
+
+    Args:
+        original: mlx-lm's own function.
+        mask: None, "causal", or an array (B or 1, H_q or 1, N, T) over the tokens that the
+            first query sees.
+        learned_sinks: (H_q,), or None.
+    """
+    layout = layout_of(view)
+    row = Row.of(view, layout)
+    if layout.repeats or (isinstance(mask, str) and view.forgets):
+        if not view.is_prompt:
+            total = _in_steps(layout.total)
+            layout = layout._replace(left=total - layout.total, total=total)
+            row = row._replace(layout=layout)
+        mask = combined_mask([row], queries.shape[2], mask, [0], queries.dtype)
+    keys, values = laid_out(view, layout, view.slot(layout.exact.start))
+    return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
+
+
+def attend_rows_dequantized(
+    original: Callable,
+    queries: mx.array,
+    rows: Sequence[RowView],
+    scale: float,
+    mask: Mask,
+    left_padding: Sequence[int],
+    learned_sinks: Optional[mx.array] = None,
+) -> mx.array:
+    """The same for the rows of a batch, all in one call.
+
+    Args:
+        rows: at least one has tokens.
+        mask: "causal", or an array (B or 1, H_q or 1, N, T) for mlx-lm's BatchKVCache.
+        left_padding: of each row, as BatchKVCache counts it.
+    """
+    count = queries.shape[2]
+    some = next(row.view for row in rows if row.view is not None)
+    layouts = [Layout() if row.view is None else layout_of(row.view) for row in rows]
+    # The newest tokens stand where the queries do; what comes after a row's last is hidden by
+    # being later than its queries.
+    after = [count - row.last for row in rows]
+    total = max(layout.tokens + right for layout, right in zip(layouts, after))
+    if not some.is_prompt:
+        total = _in_steps(total)
+    layouts = [
+        layout._replace(left=total - right - layout.tokens, total=total)
+        for layout, right in zip(layouts, after)
+    ]
+    known = [
+        Row(layout, 0, row.first, 0, True, some.visibility)
+        if row.view is None
+        else Row.of(row.view, layout, row.first)
+        for row, layout in zip(rows, layouts)
+    ]
+    if not isinstance(mask, str) or any(
+        layout.left or row.first or layout.repeats or row.view.forgets
+        for row, layout in zip(rows, layouts)
+        if row.view is not None
+    ):
+        mask = combined_mask(known, count, mask, left_padding, queries.dtype)
+    pairs = [
+        _zeros(some, total)
+        if row.view is None
+        else laid_out(row.view, layout, row.view.slot(layout.exact.start))
+        for row, layout in zip(rows, layouts)
+    ]
+    keys, values = (mx.concatenate(side) for side in zip(*pairs))
+    return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
+
+
+def attend_packed_dequantized(
+    original: Callable,
+    queries: mx.array,
+    packed: PackedRows,
+    scale: float,
+    mask: Mask,
+    left_padding: Sequence[int],
+    learned_sinks: Optional[mx.array] = None,
+) -> mx.array:
+    """The same for the newest token of every row of a packed batch."""
+    sinks, held = packed.visibility.sinks, packed.exact_tokens.count
+    coded = max(sinks, max(packed.coded))
+    total = _in_steps(held + coded - sinks)
+    layouts = [
+        Layout(sinks, range(sinks, coded), range(length - held + sinks, length), 0, total)
+        for length in packed.lengths
+    ]
+    rows = [
+        Row(layout, length - 1, 0, exact_start, False, packed.visibility)
+        for layout, length, exact_start in zip(layouts, packed.lengths, packed.exact_start)
+    ]
+    mask = combined_mask(rows, 1, mask, left_padding, queries.dtype)
+    keys, values = laid_out(packed, layouts[0], sinks)
+    return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
+
+
+def _in_steps(tokens: int) -> int:
+    return -(-tokens // STEP) * STEP
+
+
+def laid_out(
+    source: Union[View, PackedRows], layout: Layout, slot: int
+) -> Tuple[mx.array, mx.array]:
+    """Keys and values (B, H, T, D), in the dtypes of the exact ones, as ``layout`` says.
+
+    Args:
+        slot: where the first of the exact tokens stands among those that the source holds.
+    """
+    ready = getattr(source, "laid_out", None)
+    if ready is not None and layout.tokens == layout.total:
+        return ready
+    if source.kernel not in FUSED or any(map(cannot_dequantize, sides(source))):
+        return _by_operations(source, layout, slot)
+    unjoined = source.exact_tokens.unjoined
+    drop = 0 if unjoined is None else unjoined.drop
+    return tuple(
+        dequantize(
+            source.kernel,
+            side,
+            left=layout.left,
+            sinks=layout.sinks,
+            first_code=layout.decoded.start - source.first_coded if layout.decoded else 0,
+            decoded=len(layout.decoded),
+            first_exact=slot + drop,
+            exact=len(layout.exact),
+            total=layout.total,
+        )
+        for side in sides(source)
+    )
+
+
+def sides(source: Union[View, PackedRows]) -> Tuple[Side, Side]:
+    """Keys and values as the kernel takes them."""
+    codec, spec = source.codec, source.codec.spec
+    unjoined = source.exact_tokens.unjoined
+    if unjoined is None:
+        tokens = (source.exact_tokens.keys, None), (source.exact_tokens.values, None)
+    else:
+        tokens = (unjoined.keys, unjoined.new_keys), (unjoined.values, unjoined.new_values)
+    return (
+        Side(
+            *tokens[0],
+            spec.key_codec,
+            spec.key_bits,
+            source.key_codes,
+            True,
+            source.first_coded,
+            codec.key_rotation,
+            codec.balance,
+            codec.bias,
+        ),
+        Side(
+            *tokens[1],
+            spec.value_codec,
+            spec.value_bits,
+            source.value_codes,
+            False,
+            source.first_coded,
+            codec.value_rotation,
+        ),
+    )
+
+
+def _by_operations(
+    source: Union[View, PackedRows], layout: Layout, slot: int
+) -> Tuple[mx.array, mx.array]:
+    out: List[mx.array] = []
+    decoded: Tuple[Optional[mx.array], ...] = None, None
+    if layout.decoded:
+        first, last = (p - source.first_coded for p in (layout.decoded.start, layout.decoded.stop))
+        key_codes, value_codes = code_range(source.key_codes, source.value_codes, first, last)
+        decoded = (
+            source.codec.decode_keys(key_codes, layout.decoded.start),
+            source.codec.decode_values(value_codes),
+        )
+    for x, codes in zip((source.exact_tokens.keys, source.exact_tokens.values), decoded):
+        parts = [x[:, :, : layout.sinks], x[:, :, slot : slot + len(layout.exact)]]
+        if codes is not None:
+            parts.insert(1, codes.astype(x.dtype))
+        right = layout.total - layout.left - layout.tokens
+        joined = mx.concatenate(parts, axis=2)
+        if layout.left or right:
+            joined = mx.pad(joined, [(0, 0), (0, 0), (layout.left, right), (0, 0)])
+        out.append(joined)
+    return tuple(out)
+
+
+def _zeros(like: View, total: int) -> Tuple[mx.array, mx.array]:
+    """Keys and values of a row without tokens."""
+    tokens = like.exact_tokens
+    return tuple(
+        mx.zeros((1, x.shape[1], total, x.shape[3]), x.dtype) for x in (tokens.keys, tokens.values)
+    )

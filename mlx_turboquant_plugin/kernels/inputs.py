@@ -1,0 +1,87 @@
+"""Inputs that the Metal kernels, and their like on NVIDIA GPUs, share."""
+
+import functools
+from typing import Optional, Sequence, Tuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..codecs.key_bias import BLOCK, KeyBias, RotaryTable
+from ..codecs.kv_codec import Codes
+from ..codecs.lloyd_max import CODEBOOKS
+from ..codecs.rotation import Rotation
+
+# MLX puts smaller arrays into another address space.
+DEVICE_SIZE = 8
+
+# The names of what :func:`model_arrays` gives.
+MODEL = "levels balance bias fine coarse_cos coarse_sin"
+
+
+def code_arrays(codes: Codes, codec: str, heads: int, axis: int) -> Sequence[mx.array]:
+    """Three planes, scales and zero points; those that a codec lacks are repetitions.
+
+    Args:
+        heads: the KV heads of all sequences.
+        axis: that of the tokens.
+    """
+    if not codes:
+        return [mx.zeros((1, 1, 1, DEVICE_SIZE), mx.uint8)] * 5
+    tokens = codes[-1].shape[axis]
+    if heads * tokens < DEVICE_SIZE:
+        padding = [(0, 0)] * 4
+        padding[axis] = (0, DEVICE_SIZE - tokens)
+        codes = tuple(mx.pad(plane, padding) for plane in codes)
+    *planes, scale, zero = codes if codec == "affine" else (*codes, codes[-1])
+    return [*(planes if len(planes) == 3 else planes * 3), scale, zero]
+
+
+def model_arrays(
+    levels: mx.array, balance: Optional[mx.array], bias: Optional[KeyBias], end: int
+) -> Tuple[Tuple[int, int, int], Sequence[mx.array]]:
+    """The layout of the rotary pairs, and the inputs that ``MODEL`` names.
+
+    The levels stand for what is missing, and are not read there.
+
+    Args:
+        end: one more than the last position whose angles are needed.
+    """
+    if balance is None:
+        balance = levels
+    if bias is None:
+        return (0, 0, 0), (levels, balance, *[levels] * 4)
+    table = bias.table
+    table.blocks((end - 1) // BLOCK + 1)
+    return _layout(table), (levels, balance, bias.bias, table.fine, *table.coarse)
+
+
+@functools.lru_cache(maxsize=None)
+def level_array(*codecs: Tuple[str, int]) -> mx.array:
+    """The levels of codecs and bits, 16 places each, for vectors of unit mean square."""
+    levels = np.zeros((len(codecs), 16), np.float32)
+    for row, (codec, bits) in zip(levels, codecs):
+        if codec == "lloyd-max":
+            half = np.array(CODEBOOKS[bits].levels) / CODEBOOKS[bits].unit
+            row[: 2**bits] = np.concatenate([-half[::-1], half])
+    return mx.array(levels)
+
+
+@functools.lru_cache(maxsize=None)
+def inverse_array(rotation: Rotation) -> mx.array:
+    """What turns vectors back: the signs, or the transposed matrix."""
+    array = mx.contiguous(rotation.array.T)
+    mx.eval(array)
+    return array
+
+
+def _layout(table: RotaryTable) -> Tuple[int, int, int]:
+    """The number of rotary pairs, and the distance of the first channels of two pairs and of the
+    channels of a pair."""
+    pairs = table.dims // 2
+    return (pairs, 2, 1) if table.traditional else (pairs, 1, pairs)
+
+
+# All layers ask for the same. By way of NumPy, since lazy arrays must not be shared by threads.
+@functools.lru_cache(maxsize=64)
+def int_array(*numbers: int) -> mx.array:
+    return mx.array(np.array(numbers, np.int32))

@@ -1,0 +1,113 @@
+"""Cases for the kernel that dequantises: laid out by it, and by MLX's operations."""
+
+from dataclasses import dataclass
+from typing import Tuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_turboquant_plugin.attention import dequantized
+from mlx_turboquant_plugin.attention.layout import layout_of
+from mlx_turboquant_plugin.cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
+from mlx_turboquant_plugin.codecs.key_bias import KeyBias
+from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
+
+HEADS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cache that takes chunks of so many tokens.
+
+    Attributes:
+        dim, value_dim: head dims.
+        keys, values: codec and bits.
+        chunks: what comes one after the other; the last is the pass that is looked at.
+        rope: None for no key bias and no balance, or the layout of the rotary pairs.
+        ring: ``max_kv_size``, or 0.
+        left, right: zeros around.
+        strided: whether new tokens are a view of an array with heads inside.
+    """
+
+    dim: int = 64
+    value_dim: int = 64
+    keys: Tuple[str, int] = ("lloyd-max", 4)
+    values: Tuple[str, int] = ("lloyd-max", 3)
+    dtype: str = "float32"
+    chunks: Tuple[int, ...] = (150, 100)
+    batch: int = 1
+    rope: str = ""
+    ring: int = 0
+    left: int = 0
+    right: int = 0
+    invariant: bool = False
+    strided: bool = False
+
+
+CASES = [
+    Case(),
+    Case(128, 128, dtype="float16", strided=True),
+    Case(80, 96, ("lloyd-max", 3), ("lloyd-max", 4), rope="traditional"),
+    Case(40, 32, ("lloyd-max", 2), ("lloyd-max", 2), "bfloat16", left=3, right=70),
+    Case(256, 256, ("affine", 4), ("affine", 4), rope="halves"),
+    Case(112, 64, ("affine", 3), ("affine", 3), batch=2),
+    Case(64, 112, ("affine", 8), ("affine", 2)),
+    Case(96, 128, ("affine", 2), ("affine", 8), rope="partial", chunks=(40, 200, 1)),
+    Case(rope="halves", dtype="bfloat16", chunks=(97, 33, 61), strided=True),
+    Case(rope="partial", invariant=True, chunks=(97, 150), left=60),
+    Case(chunks=(200, 9), ring=120),
+    Case(chunks=(200, 40), ring=170, strided=True),
+    Case(chunks=(30, 20)),
+    Case(chunks=(2, 1)),
+    Case(chunks=(300, 1, 1, 1)),
+]
+
+
+def random(case: Case, count: int):
+    """Keys and values of ``count`` tokens, of many lengths."""
+    for dim in (case.dim, case.value_dim):
+        shape = (case.batch, count, HEADS, dim) if case.strided else (case.batch, HEADS, count, dim)
+        x = mx.exp(mx.random.normal((*shape[:-1], 1))) * mx.random.normal(shape)
+        x = x.astype(getattr(mx, case.dtype))
+        yield x.swapaxes(1, 2) if case.strided else x
+
+
+def view_of(case: Case, kernel: str):
+    """What the last chunk's queries see."""
+    mx.random.seed(case.dim)
+    balance = bias = None
+    if case.rope:
+        balance = mx.exp(0.3 * mx.random.normal((HEADS, 1, case.dim)))
+        rotary = case.dim // 2 if case.rope == "partial" else case.dim
+        rope = nn.RoPE(rotary, traditional=case.rope == "traditional")
+        bias = KeyBias(10 * mx.random.normal((HEADS, case.dim)), rope)
+    spec = CodecSpec(case.dim, case.value_dim, *case.keys, *case.values)
+    codec, visibility = KVCodec(spec, balance, bias), Visibility(32, 4, case.invariant)
+    cache = CompressedKVCache(codec, visibility)
+    if case.ring:
+        cache = RotatingCompressedKVCache(case.ring, 4, codec, visibility)
+    for count in case.chunks:
+        view = cache.append(*random(case, count))
+    return view._replace(kernel=kernel)
+
+
+def check(case: Case, kernel: str) -> None:
+    """Assert that the kernel and MLX's operations lay out the same tokens."""
+    view = view_of(case, kernel)
+    layout = layout_of(view)
+    total = case.left + layout.total + case.right
+    layout = layout._replace(left=case.left, total=total)
+    slot = view.slot(layout.exact.start)
+    assert not any(map(dequantized.cannot_dequantize, dequantized.sides(view)))
+    ours = dequantized.laid_out(view, layout, slot)
+    expected = dequantized.laid_out(view._replace(kernel="eager"), layout, slot)
+    places = layout.positions()
+    for x, y in zip(ours, expected):
+        assert x.shape == y.shape and x.dtype == y.dtype
+        x, y = (np.array(a.astype(mx.float32)) for a in (x, y))
+        assert not x[:, :, places < 0].any()
+        is_exact = ~layout.codes()
+        np.testing.assert_array_equal(x[:, :, is_exact], y[:, :, is_exact])
+        roundoff = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[case.dtype]
+        np.testing.assert_allclose(x, y, atol=roundoff * np.abs(y).max(), rtol=0)
