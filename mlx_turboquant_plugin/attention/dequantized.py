@@ -11,10 +11,12 @@ import mlx.core as mx
 from ..cache.batch import RowView
 from ..cache.packed import PackedRows
 from ..cache.view import View, code_range
+from ..cache.visibility import ROLLBACK
 from ..kernels import FUSED
 from ..kernels.dequantize import Side, cannot_dequantize, dequantize
 from .layout import Layout, Row, combined_mask, layout_of
 from .masks import Mask
+from .pacing import paced
 
 # On NVIDIA GPUs MLX prepares a graph for each number of tokens that a mask is for, in 65 ms:
 # steps of a few tokens have them in multiples of this.
@@ -46,7 +48,8 @@ def attend_dequantized(
             row = row._replace(layout=layout)
         mask = combined_mask([row], queries.shape[2], mask, [0], queries.dtype)
     keys, values = laid_out(view, layout, view.slot(layout.exact.start))
-    return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
+    out = original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
+    return paced(out) if queries.shape[2] > ROLLBACK else out
 
 
 def attend_rows_dequantized(
@@ -97,7 +100,8 @@ def attend_rows_dequantized(
         for row, layout in zip(rows, layouts)
     ]
     keys, values = (mx.concatenate(side) for side in zip(*pairs))
-    return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
+    out = original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
+    return paced(out) if count > ROLLBACK else out
 
 
 def attend_packed_dequantized(

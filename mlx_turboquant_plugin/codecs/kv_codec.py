@@ -14,6 +14,9 @@ from .rotation import SEED, Rotation
 
 Codes = Tuple[mx.array, ...]
 
+# Of the tokens of an array.
+ALL = slice(None)
+
 # Numbers that are encoded at once: the search for scales keeps many copies of them.
 STEP = {mx.cpu: 2**16, mx.gpu: 2**23}
 
@@ -99,11 +102,14 @@ class KVCodec:
         """Of both rotations: tells whether codes from elsewhere mean the same here."""
         return _checksum(self.key_rotation, self.value_rotation)
 
-    def encode_keys(self, keys: mx.array, start: int, older: Codes = ()) -> Codes:
+    def encode_keys(
+        self, keys: mx.array, start: int, older: Codes = (), part: slice = ALL
+    ) -> Codes:
         """Codes of ``keys`` (B, H, T, D), rotary positions start, start + 1, ...
 
         Args:
             older: the codes of the tokens before them, which go before.
+            part: which of the T tokens; ``start`` is the position of the first of these.
         """
 
         def encode(x, first):
@@ -116,7 +122,7 @@ class KVCodec:
             # A kernel copies what is not contiguous, and attention reads codes on every step.
             return tuple(mx.contiguous(mx.swapaxes(plane, -1, -2)) for plane in codes)
 
-        return joined(older, _in_steps(encode, keys, axis=-1), axis=-1)
+        return joined(older, _in_steps(encode, keys[:, :, part], axis=-1), axis=-1)
 
     def decode_keys(self, codes: Codes, start: int) -> mx.array:
         """The keys, fp32 (B, H, T, D), that ``codes`` stand for."""
@@ -128,14 +134,16 @@ class KVCodec:
             x = x + self.bias.rotated(start, x.shape[2])
         return x
 
-    def encode_values(self, values: mx.array, older: Codes = ()) -> Codes:
-        """Codes of ``values`` (B, H, T, D); ``older`` as in :meth:`encode_keys`."""
+    def encode_values(
+        self, values: mx.array, older: Codes = (), part: slice = ALL
+    ) -> Codes:
+        """Codes of ``values`` (B, H, T, D); ``older`` and ``part`` as in :meth:`encode_keys`."""
 
         def encode(x, first):
             x = x.astype(mx.float32)
             return self.values.encode(Rotation.forward(x, self.value_rotation.array))
 
-        return joined(older, _in_steps(encode, values, axis=-2), axis=-2)
+        return joined(older, _in_steps(encode, values[:, :, part], axis=-2), axis=-2)
 
     def decode_values(self, codes: Codes) -> mx.array:
         """The values, fp32 (B, H, T, D), that ``codes`` stand for."""

@@ -4,6 +4,13 @@
 // mma.m16n8k32; queries and weights take part as 15 bits in two bytes, which fill two of
 // the eight columns.
 
+// All lanes of a warp.
+constexpr unsigned ALL = 0xFFFFFFFFu;
+
+struct alignas(16) Words {
+  unsigned x[4];
+};
+
 // The bits of `a` where `mask` is set, those of `b` elsewhere.
 __device__ inline unsigned merge_bits(unsigned a, unsigned b, unsigned mask) {
   return (a & mask) | (b & ~mask);

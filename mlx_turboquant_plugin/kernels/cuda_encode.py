@@ -6,7 +6,7 @@ from typing import Any, Optional
 import mlx.core as mx
 
 from ..codecs.key_bias import KeyBias
-from ..codecs.kv_codec import Codes, KVCodec
+from ..codecs.kv_codec import ALL, Codes, KVCodec
 from ..codecs.rotation import Rotation
 from . import cuda_source, encodes
 from .cuda_source import ENCODE_THREADS
@@ -20,25 +20,30 @@ COPIED = 2**16
 MOST_COPYING = 64
 
 
-def encode_keys(codec: KVCodec, keys: mx.array, start: int, older: Codes = ()) -> Codes:
+def encode_keys(
+    codec: KVCodec, keys: mx.array, start: int, older: Codes = (), part: slice = ALL
+) -> Codes:
     """As :meth:`KVCodec.encode_keys`; Lloyd-Max codes in one launch."""
     spec = codec.spec
     if not encodes(spec.key_codec, keys):
-        return codec.encode_keys(keys, start, older)
+        return codec.encode_keys(keys, start, older, part)
     known = codec.balance, codec.bias
-    return _encode(keys, spec.key_bits, codec.key_rotation, True, older, start, *known)
+    return _encode(keys, part, spec.key_bits, codec.key_rotation, True, older, start, *known)
 
 
-def encode_values(codec: KVCodec, values: mx.array, older: Codes = ()) -> Codes:
+def encode_values(
+    codec: KVCodec, values: mx.array, older: Codes = (), part: slice = ALL
+) -> Codes:
     """As :meth:`KVCodec.encode_values`; Lloyd-Max codes in one launch."""
     spec = codec.spec
     if not encodes(spec.value_codec, values):
-        return codec.encode_values(values, older)
-    return _encode(values, spec.value_bits, codec.value_rotation, False, older)
+        return codec.encode_values(values, older, part)
+    return _encode(values, part, spec.value_bits, codec.value_rotation, False, older)
 
 
 def _encode(
     x: mx.array,
+    part: slice,
     bits: int,
     rotation: Rotation,
     channel_major: bool,
@@ -47,22 +52,24 @@ def _encode(
     balance: Optional[mx.array] = None,
     bias: Optional[KeyBias] = None,
 ) -> Codes:
-    """Codes of ``x`` (B, H, T, D), which may be part of a larger array, after ``older`` ones.
+    """Codes of some tokens of ``x`` (B, H, T, D) after ``older`` ones.
 
     Args:
+        part: which tokens.
         start: the position of the first vector.
         balance: fp32 (H, 1, D).
     """
-    batch, heads, length, dim = x.shape
+    batch, heads, count, dim = x.shape
+    first, end, _ = part.indices(count)
+    length = end - first
     widths = [dim // 8] * 3 if bits == 3 else [dim * bits // 8]
     before = older[-1].shape[3 if channel_major else 2] if older else 0
     total = before + length
     copying = min(MOST_COPYING, -(-before * sum(widths) // COPIED))
     layout, model = model_arrays(rotation.array, balance, bias, start + length)
-    # The kernel takes x as it lies, so MLX copies nothing, and these must be contiguous.
     older = older or (rotation.array.view(mx.uint8),) * (len(widths) + 1)
     codes = _encode_kernel(len(widths))(
-        inputs=[x, *map(mx.contiguous, model), *map(mx.contiguous, older), int_array(start, before, *layout)],
+        inputs=[x, *model, *older, int_array(first, length, start, before, *layout)],
         template=[
             ("DIM", dim),
             ("BITS", bits),
@@ -86,18 +93,18 @@ def _encode(
 BODY = """
   unsigned char* planes[] = {{{planes}}};
   const unsigned char* older_planes[] = {{{older}}};
-  int start = places[0], before = places[1];
-  int encoding = (x_shape[2] + ENCODED - 1) / ENCODED;
+  int first = places[0], length = places[1], start = places[2], before = places[3];
+  int encoding = (length + ENCODED - 1) / ENCODED;
   if (blockIdx.x >= encoding) {{
     copy_codes<DIM, BITS, CHANNEL_MAJOR, UNIT>(
-        older_planes, older_scales, planes, scales, before, before + x_shape[2],
+        older_planes, older_scales, planes, scales, before, before + length,
         blockIdx.x - encoding, gridDim.x - encoding);
     return;
   }}
-  RotaryPairs rotary = {{fine, coarse_cos, coarse_sin, places[2], places[3], places[4]}};
+  RotaryPairs rotary = {{fine, coarse_cos, coarse_sin, places[4], places[5], places[6]}};
   encode_vectors<DIM, BITS, CHANNEL_MAJOR, BALANCED, BIASED>(
-      x + blockIdx.z * x_strides[0] + blockIdx.y * x_strides[1], x_strides[2], x_strides[3],
-      x_shape[2], before, start, rotation, balance, bias, rotary, planes, scales);
+      x + ((long long)(blockIdx.z * gridDim.y + blockIdx.y) * x_shape[2] + first) * DIM, length,
+      before, start, rotation, balance, bias, rotary, planes, scales);
 """
 
 
@@ -108,6 +115,4 @@ def _encode_kernel(planes: int) -> Any:
     names = MODEL.replace("levels", "rotation").split()
     inputs = ["x", *names, *older, "older_scales", "places"]
     body = BODY.format(planes=", ".join(outputs), older=", ".join(older))
-    return cuda_source.kernel(
-        "encode", inputs, [*outputs, "scales"], body, ensure_row_contiguous=False
-    )
+    return cuda_source.kernel("encode", inputs, [*outputs, "scales"], body)

@@ -24,9 +24,7 @@ def attend(problem: "Problem") -> mx.array:
 
 
 @functools.lru_cache(maxsize=None)
-def kernel(name: str, inputs: str, outputs: str, ensure_row_contiguous: bool = True) -> Any:
+def kernel(name: str, inputs: str, outputs: str) -> Any:
     """As :func:`metal.kernel`, compiled as CUDA."""
     body = _MEMORY.sub(r"__shared__ \1", metal.source(name))
-    return cuda_source.kernel(
-        f"metal_{name}", inputs.split(), outputs.split(), body, ensure_row_contiguous
-    )
+    return cuda_source.kernel(f"metal_{name}", inputs.split(), outputs.split(), body)

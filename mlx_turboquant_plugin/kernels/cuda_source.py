@@ -9,29 +9,25 @@ import mlx.core as mx
 import numpy as np
 
 from ..codecs.lloyd_max import CODEBOOKS
-from . import metal
+from . import metal, nvrtc
 
-# Threads of a block in split.cu, merge.cu and encode.cu.
-SPLIT_THREADS, MERGE_THREADS, ENCODE_THREADS = 128, 512, 1024
+# Threads of a block in split.cu, merge.cu and encode.cu, and in dequantize.metal.
+SPLIT_THREADS, MERGE_THREADS, ENCODE_THREADS, DEQUANTIZE_THREADS = 128, 512, 1024, 256
 
 # Blocks of the first launch of attention that run at once on a multiprocessor.
 BLOCKS = 4
 
 
-def kernel(
-    name: str,
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-    body: str,
-    ensure_row_contiguous: bool = True,
-) -> Any:
-    """The kernel ``name`` as MLX compiles it.
+def kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], body: str) -> Any:
+    """The kernel ``name``.
 
     Args:
-        inputs, outputs: the names that ``body`` uses.
+        inputs, outputs: the names that ``body`` uses; inputs are contiguous.
         body: the function that the device runs; see :func:`source`.
-        ensure_row_contiguous: whether MLX copies inputs that are not contiguous.
     """
+    if name in PROMPT_PARTS and nvrtc.available():
+        header = "\n".join([_levels(), *map(read, ("types.cuh", *PROMPT_PARTS[name]))])
+        return nvrtc.Kernel(name, inputs, outputs, body, header, BOUNDS[name])
     # MLX may keep what it compiled under this name, and does not see the files.
     parts = map(read, (*PARTS, *PORTABLE_PARTS))
     version = zlib.crc32("".join([_levels(), *parts, body]).encode())
@@ -41,12 +37,26 @@ def kernel(
         output_names=outputs,
         source=body,
         header=source(name),
-        ensure_row_contiguous=ensure_row_contiguous,
     )
 
 
 PORTABLE_PARTS = ("dialect.cuh", "codes.metal")
 PARTS = ("ptx.cu", "codes.cu", "rotation.cu", "split.cu", "merge.cu", "encode.cu")
+# The kernels that prompts need, and their parts. MLX's own compilation of a kernel takes longer,
+# but a launch less, which counts for the others: those of decoding.
+PROMPT_PARTS = {
+    "encode": ("ptx.cu", "codes.cu", "rotation.cu", "encode.cu"),
+    "metal_dequantize": PORTABLE_PARTS,
+}
+
+BOUNDS = {
+    "split": f"{SPLIT_THREADS}, {BLOCKS}",
+    "merge": f"{MERGE_THREADS}",
+    "encode": f"{ENCODE_THREADS}",
+    "metal_decode": f"{metal.THREADS}",
+    "metal_merge": f"{metal.THREADS}",
+    "metal_dequantize": f"{DEQUANTIZE_THREADS}",
+}
 
 
 def source(name: str) -> str:
@@ -54,15 +64,7 @@ def source(name: str) -> str:
 
     MLX hashes all of it at every launch, for 15 us if the files were in it.
     """
-    bounds = {
-        "split": f"{SPLIT_THREADS}, {BLOCKS}",
-        "merge": f"{MERGE_THREADS}",
-        "encode": f"{ENCODE_THREADS}",
-        "metal_decode": f"{metal.THREADS}",
-        "metal_merge": f"{metal.THREADS}",
-        "metal_dequantize": "256",
-    }[name]
-    attributes = f"__attribute__((global)) __launch_bounds__({bounds})"
+    attributes = f"__attribute__((global)) __launch_bounds__({BOUNDS[name]})"
     # MLX writes the signature. The bounds give a thread of the first launch 128 registers.
     last = f"#undef __global__\n#define __global__ {attributes}\n"
     if name.startswith("metal"):

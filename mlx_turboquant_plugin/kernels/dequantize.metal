@@ -20,7 +20,6 @@ const int lane = thread_index_in_simdgroup;
 const int simd = simdgroup_index_in_threadgroup;
 const int kv_index = threadgroup_position_in_grid.y;
 const int kv_head = kv_index % older_shape[1];
-const int sequence = kv_index / older_shape[1];
 // T; zeros before; sinks; codes: the first that counts, how many do, how many there are;
 // exact tokens: of the older ones, the place of the first that counts, and how many do.
 const int total = places[0], left = places[1], sinks = places[2];
@@ -143,13 +142,10 @@ if (group < tiles) {
     }
     float x = 0;
     if (slot >= older_count) {
-      x = float(
-          newer[sequence * newer_strides[0] + kv_head * newer_strides[1] +
-                (slot - older_count) * newer_strides[2] + c * newer_strides[3]]);
+      const size_t at = size_t(kv_index) * newer_shape[2] + slot - older_count;
+      x = float(newer[at * D + c]);
     } else if (slot >= 0) {
-      x = float(
-          older[sequence * older_strides[0] + kv_head * older_strides[1] +
-                slot * older_strides[2] + c * older_strides[3]]);
+      x = float(older[(size_t(kv_index) * older_count + slot) * D + c]);
     }
     out[out_offset + size_t(place) * D + c] = static_cast<T>(x);
   }

@@ -11,10 +11,11 @@ from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import Codes
 from ..codecs.rotation import Rotation
 from . import CODECS, DTYPES, cuda_portable, metal, unsupported_dim
+from .cuda_source import DEQUANTIZE_THREADS
 from .inputs import MODEL, code_arrays, int_array, inverse_array, level_array, model_arrays
 
-# Those of dequantize.metal.
-TOKENS, THREADS = 64, 256
+# Tokens of a threadgroup of dequantize.metal.
+TOKENS = 64
 
 DEQUANTIZE = (
     "dequantize",
@@ -99,11 +100,11 @@ def dequantize(
     tiles = -(-(first_code + decoded) // TOKENS) - first_code // TOKENS if decoded else 0
     groups = tiles + -(-(total - decoded) // TOKENS)
     compiled = metal.kernel if kernel == "metal" else cuda_portable.kernel
-    (out,) = compiled(*DEQUANTIZE, ensure_row_contiguous=False)(
+    (out,) = compiled(*DEQUANTIZE)(
         inputs=[
             older,
             newer,
-            *map(mx.contiguous, planes),
+            *planes,
             inverse_array(side.rotation),
             *model,
             int_array(*places, side.first_coded, *layout),
@@ -118,8 +119,8 @@ def dequantize(
             ("BALANCED", side.balance is not None),
             ("BIASED", side.bias is not None),
         ],
-        grid=(groups * THREADS, batch * heads, 1),
-        threadgroup=(THREADS, 1, 1),
+        grid=(groups * DEQUANTIZE_THREADS, batch * heads, 1),
+        threadgroup=(DEQUANTIZE_THREADS, 1, 1),
         output_shapes=[(batch, heads, total, dim)],
         output_dtypes=[older.dtype],
     )

@@ -128,18 +128,16 @@ __device__ inline void copy_codes(
   copy_rows<UNIT>(older_scales, scales, 1, before, after, worker, workers);
 }
 
-// x: the first channel of the first token of this head, of `length` tokens, which there are
-// `before` others before; channels and tokens are as far apart as the strides say. `start`:
-// the position of the first. rotation: see rotate(). balance: (H, 1, DIM), bias: (H, DIM), or
+// x: the first of `length` tokens of this head, (length, DIM), which there are the codes of
+// `before` others before. `start`: the position of the first. rotation: see rotate(). balance: (H, 1, DIM), bias: (H, DIM), or
 // not read. planes: (B, H, bytes, T) if CHANNEL_MAJOR, (B, H, T, bytes) otherwise. scales:
 // (B, H, T).
 template <
     int DIM, int BITS, bool CHANNEL_MAJOR, bool BALANCED, bool BIASED, typename X, int PLANES>
 __device__ inline void encode_vectors(
-    const X* x, long long token_stride, long long channel_stride, int length, int before,
-    int start, const float* rotation, const float* balance, const float* bias,
-    const RotaryPairs& rotary,
-    unsigned char* const (&planes)[PLANES], unsigned char* scales) {
+    const X* x, int length, int before, int start, const float* rotation, const float* balance,
+    const float* bias, const RotaryPairs& rotary, unsigned char* const (&planes)[PLANES],
+    unsigned char* scales) {
   constexpr int FIELDS = Layout<DIM, BITS>::FIELDS, BYTES = Layout<DIM, BITS>::ROWS;
   __shared__ float vectors[ENCODED][DIM];
   // An odd number of words: the same byte of all tokens is in 32 banks.
@@ -150,7 +148,7 @@ __device__ inline void encode_vectors(
   if (token < length) {
     float* vector = vectors[warp];
     for (int d = lane; d < DIM; d += 32) {
-      float y = float(x[token * token_stride + d * channel_stride]);
+      float y = float(x[(long long)token * DIM + d]);
       if constexpr (BIASED) y -= rotated_bias(bias + h * DIM, rotary, d, start + token);
       if constexpr (BALANCED) y /= balance[h * DIM + d];
       vector[d] = y;

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..codecs.key_bias import KeyBias
-from ..codecs.kv_codec import Codes, KVCodec, joined
+from ..codecs.kv_codec import ALL, Codes, KVCodec, joined
 from ..codecs.lloyd_max import ALONG, SEARCH
 from ..codecs.rotation import Rotation
 from . import encodes
@@ -115,22 +115,26 @@ def attend(problem: "Problem", compiled: Optional[Callable[..., Any]] = None) ->
     return out
 
 
-def encode_keys(codec: KVCodec, keys: mx.array, start: int, older: Codes = ()) -> Codes:
+def encode_keys(
+    codec: KVCodec, keys: mx.array, start: int, older: Codes = (), part: slice = ALL
+) -> Codes:
     """As :meth:`KVCodec.encode_keys`; Lloyd-Max codes in one launch."""
     spec = codec.spec
     if not encodes(spec.key_codec, keys):
-        return codec.encode_keys(keys, start, older)
+        return codec.encode_keys(keys, start, older, part)
     model = codec.balance, codec.bias
-    codes = _encode(keys, spec.key_bits, codec.key_rotation, True, start, *model)
+    codes = _encode(keys[:, :, part], spec.key_bits, codec.key_rotation, True, start, *model)
     return joined(older, codes, axis=-1)
 
 
-def encode_values(codec: KVCodec, values: mx.array, older: Codes = ()) -> Codes:
+def encode_values(
+    codec: KVCodec, values: mx.array, older: Codes = (), part: slice = ALL
+) -> Codes:
     """As :meth:`KVCodec.encode_values`; Lloyd-Max codes in one launch."""
     spec = codec.spec
     if not encodes(spec.value_codec, values):
-        return codec.encode_values(values, older)
-    codes = _encode(values, spec.value_bits, codec.value_rotation, False)
+        return codec.encode_values(values, older, part)
+    codes = _encode(values[:, :, part], spec.value_bits, codec.value_rotation, False)
     return joined(older, codes, axis=-2)
 
 
@@ -186,7 +190,7 @@ def _splits(exact: int, coded: int, others: int) -> Tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=None)
-def kernel(name: str, inputs: str, outputs: str, ensure_row_contiguous: bool = True) -> Any:
+def kernel(name: str, inputs: str, outputs: str) -> Any:
     """A kernel of the name of its file, its inputs and its outputs, as MLX compiles it."""
     output_names = outputs.split()
     return mx.fast.metal_kernel(
@@ -195,7 +199,6 @@ def kernel(name: str, inputs: str, outputs: str, ensure_row_contiguous: bool = T
         output_names=output_names,
         source=source(name),
         header=f"#define OUTPUTS {len(output_names)}\n{source('codes')}",
-        ensure_row_contiguous=ensure_row_contiguous,
     )
 
 

@@ -167,9 +167,10 @@ def _traced(
             first += places.sinks + places.decoded - places.first_exact
         else:
             read = tuple(map(_all_exact, (key_tokens, value_tokens)))
-        keys, values = (x[:, :, first : first + places.encoded] for x in read)
-        key_codes = coder.encode_keys(codec, keys, places.start, key_codes)
-        value_codes = coder.encode_values(codec, values, value_codes)
+        keys, values = read
+        part = slice(first, first + places.encoded)
+        key_codes = coder.encode_keys(codec, keys, places.start, key_codes, part)
+        value_codes = coder.encode_values(codec, values, value_codes, part)
         kept = tuple(_kept(kernel, side, places) for side in sides)
         return laid_out, kept, key_codes, value_codes
 

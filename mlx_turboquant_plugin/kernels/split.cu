@@ -10,7 +10,6 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int EXACT_PART = 64;
 // Bytes that come from memory together.
 constexpr int LINE = 128;
-constexpr unsigned ALL = 0xFFFFFFFFu;
 // Finite, so that differences stay numbers.
 constexpr float LOWEST = -1e30f;
 #define NEVER __int_as_float(0xFF800000)
@@ -76,10 +75,6 @@ template <typename X>
 __device__ inline Pair<X> load_pair(const X* from) {
   return *reinterpret_cast<const Pair<X>*>(from);
 }
-
-struct alignas(16) Words {
-  unsigned x[4];
-};
 
 // The ``count`` numbers from `from` on, and others near them, to the cache.
 template <typename X>
