@@ -4,6 +4,7 @@ import json
 import sys
 
 import matplotlib.image
+import mlx.core as mx
 import pytest
 import tiny
 from mlx_lm.models import qwen3
@@ -14,8 +15,8 @@ import mlx_turboquant_plugin
 from mlx_turboquant_plugin import cli
 from mlx_turboquant_plugin.attention import fused
 from mlx_turboquant_plugin.cache import BatchCompressedKVCache, CompressedKVCache
-from mlx_turboquant_plugin.evaluation.bench import measurement, model
-from mlx_turboquant_plugin.evaluation.bench.measurement import Results, Timing, take_turns
+from mlx_turboquant_plugin.evaluation.bench import command, measurement, model, prompts, shapes
+from mlx_turboquant_plugin.evaluation.bench.measurement import Results, Sample, Situation, Timing
 from mlx_turboquant_plugin.evaluation.bench.model import ModelBench
 from mlx_turboquant_plugin.evaluation.runs import compressed, compressed_prompt_cache, table_bytes
 from mlx_turboquant_plugin.kernels import fused_kernels
@@ -67,16 +68,18 @@ def test_every_part_with_table_json_and_plot(measure, tmp_path, capsys):
         ):
             found = {row[-1] for row in rows if row[:4] == (part, tokens, batch, "float32")}
             assert found == kinds
-    assert {row[-1] for row in rows if row[0] == "prefill"} == singles
+    for batch, kinds in ((1, singles), (2, {"BatchKVCache", "compressed"})):
+        assert {row[-1] for row in rows if row[:3] == ("prefill", 400, batch)} == kinds
     assert report["skipped"] == [] and report["notes"]["fallbacks"] == []
     for row in rows.values():
         seconds = row["seconds"]
         assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"]
+        assert (row["first"] or 0) > 0 if row["part"] == "prefill" else row["first"] is None
         assert (row["peak_bytes"] or row["cache_bytes"]) >= row["cache_bytes"] > 0
     assert len(matplotlib.image.imread(plot)) > 500
     out, err = capsys.readouterr()
     table = [line.split() for line in out.splitlines()]
-    assert sum("compressed" in line[:4] for line in table) == 9
+    assert sum("compressed" in line[:4] for line in table) == 10
     assert "not measured" not in out
     # No terminal, no progress bar.
     assert "turn" not in err
@@ -268,17 +271,184 @@ def test_turns():
     def arm(name, seconds):
         def turn():
             order.append(name)
-            return seconds
+            return Sample(seconds, 100, len(order))
 
         return turn
 
-    ticks = []
+    ticks, results = [], Results([], [])
     arms = {"KVCache": arm("a", 1.0), "QuantizedKVCache": arm("q", 20.0), "compressed": arm("b", 2.0)}
-    timings = take_turns(arms, 6, lambda: ticks.append(1))
+    situation = Situation(results, "decode", 300, 1, mx.float32, 1)
+    situation.take_turns(arms, 6, lambda: ticks.append(1))
     assert "".join(order) == "aqb" + "ab" * 4 + "aqb"
     assert len(ticks) == 6
+    timings = {m.cache: m.seconds for m in results.measurements}
+    assert list(timings) == list(arms)
     assert timings["compressed"] == Timing(2.0, 2.0, 2.0, 2.0, 6)
     assert timings["QuantizedKVCache"].count == 2
+    assert [m.peak_bytes for m in results.measurements] == [12, 13, 14]
+
+
+def failing(at, error):
+    """An arm that raises ``error`` in turn ``at``."""
+    turns = []
+
+    def turn():
+        turns.append(1)
+        if len(turns) == at:
+            raise error
+        return Sample(1.0, 100)
+
+    return turn
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_turns_go_on_without_a_cache_of_mlx_lm_that_fails(at):
+    results = Results([], [])
+    situation = Situation(results, "decode", 300, 1, mx.float32, 1)
+    arms = {"KVCache": failing(at, MemoryError("too much")), "compressed": failing(0, None)}
+    situation.take_turns(arms, 3, lambda: None)
+    assert [(x.cache, x.reason) for x in results.skipped] == [("KVCache", "MemoryError: too much")]
+    counts = {m.cache: m.seconds.count for m in results.measurements}
+    assert counts == ({"compressed": 3} if at == 1 else {"KVCache": 1, "compressed": 3})
+
+
+def test_a_turn_of_ours_that_fails_takes_no_earlier_one_along():
+    results = Results([], [])
+    situation = Situation(results, "decode", 300, 1, mx.float32, 1)
+    arms = {"KVCache": failing(0, None), "compressed": failing(2, MemoryError("too much"))}
+    with pytest.raises(MemoryError):
+        situation.take_turns(arms, 3, lambda: None)
+    assert [m.seconds.count for m in results.measurements] == [2, 1]
+
+
+SHORT = ["--parts", "prefill", "--prompts", 200, "--chunk", 64]
+
+
+def test_a_batch_of_ragged_prompts_is_processed_to_its_first_tokens(measure, monkeypatch):
+    """As the server does it: rows of the lengths that are said, all of them to the end."""
+    assert prompts.lengths(8192, 8) == [1024 * row for row in range(1, 9)]
+    assert prompts.lengths(100, 1) == [100] and prompts.lengths(3, 4) == [1, 1, 2, 3]
+    done = []
+    plain = prompts.process_batch
+
+    def process_batch(model, rows, caches, chunk):
+        done.append(plain(model, rows, caches, chunk))
+        return done[-1]
+
+    monkeypatch.setattr(prompts, "process_batch", process_batch)
+    _, rows = measure(*SHORT, "--batch", 3)
+    for caches, kind in zip(done, (KVCache, CompressedKVCache)):
+        assert {type(cache) for cache in caches} == {kind}
+        # The prompts and the first token, which the second needs.
+        assert sorted(cache.offset for cache in caches) == [26] * 4 + [113] * 4 + [201] * 4
+    assert len(done) == 4
+    for kind in ("BatchKVCache", "compressed"):
+        row = rows["prefill", 200, 3, "bfloat16", kind]
+        assert row["processed"] == 25 + 112 + 200 and row["seconds"]["count"] == 1
+
+
+def test_the_first_prompt_counts_by_itself(measure, monkeypatch):
+    """That of KVCache is the first thing that a model does in the process."""
+    order = []
+    for name, part in (("_prefill", "prefill"), ("_decode", "decode")):
+
+        def spy(bench, kind, *args, plain=getattr(ModelBench, name), part=part):
+            order.append((part, kind))
+            return plain(bench, kind, *args)
+
+        monkeypatch.setattr(ModelBench, name, spy)
+    _, rows = measure("--parts", "decode", *SHORT[1:], "--lengths", 300, "--rounds", 2)
+    assert order[:6] == [("prefill", "KVCache"), ("prefill", "compressed")] * 3
+    assert {part for part, _ in order[6:]} == {"decode"}
+    for row in rows.values():
+        if row["part"] == "prefill":
+            assert row["seconds"]["count"] == 2 and row["first"] > 0
+
+
+def test_quantised_prompts_that_take_too_long_are_left(measure, monkeypatch):
+    monkeypatch.setattr(model, "PATIENCE", 0)
+    report, rows = measure(*SHORT, "--model-dtype", "float32")
+    assert {row[-1] for row in rows} == {"KVCache", "compressed"}
+    (skipped,) = report["skipped"]
+    assert skipped["cache"] == "QuantizedKVCache" and "takes more than 0 times" in skipped["reason"]
+
+
+def stopping(monkeypatch, kind, error):
+    """Raise ``error`` when a prompt with a cache of ``kind`` has its second turn."""
+    seen = []
+    plain = ModelBench._prefill
+
+    def prefill(bench, which, *args):
+        seen.append(which)
+        if which == kind and seen.count(kind) == 2:
+            raise error
+        return plain(bench, which, *args)
+
+    monkeypatch.setattr(ModelBench, "_prefill", prefill)
+
+
+def test_an_interrupted_run_shows_what_it_has(monkeypatch, tmp_path, capsys):
+    stopping(monkeypatch, "KVCache", KeyboardInterrupt())
+    files = tmp_path / "x.json", tmp_path / "x.png"
+    assert run(*SHORT, "--json", files[0], "--plot", files[1]) == 130
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == "interrupted: this is what was measured until then"
+    first, ours = (line.split() for line in out if line.split()[3:4] in (["KVCache"], ["compressed"]))
+    # First times, and no others.
+    assert first[4] != "-" and ours[4] != "-" and first[6:10] == ["-"] * 4
+    measured = json.loads(files[0].read_text())["measurements"]
+    assert [(m["cache"], m["seconds"]) for m in measured] == [("KVCache", None), ("compressed", None)]
+    assert all(m["first"] > 0 and m["cache_bytes"] > 0 for m in measured)
+    assert files[1].exists()
+
+
+def test_interrupted_before_anything_was_measured(monkeypatch, capsys):
+    monkeypatch.setattr(command, "load_model", lambda path: failing(1, KeyboardInterrupt())())
+    assert run(*SHORT) == 130
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_what_was_measured_is_shown_before_our_error(monkeypatch, capsys):
+    stopping(monkeypatch, "compressed", RuntimeError("broken"))
+    with pytest.raises(RuntimeError, match="broken"):
+        run(*SHORT)
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.split()[3:4] == ["KVCache"]]
+    assert "-" not in line.split()
+
+
+def test_caches_of_mlx_lm_that_fail_are_said(measure, monkeypatch):
+    stopping(monkeypatch, "KVCache", ValueError("no"))
+    report, rows = measure(*SHORT)
+    assert {"cache": "KVCache", "reason": "ValueError: no"}.items() <= report["skipped"][1].items()
+    assert rows["prefill", 200, 1, "bfloat16", "compressed"]["seconds"]["count"] == 1
+    assert rows["prefill", 200, 1, "bfloat16", "KVCache"]["seconds"] is None
+
+
+def test_quick_measures_less_of_what_is_not_given(measure, monkeypatch):
+    monkeypatch.setattr(command, "QUICK", {"lengths": [300], "prompts": [200]})
+    _, rows = measure("--quick", "--dtypes", "float32")
+    assert {row[:2] for row in rows} == {("call", 300), ("decode", 300), ("prefill", 200)}
+    _, rows = measure("--quick", *SHORT[:2], "--prompts", 100)
+    assert {row[:2] for row in rows} == {("prefill", 100)}
+
+
+@pytest.mark.parametrize("shape", sorted(shapes.SHAPES))
+def test_random_models_of_a_shape(shape, monkeypatch):
+    """Small ones, with as many heads and as large."""
+    full = shapes.SHAPES[shape]
+    small = {"num_hidden_layers": 3, "vocab_size": 128, "intermediate_size": 64}
+    monkeypatch.setitem(shapes.SHAPES, shape, {**full, **small})
+    made = shapes.random_model(shape)
+    bench = ModelBench(made, 4, {})
+    heads = {"qwen3-8b": (8, 128, 128), "llama-3-8b": (8, 128, 128), "qwen2.5-0.5b": (2, 64, 64)}
+    assert bench.dtype == mx.bfloat16 and bench.layers == [heads[shape]] * 3
+    biases = [layer.self_attn.k_proj.get("bias") for layer in made.layers]
+    if shape == "qwen2.5-0.5b":
+        norms = [mx.linalg.norm(b.astype(mx.float32).reshape(2, 64), axis=1) for b in biases]
+        first, middle, last = (norm.max().item() for norm in norms)
+        assert 15 < middle < 30 and min(first, last) > 200
+    else:
+        assert biases == [None] * 3
 
 
 def test_timing():

@@ -20,34 +20,50 @@ from ..runs import load_model
 from . import plot
 from .layer import Layer, LayerBench
 from .measurement import ROUND, Results, dtype_name
-from .model import SHAPES, ModelBench, random_model
+from .model import ModelBench
 from .report import as_json, lines
+from .shapes import SHAPES, random_model
 
 PARTS = ("layer", "decode", "prefill")
+GPU = mx.default_device().type == mx.gpu
+# What is measured where the arguments don't say; the chunk on GPUs is mlx-lm's.
+FULL = {
+    "lengths": [1024, 4096, 16384],
+    "prompts": [8192, 32768] if GPU else [2048, 4096],
+}
+QUICK = {"lengths": [1024, 4096], "prompts": [8192] if GPU else [1024]}
+CHUNK = 2048 if GPU else 512
+# What a shell says of a program that Ctrl-C ended.
+INTERRUPTED = 130
 DTYPES = {dtype_name(dtype): dtype for dtype in (mx.float32, mx.float16, mx.bfloat16)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
     number = at_least(1)
-    gpu = mx.default_device().type == mx.gpu
-    dtypes = ["float16", "bfloat16"] if gpu else ["float32", "float16"]
+    dtypes = ["float16", "bfloat16"] if GPU else ["float32", "float16"]
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (all)"
     )
     parser.add_argument(
-        "--lengths", type=number, nargs="+", default=[1024, 4096, 16384], metavar="TOKENS",
-        help="in the cache, of layer and decode (1024 4096 16384)",
+        "--quick", action="store_true",
+        help="two minutes: fewer --lengths and --prompts, where these are not given",
+    )
+    parser.add_argument(
+        "--lengths", type=number, nargs="+", metavar="TOKENS",
+        help=f"in the cache, of layer and decode ({_default('lengths')})",
     )
     parser.add_argument(
         "--batch", type=number, nargs="+", default=[1], metavar="ROWS",
-        help="sequences at a time, of layer and decode (1)",
+        help="sequences at a time; prompts of several are ragged (1)",
     )
     parser.add_argument(
-        "--prompts", type=number, nargs="+", default=[2048, 4096], metavar="TOKENS",
-        help="of prefill (2048 4096)",
+        "--prompts", type=number, nargs="+", metavar="TOKENS",
+        help=f"of prefill, the longest of a batch ({_default('prompts')})",
     )
-    parser.add_argument("--chunk", type=number, default=512, help="tokens of a prefill step (512)")
+    parser.add_argument(
+        "--chunk", type=number, default=CHUNK, help="tokens of a prefill step (%(default)s)"
+    )
     parser.add_argument(
         "--rounds", type=number, default=3,
         help=f"turns of each cache: {ROUND} steps, or a prompt (3)",
@@ -63,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--head-dim", type=number, default=128, help="of the layer (128)")
     parser.add_argument(
-        "--layers", type=number, default=16 if gpu else 4,
+        "--layers", type=number, default=16 if GPU else 4,
         help="used in turn, and in a chain on a GPU (%(default)s)",
     )
     parser.add_argument(
@@ -86,11 +102,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _default(name: str) -> str:
+    return "; quick: ".join(" ".join(map(str, each[name])) for each in (FULL, QUICK))
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure and print.
 
     Returns:
-        0; bad settings and models that can't be measured are raised as SettingsError.
+        0, or 130 after Ctrl-C, when what was measured until then is shown, as it is before
+        an error is raised. Bad settings and models that can't be measured are raised as
+        SettingsError.
     """
     overrides = {"kernel": args.kernel} if args.kernel else {}
     chosen = settings.load(overrides=overrides).general
@@ -109,15 +131,31 @@ def run(args: argparse.Namespace) -> int:
         _check_bits(chosen)
     if args.plot:
         plot.check()
-    notes = _notes(args, chosen)
-    results = _measure(args, chosen, overrides)
+    for name, value in (QUICK if args.quick else FULL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    notes, results = _notes(args, chosen), Results([], [])
+    interrupted = False
+    try:
+        _measure(args, chosen, overrides, results)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        # Whatever has failed, what was measured before counts.
+        if results.measurements or results.skipped:
+            _show(args, notes, results)
+    if interrupted:
+        sys.stdout.write("interrupted: this is what was measured until then\n")
+    return INTERRUPTED if interrupted else 0
+
+
+def _show(args: argparse.Namespace, notes: Dict[str, Any], results: Results) -> None:
     notes["fallbacks"] = status().fallbacks
     sys.stdout.write("\n".join(lines(notes, results)) + "\n")
     if args.json:
         write(args.json, json.dumps(as_json(notes, results), indent=2) + "\n")
     if args.plot:
         plot.draw(args.plot, notes, results)
-    return 0
 
 
 class Job(NamedTuple):
@@ -129,9 +167,11 @@ class Job(NamedTuple):
 
 
 def _measure(
-    args: argparse.Namespace, chosen: settings.Settings, overrides: Dict[str, Any]
-) -> Results:
-    results = Results([], [])
+    args: argparse.Namespace,
+    chosen: settings.Settings,
+    overrides: Dict[str, Any],
+    results: Results,
+) -> None:
     jobs = []
     if {"decode", "prefill"} & set(args.parts):
         model = random_model(args.shape) if args.shape else load_model(args.model)[0]
@@ -146,20 +186,18 @@ def _measure(
         for job in jobs:
             bar.set_description(job.title)
             job.run(bar.update)
-    return results
 
 
 def _layer_jobs(
     args: argparse.Namespace, chosen: settings.Settings, results: Results
 ) -> List[Job]:
-    chain = mx.default_device().type == mx.gpu
     bench = LayerBench(
-        Layer(*args.heads, args.head_dim), chosen, args.layers, args.kv_bits, chain
+        Layer(*args.heads, args.head_dim), chosen, args.layers, args.kv_bits, GPU
     )
     return [
         Job(
             f"layer, {dtype}, batch {batch}, {tokens} tokens",
-            args.rounds * ROUND * (1 + chain),
+            args.rounds * ROUND * (1 + GPU),
             partial(bench.measure, results, tokens, batch, DTYPES[dtype], args.rounds),
         )
         for dtype in args.dtypes
@@ -170,6 +208,17 @@ def _layer_jobs(
 
 def _model_jobs(args: argparse.Namespace, bench: ModelBench, results: Results) -> List[Job]:
     jobs = []
+    # Before all others: its first times are to be those of a new process.
+    if "prefill" in args.parts:
+        jobs += [
+            Job(
+                f"prefill, batch {batch}, {tokens} tokens",
+                args.rounds + 1,
+                partial(bench.prefill, results, tokens, batch, args.chunk, args.rounds),
+            )
+            for batch in args.batch
+            for tokens in args.prompts
+        ]
     if "decode" in args.parts:
         jobs += [
             Job(
@@ -179,15 +228,6 @@ def _model_jobs(args: argparse.Namespace, bench: ModelBench, results: Results) -
             )
             for batch in args.batch
             for tokens in args.lengths
-        ]
-    if "prefill" in args.parts:
-        jobs += [
-            Job(
-                f"prefill, {tokens} tokens",
-                args.rounds,
-                partial(bench.prefill, results, tokens, args.chunk, args.rounds),
-            )
-            for tokens in args.prompts
         ]
     return jobs
 

@@ -2,7 +2,8 @@
 
 import itertools
 import time
-from typing import Any, Callable, Dict, List, NamedTuple
+from functools import partial
+from typing import Any, Callable, List, Mapping, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
@@ -15,8 +16,7 @@ from ...cache import BatchCompressedKVCache, CompressedKVCache, Visibility
 from ...codecs.kv_codec import CodecSpec, KVCodec
 from ..runs import kv_bytes, table_bytes
 from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, ROUND
-from .measurement import Measurement, Results, Skipped, dtype_name, filled, quantized_group
-from .measurement import take_turns, too_large
+from .measurement import Results, Sample, Situation, filled, quantized_group, too_large
 
 WARM_UP = 3
 
@@ -56,16 +56,22 @@ class LayerBench:
     ) -> None:
         """Measure one length and batch size: ``rounds`` times 32 steps of every cache."""
         layer = self.layer
+        situation = Situation(results, "call", tokens, batch, dtype, batch)
         exact = 2 * batch * layer.kv_heads * tokens * layer.head_dim * dtype.size * self.layers
         # BatchKVCache is a second one of that size, and the two small ones are less than a third.
         reason = too_large(int(exact * (1.6 if batch == 1 else 2.6)))
         if reason:
-            results.skipped.append(Skipped("call", tokens, batch, "all", reason))
+            situation.skip("all", reason)
             return
+        kinds = [KVCACHE, QUANTIZED, COMPRESSED]
+        if batch > 1:
+            kinds.insert(1, BATCH_KVCACHE)
         if quantized_group(layer.head_dim) is None:
-            reason = f"mlx-lm can't quantise heads of {layer.head_dim}"
-            results.skipped.append(Skipped("call", tokens, batch, QUANTIZED, reason))
-        arms = self._arms(tokens, batch, dtype)
+            situation.skip(QUANTIZED, f"mlx-lm can't quantise heads of {layer.head_dim}")
+            kinds.remove(QUANTIZED)
+        arms = situation.attempt_all(
+            {kind: partial(self._filled, kind, tokens, batch, dtype) for kind in kinds}
+        )
         query, token = (
             mx.random.normal((batch, heads, 1, layer.head_dim)).astype(dtype)
             for heads in (layer.heads, layer.kv_heads)
@@ -73,58 +79,59 @@ class LayerBench:
         mx.eval(query, token)
         # As mlx-lm does it after a prompt: MLX would keep buffers of other sizes instead.
         mx.clear_cache()
-        parts = {"call": _one_call}
+        self._measure(situation, _one_call, arms, query, token, rounds, tick)
         if self.chain:
-            parts["chain"] = _one_chain
-        for part, timer in parts.items():
-            timers = {name: timer(caches, query, token) for name, caches in arms.items()}
-            timers = {
-                name: run
-                for name, run in timers.items()
-                if results.starts(part, tokens, batch, name, run)
-            }
-            for name, run in timers.items():
-                # A round has every kind of step, and each has kernels that are compiled once.
-                for _ in range(ROUND if name == COMPRESSED else WARM_UP):
-                    run()
-            for name, seconds in take_turns(timers, rounds * ROUND, tick).items():
-                size = kv_bytes(arms[name])
-                if name == COMPRESSED:
-                    size += table_bytes([CompressedKVCache(self._codec)])
-                results.measurements.append(
-                    Measurement(part, tokens, batch, dtype_name(dtype), name, seconds, size)
-                )
+            situation = Situation(results, "chain", tokens, batch, dtype, batch)
+            self._measure(situation, _one_chain, arms, query, token, rounds, tick)
 
-    def _arms(self, tokens: int, batch: int, dtype: mx.Dtype) -> Dict[str, List[Any]]:
-        """A filled cache of every kind for every layer. All rows of a batch are alike."""
-        arms: Dict[str, List[Any]] = {}
-        layer, group = self.layer, quantized_group(self.layer.head_dim)
+    def _measure(
+        self,
+        situation: Situation,
+        timer: Callable,
+        arms: Mapping[str, List[Any]],
+        query: mx.array,
+        token: mx.array,
+        rounds: int,
+        tick: Callable,
+    ) -> None:
+        tables = {kind: 0 for kind in arms}
+        if COMPRESSED in arms:
+            tables[COMPRESSED] = table_bytes([CompressedKVCache(self._codec)])
+
+        def warmed_up(kind: str) -> Callable[[], Sample]:
+            step = timer(arms[kind], query, token)
+
+            def turn() -> Sample:
+                return Sample(step(), kv_bytes(arms[kind]) + tables[kind])
+
+            # A round has every kind of step, and each has kernels that are compiled once.
+            for _ in range(ROUND if kind == COMPRESSED else WARM_UP):
+                step()
+            return turn
+
+        turns = situation.attempt_all({kind: partial(warmed_up, kind) for kind in arms})
+        situation.take_turns(turns, rounds * ROUND, tick)
+
+    def _filled(self, kind: str, tokens: int, batch: int, dtype: mx.Dtype) -> List[Any]:
+        """A filled cache for every layer. All rows of a batch are alike."""
+        layer, caches = self.layer, []
         for _ in range(self.layers):
             shape = 2, 1, layer.kv_heads, tokens, layer.head_dim
             keys, values = mx.random.normal(shape).astype(dtype)
-            single = filled(KVCache(), keys, values)
-            ours = filled(
-                CompressedKVCache(self._codec, self._visibility, self._kernel), keys, values
-            )
-            if batch == 1:
-                of_layer = {KVCACHE: single, COMPRESSED: ours}
-            else:
+            if kind in (KVCACHE, QUANTIZED):
                 keys, values = (mx.repeat(x, batch, axis=0) for x in (keys, values))
-                of_layer = {
-                    KVCACHE: filled(KVCache(), keys, values),
-                    BATCH_KVCACHE: KVCache.merge([single] * batch),
-                    COMPRESSED: CompressedKVCache.merge([ours] * batch),
-                }
-            if group:
-                quantized = QuantizedKVCache(group_size=group, bits=self.kv_bits)
-                of_layer[QUANTIZED] = filled(quantized, keys, values)
-            for name, cache in of_layer.items():
-                arms.setdefault(name, []).append(cache)
-        return {
-            name: arms[name]
-            for name in (KVCACHE, BATCH_KVCACHE, QUANTIZED, COMPRESSED)
-            if name in arms
-        }
+            cache = filled(self._empty(kind), keys, values)
+            merged = batch > 1 and kind in (BATCH_KVCACHE, COMPRESSED)
+            caches.append(type(cache).merge([cache] * batch) if merged else cache)
+        return caches
+
+    def _empty(self, kind: str) -> Any:
+        if kind == COMPRESSED:
+            return CompressedKVCache(self._codec, self._visibility, self._kernel)
+        if kind == QUANTIZED:
+            group = quantized_group(self.layer.head_dim)
+            return QuantizedKVCache(group_size=group, bits=self.kv_bits)
+        return KVCache()
 
 
 def _one_call(caches: List[Any], query: mx.array, token: mx.array) -> Callable[[], float]:

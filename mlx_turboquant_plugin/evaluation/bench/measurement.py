@@ -1,11 +1,10 @@
 """What is measured, and taking turns."""
 
 import statistics
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, TypeVar
 
 import mlx.core as mx
-
 
 # The caches that are measured. The first of them that a group of measurements has is what
 # its others are compared with.
@@ -23,6 +22,8 @@ SLOW = 4
 
 # How much of the memory that MLX may use is filled.
 ROOM = 0.9
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,33 @@ class Timing:
             low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
         return cls(median, low, high, statistics.fmean(samples), len(samples))
 
+    @property
+    def spread(self) -> float:
+        """Between the quartiles, as a part of the median."""
+        return (self.high - self.low) / self.median
 
-@dataclass(frozen=True)
+
+class Sample(NamedTuple):
+    """One turn of one cache; the fields are those of :class:`Measurement`."""
+
+    seconds: float
+    cache_bytes: int
+    peak_bytes: Optional[int] = None
+
+
+@dataclass
 class Measurement:
-    """One cache in one situation.
+    """One cache in one situation, as far as it has come.
 
     Attributes:
         part: "call", "chain", "decode" or "prefill".
-        tokens: in the cache before decoding, or of the prompt.
+        tokens: in the cache before decoding, or of the longest prompt.
         batch: sequences.
         dtype: of the queries, keys and values.
         cache: its kind.
-        seconds: of a step, or of a prompt.
+        processed: tokens of all sequences that a step or a prompt brings.
+        first: seconds of the first time in this process; None where that is not measured.
+        samples: seconds of a step, or of a prompt, for each turn after that.
         cache_bytes: of all layers that were measured, at the end.
         peak_bytes: the most memory in use at a time beyond the weights; None where
             that says nothing.
@@ -65,9 +81,16 @@ class Measurement:
     batch: int
     dtype: str
     cache: str
-    seconds: Timing
-    cache_bytes: int
+    processed: int
+    first: Optional[float] = None
+    samples: List[float] = field(default_factory=list)
+    cache_bytes: int = 0
     peak_bytes: Optional[int] = None
+
+    @property
+    def seconds(self) -> Optional[Timing]:
+        """Of the samples; None as long as there are none."""
+        return Timing.of(self.samples) if self.samples else None
 
 
 @dataclass(frozen=True)
@@ -83,50 +106,93 @@ class Skipped:
 
 @dataclass
 class Results:
-    """All that one run found."""
+    """All that one run has found so far."""
 
     measurements: List[Measurement]
     skipped: List[Skipped]
 
-    def starts(
-        self, part: str, tokens: int, batch: int, cache: str, run: Callable[[], object]
-    ) -> bool:
-        """Run for the first time; whether it can be measured, which is noted if not.
 
-        MLX has no quantised products of some shapes on some devices.
+class NotMeasured(Exception):
+    """Raised by an arm of mlx-lm's that is not worth going on with; the message says why."""
+
+
+class Situation:
+    """Caches that are measured side by side. Whatever one finds is in the results at once."""
+
+    def __init__(
+        self, results: Results, part: str, tokens: int, batch: int, dtype: mx.Dtype, processed: int
+    ):
+        self.results, self.part, self.tokens, self.batch = results, part, tokens, batch
+        self.dtype, self.processed = dtype_name(dtype), processed
+        self._measurements: Dict[str, Measurement] = {}
+
+    def skip(self, cache: str, reason: str) -> None:
+        """Note that ``cache`` is not measured."""
+        self.results.skipped.append(Skipped(self.part, self.tokens, self.batch, cache, reason))
+
+    def attempt(self, cache: str, run: Callable[[], T]) -> Optional[T]:
+        """What ``run()`` returns, or None if a cache of mlx-lm's fails, which is noted.
+
+        MLX has no quantised products of some shapes on some devices, and uncompressed
+        caches need more memory than ours. What ours raises is passed on.
         """
         try:
-            run()
-        except RuntimeError as error:
-            if cache != QUANTIZED:
+            return run()
+        except Exception as error:
+            if cache == COMPRESSED:
                 raise
-            self.skipped.append(Skipped(part, tokens, batch, cache, f"MLX can't: {error}"))
-            return False
-        return True
+            known = isinstance(error, NotMeasured)
+            self.skip(cache, str(error) if known else f"{type(error).__name__}: {error}")
+            return None
 
+    def attempt_all(self, runs: Mapping[str, Callable[[], T]]) -> Dict[str, T]:
+        """What each of ``runs``, by cache, returns; those that fail are left out."""
+        made = {cache: self.attempt(cache, run) for cache, run in runs.items()}
+        return {cache: value for cache, value in made.items() if value is not None}
 
-def take_turns(
-    arms: Mapping[str, Callable[[], float]], rounds: int, tick: Callable[[], object]
-) -> Dict[str, Timing]:
-    """Let ``arms`` measure themselves in turns (A B A B ...).
+    def add_first(self, cache: str, sample: Sample) -> None:
+        """Record the first time of all."""
+        self._measurement(cache, sample).first = sample.seconds
 
-    mlx-lm's quantised attention can be 50 times slower than all others on a CPU. It has
-    no work that comes once in so many steps, so it can take fewer turns.
+    def take_turns(
+        self, arms: Mapping[str, Callable[[], Sample]], rounds: int, tick: Callable[[], object]
+    ) -> None:
+        """Let ``arms`` measure themselves in turns (A B A B ...).
 
-    Args:
-        arms: each does its work once and returns the seconds that it took.
-        tick: called after each round.
-    """
-    samples: Dict[str, List[float]] = {name: [arm()] for name, arm in arms.items()}
-    tick()
-    fastest = min(first for first, in samples.values())
-    for turn in range(1, rounds):
-        for name, arm in arms.items():
-            every = int(samples[name][0] / (SLOW * fastest)) if name == QUANTIZED else 1
-            if turn % max(1, every) == 0:
-                samples[name].append(arm())
-        tick()
-    return {name: Timing.of(values) for name, values in samples.items()}
+        mlx-lm's quantised attention can be 50 times slower than all others on a CPU. It has
+        no work that comes once in so many steps, so it can take fewer turns.
+
+        Args:
+            arms: by cache; each does its work once.
+            tick: called after each round.
+        """
+        arms, firsts = dict(arms), {}
+        for turn in range(rounds):
+            for cache, arm in list(arms.items()):
+                every = 1
+                if turn and cache == QUANTIZED:
+                    every = max(1, int(firsts[cache] / (SLOW * min(firsts.values()))))
+                if turn % every:
+                    continue
+                sample = self.attempt(cache, arm)
+                if sample is None:
+                    del arms[cache]
+                    continue
+                firsts.setdefault(cache, sample.seconds)
+                self._measurement(cache, sample).samples.append(sample.seconds)
+            tick()
+
+    def _measurement(self, cache: str, sample: Sample) -> Measurement:
+        """That of ``cache``, new if it has none, with the bytes of ``sample``."""
+        if cache not in self._measurements:
+            key = self.part, self.tokens, self.batch, self.dtype, cache
+            self._measurements[cache] = Measurement(*key, self.processed)
+            self.results.measurements.append(self._measurements[cache])
+        found = self._measurements[cache]
+        found.cache_bytes = sample.cache_bytes
+        if sample.peak_bytes is not None:
+            found.peak_bytes = max(sample.peak_bytes, found.peak_bytes or 0)
+        return found
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

@@ -1,5 +1,6 @@
-"""A whole model: decoding after a long context, and prompts in chunks."""
+"""A whole model: decoding after a long context, and prompts."""
 
+import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -7,44 +8,17 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tup
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
-from mlx_lm.models import qwen3
 
 from ...codecs.byte_matrix import constants
 from ..runs import compressed, compressed_prompt_cache, kv_bytes, prompt_cache, table_bytes
+from . import prompts
 from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, ROUND
-from .measurement import Measurement, Results, Skipped, dtype_name, filled, quantized_group
-from .measurement import slow_when_quantized, take_turns, too_large
+from .measurement import NotMeasured, Results, Sample, Situation, dtype_name, filled
+from .measurement import quantized_group, slow_when_quantized, too_large
 
-# Models that can be measured without their weights.
-SHAPES: Dict[str, Callable[[], nn.Module]] = {
-    "qwen3-8b": lambda: qwen3.Model(
-        qwen3.ModelArgs(
-            model_type="qwen3",
-            hidden_size=4096,
-            num_hidden_layers=36,
-            intermediate_size=12288,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            rms_norm_eps=1e-6,
-            vocab_size=151936,
-            max_position_embeddings=40960,
-            tie_word_embeddings=False,
-            rope_theta=1e6,
-        )
-    )
-}
-
-
-def random_model(shape: str) -> nn.Module:
-    """A model of one of the ``SHAPES`` with random weights in bfloat16."""
-    model = SHAPES[shape]()
-    model.set_dtype(mx.bfloat16)
-    # One by one, or all of them would be there in float32 for a while.
-    for _, weights in tree_flatten(model.parameters()):
-        mx.eval(weights)
-    return model
+# A prompt with mlx-lm's quantised caches is left when it takes so many times as long as
+# KVCache's first: without kernels for it, it could take many minutes.
+PATIENCE = 3
 
 
 class Heads(NamedTuple):
@@ -71,7 +45,10 @@ class ModelBench:
         self.model, self.kv_bits, self.overrides = model, kv_bits, overrides
         caches = prompt_cache(model)
         with self._patched(COMPRESSED):
+            start = time.perf_counter()
             compressed_prompt_cache(model)
+            # The first caches of a model read its weights: that is part of its first prompt.
+            self._preparation = {COMPRESSED: time.perf_counter() - start}
         # Never evaluated: shapes and dtypes are known without.
         logits = model(mx.zeros((1, 1), mx.int32), cache=caches)
         self.vocabulary = logits.shape[-1]
@@ -87,96 +64,78 @@ class ModelBench:
         """Decode ``rounds`` times 32 tokens after ``tokens`` random keys and values.
 
         Single sequences use what mlx-lm uses for them, several what its batches use; all
-        rows of a batch are alike. mlx-lm has no batches of quantised caches.
+        rows of a batch are alike.
         """
-        numbers = sum(heads.kv_heads * (heads.key_dim + heads.value_dim) for heads in self.layers)
-        reason = too_large(int(1.6 * batch * tokens * numbers * self.dtype.size))
-        if reason:
-            results.skipped.append(Skipped("decode", tokens, batch, "all", reason))
-            return
-        kinds = [KVCACHE, QUANTIZED, COMPRESSED] if batch == 1 else [BATCH_KVCACHE, COMPRESSED]
-        arms: Dict[str, List[Any]] = {}
-        peaks: Dict[str, int] = {}
-        tables: Dict[str, int] = {}
-        for kind in self._possible(kinds, "decode", tokens, batch, results):
-            before = _fresh_peak()
-            arms[kind], tables[kind] = self._filled(kind, tokens, batch)
-            mx.clear_cache()
-            mx.reset_peak_memory()
-            # Warms up, too.
-            run = partial(self._decode, kind, arms[kind], batch)
-            if results.starts("decode", tokens, batch, kind, run):
-                peaks[kind] = mx.get_peak_memory() - before
-            else:
-                del arms[kind]
-            # Or it would hold the caches of one that is left out.
-            del run
-        timers = {kind: partial(self._decode, kind, arms[kind], batch) for kind in arms}
-        for kind, seconds in take_turns(timers, rounds, tick).items():
-            results.measurements.append(
-                Measurement(
-                    "decode",
-                    tokens,
-                    batch,
-                    dtype_name(self.dtype),
-                    kind,
-                    seconds,
-                    kv_bytes(arms[kind]) + tables[kind],
-                    peaks[kind],
-                )
-            )
+        situation = Situation(results, "decode", tokens, batch, self.dtype, batch)
+        arms = situation.attempt_all(
+            {
+                kind: partial(self._decoding, kind, tokens, batch)
+                for kind in self._possible(situation, 1.6 * batch * tokens)
+            }
+        )
+        situation.take_turns(arms, rounds, tick)
 
     def prefill(
-        self, results: Results, tokens: int, chunk: int, rounds: int, tick: Callable
+        self, results: Results, tokens: int, batch: int, chunk: int, rounds: int, tick: Callable
     ) -> None:
-        """Process a prompt of ``tokens`` random tokens, ``chunk`` at a time."""
-        prompt = mx.random.randint(0, self.vocabulary, (1, tokens))
-        kinds = self._possible([KVCACHE, QUANTIZED, COMPRESSED], "prefill", tokens, 1, results)
-        sizes: Dict[str, int] = {}
-        peaks: Dict[str, int] = {}
+        """Process random prompts, the longest of ``tokens``, in steps of ``chunk``.
 
-        def timer(kind: str, tokens: mx.array) -> Callable[[], float]:
-            def run() -> float:
-                before = _fresh_peak()
-                with self._patched(kind):
-                    caches = self._caches(kind)
-                    start = time.perf_counter()
-                    # As mlx-lm does it: the logits of a prompt are never evaluated.
-                    for first in range(0, tokens.shape[1], chunk):
-                        self.model(tokens[:, first : first + chunk], cache=caches)
-                        mx.eval([cache.state for cache in caches])
-                        mx.clear_cache()
-                    seconds = time.perf_counter() - start
-                peaks[kind] = mx.get_peak_memory() - before
-                sizes[kind] = kv_bytes(caches) + table_bytes(caches)
-                return seconds
+        Timed from making the caches to the first tokens that follow. The first time of
+        each cache is recorded by itself, KVCache's before the others'; then they take
+        turns. ``tick`` is called ``rounds`` + 1 times.
+        """
+        lengths = prompts.lengths(tokens, batch)
+        situation = Situation(results, "prefill", tokens, batch, self.dtype, sum(lengths))
+        rows = [mx.random.randint(0, self.vocabulary, (length,)) for length in lengths]
+        mx.eval(rows)
+        arms: Dict[str, Callable[[], Sample]] = {}
+        limit = math.inf
+        for kind in self._possible(situation, 1.1 * sum(lengths)):
+            arm = partial(self._prefill, kind, rows, chunk, limit)
+            sample = situation.attempt(kind, arm)
+            if sample is None:
+                continue
+            arms[kind] = arm
+            seconds = sample.seconds + self._preparation.pop(kind, 0.0)
+            situation.add_first(kind, sample._replace(seconds=seconds))
+            if kind == KVCACHE:
+                limit = PATIENCE * seconds
+        tick()
+        situation.take_turns(arms, rounds, tick)
 
-            return run
+    def _prefill(self, kind: str, rows: List[mx.array], chunk: int, limit: float) -> Sample:
+        """Process prompts once; a quantised cache has ``limit`` seconds for it."""
+        before = _fresh_peak()
 
-        kinds = [
-            kind
-            for kind in kinds
-            if results.starts("prefill", tokens, 1, kind, timer(kind, prompt[:, : 2 * chunk]))
-        ]
-        timings = take_turns({kind: timer(kind, prompt) for kind in kinds}, rounds, tick)
-        for kind, seconds in timings.items():
-            results.measurements.append(
-                Measurement(
-                    "prefill",
-                    tokens,
-                    1,
-                    dtype_name(self.dtype),
-                    kind,
-                    seconds,
-                    sizes[kind],
-                    peaks[kind],
+        def progress(done: int, total: int) -> None:
+            if kind == QUANTIZED and time.perf_counter() - start > limit:
+                raise NotMeasured(
+                    f"takes more than {PATIENCE} times as long as the first with {KVCACHE}"
                 )
-            )
 
-    def _possible(self, kinds, part: str, tokens: int, batch: int, results: Results) -> List[str]:
-        """``kinds`` without the quantised cache if it can't be had or takes hours."""
-        if QUANTIZED not in kinds:
-            return kinds
+        with self._patched(kind):
+            start = time.perf_counter()
+            empty = [self._caches(kind) for _ in rows]
+            if len(rows) == 1:
+                caches = prompts.process_one(self.model, rows[0], empty[0], chunk, progress)
+            else:
+                caches = prompts.process_batch(self.model, rows, empty, chunk)
+            seconds = time.perf_counter() - start
+        size = kv_bytes(caches) + table_bytes(caches)
+        return Sample(seconds, size, mx.get_peak_memory() - before)
+
+    def _possible(self, situation: Situation, tokens: float) -> List[str]:
+        """The kinds that fit, with ``tokens`` in all, and that don't take hours.
+
+        mlx-lm has no batches of quantised caches.
+        """
+        numbers = sum(heads.kv_heads * (heads.key_dim + heads.value_dim) for heads in self.layers)
+        reason = too_large(int(tokens * numbers * self.dtype.size))
+        if reason:
+            situation.skip("all", reason)
+            return []
+        if situation.batch > 1:
+            return [BATCH_KVCACHE, COMPRESSED]
         if self._group() is None:
             reason = "mlx-lm can't quantise heads of this size"
         elif slow_when_quantized(self.dtype):
@@ -185,9 +144,9 @@ class ModelBench:
                 "--model-dtype float32"
             )
         else:
-            return kinds
-        results.skipped.append(Skipped(part, tokens, batch, QUANTIZED, reason))
-        return [kind for kind in kinds if kind != QUANTIZED]
+            return [KVCACHE, QUANTIZED, COMPRESSED]
+        situation.skip(QUANTIZED, reason)
+        return [KVCACHE, COMPRESSED]
 
     def _group(self) -> Optional[int]:
         groups = {quantized_group(dim) for heads in self.layers for dim in heads[1:]}
@@ -215,6 +174,21 @@ class ModelBench:
             if batch > 1:
                 caches = [type(cache).merge([cache] * batch) for cache in caches]
             return caches, tables
+
+    def _decoding(self, kind: str, tokens: int, batch: int) -> Callable[[], Sample]:
+        """What decodes once each time it is called, warmed up."""
+        before = _fresh_peak()
+        caches, tables = self._filled(kind, tokens, batch)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        self._decode(kind, caches, batch)
+        peak = mx.get_peak_memory() - before
+
+        def turn() -> Sample:
+            seconds = self._decode(kind, caches, batch)
+            return Sample(seconds, kv_bytes(caches) + tables, peak)
+
+        return turn
 
     def _decode(self, kind: str, caches: List[Any], batch: int) -> float:
         """Seconds of a step. As mlx-lm does it: while one is computed the next is prepared."""

@@ -32,8 +32,9 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("call", "one layer, a step from Python", "ms", lambda m: 1e3 * m.seconds.median),
     Panel("chain", "one layer, inside a chain", "ms", lambda m: 1e3 * m.seconds.median),
-    Panel("decode", "decoding", "tokens/s", lambda m: m.batch / m.seconds.median),
-    Panel("prefill", "prompt", "tokens/s", lambda m: m.tokens / m.seconds.median),
+    Panel("decode", "decoding", "tokens/s", lambda m: m.processed / m.seconds.median),
+    Panel("prefill", "prompt", "tokens/s", lambda m: m.processed / m.seconds.median),
+    Panel("prefill", "prompt, the first time", "tokens/s", lambda m: m.processed / m.first),
     Panel("decode", "cache", "MiB", lambda m: m.cache_bytes / MIB),
     Panel("decode", "decoding, peak memory", "MiB", lambda m: m.peak_bytes / MIB),
     Panel("prefill", "prompt, peak memory", "MiB", lambda m: m.peak_bytes / MIB),
@@ -56,8 +57,10 @@ def draw(path: Path, notes: Dict[str, Any], results: Results) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    parts = {m.part for m in results.measurements}
-    kinds = list(dict.fromkeys((m.dtype, m.batch) for m in results.measurements))
+    # An interrupted run may have others, which have not had a turn.
+    measured = [m for m in results.measurements if m.samples]
+    parts = {m.part for m in measured}
+    kinds = list(dict.fromkeys((m.dtype, m.batch) for m in measured))
     panels = [panel for panel in PANELS if panel.part in parts]
     columns = max(1, min(COLUMNS, len(panels)))
     rows = max(1, -(-len(panels) // columns))
@@ -66,7 +69,7 @@ def draw(path: Path, notes: Dict[str, Any], results: Results) -> None:
     figure.suptitle(f"{notes['device']}, kernel {notes['kernel']}; {notes['model']}", fontsize=10)
     for index, panel in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, index)
-        _panel(axes, panel, [m for m in results.measurements if m.part == panel.part], kinds)
+        _panel(axes, panel, [m for m in measured if m.part == panel.part], kinds)
     # Many panels share few lines: one legend, where it hides none of them.
     legend = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3, fontsize=8)

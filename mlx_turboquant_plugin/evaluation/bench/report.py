@@ -2,22 +2,36 @@
 
 from collections import defaultdict
 from dataclasses import asdict
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
-from .measurement import Measurement, Results, Timing
+from .measurement import Measurement, Results
 
 MIB = 2**20
 TITLES = {
     "call": "attention of one layer, decoding: a step timed from Python to the result",
     "chain": "attention of one layer, decoding: its share of a chain of {layers} layers",
     "decode": "decoding with a model, after random keys and values (equal rows in a batch)",
-    "prefill": "a prompt in chunks of {chunk}",
+    "prefill": "prompts in steps of {chunk}, up to the first token; those of a batch have from an "
+    "eighth of the tokens to all",
 }
+
+
+class Column(NamedTuple):
+    """A column of the table: ``value(m, first of the group)`` is None where nothing is known."""
+
+    title: str
+    width: int
+    style: str
+    value: Callable[[Measurement, Measurement], Any]
 
 
 def as_json(notes: Dict[str, Any], results: Results) -> Dict[str, Any]:
     """Everything, as what :mod:`json` can write: seconds and bytes."""
-    return {"notes": notes, **asdict(results)}
+    report = {"notes": notes, **asdict(results)}
+    for row, m in zip(report["measurements"], results.measurements):
+        del row["samples"]
+        row["seconds"] = m.seconds and asdict(m.seconds)
+    return report
 
 
 def lines(notes: Dict[str, Any], results: Results) -> Iterator[str]:
@@ -28,12 +42,12 @@ def lines(notes: Dict[str, Any], results: Results) -> Iterator[str]:
         f"{notes['window']}; QuantizedKVCache: {notes['kv_bits']} bits"
     )
     yield f"layer: {notes['layer']}; model: {notes['model']}"
+    parts = {m.part for m in results.measurements}
     for part, title in TITLES.items():
-        measured = [m for m in results.measurements if m.part == part]
-        if measured:
+        if part in parts:
             yield ""
             yield title.format(**notes)
-            yield from _table(part, measured)
+            yield from _table(part, [m for m in results.measurements if m.part == part])
     if results.skipped:
         yield ""
     for skipped in results.skipped:
@@ -48,36 +62,73 @@ def lines(notes: Dict[str, Any], results: Results) -> Iterator[str]:
         "it has every 32nd step, which encodes, in it; spread: between the quartiles"
     )
     yield "cache, peak: MiB, and the first one's divided by it; peak: beyond the weights"
+    if "prefill" in parts:
+        yield (
+            "first: the first time in this process, with all that is compiled and read for it; the "
+            "first cache of a group pays for what they share, and the first group for the others"
+        )
 
 
 def _table(part: str, measured: List[Measurement]) -> Iterator[str]:
-    whole_model = part in ("decode", "prefill")
-    yield (
-        f"{'tokens':>7} {'batch':>5} {'dtype':>9} {'cache':>17} {'ms':>10} {'spread':>7} "
-        f"{'speed':>6} {'means':>6}" + f" {'tokens/s':>9}" * whole_model
-        + f" {'cache':>9} {'ratio':>6}" + f" {'peak':>9} {'ratio':>6}" * whole_model
-    )
+    columns = COLUMNS[part]
+    yield " ".join(f"{column.title:>{column.width}}" for column in columns)
     groups = defaultdict(list)
     for m in measured:
         groups[m.tokens, m.batch, m.dtype].append(m)
     for group in groups.values():
-        base = group[0]
         for m in group:
-            done = m.tokens if part == "prefill" else m.batch
-            yield (
-                f"{m.tokens:>7} {m.batch:>5} {m.dtype:>9} {m.cache:>17} "
-                f"{1e3 * m.seconds.median:>10.3f} {_spread(m.seconds):>7.1%} "
-                f"{base.seconds.median / m.seconds.median:>6.2f} "
-                f"{base.seconds.mean / m.seconds.mean:>6.2f}"
-                + f" {done / m.seconds.median:>9.1f}" * whole_model
-                + _bytes(m.cache_bytes, base.cache_bytes)
-                + _bytes(m.peak_bytes, base.peak_bytes)
-            )
+            cells = (_cell(column, m, group[0]) for column in columns)
+            yield " ".join(f"{text:>{column.width}}" for text, column in zip(cells, columns))
 
 
-def _spread(seconds: Timing) -> float:
-    return (seconds.high - seconds.low) / seconds.median
+def _cell(column: Column, m: Measurement, base: Measurement) -> str:
+    value = column.value(m, base)
+    return "-" if value is None else format(value, column.style)
 
 
-def _bytes(ours: Optional[int], base: Optional[int]) -> str:
-    return "" if ours is None else f" {ours / MIB:>9.2f} {base / ours:>6.2f}"
+def _median(m: Measurement) -> Optional[float]:
+    return m.seconds and m.seconds.median
+
+
+def _ratio(value: Callable[[Measurement], Optional[float]]) -> Callable:
+    """How many times the first one's ``value`` is this one's."""
+    return lambda m, base: value(base) / value(m) if value(base) and value(m) else None
+
+
+def _scaled(value: Callable[[Measurement], Optional[float]], factor: float) -> Callable:
+    return lambda m, base: None if value(m) is None else factor * value(m)
+
+
+SITUATION = [
+    Column("tokens", 7, "", lambda m, base: m.tokens),
+    Column("batch", 5, "", lambda m, base: m.batch),
+    Column("dtype", 9, "", lambda m, base: m.dtype),
+    Column("cache", 17, "", lambda m, base: m.cache),
+]
+FIRST = [
+    Column("first ms", 10, ".1f", _scaled(lambda m: m.first, 1e3)),
+    Column("speed", 6, ".2f", _ratio(lambda m: m.first)),
+]
+TIMES = [
+    Column("ms", 10, ".3f", _scaled(_median, 1e3)),
+    Column("spread", 7, ".1%", lambda m, base: m.seconds and m.seconds.spread),
+    Column("speed", 6, ".2f", _ratio(_median)),
+]
+MEANS = [Column("means", 6, ".2f", _ratio(lambda m: m.seconds and m.seconds.mean))]
+THROUGHPUT = [
+    Column("tokens/s", 9, ".1f", lambda m, base: m.seconds and m.processed / m.seconds.median)
+]
+CACHE = [
+    Column("cache", 9, ".2f", _scaled(lambda m: m.cache_bytes, 1 / MIB)),
+    Column("ratio", 6, ".2f", _ratio(lambda m: m.cache_bytes)),
+]
+PEAK = [
+    Column("peak", 9, ".2f", _scaled(lambda m: m.peak_bytes, 1 / MIB)),
+    Column("ratio", 6, ".2f", _ratio(lambda m: m.peak_bytes)),
+]
+COLUMNS = {
+    "call": SITUATION + TIMES + MEANS + CACHE,
+    "chain": SITUATION + TIMES + MEANS + CACHE,
+    "decode": SITUATION + TIMES + MEANS + THROUGHPUT + CACHE + PEAK,
+    "prefill": SITUATION + FIRST + TIMES + THROUGHPUT + CACHE + PEAK,
+}
