@@ -36,6 +36,6 @@ def build(job: str) -> None:
 
 
 if __name__ == "__main__":
-    # The model that is waiting comes first.
+    # The model that is running comes first.
     os.nice(10)
     build(sys.argv[1])

@@ -3,7 +3,7 @@
 There MLX has g++ build a library of each function that it fuses, which takes a second, and
 keeps it in the folder for temporary files. Meanwhile no thread gets at any compiled function. So
 another process (:mod:`building`) fills that folder, and until it is done functions run as they
-are: slower to decode, as fast for prompts. On a GPU MLX needs no C++ compiler and no such help.
+are: prompts about as fast, decoding slower. On a GPU MLX needs no C++ compiler and no such help.
 """
 
 import atexit
@@ -30,7 +30,10 @@ _here = False
 
 
 def compiled(function: Callable) -> Callable:
-    """``function`` under ``mx.compile``, for any shapes; as it is while another process compiles."""
+    """``function`` under ``mx.compile``, for any shapes; as it is while another process compiles.
+
+    Both give the same but for rounding.
+    """
     fused = mx.compile(function, shapeless=True)
 
     @functools.wraps(function)
@@ -43,7 +46,8 @@ def compiled(function: Callable) -> Callable:
 def problem() -> Optional[str]:
     """Why MLX compiles nothing for the CPU and what to do, or None. Asks MLX once, then remembers.
 
-    A compiler that fails would end every run of mlx_lm: ``mx.compile`` is switched off then.
+    With a compiler that fails every run of mlx_lm would end in an error: ``mx.compile`` is
+    switched off then, for all.
     """
     if mx.default_device().type == mx.gpu:
         return None
@@ -89,10 +93,12 @@ def _compiler_id() -> float:
 def prepare(job: str) -> None:
     """Have what a codec needs compiled by another process, unless that was done before.
 
+    There must be no :func:`problem`. The next :func:`update` sees whether it is done.
+
     Args:
         job: see :mod:`building`.
     """
-    if mx.default_device().type == mx.gpu or problem() or _here:
+    if mx.default_device().type == mx.gpu or _here:
         return
     with _lock:
         if job not in _builders:
@@ -101,7 +107,7 @@ def prepare(job: str) -> None:
 
 
 def here() -> None:
-    """Compile in this process from now on, and wait: what is measured must not change on the way."""
+    """Compile in this process from now on, and wait: for measurements and tests."""
     global _here, _building
     problem()
     with _lock:

@@ -33,17 +33,16 @@ def pack(codes: mx.array, bits: int) -> Tuple[mx.array, ...]:
 def unpack(packed: Sequence[mx.array], bits: int, axis: int = -1) -> mx.array:
     """Undo :func:`pack`: uint8 codes (..., D), the channels along ``axis``."""
     if packed[0].shape[-1] % 4:
-        return _joined_fields(bits, axis)(packed, _places(mx.uint8))
+        return _joined_fields(bits, axis)(*packed)
     # Four bytes at a time: shifts, and copies too, are as fast for words.
-    words = [x.view(mx.uint32) for x in packed]
-    return _joined_fields(bits, axis)(words, _places(mx.uint32)).view(mx.uint8)
+    return _joined_fields(bits, axis)(*(x.view(mx.uint32) for x in packed)).view(mx.uint8)
 
 
 @functools.lru_cache(maxsize=None)
 def _joined_fields(bits: int, axis: int) -> Callable:
     """The function from packed codes, in bytes or in words, to their fields, joined."""
 
-    def joined(packed, places):
+    def joined(*packed):
         # The same bits of every byte of a word.
         every = 0x01010101 if packed[0].dtype == mx.uint32 else 1
         if bits == 8:
@@ -51,24 +50,15 @@ def _joined_fields(bits: int, axis: int) -> Callable:
         elif bits == 3:
             *low, high = packed
             fields = [
-                ((low[i // 4] >> places[2 * (i % 4)]) & (3 * every))
-                | (((high >> places[i]) & every) << 2)
+                ((low[i // 4] >> (2 * (i % 4))) & (3 * every)) | (((high >> i) & every) << 2)
                 for i in range(FIELDS[3])
             ]
         else:
             mask = (2**bits - 1) * every
-            fields = [(packed[0] >> places[bits * i]) & mask for i in range(FIELDS[bits])]
+            fields = [(packed[0] >> (bits * i)) & mask for i in range(FIELDS[bits])]
         return mx.concatenate(fields, axis=axis)
 
     return compiled(joined)
-
-
-@functools.lru_cache(maxsize=None)
-def _places(dtype: mx.Dtype) -> Tuple[mx.array, ...]:
-    """The numbers 0 to 7. As constants they would make other code of every field."""
-    places = tuple(mx.array(i, dtype) for i in range(8))
-    mx.eval(places)
-    return places
 
 
 def _join(fields: Sequence[mx.array], width: int) -> mx.array:

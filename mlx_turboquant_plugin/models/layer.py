@@ -94,7 +94,7 @@ def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Setti
         "exact" if exact else settings.value_codec,
         settings.value_bits,
     )
-    if not exact:
+    if not compiling.problem() and not exact:
         compiling.prepare(json.dumps(spec))
     factors, bias = _balance_and_bias(family, attention, norm, projections, head_dim)
     linear = projections[min(1, len(projections) - 1)].linear
