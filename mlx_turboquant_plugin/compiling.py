@@ -120,9 +120,11 @@ def update() -> None:
         _update()
 
 
-def building() -> bool:
-    """Whether functions still run as they are, since another process compiles them."""
-    return _building
+def uncompiled() -> Optional[str]:
+    """Why functions run as they are: a :func:`problem`, or they are not ready yet."""
+    if _building:
+        return "still being built, once for this machine: it runs uncompiled meanwhile, slower"
+    return problem()
 
 
 def finished(job: str) -> Path:

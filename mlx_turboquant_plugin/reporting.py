@@ -22,7 +22,7 @@ class Status:
         device: what mlx computes on; None before mlx is imported.
         kernels: the attention kernels of this machine; None before mlx is imported.
         kernel: what the setting ``kernel`` comes down to here; None if unknown.
-        compiler: why MLX compiles nothing for the CPU, and what to do; None if it does.
+        compiler: why functions run uncompiled on the CPU, and what to do; None if they don't.
         fallbacks: what that kernel had to leave to another so far.
         hooks: module, function and outcome of each entry point.
         patched: dotted names of what is replaced in mlx_lm now.
@@ -70,10 +70,9 @@ def status() -> Status:
     device = kernels = kernel = compiler = None
     if "mlx.core" in sys.modules:
         from .attention.kernels import available_kernels, resolve_kernel
+        from .compiling import uncompiled
 
-        from .compiling import problem
-
-        device, kernels, compiler = _device(), available_kernels(), problem()
+        device, kernels, compiler = _device(), available_kernels(), uncompiled()
         try:
             kernel = configuration and resolve_kernel(configuration.general.kernel)
         except settings.SettingsError as bad:

@@ -11,7 +11,6 @@ import mlx.nn as nn
 from mlx_lm import stream_generate
 
 from ..activation import disable
-from ..compiling import building
 from ..reporting import Status, status
 from .arguments import at_least
 from .runs import coded_tokens, compressed, compressed_prompt_cache, kv_bytes, load_model
@@ -121,8 +120,6 @@ def _lines(
             "exact; give a longer --prompt or more --max-tokens"
         )
     yield f"kernel: {snapshot.kernel_in_words}"
-    if building():
-        yield "its functions are still being compiled, once for this machine: later runs are faster"
     yield ""
     yield f"uncompressed: {_short(exact.text)}"
     yield f"compressed:   {_short(ours.text)}"
