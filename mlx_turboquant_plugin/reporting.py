@@ -22,6 +22,7 @@ class Status:
         device: what mlx computes on; None before mlx is imported.
         kernels: the attention kernels of this machine; None before mlx is imported.
         kernel: what the setting ``kernel`` comes down to here; None if unknown.
+        compiler: why functions run uncompiled on the CPU, and what to do; None if they don't.
         fallbacks: what that kernel had to leave to another so far.
         hooks: module, function and outcome of each entry point.
         patched: dotted names of what is replaced in mlx_lm now.
@@ -38,6 +39,7 @@ class Status:
     device: Optional[str]
     kernels: Optional[List[str]]
     kernel: Optional[str]
+    compiler: Optional[str]
     fallbacks: List[str]
     hooks: List[Dict[str, str]]
     patched: List[str]
@@ -45,6 +47,13 @@ class Status:
     settings: Optional[Dict[str, Dict[str, Any]]]
     model_settings: Dict[str, Dict[str, Dict[str, Any]]]
     models: List[str]
+
+    @property
+    def kernel_in_words(self) -> Optional[str]:
+        """The kernel, and what keeps it from being what its name says."""
+        if self.kernel == "compiled" and self.compiler:
+            return f"compiled, but {self.compiler}"
+        return self.kernel
 
     def as_dict(self) -> Dict[str, Any]:
         """The snapshot as nested dicts and lists."""
@@ -58,11 +67,12 @@ def status() -> Status:
         configuration = settings.in_force() if patching.active() else settings.load()
     except settings.SettingsError as bad:
         error = str(bad)
-    device = kernels = kernel = None
+    device = kernels = kernel = compiler = None
     if "mlx.core" in sys.modules:
         from .attention.kernels import available_kernels, resolve_kernel
+        from .compiling import uncompiled
 
-        device, kernels = _device(), available_kernels()
+        device, kernels, compiler = _device(), available_kernels(), uncompiled()
         try:
             kernel = configuration and resolve_kernel(configuration.general.kernel)
         except settings.SettingsError as bad:
@@ -77,6 +87,7 @@ def status() -> Status:
         device=device,
         kernels=kernels,
         kernel=kernel,
+        compiler=compiler,
         fallbacks=fused.fallbacks() if fused else [],
         hooks=[
             {"module": h.module, "function": h.function, "outcome": h.outcome}

@@ -73,7 +73,7 @@ def _lines(snapshot: Status) -> Iterator[str]:
         {
             "device": snapshot.device,
             "available": snapshot.kernels and ", ".join(snapshot.kernels),
-            "chosen": snapshot.kernel,
+            "chosen": snapshot.kernel_in_words,
         },
     )
     yield from _section("fallbacks", dict.fromkeys(snapshot.fallbacks, ""))

@@ -3,6 +3,12 @@ import pytest
 import tiny
 
 import mlx_turboquant_plugin
+from mlx_turboquant_plugin import compiling
+
+
+@pytest.fixture(autouse=True, scope="session")
+def functions_are_compiled_at_once():
+    compiling.here()
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from typing import Callable, NamedTuple, Optional, Tuple
 
 import mlx.core as mx
 
+from .. import compiling
 from ..codecs.exponential import exp
 from ..codecs.kv_codec import CodecSpec, key_quantizer, value_quantizer
 from ..codecs.rotation import Rotation
@@ -120,7 +121,7 @@ def _compiled(function: Callable) -> Callable:
         _traces += 1
         return function(*args)
 
-    return mx.compile(traced, shapeless=True)
+    return compiling.compiled(traced)
 
 
 def _masked(scores: mx.array, mask: Optional[mx.array]) -> mx.array:

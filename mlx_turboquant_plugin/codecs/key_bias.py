@@ -10,11 +10,12 @@ R_t b is added to its scores:
 over the rotary pairs (1, 2) with the angles theta_f of the model's own rope object.
 """
 
-import functools
 import weakref
 from typing import Any, Optional, Tuple
 
 import mlx.core as mx
+
+from ..compiling import compiled
 
 # Angles are split as theta (BLOCK a + b): two small tables instead of one as long
 # as the sequence, and the same number of multiplications.
@@ -218,7 +219,7 @@ class KeyBias:
         return error.item() <= 0.02 * mx.abs(self.bias).max().item()
 
 
-@functools.partial(mx.compile, shapeless=True)
+@compiled
 def _turn(c: mx.array, s: mx.array, cos: mx.array, sin: mx.array) -> Tuple[mx.array, mx.array]:
     """Coefficients (..., 1, F) for positions that are counted from where the angles are."""
     return c * cos + s * sin, s * cos - c * sin

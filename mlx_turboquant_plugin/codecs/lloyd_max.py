@@ -12,6 +12,7 @@ from typing import Callable, Tuple
 
 import mlx.core as mx
 
+from ..compiling import compiled
 from . import packing
 from .byte_matrix import Prepared, multiply, prepare
 from .exponential import exp2
@@ -144,7 +145,7 @@ def _bytes(codes: mx.array, bits: int) -> mx.array:
 @functools.lru_cache(maxsize=None)
 def _levels(bits: int) -> Callable:
     """:func:`_bytes` of any number of codes, in few passes over them."""
-    return mx.compile(lambda codes: _bytes(codes, bits), shapeless=True)
+    return compiled(lambda codes: _bytes(codes, bits))
 
 
 def _nearest(z: mx.array, bits: int) -> mx.array:
@@ -189,4 +190,4 @@ def _encoder(bits: int, dim: int) -> Callable:
         return encode
     # One pass over elementwise work, and one trace for any number of vectors of
     # this dimension: a trace keeps numbers made from shapes.
-    return mx.compile(encode, shapeless=True)
+    return compiled(encode)

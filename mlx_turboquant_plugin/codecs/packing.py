@@ -12,6 +12,8 @@ from typing import Callable, Sequence, Tuple
 
 import mlx.core as mx
 
+from ..compiling import compiled
+
 FIELDS = {2: 4, 3: 8, 4: 2, 8: 1}
 
 
@@ -56,7 +58,7 @@ def _joined_fields(bits: int, axis: int) -> Callable:
             fields = [(packed[0] >> (bits * i)) & mask for i in range(FIELDS[bits])]
         return mx.concatenate(fields, axis=axis)
 
-    return mx.compile(joined, shapeless=True)
+    return compiled(joined)
 
 
 def _join(fields: Sequence[mx.array], width: int) -> mx.array:

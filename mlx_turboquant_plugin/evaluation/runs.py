@@ -10,7 +10,7 @@ import mlx_lm
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache
 
-from .. import activation
+from .. import activation, compiling
 from ..cache import CompressedKVCache
 from ..reporting import status
 from ..rules import SettingsError
@@ -28,6 +28,8 @@ def load_model(path: str) -> Tuple[nn.Module, Any]:
         SettingsError: there is no model that mlx-lm can load, or one of its layers has
             another cache than KVCache: a state, or a window that moves.
     """
+    # A compiler that fails would end the uncompressed run too.
+    compiling.problem()
     advice = "name a folder with a model that mlx_lm.load can read, or a model on the Hub"
     if not Path(path).exists() and not _HUB_ID.fullmatch(path):
         raise SettingsError(f"--model is {path!r}, which does not exist: {advice}")

@@ -56,7 +56,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.base import scaled_dot_product_attention
 
-from .. import reference
+from .. import compiling, reference
 from ..attention.dispatch import attend
 from ..attention.fused import MAX_QUERIES, fallbacks
 from ..attention.kernels import available_kernels, resolve_kernel
@@ -438,6 +438,8 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(
             f"no fused kernel runs on {mx.default_device()}; checking {' and '.join(kernels)}\n"
         )
+    if "compiled" in kernels and compiling.problem():
+        sys.stdout.write(f"compiled: {compiling.problem()}\n")
     failed, total = 0, 0
     for kernel in kernels:
         for tested in QUICK if args.quick else table():

@@ -1,5 +1,6 @@
 """What a cache needs to know about an attention layer, read from its weights."""
 
+import json
 import weakref
 import zlib
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from typing import Any, Dict, Optional, Tuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import compiling
 from ..attention.dispatch import BRIDGE
 from ..attention.kernels import resolve_kernel
 from ..cache import Visibility
@@ -92,6 +94,8 @@ def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Setti
         "exact" if exact else settings.value_codec,
         settings.value_bits,
     )
+    if not compiling.problem() and not exact:
+        compiling.prepare(json.dumps(spec))
     factors, bias = _balance_and_bias(family, attention, norm, projections, head_dim)
     linear = projections[min(1, len(projections) - 1)].linear
     return Layer(

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Optional, Tuple
 from mlx_lm.models import cache as cache_module
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
-from .. import patching, settings
+from .. import compiling, patching, settings
 from ..attention.dispatch import attend
 from ..cache import BatchCompressedKVCache, CompressedKVCache, RotatingCompressedKVCache
 from ..cache.files import check_file
@@ -67,6 +67,7 @@ def compress(model: Any, caches: List[Any]) -> List[Any]:
         by_layer = chosen.for_layers(len(layers))
     except settings.SettingsError as error:
         return _leave(identity, caches, str(error))
+    compiling.update()
     pairs = [_compressed(*each) for each in zip(layers, caches, by_layer)]
     pairs = _all_or_no_rings(caches, pairs)
     compressed = [new or old for (new, _), old in zip(pairs, caches)]

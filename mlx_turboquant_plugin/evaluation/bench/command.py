@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, NamedTuple
 import mlx.core as mx
 from tqdm import tqdm
 
-from ... import settings
+from ... import compiling, settings
 from ...activation import disable
 from ...attention.kernels import resolve_kernel
 from ...reporting import status
@@ -122,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
             "leaves out: unset it"
         )
     disable()  # TURBOQUANT=1 would compress every cache
+    compiling.here()
     if args.heads[0] % args.heads[1]:
         raise SettingsError(
             f"--heads is {args.heads[0]} {args.heads[1]}: the query heads must be a multiple "
