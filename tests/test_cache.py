@@ -21,7 +21,7 @@ from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 
 HEADS = 2
-VISIBILITY = Visibility(window=64, sinks=4)
+VISIBILITY = Visibility(window=64, sinks=4, invariant=True)
 
 
 def random(length, dim=64, batch=1, dtype=mx.float32, seed=0):
@@ -217,14 +217,14 @@ def test_kv_bits_are_ignored_with_one_line(caplog):
 
 def test_a_filled_cache_keeps_to_its_layer():
     cache = CompressedKVCache(codec(), VISIBILITY)
-    cache.bind(codec(), "aaaa", "eager")
+    cache.bind(codec(), "aaaa", "eager", True)
     filled(cache=cache)
     with pytest.raises(ValueError, match="fingerprint aaaa, this one is bbbb"):
-        cache.bind(codec(), "bbbb", "eager")
+        cache.bind(codec(), "bbbb", "eager", True)
     with pytest.raises(ValueError, match="made for head dim 64, the model has 128"):
-        cache.bind(codec(128), "aaaa", "eager")
+        cache.bind(codec(128), "aaaa", "eager", True)
     # Other bits are fine: the codes that there are keep their own.
-    cache.bind(codec(key_bits=2), "aaaa", "eager")
+    cache.bind(codec(key_bits=2), "aaaa", "eager", True)
     assert cache.codec.spec.key_bits == 4
 
 
@@ -258,7 +258,7 @@ def test_a_loaded_cache_without_its_models_bias_can_not_be_read(saved):
     (loaded,) = saved(cache)
     with pytest.raises(ValueError, match="leaves out its model's key bias"):
         loaded.keys_and_values()
-    loaded.bind(cache.codec, "", "eager")
+    loaded.bind(cache.codec, "", "eager", True)
     assert same(loaded.keys_and_values(), cache.keys_and_values())
 
 

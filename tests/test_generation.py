@@ -24,7 +24,7 @@ TEXT = tiny.TEXT.read_text("utf-8")
 
 def compressed(model, tokens, chunk=128, caches=None, **settings):
     """Logits and caches under the settings; the plugin is off again afterwards."""
-    mlx_turboquant_plugin.enable(**settings)
+    mlx_turboquant_plugin.enable(**{"invariant": True, **settings})
     out = tiny.logits(model, tokens, caches or mlx_lm_cache.make_prompt_cache(model), chunk)
     mlx_turboquant_plugin.disable()
     return out
@@ -58,7 +58,7 @@ def test_chunks_kernels_and_bridge_agree(tiny_model):
 
 def test_trimmed_and_copied_caches_go_on_as_if_nothing_happened(tiny_model):
     model, tokens = tiny_model
-    mlx_turboquant_plugin.enable()
+    mlx_turboquant_plugin.enable(invariant=True)
     whole, _ = tiny.logits(model, tokens)
     _, caches = tiny.logits(model, tokens[:, :-4])
     copied = copy.deepcopy(caches)

@@ -66,7 +66,7 @@ def test_chunks_do_not_matter(model):
 
 def log_probabilities(model, tokens, chunks):
     parts, start = [], 0
-    with compressed():
+    with compressed(invariant=True):
         caches = compressed_prompt_cache(model)
         for length in chunks:
             logits = model(tokens[None, start : start + length], cache=caches)[0]

@@ -2,24 +2,39 @@
 
 import threading
 from collections import deque
+from typing import Deque
 
 import mlx.core as mx
 
-# More keep no device busier.
+# Work is handed to the device whenever so many bytes of keys, values and results have come up:
+# that of a layer of a large model, or of several of a small one.
+SHARE = 2**25
+# More shares under way keep no device busier.
 MOST = 4
 
-_under_way = threading.local()
+
+class _Pace(threading.local):
+    def __init__(self):
+        self.bytes = 0
+        self.under_way: Deque[mx.array] = deque()
 
 
-def paced(out: mx.array) -> mx.array:
-    """Start the work for ``out``, and wait if that for many others has not been done.
+_pace = _Pace()
 
-    MLX describes a whole pass before a device begins, and memory for many layers is in use at
-    once then: with a long context that is as much as the uncompressed cache.
+
+def paced(out: mx.array, nbytes: int) -> mx.array:
+    """Have the device start before the whole pass is described, and wait if it is far behind.
+
+    MLX describes a pass to the end and then runs ahead of the device, with memory for many
+    layers in use at once: with a long context as much as the uncompressed cache.
 
     Args:
         out: what a layer's attention gives; it is returned.
+        nbytes: of keys and values made for it.
     """
+    _pace.bytes += out.nbytes + nbytes
+    if _pace.bytes < SHARE:
+        return out
     # One number says when it is done, and holds no memory after that.
     done = mx.contiguous(out[:1, :1, :1, :1])
     try:
@@ -27,8 +42,8 @@ def paced(out: mx.array) -> mx.array:
     except ValueError:
         # Inside of a function transformation nothing can be evaluated.
         return out
-    waiting = _under_way.__dict__.setdefault("waiting", deque())
-    waiting.append(done)
-    if len(waiting) > MOST:
-        mx.eval(waiting.popleft())
+    _pace.bytes = 0
+    _pace.under_way.append(done)
+    if len(_pace.under_way) > MOST:
+        mx.eval(_pace.under_way.popleft())
     return out

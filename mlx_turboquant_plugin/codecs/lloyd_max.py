@@ -185,9 +185,6 @@ def _encoder(bits: int, dim: int) -> Callable:
                 best = tuple(mx.where(better, new, old) for new, old in zip(found, best))
         return best[1:]
 
-    if mx.default_device().type == mx.gpu and mx.cuda.is_available():
-        # The compiler of kernels for CUDA takes two minutes for this.
-        return encode
-    # One pass over elementwise work, and one trace for any number of vectors of
-    # this dimension: a trace keeps numbers made from shapes.
-    return compiled(encode)
+    # Not compiled: encoding is rare, and MLX would take half a minute for it on a CPU, and NVRTC
+    # two minutes.
+    return encode

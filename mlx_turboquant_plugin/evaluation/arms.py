@@ -32,8 +32,14 @@ class Arm:
     layer: Optional[int] = None
 
     def on(self) -> AbstractContextManager:
-        """What must be in force while the arm makes caches and while it runs."""
-        return nullcontext() if self.settings is None else compressed(**self.settings)
+        """What must be in force while the arm makes caches and while it runs.
+
+        Every query reads what it would read in decoding: a prompt's own tokens would be
+        exact for it else, the more of them the longer its chunks, and flatter the codes.
+        """
+        if self.settings is None:
+            return nullcontext()
+        return compressed(**{"invariant": True, **self.settings})
 
     def caches(self, model: nn.Module) -> List[Any]:
         """Empty caches, one for each layer of ``model``; inside ``on()``.

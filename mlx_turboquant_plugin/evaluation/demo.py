@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import stream_generate
 
+from .. import compiling
 from ..activation import disable
 from ..reporting import Status, status
 from .arguments import at_least
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         0; a model that can't be loaded or compressed is raised as SettingsError.
     """
     disable()  # TURBOQUANT=1 would compress the exact run too
+    compiling.here()
     model, tokenizer = load_model(args.model)
     prompt = tokenizer.encode(PROMPT.read_text("utf-8") if args.prompt is None else args.prompt)
     # The first time is for whatever is done once.
@@ -76,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     model.set_dtype(mx.float32)
     tokens = mx.array([*prompt, *exact.tokens])
     exact_cache = prompt_cache(model)
-    with compressed(bypass=None):
+    # What decoding reads: a prompt's own tokens would be exact, and flatter the codes.
+    with compressed(bypass=None, invariant=True):
         forced = diverge(model, tokens, CHUNK, exact_cache, compressed_prompt_cache(model))
     sys.stdout.write("\n".join(_lines(snapshot, len(prompt), exact, ours, forced)) + "\n")
     return 0
