@@ -12,7 +12,7 @@ import mlx_turboquant_plugin
 import mlx_turboquant_plugin.kernels as package
 from mlx_turboquant_plugin.attention import fused, kernels
 from mlx_turboquant_plugin.attention.kernels import available_kernels, resolve_kernel
-from mlx_turboquant_plugin.cache import CompressedKVCache
+from mlx_turboquant_plugin.cache import CompressedKVCache, compressed
 from mlx_turboquant_plugin.codecs.kv_codec import KVCodec
 from mlx_turboquant_plugin.kernels import fused_kernels
 
@@ -34,6 +34,8 @@ def module(monkeypatch):
     for place in (fused, package):
         monkeypatch.setattr(place, "fused_kernel", lambda name: module)
     monkeypatch.setattr(fused, "_fallbacks", [])
+    # Nor does a prompt's pass launch anything.
+    monkeypatch.setattr(compressed, "can_pass", lambda *args: False)
     return module
 
 

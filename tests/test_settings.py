@@ -49,6 +49,7 @@ def test_the_switch(value, enabled):
         ("TURBOQUANT_WINDOW", "4096", "window", 4096),
         ("TURBOQUANT_SINKS", "0", "sinks", 0),
         ("TURBOQUANT_BALANCE", "0", "balance", False),
+        ("TURBOQUANT_INVARIANT", "1", "invariant", True),
         ("TURBOQUANT_KERNEL", "eager", "kernel", "eager"),
         ("TURBOQUANT_BYPASS", "bridge", "bypass", "bridge"),
         ("TURBOQUANT_BYPASS", "none", "bypass", None),

@@ -49,7 +49,12 @@ def attend_dequantized(
         mask = combined_mask([row], queries.shape[2], mask, [0], queries.dtype)
     keys, values = laid_out(view, layout, view.slot(layout.exact.start))
     out = original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
-    return paced(out, keys.nbytes + values.nbytes) if queries.shape[2] > ROLLBACK else out
+    return _paced(out, keys, values, view)
+
+
+def _paced(out: mx.array, keys: mx.array, values: mx.array, view: View) -> mx.array:
+    few = view.end - view.start <= ROLLBACK
+    return out if few else paced(out, keys.nbytes + values.nbytes, view.start)
 
 
 def attend_rows_dequantized(
@@ -101,7 +106,7 @@ def attend_rows_dequantized(
     ]
     keys, values = (mx.concatenate(side) for side in zip(*pairs))
     out = original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
-    return paced(out, keys.nbytes + values.nbytes) if count > ROLLBACK else out
+    return _paced(out, keys, values, some)
 
 
 def attend_packed_dequantized(

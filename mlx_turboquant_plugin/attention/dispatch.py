@@ -9,6 +9,7 @@ from ..kernels import FUSED
 from .dequantized import attend_dequantized, attend_packed_dequantized, attend_rows_dequantized
 from .function import AttentionFunctions, attention_functions
 from .fused import MAX_QUERIES, attend_fused, fall_back, problem_of_rows, problem_of_view
+from .layout import forget_masks
 from .masks import Mask, checked
 from .packed import attend_packed
 from .tiles import attend_tiles
@@ -66,6 +67,7 @@ def _attend_view(
         if missing is None:
             out = attend_fused(view.kernel, problem_of_view(queries, view, scale))
             if out is not None:
+                forget_masks()
                 return out
         else:
             fall_back(view.kernel, missing)
@@ -127,6 +129,7 @@ def _attend_packed(
         if missing is None:
             out = attend_fused(rows.kernel, problem_of_rows(queries, rows, scale))
             if out is not None:
+                forget_masks()
                 return out
         else:
             fall_back(rows.kernel, missing)

@@ -147,6 +147,12 @@ def combined_mask(
     return both(ours == 0, given).astype(dtype)
 
 
+def forget_masks() -> None:
+    """Free what a prompt's masks take, once there are steps that need none."""
+    if _visible.cache_info().currsize:
+        _visible.cache_clear()
+
+
 # All layers ask for the same. By thread, since lazy arrays must not be shared by threads.
 @functools.lru_cache(maxsize=2)
 def _visible(

@@ -15,14 +15,14 @@ MOST = 4
 
 class _Pace(threading.local):
     def __init__(self):
-        self.bytes = 0
+        self.start = self.bytes = 0
         self.under_way: Deque[mx.array] = deque()
 
 
 _pace = _Pace()
 
 
-def paced(out: mx.array, nbytes: int) -> mx.array:
+def paced(out: mx.array, nbytes: int, start: int) -> mx.array:
     """Have the device start before the whole pass is described, and wait if it is far behind.
 
     MLX describes a pass to the end and then runs ahead of the device, with memory for many
@@ -31,7 +31,11 @@ def paced(out: mx.array, nbytes: int) -> mx.array:
     Args:
         out: what a layer's attention gives; it is returned.
         nbytes: of keys and values made for it.
+        start: the position of the pass: each has the same shares as the last like it, for
+            which MLX keeps graphs on NVIDIA GPUs.
     """
+    if start != _pace.start:
+        _pace.start, _pace.bytes = start, 0
     _pace.bytes += out.nbytes + nbytes
     if _pace.bytes < SHARE:
         return out

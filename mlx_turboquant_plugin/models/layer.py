@@ -16,7 +16,7 @@ from ..cache import Visibility
 from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import CodecSpec, KVCodec
 from ..rules import PRESETS
-from ..settings import Settings, in_force
+from ..settings import Configuration, Settings, in_force
 from .balance import balance, norm_rms, projection_rms
 from .family import Family, family_of
 from .projections import Projection, base_linear
@@ -31,6 +31,7 @@ class Layer:
     kernel: str
     fingerprint: str
     settings: Settings
+    configuration: Configuration
     norm: Optional[nn.Module]
     weights: Tuple[Any, ...]
 
@@ -46,14 +47,17 @@ def known_layer(
     Args:
         norm: the norm before it, None for the one it is known with; without one, and
             without norms of its heads, its keys are not balanced.
-        settings: None stands for the settings it is known with, or the general ones.
+        settings: None stands for the settings it is known with, if they are still in force,
+            or the general ones.
 
     Raises:
         ValueError: its keys and values can't be compressed.
     """
     reference, layer = _layers.get(id(attention), (None, None))
     if reference is not None and reference() is attention:
-        norm, settings = norm or layer.norm, settings or layer.settings
+        norm = norm or layer.norm
+        if layer.configuration is in_force():
+            settings = settings or layer.settings
         same = all(a is b for a, b in zip(layer.weights, _weights(attention)))
         if same and norm is layer.norm and settings == layer.settings:
             return layer
@@ -104,6 +108,7 @@ def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Setti
         BRIDGE if settings.bypass == BRIDGE else resolve_kernel(settings.kernel),
         f"{zlib.crc32(bytes(linear.weight[:1].view(mx.uint8))):08x}",
         settings,
+        in_force(),
         norm,
         _weights(attention),
     )

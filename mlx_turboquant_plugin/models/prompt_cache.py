@@ -163,8 +163,9 @@ def _name(identity: settings.ModelIdentity) -> str:
 def _bits(chosen: settings.Settings) -> str:
     if chosen.bypass:
         return f"bypass {chosen.bypass}"
+    prompts = "read what decoding reads" if chosen.invariant else "read their own chunk exactly"
     return (
         f"keys {chosen.key_bits} bits {chosen.key_codec}, "
         f"values {chosen.value_bits} bits {chosen.value_codec}, "
-        f"window {chosen.window}, sinks {chosen.sinks}"
+        f"window {chosen.window}, sinks {chosen.sinks}, prompts {prompts}"
     )

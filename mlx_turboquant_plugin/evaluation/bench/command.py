@@ -244,6 +244,7 @@ def _notes(args: argparse.Namespace, chosen: settings.Settings) -> Dict[str, Any
         "key_bits": chosen.key_bits,
         "value_bits": chosen.value_bits,
         "window": chosen.window,
+        "invariant": chosen.invariant,
         "kv_bits": args.kv_bits,
         "layer": f"{query} query and {kv} KV heads of {args.head_dim}",
         "layers": args.layers,

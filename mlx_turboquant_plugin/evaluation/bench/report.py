@@ -39,7 +39,8 @@ def lines(notes: Dict[str, Any], results: Results) -> Iterator[str]:
     yield (
         f"{notes['device']}, kernel {notes['kernel']}; compressed: "
         f"{notes['key_bits']}-bit keys, {notes['value_bits']}-bit values, window "
-        f"{notes['window']}; QuantizedKVCache: {notes['kv_bits']} bits"
+        f"{notes['window']}{', invariant' * notes['invariant']}; "
+        f"QuantizedKVCache: {notes['kv_bits']} bits"
     )
     yield f"layer: {notes['layer']}; model: {notes['model']}"
     parts = {m.part for m in results.measurements}

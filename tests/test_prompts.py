@@ -1,0 +1,142 @@
+"""Prompts: what a pass of many tokens reads exactly, and that it depends on nothing else."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.base import scaled_dot_product_attention
+from test_attention import Case
+
+import mlx_turboquant_plugin
+from mlx_turboquant_plugin import reference
+from mlx_turboquant_plugin.attention import dispatch, layout, pacing
+from mlx_turboquant_plugin.cache import CompressedKVCache, Visibility
+
+PATHS = {"tiles": ("eager", False), "compiled": ("compiled", False), "dequantized": ("eager", True)}
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    """A kernel, and attention as on a CPU or as on a GPU."""
+    kernel, gpu = PATHS[request.param]
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda: gpu)
+    return kernel
+
+
+def attended(case, cache, first):
+    """The attention of the tokens from ``first`` on, after all before them."""
+    cache.update_and_fetch(case.keys[:, :, :first], case.values[:, :, :first])
+    cache.attending = True
+    new = cache.update_and_fetch(case.keys[:, :, first:], case.values[:, :, first:])
+    return dispatch.attend(
+        scaled_dot_product_attention, case.queries, *new, cache, case.scale, "causal"
+    )
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("count", [16, 17, 100])
+@pytest.mark.parametrize("extras", [False, True])
+def test_a_prompt_reads_what_the_oracle_says(count, invariant, extras, path):
+    case = Case(64, 2, count, 300, extras=extras)
+    cache = CompressedKVCache(case.codec, Visibility(64, 4, invariant), path)
+    out = attended(case, cache, 300 - count)
+    decoded = (
+        case.codec.decode_keys(case.codec.encode_keys(case.keys, 0), 0),
+        case.codec.decode_values(case.codec.encode_values(case.values)),
+    )
+    arrays = (np.array(x) for x in (case.queries, case.keys, case.values, *decoded))
+    positions = np.arange(300 - count, 300)
+    expected = reference.attention(*arrays, positions, 64, 4, case.scale, invariant=invariant)
+    np.testing.assert_allclose(np.array(out), expected, atol=2e-4)
+
+
+def test_the_rules_differ_where_they_should():
+    reads = [
+        reference.reads_exactly(np.arange(200, 200 + n), np.arange(200 + n), 64, 4, invariant)
+        for n, invariant in ((100, False), (100, True), (16, False), (16, True))
+    ]
+    prompt, invariant, step, invariant_step = reads
+    # Before its own tokens, what its first query reads, for all: from 200 // 32 * 32 - 64 on.
+    assert prompt[:, 128:].all() and prompt[:, :4].all() and not prompt[:, 4:128].any()
+    assert not invariant[-1, 128:224].any() and (step == invariant_step).all()
+
+
+def greedy(model, prompt, **options):
+    return [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=12, **options)]
+
+
+def test_invariant_prompts_give_the_same_text_however_they_are_cut(tiny_model):
+    model, tokens = tiny_model
+    prompt = tokens[0].tolist()
+    mlx_turboquant_plugin.enable(invariant=True)
+    whole = greedy(model, prompt)
+    assert greedy(model, prompt, prefill_step_size=100) == whole
+    assert greedy(model, prompt, prefill_step_size=33) == whole
+    generator = BatchGenerator(model, max_tokens=12)
+    uids = generator.insert([prompt, prompt[:90], prompt[:250]])
+    texts = {uid: [] for uid in uids}
+    while min(map(len, texts.values())) < 12:
+        for response in generator.next()[1]:
+            texts[response.uid].append(response.token)
+    generator.close()
+    assert texts[uids[0]] == whole
+
+
+def test_a_prompts_own_tokens_are_exact(tiny_model):
+    """In one chunk nothing is read through codes: the logits are those without the plugin."""
+    model, tokens = tiny_model
+    exact, _ = tiny.logits(model, tokens, chunk=420)
+    mlx_turboquant_plugin.enable()
+    ours, caches = tiny.logits(model, tokens, chunk=420)
+    assert caches[0].coded > 0
+    assert mx.array_equal(ours, exact)
+    mlx_turboquant_plugin.disable()
+    mlx_turboquant_plugin.enable(invariant=True)
+    assert not mx.allclose(tiny.logits(model, tokens, chunk=420)[0], exact, atol=1e-4)
+
+
+def test_a_file_does_not_keep_the_rule(tiny_model, tmp_path):
+    model, tokens = tiny_model
+    mlx_turboquant_plugin.enable(invariant=True)
+    _, caches = tiny.logits(model, tokens[:, :300], chunk=300)
+    file = str(tmp_path / "prompt.safetensors")
+    mlx_lm_cache.save_prompt_cache(file, caches)
+    mlx_turboquant_plugin.disable()
+    mlx_turboquant_plugin.enable()
+    loaded = mlx_lm_cache.load_prompt_cache(file)
+    model(tokens[:, 300:], cache=loaded)
+    assert not any(cache.visibility.invariant for cache in loaded)
+
+
+def test_masks_of_prompts_are_freed_by_steps(monkeypatch):
+    places = layout.Layout(4, range(4, 128), range(128, 300), 0, 300)
+    row = layout.Row(places, 200, 0, 128, False, Visibility())
+    layout.combined_mask([row], 100, "causal", [0], mx.float32)
+    assert layout._visible.cache_info().currsize
+    layout.forget_masks()
+    assert not layout._visible.cache_info().currsize
+
+
+def test_paced_work_is_started_and_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(pacing, "SHARE", 1000)
+    monkeypatch.setattr(pacing.mx, "eval", waited.append)
+    x = mx.ones((1, 2, 20, 8))
+    pacing._pace.under_way.clear()
+    for _ in range(10):
+        assert pacing.paced(x, 200, start=1) is x
+    # Each is a share of its own.
+    assert len(waited) == 10 - pacing.MOST
+    small = x[:, :, :1]
+    for _ in range(3):
+        pacing.paced(small, 0, start=1)
+    assert len(waited) == 10 - pacing.MOST
+
+
+def test_pacing_does_nothing_inside_of_transformations():
+    def function(x):
+        return pacing.paced(x * 2, 2**30, start=0)
+
+    assert mx.array_equal(mx.compile(function)(mx.ones((1, 1, 1, 4))), 2 * mx.ones((1, 1, 1, 4)))
