@@ -54,14 +54,19 @@ def known_layer(
         ValueError: its keys and values can't be compressed.
     """
     reference, layer = _layers.get(id(attention), (None, None))
-    if reference is not None and reference() is attention:
+    known = reference is not None and reference() is attention
+    if known:
         norm = norm or layer.norm
         if layer.configuration is in_force():
             settings = settings or layer.settings
-        same = all(a is b for a, b in zip(layer.weights, _weights(attention)))
-        if same and norm is layer.norm and settings == layer.settings:
+    settings = settings or _general()
+    if known and norm is layer.norm and settings == layer.settings:
+        if all(a is b for a, b in zip(layer.weights, _weights(attention))):
+            if layer.configuration is not in_force():
+                layer = replace(layer, configuration=in_force())
+                _layers[id(attention)] = reference, layer
             return layer
-    layer = _read_layer(attention, norm, settings or _general())
+    layer = _read_layer(attention, norm, settings)
     key = id(attention)
     _layers[key] = (weakref.ref(attention, lambda _: _layers.pop(key, None)), layer)
     return layer
