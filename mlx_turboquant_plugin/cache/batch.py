@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import get_ident
 from typing import Any, List, Optional, Sequence, Tuple, Union
 
@@ -25,6 +25,11 @@ class RowView:
     view: Optional[View]
     first: int
     last: int
+
+    @property
+    def whole(self) -> "RowView":
+        """See :attr:`View.whole`."""
+        return self if self.view is None else replace(self, view=self.view.whole)
 
 
 @dataclass(frozen=True)
@@ -247,6 +252,10 @@ class BatchCompressedKVCache(_BaseCache):
 
     def empty(self) -> bool:
         return self._packed is None and all(row.empty() for row in self._rows)
+
+    def columns(self, count: int) -> int:
+        """T of a mask (B, H, N, T) for the next ``count`` tokens, padding included."""
+        return self._index + count
 
     def make_mask(
         self, N: int, window_size: Optional[int] = None, return_array: bool = False
