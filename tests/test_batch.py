@@ -309,7 +309,7 @@ def test_an_extracted_row_does_not_hold_the_memory_of_the_batch():
     token = mx.zeros((8, 1, 1, DIM))
     batch.attending = True
     batch.update_and_fetch(token, token)
-    mx.eval(batch.keys, batch.view.key_codes, batch.view.value_codes)
+    mx.eval(batch.keys, batch.view.rows.key_codes, batch.view.rows.value_codes)
     batch.view = None
     del token
     row = batch.extract(0)
