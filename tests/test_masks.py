@@ -1,9 +1,5 @@
 """Attention masks over compressed caches do what they do over mlx-lm's own caches."""
 
-import copy
-from dataclasses import dataclass
-from typing import Any, Tuple
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -27,116 +23,143 @@ SCALE = DIM**-0.5
 LOSSLESS = KVCodec(CodecSpec(DIM, DIM, key_codec="exact", value_codec="exact"))
 LOSSY = KVCodec(CodecSpec(DIM, DIM))
 LEARNED_SINKS = mx.array([0.5, -1.0, 2.0, 0.0])
-COUNTS = (1, 5, 40, 300)
+COUNTS, LARGE = (1, 5, 40), 300
+# What runs the attention ("gpu": what would on a GPU, with MLX's operations), and whether
+# positions alone say what is exact.
+WAYS = [(path, invariant) for path in ("tiles", "gpu", "bridge") for invariant in (False, True)]
+
+
+def kernel_of(path):
+    return "bridge" if path == "bridge" else "eager"
 
 
 def random(*shape):
     return mx.random.normal((*shape, DIM))
 
 
-@pytest.fixture(params=["tiles", "gpu", "bridge"])
-def kernel(request, monkeypatch):
-    """What runs the attention; "gpu": what would on a GPU, with MLX's operations."""
-    if request.param == "gpu":
-        monkeypatch.setattr(dispatch, "_on_gpu", lambda: True)
-    return "bridge" if request.param == "bridge" else "eager"
+def attend_by(path, view, cache, queries, mask, sinks=None):
+    """Attention over what ``cache`` holds, which ``view`` is of."""
+    cache.view = view
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_on_gpu", lambda: path == "gpu")
+        return dispatch.attend(
+            scaled_dot_product_attention, queries, queries, queries, cache, SCALE, mask, sinks
+        )
 
 
-@dataclass
-class Pair:
-    """mlx-lm's cache and a compressed one, filled alike.
+def appended(cache, keys, values):
+    """What the queries of these tokens see."""
+    cache.attending = True
+    cache.update_and_fetch(keys, values)
+    cache.attending = False
+    mx.eval(cache.state)
+    return cache.view
+
+
+class Caches:
+    """mlx-lm's cache and compressed ones, filled alike.
 
     Attributes:
+        ours: the compressed caches, one for each of WAYS.
         left: the padding before each row.
         right: the padding after each row's tokens in the pass to come.
     """
 
-    stock: Any
-    ours: Any
-    left: Tuple[int, ...] = (0,)
-    right: Tuple[int, ...] = (0,)
+    def __init__(self, stock, ours):
+        self.stock, self.ours = stock, ours
+        self.left = tuple(getattr(ours[0], "left_padding", mx.array([0])).tolist())
+        self.right = (0,) * len(self.left)
+
+    @classmethod
+    def single(cls, history=(), ring=None, keep=0):
+        """Of one sequence, filled with chunks of so many tokens."""
+        stock = KVCache() if ring is None else RotatingKVCache(ring, keep)
+        ours = []
+        for path, invariant in WAYS:
+            parts = LOSSLESS, Visibility(32, 4, invariant), kernel_of(path)
+            if ring is None:
+                ours.append(CompressedKVCache(*parts))
+            else:
+                ours.append(RotatingCompressedKVCache(ring, keep, *parts))
+        caches = cls(stock, ours)
+        for count in history:
+            caches.advance(count)
+        return caches
+
+    @classmethod
+    def batch(cls, histories, ring=None):
+        """Of sequences that were filled one by one."""
+        rows = [cls.single(history, ring) for history in histories]
+        stock, *ours = zip(*((row.stock, *row.ours) for row in rows))
+        return cls(stock[0].merge(stock), [each[0].merge(each) for each in ours])
+
+    def prepare(self, lengths):
+        """Expect rows of so many tokens, padded on the right."""
+        self.right = tuple(max(lengths) - length for length in lengths)
+        for cache in (self.stock, *self.ours):
+            cache.prepare(lengths=lengths, right_padding=list(self.right))
+
+    def finalize(self):
+        for cache in (self.stock, *self.ours):
+            cache.finalize()
+        self.__init__(self.stock, self.ours)
 
     def advance(self, count):
         """(keys and values of mlx-lm's cache, what the queries of ours see)."""
         new = random(len(self.left), KV_HEADS, count), random(len(self.left), KV_HEADS, count)
         fetched = self.stock.update_and_fetch(*new)
-        self.ours.attending = True
-        self.ours.update_and_fetch(*new)
-        self.ours.attending = False
-        mx.eval(fetched, self.ours.state)
-        return fetched, self.ours.view
+        mx.eval(fetched)
+        return fetched, [appended(cache, *new) for cache in self.ours]
 
     def compare(self, count, masks):
-        """Attention of the next ``count`` tokens, with each of the masks (mlx-lm's, ours)."""
+        """Attention of the next ``count`` tokens under masks: (mlx-lm's, ours: one or each's)."""
         queries = random(len(self.left), HEADS, count)
-        before = self.ours.size() if any(self.left) else 0
-        (keys, values), view = self.advance(count)
-        places = np.arange(count)
-        valid = np.stack(
-            [(before + places >= a) & (places < count - b) for a, b in zip(self.left, self.right)]
-        )
-        for name, (expected_mask, mask) in masks.items():
-            for sinks in (None, LEARNED_SINKS):
-                expected = scaled_dot_product_attention(
-                    queries, keys, values, None, SCALE, expected_mask, sinks
-                )
-                self.ours.view = view
-                out = dispatch.attend(
-                    scaled_dot_product_attention,
-                    queries, queries, queries, self.ours, SCALE, mask, sinks,
-                )  # fmt: skip
-                out, expected = (np.array(x).swapaxes(1, 2) for x in (out, expected))
-                assert np.isfinite(out).all(), name
+        before = self.ours[0].size()
+        fetched, views = self.advance(count)
+        valid = self._valid(before, count)
+        for index, (name, (expected_mask, given)) in enumerate(masks.items()):
+            given = given if isinstance(given, list) else [given] * len(WAYS)
+            expected = {}
+            for way, (path, invariant) in enumerate(WAYS):
+                # Every path has every mask with learned sinks and without; large ones take
+                # long, and take turns.
+                learned = (index + way) % 2 == 0
+                if count == LARGE and (index + index // 6 + way) % 6:
+                    continue
+                sinks = LEARNED_SINKS if learned else None
+                if learned not in expected:
+                    out = scaled_dot_product_attention(
+                        queries, *fetched, None, SCALE, expected_mask, sinks
+                    )
+                    expected[learned] = np.array(out).swapaxes(1, 2)[valid]
+                out = attend_by(path, views[way], self.ours[way], queries, given[way], sinks)
+                out = np.array(out).swapaxes(1, 2)
+                where = f"{path}, invariant {invariant}, {count} queries, {name}, {sinks}"
+                assert np.isfinite(out).all(), where
                 np.testing.assert_allclose(
-                    out[valid], expected[valid], atol=2e-5, err_msg=f"{name}, sinks {sinks}"
+                    out[valid], expected[learned], atol=2e-5, err_msg=where
                 )
-        return len(masks) * 2
+
+    def _valid(self, before, count):
+        """Which queries are no padding, bool (B, N)."""
+        places = np.arange(count)
+        return np.stack(
+            [
+                (before + places >= left) & (places < count - right)
+                for left, right in zip(self.left, self.right)
+            ]
+        )
 
 
-def single(kernel, invariant, history, ring=None, keep=0, batch=1):
-    visibility = Visibility(32, 4, invariant)
-    if ring is None:
-        pair = Pair(KVCache(), CompressedKVCache(LOSSLESS, visibility, kernel))
-    else:
-        ours = RotatingCompressedKVCache(ring, keep, LOSSLESS, visibility, kernel)
-        pair = Pair(RotatingKVCache(ring, keep), ours)
-    pair.left = pair.right = (0,) * batch
-    for count in history:
-        pair.advance(count)
-    pair.ours.view = None
-    return pair
-
-
-def batched(kernel, invariant, histories, ring=None):
-    """The batch of sequences that have taken chunks of so many tokens."""
-    rows = [single(kernel, invariant, history, ring) for history in histories]
-    longest = max(map(sum, histories))
-    return Pair(
-        rows[0].stock.merge([row.stock for row in rows]),
-        rows[0].ours.merge([row.ours for row in rows]),
-        tuple(longest - sum(history) for history in histories),
-        (0,) * len(rows),
-    )
-
-
-def padded(pair, count):
-    """The same before a pass in which rows are padded on the right."""
-    lengths = [max(1, count - 7 * row) for row in range(len(pair.left))]
-    pair.right = tuple(count - length for length in lengths)
-    for cache in (pair.stock, pair.ours):
-        cache.prepare(lengths=lengths, right_padding=list(pair.right))
-    return pair
-
-
-def arrays(pair, count, tokens, causal=False):
+def arrays(caches, count, tokens, causal=False):
     """Masks of every shape and kind over ``tokens`` tokens, the newest ``count`` the queries'.
 
     Padding is hidden, and no query of a token sees nothing.
     """
     places, queries = mx.arange(tokens), mx.arange(tokens - count, tokens)[:, None]
-    allowed = places >= mx.array(pair.left)[:, None, None, None]
+    allowed = places >= mx.array(caches.left)[:, None, None, None]
     allowed = allowed & (places <= (queries if causal else tokens))
-    batch, heads = len(pair.left), HEADS
+    batch, heads = len(caches.left), HEADS
     allowed = mx.broadcast_to(allowed, (batch, heads, count, tokens))
     masks = {}
     for shape in (
@@ -160,101 +183,264 @@ def arrays(pair, count, tokens, causal=False):
     return {name: (mask, mask) for name, mask in masks.items()}
 
 
-def own(pair, count, *windows):
+def own(caches, count, *windows):
     """The masks that the caches make themselves, as models ask for them."""
-    hidden = mx.zeros((len(pair.left), count, 8))
-    return {
-        f"own, window {window}, array {array}": tuple(
-            create_attention_mask(hidden, cache, window, array) for cache in (pair.stock, pair.ours)
-        )
-        for window in windows
-        for array in (False, True)
-    }
+    hidden = mx.zeros((len(caches.left), count, 8))
+    made = {}
+    for window in windows:
+        # Batches always make arrays.
+        for array in (False, True)[: 2 - hasattr(caches.stock, "left_padding")]:
+            stock, *ours = (
+                create_attention_mask(hidden, cache, window, array)
+                for cache in (caches.stock, *caches.ours)
+            )
+            made[f"own, window {window}, array {array}"] = stock, ours
+    return made
 
 
 BY_NAME = {"None": (None, None), "causal": ("causal", "causal")}
-# Chunks to fill a cache with: none, too few to have codes, and many.
-HISTORIES = ((), (20,), (150, 70, 1, 1))
-INVARIANT = pytest.mark.parametrize("invariant", [False, True], ids=["prompts", "invariant"])
+MANY = (150, 70, 1, 1)
 
 
-@INVARIANT
-@pytest.mark.parametrize("history", HISTORIES, ids=sum)
-@pytest.mark.parametrize("batch", [1, 2])
-def test_one_sequence(batch, history, invariant, kernel):
-    for count in COUNTS:
-        pair = single(kernel, invariant, history, batch=batch)
-        masks = {**BY_NAME, **own(pair, count, None, 20, 120)}
-        masks["(1, 1)"] = mx.ones((1, 1), mx.bool_), mx.ones((1, 1), mx.bool_)
-        tokens = sum(history) + count
-        pair.compare(count, {**masks, **arrays(pair, count, tokens)})
+@pytest.mark.parametrize(
+    "history, counts", [((), COUNTS), ((20,), COUNTS), (MANY, (*COUNTS, LARGE))], ids=str
+)
+def test_one_sequence(history, counts):
+    for count in counts:
+        caches = Caches.single(history)
+        one = mx.ones((1, 1), mx.bool_)
+        masks = {**BY_NAME, **own(caches, count, None, 20, 120), "(1, 1)": (one, one)}
+        caches.compare(count, {**masks, **arrays(caches, count, sum(history) + count)})
 
 
-@INVARIANT
 @pytest.mark.parametrize("keep", [0, 4])
 @pytest.mark.parametrize(
-    "history", [(), (2,), (60,), (40, 59), (40, 60), (150, 40, 1, 1), (250,)], ids=str
+    "history, counts",
+    [
+        ((), (*COUNTS, LARGE)),
+        ((2,), (1, 5)),
+        ((60,), COUNTS),
+        ((40, 59), COUNTS),
+        ((40, 60), COUNTS),
+        ((250,), COUNTS),
+        ((150, 40, 1, 1), (*COUNTS, LARGE)),
+    ],
+    ids=str,
 )
-def test_a_ring(history, keep, invariant, kernel):
-    for count in COUNTS:
-        pair = single(kernel, invariant, history, RING, keep)
-        masks = {**BY_NAME, **own(pair, count, None, RING)}
+def test_a_ring(history, counts, keep):
+    for count in counts:
+        caches = Caches.single(history, RING, keep)
+        masks = {**BY_NAME, **own(caches, count, None, RING)}
         if count > 1 or sum(history) < RING:
-            tokens = min(RING - 1, sum(history)) + count
-            masks.update(arrays(pair, count, tokens))
-        pair.compare(count, masks)
+            masks.update(arrays(caches, count, min(RING - 1, sum(history)) + count))
+        caches.compare(count, masks)
 
 
-RAGGED = ((150, 70, 1), (33,), (6,))
-EQUAL = ((100, 30), (100, 30))
+RAGGED = ((70, 40, 1), (33,), (6,))
+EQUAL = ((90, 10), (90, 10))
 
 
-@INVARIANT
-@pytest.mark.parametrize("right", [False, True], ids=["full", "right-padded"])
-@pytest.mark.parametrize("histories", [RAGGED, EQUAL, ((), (), ())], ids=str)
-def test_a_batch(histories, right, invariant, kernel):
-    for count in COUNTS:
-        pair = batched(kernel, invariant, histories)
-        if right:
-            padded(pair, count)
-        masks = own(pair, count, None, 20, 120)
-        if not any(pair.left + pair.right):
-            masks.update(BY_NAME)
-        tokens = pair.ours.size() + count
-        pair.compare(count, {**masks, **arrays(pair, count, tokens, causal=right)})
-        if right:
-            for cache in (pair.stock, pair.ours):
-                cache.finalize()
-            pair.left = tuple(pair.ours.left_padding.tolist())
-            pair.right = (0,) * len(pair.left)
-            pair.compare(1, {**own(pair, 1, None, 20), **arrays(pair, 1, tokens + 1)})
-
-
-@INVARIANT
-def test_a_batch_padded_on_the_left(invariant, kernel):
-    for count in COUNTS:
-        left = (20, 0, 7)
-        ours = BatchCompressedKVCache(list(left))
-        ours.bind(LOSSLESS, "", kernel, invariant)
-        pair = Pair(BatchKVCache(list(left)), ours, left, (0, 0, 0))
-        pair.compare(count, {**own(pair, count, None, 20), **arrays(pair, count, count)})
-        tokens = count + 30
-        pair.compare(30, {**own(pair, 30, None, 20), **arrays(pair, 30, tokens)})
-
-
-@INVARIANT
-@pytest.mark.parametrize("right", [False, True], ids=["full", "right-padded"])
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "right-padded"])
 @pytest.mark.parametrize(
-    "histories", [((60,), (30,), (5,)), ((150, 1), (60,)), ((150, 1), (120, 90))], ids=str
+    "histories, counts",
+    [(RAGGED, (*COUNTS, LARGE)), (EQUAL, COUNTS), (((), (), ()), COUNTS)],
+    ids=["ragged", "equal", "empty"],
 )
-def test_a_batch_of_rings(histories, right, invariant, kernel):
-    longest = max(map(sum, histories))
+def test_a_batch(histories, counts, padded):
+    for count in counts:
+        caches = Caches.batch(histories)
+        if padded:
+            caches.prepare([max(1, count - 7 * row) for row in range(len(histories))])
+        masks = own(caches, count, None, 20, 120)
+        if not any(caches.left + caches.right):
+            masks.update(BY_NAME)
+        tokens = max(map(sum, histories)) + count
+        caches.compare(count, {**masks, **arrays(caches, count, tokens, causal=padded)})
+        caches.finalize()
+        if count > 1:
+            # Packed, if all rows are long enough.
+            caches.compare(1, {**own(caches, 1, 20), **arrays(caches, 1, tokens + 1)})
+
+
+def test_a_batch_padded_on_the_left():
+    left = [20, 0, 7]
     for count in COUNTS:
-        pair = batched(kernel, invariant, histories, RING)
-        pair.left = tuple(pair.ours.left_padding.tolist())
-        if right:
-            padded(pair, count)
-        masks = own(pair, count, None, RING, 20)
+        ours = []
+        for path, invariant in WAYS:
+            ours.append(BatchCompressedKVCache(left))
+            ours[-1].bind(LOSSLESS, "", kernel_of(path), invariant)
+        caches = Caches(BatchKVCache(left), ours)
+        masks = own(caches, count, None, 20)
+        if count > max(left):
+            masks.update(arrays(caches, count, count))
+        caches.compare(count, masks)
+        caches.compare(33, {**own(caches, 33, None, 20), **arrays(caches, 33, count + 33)})
+        caches.compare(1, {**own(caches, 1, None, 20), **arrays(caches, 1, count + 34)})
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "right-padded"])
+@pytest.mark.parametrize(
+    "histories, counts",
+    [
+        (((60,), (30,), (5,)), COUNTS),
+        (((150, 1), (60,)), (*COUNTS, LARGE)),
+        (((150, 1), (120, 90)), COUNTS),
+    ],
+    ids=["short", "ragged", "long"],
+)
+def test_a_batch_of_rings(histories, counts, padded):
+    longest = max(map(sum, histories))
+    for count in counts:
+        caches = Caches.batch(histories, RING)
+        if padded:
+            caches.prepare([max(1, count - 7 * row) for row in range(len(histories))])
+        masks = own(caches, count, None, RING, 20)
         if longest < RING:
-            masks.update(arrays(pair, count, longest + count, causal=right))
-        pair.compare(count, masks)
+            masks.update(arrays(caches, count, longest + count, causal=padded))
+        caches.compare(count, masks)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 40])
+def test_what_sees_nothing_stays_a_number(count, dtype):
+    """Every second query, and all of those of the batch's first row."""
+    hides = mx.zeros((3, 1, count, 260 + count), mx.bool_)
+    seen = (mx.arange(count)[:, None] % 2 == 1) & (mx.arange(3) > 0)[:, None, None, None]
+    masks = [hides | seen]
+    masks += [mx.where(masks[0], 0.0, x) for x in (-mx.inf, mx.finfo(dtype).min, -1e9)]
+    for history in ((), (260,)):
+        for ours in Caches.batch([history] * 3).ours, Caches.single(history).ours:
+            rows = 3 if hasattr(ours[0], "left_padding") else 1
+            new = [random(rows, KV_HEADS, count).astype(dtype) for _ in range(2)]
+            queries = 3 * random(rows, HEADS, count).astype(dtype)
+            for cache, (path, _) in zip(ours, WAYS):
+                view = appended(cache, *new)
+                for mask in masks:
+                    mask = mask[:rows, ..., : cache.size()].astype(
+                        mx.bool_ if mask.dtype == mx.bool_ else dtype
+                    )
+                    for sinks in (None, LEARNED_SINKS.astype(dtype)):
+                        out = attend_by(path, view, cache, queries, mask, sinks)
+                        assert mx.all(mx.isfinite(out)).item()
+
+
+@pytest.mark.parametrize("path", ["tiles", "gpu"])
+@pytest.mark.parametrize("count", [1, 5, 40])
+@pytest.mark.parametrize("kind", ["one", "ring", "batch"])
+def test_hidden_tokens_do_not_count(kind, count, path):
+    """Neither through their codes nor exactly."""
+    rows = 2 if kind == "batch" else 1
+    tokens, hidden = RING + count - 1, [2, 7, 40, 90]
+    keys, values = random(rows, KV_HEADS, tokens), random(rows, KV_HEADS, tokens)
+    queries = random(rows, HEADS, count)
+    shown = mx.all(mx.arange(tokens) != mx.array(hidden)[:, None], axis=0)
+    others = mx.where(shown[:, None], keys, -keys)
+
+    def output(keys, mask):
+        parts = LOSSY, Visibility(32, 4), "eager"
+        caches = [CompressedKVCache(*parts) for _ in range(rows)]
+        if kind == "ring":
+            caches = [RotatingCompressedKVCache(RING, 4, *parts)]
+        cache = caches[0].merge(caches) if kind == "batch" else caches[0]
+        for new in (slice(0, tokens - count), slice(tokens - count, tokens)):
+            view = appended(cache, keys[:, :, new], values[:, :, new])
+        return np.array(attend_by(path, view, cache, queries, mask))
+
+    for mask in (shown, mx.where(shown, 0.0, -mx.inf)[None, None, None]):
+        np.testing.assert_allclose(output(others, mask), output(keys, mask), atol=1e-6)
+    everything = mx.ones((tokens,), mx.bool_)
+    assert np.abs(output(others, everything) - output(keys, everything)).max() > 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 20])
+@pytest.mark.parametrize("ring", [None, RING])
+def test_a_batch_knows_its_own_mask(ring, count, monkeypatch):
+    """It need not be looked into, which would cost as much as any other."""
+    seen = []
+    tiles = dispatch.attend_tiles
+    monkeypatch.setattr(
+        dispatch,
+        "attend_tiles",
+        lambda queries, view, scale, mask, *rest: seen.append(mask)
+        or tiles(queries, view, scale, mask, *rest),
+    )
+    cache = Caches.batch(((150,), (120,)), ring).ours[0]
+    queries, new = random(2, HEADS, count), random(2, KV_HEADS, count)
+    # Short of a row's sinks rows are not packed.
+    cache.extend(Caches.single(()).ours[0].merge([Caches.single((), ring).ours[0]]))
+    queries, new = (mx.concatenate([x, x[:1]]) for x in (queries, new))
+    mask = create_attention_mask(mx.zeros((3, count, 8)), cache, ring)
+    view = appended(cache, new, new)
+    attend_by("tiles", view, cache, queries, mask)
+    assert seen == [None if count == 1 else "causal"] * 2
+    seen.clear()
+    attend_by("tiles", view, cache, queries, mask & True)
+    assert all(isinstance(x, mx.array) for x in seen) and len(seen) == 2
+
+
+BAD = {
+    "tokens": (lambda b, h, n, t: (n, t + 1), "does not fit"),
+    "more tokens": (lambda b, h, n, t: (1, 1, 1, t + 5), "broadcasts to"),
+    "queries": (lambda b, h, n, t: (n + 1, t), "does not fit"),
+    "heads": (lambda b, h, n, t: (b, h + 1, n, t), "does not fit"),
+    "rows": (lambda b, h, n, t: (b + 1, 1, n, t), "does not fit"),
+    "axes": (lambda b, h, n, t: (1, 1, 1, n, t), "does not fit"),
+}
+
+
+@pytest.fixture
+def layer():
+    """An attention of a model, and f(max_kv_size, batch) that makes its cache."""
+    model, _ = tiny.load("tiny-llama")
+    mlx_turboquant_plugin.enable(bypass="identity", window=32)
+
+    def make(ring=None, batch=False):
+        cache = mlx_lm_cache.make_prompt_cache(model, ring)[0]
+        return cache.merge([cache, mlx_lm_cache.make_prompt_cache(model, ring)[0]]) if batch else cache
+
+    return model.layers[0].self_attn, make
+
+
+def contents(cache):
+    return [cache.size(), *(np.array(x) for x in cache.keys_and_values())]
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("ring", [None, RING])
+@pytest.mark.parametrize("bad", BAD)
+def test_what_does_not_fit_is_refused_before_the_cache_changes(bad, ring, batch, layer):
+    attention, make = layer
+    rows, cache = 2 if batch else 1, make(ring, batch)
+    width, heads = attention.q_proj.weight.shape[1], attention.n_heads
+    attention(mx.random.normal((rows, 60, width)), "causal", cache)
+    before = contents(cache)
+    for count in (2, 40):
+        shape, message = BAD[bad]
+        mask = mx.ones(shape(rows, heads, count, 60 + count), mx.bool_)
+        with pytest.raises(ValueError, match=message):
+            attention(mx.random.normal((rows, count, width)), mask=mask, cache=cache)
+    with pytest.raises(ValueError, match="'diagonal'"):
+        attention(mx.random.normal((rows, 2, width)), "diagonal", cache)
+    for x, y in zip(before, contents(cache)):
+        np.testing.assert_array_equal(x, y)
+    attention(mx.random.normal((rows, 2, width)), mx.ones((2, 62), mx.bool_), cache)
+    assert cache.size() == 62
+
+
+@pytest.mark.parametrize("filled", [RING, RING + 30])
+def test_a_full_ring_refuses_arrays_for_one_query(filled, layer):
+    attention, make = layer
+    cache, width = make(RING), attention.q_proj.weight.shape[1]
+    attention(mx.random.normal((1, filled, width)), cache.make_mask(filled), cache)
+    before, one = contents(cache), mx.random.normal((1, 1, width))
+    mask = mx.ones((RING,), mx.bool_)
+    with pytest.raises(ValueError, match="order.*Pass mask=None"):
+        attention(one, mask, cache)
+    for x, y in zip(before, contents(cache)):
+        np.testing.assert_array_equal(x, y)
+    attention(one, None, cache)
+    # Where nothing sees the mask before, attention itself refuses it.
+    queries, new = random(1, HEADS, 1), random(1, KV_HEADS, 1)
+    ours = Caches.single((filled,), RING).ours[0]
+    with pytest.raises(ValueError, match="order.*Pass mask=None"):
+        attend_by("tiles", appended(ours, new, new), ours, queries, mask)
