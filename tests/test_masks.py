@@ -240,13 +240,19 @@ RAGGED = ((70, 40, 1), (33,), (6,))
 EQUAL = ((90, 10), (90, 10))
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["full", "right-padded"])
 @pytest.mark.parametrize(
-    "histories, counts",
-    [(RAGGED, (*COUNTS, LARGE)), (EQUAL, COUNTS), (((), (), ()), COUNTS)],
-    ids=["ragged", "equal", "empty"],
+    "histories, padded, counts",
+    [
+        (RAGGED, False, COUNTS),
+        (RAGGED, True, (*COUNTS, LARGE)),
+        (EQUAL, False, (*COUNTS, LARGE)),
+        (EQUAL, True, COUNTS),
+        (((), (), ()), False, COUNTS),
+        (((), (), ()), True, COUNTS),
+    ],
+    ids=str,
 )
-def test_a_batch(histories, counts, padded):
+def test_a_batch(histories, padded, counts):
     for count in counts:
         caches = Caches.batch(histories)
         if padded:
@@ -391,7 +397,7 @@ BAD = {
 @pytest.fixture
 def layer():
     """An attention of a model, and f(max_kv_size, batch) that makes its cache."""
-    model, _ = tiny.load("tiny-llama")
+    model, _ = tiny.load("tiny-qwen3")
     mlx_turboquant_plugin.enable(bypass="identity", window=32)
 
     def make(ring=None, batch=False):
