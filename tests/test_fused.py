@@ -29,8 +29,7 @@ def module(monkeypatch):
     module = SimpleNamespace(
         seen=seen,
         attend=attend,
-        encode_keys=KVCodec.encode_keys,
-        encode_values=KVCodec.encode_values,
+        encode=KVCodec.encode,
     )
     for place in (fused, package):
         monkeypatch.setattr(place, "fused_kernel", lambda name: module)

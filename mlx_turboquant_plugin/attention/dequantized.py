@@ -13,7 +13,7 @@ from ..cache.packed import PackedRows
 from ..cache.view import View, code_range
 from ..cache.visibility import ROLLBACK
 from ..kernels import FUSED
-from ..kernels.dequantize import Side, cannot_dequantize, dequantize
+from ..kernels.dequantize import Places, Tokens, cannot_lay_out, lay_out
 from .layout import Layout, Row, combined_mask, layout_of
 from .masks import Mask
 from .pacing import paced
@@ -145,56 +145,26 @@ def laid_out(
     ready = getattr(source, "laid_out", None)
     if ready is not None and layout.tokens == layout.total:
         return ready
-    if source.kernel not in FUSED or any(map(cannot_dequantize, sides(source))):
+    exact = source.exact_tokens
+    unjoined, drop = exact.unjoined, 0
+    older, newer = (exact.keys, exact.values) if unjoined is None else None, None
+    if unjoined is not None:
+        drop = unjoined.drop
+        older = unjoined.keys, unjoined.values
+        newer = unjoined.new_keys, unjoined.new_values
+    tokens = Tokens(older, newer, source.key_codes, source.value_codes, source.first_coded)
+    if source.kernel not in FUSED or cannot_lay_out(source.codec, tokens):
         return _by_operations(source, layout, slot)
-    unjoined = source.exact_tokens.unjoined
-    drop = 0 if unjoined is None else unjoined.drop
-    return tuple(
-        dequantize(
-            source.kernel,
-            side,
-            left=layout.left,
-            sinks=layout.sinks,
-            first_code=layout.decoded.start - source.first_coded if layout.decoded else 0,
-            decoded=len(layout.decoded),
-            first_exact=slot + drop,
-            exact=len(layout.exact),
-            total=layout.total,
-        )
-        for side in sides(source)
+    places = Places(
+        left=layout.left,
+        sinks=layout.sinks,
+        first_code=layout.decoded.start - source.first_coded if layout.decoded else 0,
+        decoded=len(layout.decoded),
+        first_exact=slot + drop,
+        exact=len(layout.exact),
+        total=layout.total,
     )
-
-
-def sides(source: Union[View, PackedRows]) -> Tuple[Side, Side]:
-    """Keys and values as the kernel takes them."""
-    codec, spec = source.codec, source.codec.spec
-    unjoined = source.exact_tokens.unjoined
-    if unjoined is None:
-        tokens = (source.exact_tokens.keys, None), (source.exact_tokens.values, None)
-    else:
-        tokens = (unjoined.keys, unjoined.new_keys), (unjoined.values, unjoined.new_values)
-    return (
-        Side(
-            *tokens[0],
-            spec.key_codec,
-            spec.key_bits,
-            source.key_codes,
-            True,
-            source.first_coded,
-            codec.key_rotation,
-            codec.balance,
-            codec.bias,
-        ),
-        Side(
-            *tokens[1],
-            spec.value_codec,
-            spec.value_bits,
-            source.value_codes,
-            False,
-            source.first_coded,
-            codec.value_rotation,
-        ),
-    )
+    return lay_out(source.kernel, source.codec, tokens, places)[0]
 
 
 def _by_operations(

@@ -8,7 +8,8 @@ from mlx_lm.models.cache import KVCache, _BaseCache, create_attention_mask
 
 from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
 from ..kernels import FUSED, STEADY, encoder
-from ..kernels.prompt import Places, can_pass, run_pass
+from ..kernels.dequantize import Places, Tokens
+from ..kernels.prompt import can_pass, run_pass
 from ..log import log_once
 from . import state as saved
 from .exact import ExactTokens
@@ -135,22 +136,25 @@ class CompressedKVCache(_BaseCache):
         sinks, begin, reads_from = view.sinks, self.coded, max(view.sinks, view.exact_from(start))
         self.coded = end
         kept = sinks + self._forgettable(self.offset)
+        decoded, slot = reads_from - sinks, view.slot(reads_from)
         places = Places(
-            first_coded=self.first_coded,
+            left=0,
             sinks=sinks,
             first_code=sinks - self.first_coded,
-            decoded=reads_from - sinks,
-            first_exact=view.slot(reads_from),
+            decoded=decoded,
+            first_exact=slot,
             exact=self.offset - reads_from,
-            start=begin,
-            first_encoded=view.slot(begin),
-            encoded=end - begin,
+            total=self.offset,
             first_kept=kept,
             kept=self.exact_tokens.count - kept,
         )
         older = None if unjoined is None else (unjoined.keys, unjoined.values)
         codes = self.key_codes, self.value_codes
-        done = run_pass(self.kernel, self.codec, older, (keys, values), *codes, places)
+        tokens = Tokens(older, (keys, values), *codes, self.first_coded)
+        # Exact tokens stand behind the decoded ones.
+        first = begin if begin < sinks else sinks + decoded + view.slot(begin) - slot
+        encoded = range(first, first + end - begin)
+        done = run_pass(self.kernel, self.codec, tokens, places, begin, encoded)
         self.exact_tokens = ExactTokens(*done.kept)
         self.key_codes, self.value_codes = done.key_codes, done.value_codes
         return view._replace(laid_out=done.laid_out)
@@ -164,8 +168,8 @@ class CompressedKVCache(_BaseCache):
         skip = self._sinks() - self.exact_start
         coder = encoder(self.kernel)
         keys, values = self.exact_tokens.part(start + skip, end + skip)
-        self.key_codes = coder.encode_keys(self.codec, keys, start, self.key_codes)
-        self.value_codes = coder.encode_values(self.codec, values, self.value_codes)
+        older = self.key_codes, self.value_codes
+        self.key_codes, self.value_codes = coder.encode(self.codec, keys, values, start, older)
         self.coded = end
 
     def encode_ahead(self) -> None:

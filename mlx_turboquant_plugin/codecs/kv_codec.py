@@ -102,6 +102,20 @@ class KVCodec:
         """Of both rotations: tells whether codes from elsewhere mean the same here."""
         return _checksum(self.key_rotation, self.value_rotation)
 
+    def encode(
+        self,
+        keys: mx.array,
+        values: mx.array,
+        start: int,
+        older: Tuple[Codes, Codes] = ((), ()),
+        part: slice = ALL,
+    ) -> Tuple[Codes, Codes]:
+        """Codes of keys and of values: see :meth:`encode_keys` and :meth:`encode_values`."""
+        return (
+            self.encode_keys(keys, start, older[0], part),
+            self.encode_values(values, older[1], part),
+        )
+
     def encode_keys(
         self, keys: mx.array, start: int, older: Codes = (), part: slice = ALL
     ) -> Codes:

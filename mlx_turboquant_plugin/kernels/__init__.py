@@ -6,7 +6,7 @@ Each is a module named after what it is written in, with
     The attention, (B, H_q, N, D_v) in the dtype of the queries, of a
     :class:`~mlx_turboquant_plugin.attention.fused.Problem` that is not :func:`unsupported`.
 
-And ``encode_keys`` and ``encode_values``, see :func:`encoder`.
+And ``encode``, see :func:`encoder`.
 """
 
 import functools
@@ -53,8 +53,8 @@ def encoder(kernel: str) -> Union[ModuleType, Type[KVCodec]]:
     """What makes the codes that a kernel reads, in as few launches as it can.
 
     Returns:
-        A namespace of ``encode_keys(codec, keys, start, older)`` and ``encode_values(codec,
-        values, older)``, which are methods of :class:`KVCodec` or do the same.
+        A namespace of ``encode(codec, keys, values, start, older, part)``, which is the method
+        of :class:`KVCodec` or does the same.
     """
     return fused_kernel(kernel) if kernel in FUSED else KVCodec
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..codecs.kv_codec import CodecSpec
 from . import cuda_portable, cuda_source
-from .cuda_encode import encode_keys, encode_values
+from .cuda_encode import encode
 from .cuda_source import BLOCKS, MERGE_THREADS, SPLIT_THREADS
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ ROOM = 132 * BLOCKS
 
 MOST_PARTS = 256
 
-__all__ = ["attend", "encode_keys", "encode_values"]
+__all__ = ["attend", "encode"]
 
 
 def attend(problem: "Problem") -> mx.array:

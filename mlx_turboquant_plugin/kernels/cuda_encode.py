@@ -1,11 +1,10 @@
 """Codes made in one launch on NVIDIA GPUs."""
 
 import functools
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import mlx.core as mx
 
-from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import ALL, Codes, KVCodec
 from ..codecs.rotation import Rotation
 from . import cuda_source, encodes
@@ -20,99 +19,148 @@ COPIED = 2**16
 MOST_COPYING = 64
 
 
-def encode_keys(
-    codec: KVCodec, keys: mx.array, start: int, older: Codes = (), part: slice = ALL
-) -> Codes:
-    """As :meth:`KVCodec.encode_keys`; Lloyd-Max codes in one launch."""
+def encode(
+    codec: KVCodec,
+    keys: mx.array,
+    values: mx.array,
+    start: int,
+    older: Tuple[Codes, Codes] = ((), ()),
+    part: slice = ALL,
+) -> Tuple[Codes, Codes]:
+    """As :meth:`KVCodec.encode`; Lloyd-Max codes of both in one launch."""
     spec = codec.spec
-    if not encodes(spec.key_codec, keys):
-        return codec.encode_keys(keys, start, older, part)
-    known = codec.balance, codec.bias
-    return _encode(keys, part, spec.key_bits, codec.key_rotation, True, older, start, *known)
+    sides = []
+    if encodes(spec.key_codec, keys):
+        sides.append(_Side(keys, spec.key_bits, codec.key_rotation, True, older[0]))
+    if encodes(spec.value_codec, values):
+        sides.append(_Side(values, spec.value_bits, codec.value_rotation, False, older[1]))
+    made = iter(_encode(codec, sides, start, part) if sides else ())
+    return (
+        next(made)
+        if encodes(spec.key_codec, keys)
+        else codec.encode_keys(keys, start, older[0], part),
+        next(made)
+        if encodes(spec.value_codec, values)
+        else codec.encode_values(values, older[1], part),
+    )
 
 
-def encode_values(
-    codec: KVCodec, values: mx.array, older: Codes = (), part: slice = ALL
-) -> Codes:
-    """As :meth:`KVCodec.encode_values`; Lloyd-Max codes in one launch."""
-    spec = codec.spec
-    if not encodes(spec.value_codec, values):
-        return codec.encode_values(values, older, part)
-    return _encode(values, part, spec.value_bits, codec.value_rotation, False, older)
+class _Side(NamedTuple):
+    """Keys or values (B, H, T, D) that get Lloyd-Max codes, and the codes before theirs."""
+
+    x: mx.array
+    bits: int
+    rotation: Rotation
+    is_keys: bool
+    older: Codes
+
+    @property
+    def widths(self) -> Tuple[int, ...]:
+        """Bytes of a vector in each plane, and of its scale."""
+        dim = self.x.shape[-1]
+        return (*([dim // 8] * 3 if self.bits == 3 else [dim * self.bits // 8]), 1)
 
 
-def _encode(
-    x: mx.array,
-    part: slice,
-    bits: int,
-    rotation: Rotation,
-    channel_major: bool,
-    older: Codes,
-    start: int = 0,
-    balance: Optional[mx.array] = None,
-    bias: Optional[KeyBias] = None,
-) -> Codes:
-    """Codes of some tokens of ``x`` (B, H, T, D) after ``older`` ones.
-
-    Args:
-        part: which tokens.
-        start: the position of the first vector.
-        balance: fp32 (H, 1, D).
-    """
-    batch, heads, count, dim = x.shape
+def _encode(codec: KVCodec, sides: Sequence[_Side], start: int, part: slice) -> Sequence[Codes]:
+    batch, heads, count, _ = sides[0].x.shape
     first, end, _ = part.indices(count)
     length = end - first
-    widths = [dim // 8] * 3 if bits == 3 else [dim * bits // 8]
-    before = older[-1].shape[3 if channel_major else 2] if older else 0
+    before = _tokens(sides[0])
     total = before + length
-    copying = min(MOST_COPYING, -(-before * sum(widths) // COPIED))
-    layout, model = model_arrays(rotation.array, balance, bias, start + length)
-    older = older or (rotation.array.view(mx.uint8),) * (len(widths) + 1)
-    codes = _encode_kernel(len(widths))(
-        inputs=[x, *model, *older, int_array(first, length, start, before, *layout)],
+    balance, bias = (codec.balance, codec.bias) if sides[0].is_keys else (None, None)
+    rotation = sides[0].rotation.array
+    rotary, model = model_arrays(rotation, balance, bias, start + length)
+    inputs, copying, template = [], [], []
+    for name, side in zip("kv" if len(sides) == 2 else "kv"[not sides[0].is_keys], sides):
+        copying.append(min(MOST_COPYING, -(-before * sum(side.widths) // COPIED)))
+        # What is not there is not read.
+        older = side.older or (rotation.view(mx.uint8),) * len(side.widths)
+        inputs += [side.x, side.rotation.array, *older]
+        template += [(f"{name.upper()}_DIM", side.x.shape[-1]), (f"{name.upper()}_BITS", side.bits)]
+    shapes = [
+        (batch, heads, width, total) if side.is_keys else (batch, heads, total, width)
+        for side in sides
+        for width in side.widths
+    ]
+    blocks = len(sides) * -(-length // ENCODED) + sum(copying)
+    made = _encode_kernel(tuple((side.is_keys, len(side.widths) - 1) for side in sides))(
+        inputs=[*inputs, *model[1:], int_array(first, length, start, before, *rotary, *copying)],
         template=[
-            ("DIM", dim),
-            ("BITS", bits),
-            ("CHANNEL_MAJOR", channel_major),
+            *template,
             ("BALANCED", balance is not None),
             ("BIASED", bias is not None),
             ("UNIT", 1 if before % 16 or total % 16 else 16),
         ],
-        grid=((-(-length // ENCODED) + copying) * ENCODE_THREADS, heads, batch),
+        grid=(blocks * ENCODE_THREADS, heads, batch),
         threadgroup=(ENCODE_THREADS, 1, 1),
-        output_shapes=[
-            (batch, heads, width, total) if channel_major else (batch, heads, total, width)
-            for width in (*widths, 1)
-        ],
-        output_dtypes=[mx.uint8] * (len(widths) + 1),
+        output_shapes=shapes,
+        output_dtypes=[mx.uint8] * len(shapes),
     )
-    return tuple(codes)
+    planes = iter(made)
+    return [tuple(next(planes) for _ in side.widths) for side in sides]
 
 
-# The last blocks of each head copy.
+def _tokens(side: _Side) -> int:
+    return side.older[-1].shape[3 if side.is_keys else 2] if side.older else 0
+
+
 BODY = """
-  unsigned char* planes[] = {{{planes}}};
-  const unsigned char* older_planes[] = {{{older}}};
+  constexpr int WIDEST = {widest};
+  __shared__ float vectors[ENCODED * WIDEST];
+  __shared__ unsigned char codes[ENCODED * (WIDEST + 4)];
   int first = places[0], length = places[1], start = places[2], before = places[3];
-  int encoding = (length + ENCODED - 1) / ENCODED;
-  if (blockIdx.x >= encoding) {{
-    copy_codes<DIM, BITS, CHANNEL_MAJOR, UNIT>(
-        older_planes, older_scales, planes, scales, before, before + length,
-        blockIdx.x - encoding, gridDim.x - encoding);
-    return;
-  }}
   RotaryPairs rotary = {{fine, coarse_cos, coarse_sin, places[4], places[5], places[6]}};
-  encode_vectors<DIM, BITS, CHANNEL_MAJOR, BALANCED, BIASED>(
-      x + ((long long)(blockIdx.z * gridDim.y + blockIdx.y) * x_shape[2] + first) * DIM, length,
-      before, start, rotation, balance, bias, rotary, planes, scales);
+  int encoding = (length + ENCODED - 1) / ENCODED, block = blockIdx.x;
+  long long head = (long long)blockIdx.z * gridDim.y + blockIdx.y;
+"""
+
+# A side's first blocks encode, its last ones copy.
+SIDE_BODY = """
+  {{
+    constexpr int DIM = {NAME}_DIM, BITS = {NAME}_BITS;
+    unsigned char* planes[] = {{{planes}}};
+    const unsigned char* older_planes[] = {{{older}}};
+    int copying = places[{place}];
+    if (block < encoding) {{
+      encode_vectors<DIM, BITS, {is_keys}, BALANCED && {is_keys}, BIASED && {is_keys}>(
+          {name} + (head * {name}_shape[2] + first) * DIM, length, before, start, {name}_rotation,
+          balance, bias, rotary, planes, {name}_scales, vectors, codes, block);
+      return;
+    }}
+    block -= encoding;
+    if (block < copying) {{
+      copy_codes<DIM, BITS, {is_keys}, UNIT>(
+          older_planes, older_{name}_scales, planes, {name}_scales, before, before + length, block,
+          copying);
+      return;
+    }}
+    block -= copying;
+  }}
 """
 
 
 @functools.lru_cache(maxsize=None)
-def _encode_kernel(planes: int) -> Any:
-    outputs = ["low", "mid", "high"][:planes]
-    older = [f"older_{name}" for name in outputs]
-    names = MODEL.replace("levels", "rotation").split()
-    inputs = ["x", *names, *older, "older_scales", "places"]
-    body = BODY.format(planes=", ".join(outputs), older=", ".join(older))
-    return cuda_source.kernel("encode", inputs, [*outputs, "scales"], body)
+def _encode_kernel(sides: Tuple[Tuple[bool, int], ...]) -> Any:
+    """The kernel for sides, of which each are keys or not, and have so many planes."""
+    inputs, outputs, bodies, names = [], [], [], []
+    for index, (is_keys, count) in enumerate(sides):
+        name = "k" if is_keys else "v"
+        planes = [f"{name}_{plane}" for plane in ("low", "mid", "high")[:count]]
+        older = [f"older_{plane}" for plane in planes]
+        inputs += [name, f"{name}_rotation", *older, f"older_{name}_scales"]
+        outputs += [*planes, f"{name}_scales"]
+        names.append(f"{name.upper()}_DIM")
+        bodies.append(
+            SIDE_BODY.format(
+                name=name,
+                NAME=name.upper(),
+                planes=", ".join(planes),
+                older=", ".join(older),
+                place=7 + index,
+                is_keys=str(is_keys).lower(),
+            )
+        )
+    widest = names[0] if len(names) == 1 else "(K_DIM > V_DIM ? K_DIM : V_DIM)"
+    body = BODY.format(widest=widest) + "".join(bodies)
+    inputs += [*MODEL.split()[1:], "places"]
+    return cuda_source.kernel("encode", inputs, outputs, body)

@@ -46,7 +46,7 @@ PARTS = ("ptx.cu", "codes.cu", "rotation.cu", "split.cu", "merge.cu", "encode.cu
 # but a launch less, which counts for the others: those of decoding.
 PROMPT_PARTS = {
     "encode": ("ptx.cu", "codes.cu", "rotation.cu", "encode.cu"),
-    "metal_dequantize": PORTABLE_PARTS,
+    "metal_dequantize": (*PORTABLE_PARTS, "tokens.metal"),
 }
 
 BOUNDS = {
@@ -68,7 +68,7 @@ def source(name: str) -> str:
     # MLX writes the signature. The bounds give a thread of the first launch 128 registers.
     last = f"#undef __global__\n#define __global__ {attributes}\n"
     if name.startswith("metal"):
-        return "\n".join([*map(include, PORTABLE_PARTS), last])
+        return "\n".join([*map(include, PROMPT_PARTS.get(name, PORTABLE_PARTS)), last])
     return "\n".join([_levels(), *map(include, PARTS), last])
 
 

@@ -1,15 +1,13 @@
-"""Keys or values of one layer, exact tokens and codes side by side, in one launch.
+"""Keys and values of one layer, exact tokens and codes side by side, in one launch.
 
 One source, ``dequantize.metal``, serves both kinds of GPU.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Tuple
 
 import mlx.core as mx
 
-from ..codecs.key_bias import KeyBias
-from ..codecs.kv_codec import Codes
-from ..codecs.rotation import Rotation
+from ..codecs.kv_codec import Codes, KVCodec
 from . import CODECS, DTYPES, cuda_portable, metal, unsupported_dim
 from .cuda_source import DEQUANTIZE_THREADS
 from .inputs import MODEL, code_arrays, int_array, inverse_array, level_array, model_arrays
@@ -19,109 +17,148 @@ TOKENS = 64
 
 DEQUANTIZE = (
     "dequantize",
-    "older newer low low_of_upper_fields high scales zeros rotation "
-    f"{MODEL} places",
-    "out",
+    "older_keys newer_keys older_values newer_values k0 k1 k2 key_scale key_zero v0 v1 v2 "
+    f"value_scale value_zero key_rotation value_rotation {MODEL} places",
+    "keys values kept_keys kept_values",
 )
 
+Pair = Tuple[mx.array, mx.array]
 
-class Side(NamedTuple):
-    """The keys or the values of one layer.
+
+class Tokens(NamedTuple):
+    """The tokens of one layer.
 
     Attributes:
-        older, newer: exact tokens (B, H, E, D), one after the other; ``newer`` may be None.
-        codec, bits: what made the codes.
-        codes: channel-major (B, H, C, T) for keys and token-major (B, H, T, C) for values.
-        is_keys: which of the two they are.
-        first_coded: the position of the first code.
-        rotation, balance, bias: as in :class:`KVCodec`; the last two may be None.
+        older: exact keys and values (B, H, E, D), or None.
+        newer: those that come after them, (B, H, N, D), or None.
+        key_codes, value_codes: see :class:`KVCodec`; the first stand for the position
+            ``first_coded``.
     """
 
-    older: mx.array
-    newer: Optional[mx.array]
-    codec: str
-    bits: int
-    codes: Codes
-    is_keys: bool
+    older: Optional[Pair]
+    newer: Optional[Pair]
+    key_codes: Codes
+    value_codes: Codes
     first_coded: int
-    rotation: Rotation
-    balance: Optional[mx.array] = None
-    bias: Optional[KeyBias] = None
+
+    @property
+    def some(self) -> Pair:
+        """Exact keys and values that are there."""
+        return self.older or self.newer
 
 
-def cannot_dequantize(side: Side) -> Optional[str]:
-    """None, or what the kernel can't do about ``side``, in words."""
-    dim, dtype = side.older.shape[-1], side.older.dtype
-    if side.codec not in CODECS:
-        return f"the {side.codec} codec"
-    if unsupported_dim(dim):
-        return f"a head dim of {dim}: it must be a multiple of 8 from 32 to 256"
-    if dtype not in DTYPES:
-        return f"{dtype}: keys and values must be float16, bfloat16 or float32"
+class Places(NamedTuple):
+    """Which tokens are put side by side, by their places among codes and among exact tokens.
+
+    Attributes:
+        left: the zeros before.
+        sinks: how many of the first exact tokens come first in all that is made.
+        first_code, decoded: the first code that counts, and how many do.
+        first_exact, exact: the first exact token that counts after the sinks, and how many do.
+        total: T, with the zeros before and after.
+        first_kept, kept: as for exact tokens, for those that are put together apart.
+    """
+
+    left: int
+    sinks: int
+    first_code: int
+    decoded: int
+    first_exact: int
+    exact: int
+    total: int
+    first_kept: int = 0
+    kept: int = 1
+
+
+def cannot_lay_out(codec: KVCodec, tokens: Tokens) -> Optional[str]:
+    """None, or what the kernel can't do about ``tokens``, in words."""
+    for name, x in zip((codec.spec.key_codec, codec.spec.value_codec), tokens.some):
+        if name not in CODECS:
+            return f"the {name} codec"
+        if unsupported_dim(x.shape[-1]):
+            return f"a head dim of {x.shape[-1]}: it must be a multiple of 8 from 32 to 256"
+        if x.dtype not in DTYPES:
+            return f"{x.dtype}: keys and values must be float16, bfloat16 or float32"
     return None
 
 
-def dequantize(
-    kernel: str,
-    side: Side,
-    *,
-    left: int = 0,
-    sinks: int,
-    first_code: int = 0,
-    decoded: int = 0,
-    first_exact: int,
-    exact: int,
-    total: int,
-) -> mx.array:
-    """Zeros, the first exact tokens, tokens from codes, later exact tokens, and zeros.
+def lay_out(kernel: str, codec: KVCodec, tokens: Tokens, places: Places) -> Tuple[Pair, Pair]:
+    """Zeros, sinks, tokens from codes, later exact tokens, and zeros.
 
     Args:
         kernel: "metal" or "cuda".
-        left: the zeros before.
-        sinks: the number of first tokens.
-        first_code: the index of the first code that counts, and ``decoded``, how many do.
-        first_exact: the place of the first later token among the exact ones, and ``exact``,
-            how many there are.
-        total: T, all places.
+        codec: what made the codes.
 
     Returns:
-        (B, H, T, D) in the dtype of the exact tokens.
+        Keys and values (B, H, T, D), and those that are kept, (B, H, sinks + kept, D), in the
+        dtypes of the exact tokens.
     """
-    older = side.older
-    newer = older if side.newer is None else side.newer
-    batch, heads, count, dim = older.shape
-    axis = -1 if side.is_keys else -2
-    coded = side.codes[-1].shape[axis] if side.codes else 0
-    planes = code_arrays(side.codes, side.codec, batch * heads, axis)
-    levels = level_array((side.codec, side.bits))
-    end = side.first_coded + first_code + decoded
-    layout, model = model_arrays(levels, side.balance, side.bias, end)
-    places = (total, left, sinks, first_code, decoded, coded, count, first_exact, exact)
-    tiles = -(-(first_code + decoded) // TOKENS) - first_code // TOKENS if decoded else 0
-    groups = tiles + -(-(total - decoded) // TOKENS)
+    spec, (keys, values) = codec.spec, tokens.some
+    batch, heads = keys.shape[:2]
+    older = tokens.older or tokens.newer
+    # Keys and values come from projections, with heads inside: so MLX copies nothing.
+    newer = tuple(x.swapaxes(1, 2) for x in tokens.newer) if tokens.newer else older
+    counts = (
+        tokens.older[0].shape[2] if tokens.older else 0,
+        tokens.newer[0].shape[2] if tokens.newer else 0,
+    )
+    coded = tokens.key_codes[-1].shape[-1] if tokens.key_codes else 0
+    levels = level_array((spec.key_codec, spec.key_bits), (spec.value_codec, spec.value_bits))
+    end = tokens.first_coded + places.first_code + places.decoded
+    rotary, model = model_arrays(levels, codec.balance, codec.bias, end)
+    numbers = (
+        (places.total, places.left, places.sinks, places.first_code, places.decoded)
+        + (coded, tokens.first_coded, counts[0], places.first_exact, places.exact)
+        + (places.first_kept, places.kept, heads, counts[1], *rotary)
+    )
+    key_codes = code_arrays(tokens.key_codes, spec.key_codec, batch * heads, -1)
+    value_codes = code_arrays(tokens.value_codes, spec.value_codec, batch * heads, -2)
+    dims = keys.shape[-1], values.shape[-1]
     compiled = metal.kernel if kernel == "metal" else cuda_portable.kernel
-    (out,) = compiled(*DEQUANTIZE)(
+    shapes = [
+        (batch, heads, count, dim)
+        for count in (places.total, places.sinks + places.kept)
+        for dim in dims
+    ]
+    out = compiled(*DEQUANTIZE)(
         inputs=[
-            older,
-            newer,
-            *planes,
-            inverse_array(side.rotation),
+            older[0],
+            newer[0],
+            older[1],
+            newer[1],
+            *key_codes,
+            *value_codes,
+            inverse_array(codec.key_rotation),
+            inverse_array(codec.value_rotation),
             *model,
-            int_array(*places, side.first_coded, *layout),
+            int_array(*numbers),
         ],
         template=[
-            ("T", older.dtype),
-            ("D", dim),
-            ("BITS", side.bits),
-            ("AFFINE", side.codec == "affine"),
-            ("GROUPED", side.codec == "affine" and not side.is_keys),
-            ("CHANNEL_MAJOR", side.is_keys),
-            ("BALANCED", side.balance is not None),
-            ("BIASED", side.bias is not None),
+            ("KT", keys.dtype),
+            ("VT", values.dtype),
+            ("KEY_SCALE", key_codes[3].dtype),
+            ("VALUE_SCALE", value_codes[3].dtype),
+            ("DK", dims[0]),
+            ("DV", dims[1]),
+            ("KEY_BITS", spec.key_bits),
+            ("VALUE_BITS", spec.value_bits),
+            ("KEY_AFFINE", spec.key_codec == "affine"),
+            ("VALUE_AFFINE", spec.value_codec == "affine"),
+            ("BALANCED", codec.balance is not None),
+            ("BIASED", codec.bias is not None),
         ],
-        grid=(groups * DEQUANTIZE_THREADS, batch * heads, 1),
+        grid=(2 * _groups(places) * DEQUANTIZE_THREADS, batch * heads, 1),
         threadgroup=(DEQUANTIZE_THREADS, 1, 1),
-        output_shapes=[(batch, heads, total, dim)],
-        output_dtypes=[older.dtype],
+        output_shapes=shapes,
+        output_dtypes=[keys.dtype, values.dtype] * 2,
     )
-    return out
+    return tuple(out[:2]), tuple(out[2:])
+
+
+def _groups(places: Places) -> int:
+    """The threadgroups of each side and (sequence, head)."""
+    tiles, first = 0, places.first_code
+    if places.decoded:
+        tiles = (first + places.decoded - 1) // TOKENS - first // TOKENS + 1
+    others = places.total - places.decoded, places.sinks + places.kept
+    return tiles + sum(-(-count // TOKENS) for count in others)

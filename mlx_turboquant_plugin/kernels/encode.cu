@@ -129,24 +129,22 @@ __device__ inline void copy_codes(
 }
 
 // x: the first of `length` tokens of this head, (length, DIM), which there are the codes of
-// `before` others before. `start`: the position of the first. rotation: see rotate(). balance: (H, 1, DIM), bias: (H, DIM), or
-// not read. planes: (B, H, bytes, T) if CHANNEL_MAJOR, (B, H, T, bytes) otherwise. scales:
-// (B, H, T).
+// `before` others before. `start`: the position of the first. rotation: see rotate().
+// balance: (H, 1, DIM), bias: (H, DIM), or not read. planes: (B, H, bytes, T) if
+// CHANNEL_MAJOR, (B, H, T, bytes) otherwise. scales: (B, H, T). `vectors` and `codes`: shared
+// memory of ENCODED times DIM and DIM + 4: so the same byte of all tokens is in 32 banks.
 template <
     int DIM, int BITS, bool CHANNEL_MAJOR, bool BALANCED, bool BIASED, typename X, int PLANES>
 __device__ inline void encode_vectors(
     const X* x, int length, int before, int start, const float* rotation, const float* balance,
     const float* bias, const RotaryPairs& rotary, unsigned char* const (&planes)[PLANES],
-    unsigned char* scales) {
+    unsigned char* scales, float* vectors, unsigned char* codes, int block) {
   constexpr int FIELDS = Layout<DIM, BITS>::FIELDS, BYTES = Layout<DIM, BITS>::ROWS;
-  __shared__ float vectors[ENCODED][DIM];
-  // An odd number of words: the same byte of all tokens is in 32 banks.
-  __shared__ unsigned char codes[ENCODED][DIM + 4];
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int h = blockIdx.y, first = blockIdx.x * ENCODED, token = first + warp;
+  int h = blockIdx.y, first = block * ENCODED, token = first + warp;
   long long head = (long long)blockIdx.z * gridDim.y + h, total = before + length;
   if (token < length) {
-    float* vector = vectors[warp];
+    float* vector = vectors + warp * DIM;
     for (int d = lane; d < DIM; d += 32) {
       float y = float(x[(long long)token * DIM + d]);
       if constexpr (BIASED) y -= rotated_bias(bias + h * DIM, rotary, d, start + token);
@@ -155,7 +153,7 @@ __device__ inline void encode_vectors(
     }
     __syncwarp();
     rotate<DIM>(vector, rotation);
-    int scale = encode_vector<DIM, BITS>(vector, codes[warp]);
+    int scale = encode_vector<DIM, BITS>(vector, codes + warp * (DIM + 4));
     if (lane == 0) scales[head * total + before + token] = scale;
   }
   __syncthreads();
@@ -168,7 +166,7 @@ __device__ inline void encode_vectors(
     unsigned packed = 0, high = 0;
 #pragma unroll
     for (int field = 0; field < FIELDS; field++) {
-      unsigned code = codes[slot][field * BYTES + byte];
+      unsigned code = codes[slot * (DIM + 4) + field * BYTES + byte];
       if constexpr (BITS == 3) {
         packed |= (code & 3) << (2 * field);
         high |= (code >> 2) << field;

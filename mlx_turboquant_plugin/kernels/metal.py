@@ -49,6 +49,8 @@ DECODE = (
 )
 MERGE = "merge", "partial value_rotation sizes", "out"
 ENCODE = "encode", f"x rotation {MODEL} places", "low scales"
+# What comes before a kernel, if not only codes.metal.
+PARTS = {"dequantize": ("codes", "tokens")}
 ENCODE_3_BITS = *ENCODE[:2], "low low_of_upper_fields high scales"
 
 
@@ -113,6 +115,21 @@ def attend(problem: "Problem", compiled: Optional[Callable[..., Any]] = None) ->
         output_dtypes=[problem.queries.dtype],
     )
     return out
+
+
+def encode(
+    codec: KVCodec,
+    keys: mx.array,
+    values: mx.array,
+    start: int,
+    older: Tuple[Codes, Codes] = ((), ()),
+    part: slice = ALL,
+) -> Tuple[Codes, Codes]:
+    """As :meth:`KVCodec.encode`; Lloyd-Max codes of each in one launch."""
+    return (
+        encode_keys(codec, keys, start, older[0], part),
+        encode_values(codec, values, older[1], part),
+    )
 
 
 def encode_keys(
@@ -193,12 +210,13 @@ def _splits(exact: int, coded: int, others: int) -> Tuple[int, int]:
 def kernel(name: str, inputs: str, outputs: str) -> Any:
     """A kernel of the name of its file, its inputs and its outputs, as MLX compiles it."""
     output_names = outputs.split()
+    parts = "\n".join(map(source, PARTS.get(name, ("codes",))))
     return mx.fast.metal_kernel(
         name=f"turboquant_{name}",
         input_names=inputs.split(),
         output_names=output_names,
         source=source(name),
-        header=f"#define OUTPUTS {len(output_names)}\n{source('codes')}",
+        header=f"#define OUTPUTS {len(output_names)}\n{parts}",
     )
 
 

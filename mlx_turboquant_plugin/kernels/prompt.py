@@ -13,48 +13,19 @@ import mlx.core as mx
 from ..codecs.key_bias import RotaryTable
 from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
 from . import encodes, fused_kernel
-from .dequantize import Side, dequantize
-
-Pair = Tuple[mx.array, mx.array]
-
-
-class Places(NamedTuple):
-    """Which tokens are read and written, by their places among codes and among exact tokens.
-
-    Attributes:
-        first_coded: the position of the first code.
-        sinks: how many exact tokens come first in all that is made.
-        first_code, decoded: the codes that the queries read; 0 if none.
-        first_exact, exact: the exact tokens that they read after the sinks.
-        start, first_encoded, encoded: the position and the place of the first exact token
-            that becomes a code, and how many do.
-        first_kept, kept: the exact tokens that stay after the sinks.
-    """
-
-    first_coded: int
-    sinks: int
-    first_code: int
-    decoded: int
-    first_exact: int
-    exact: int
-    start: int
-    first_encoded: int
-    encoded: int
-    first_kept: int
-    kept: int
+from .dequantize import Pair, Places, Tokens, lay_out
 
 
 class Pass(NamedTuple):
     """What a pass makes.
 
     Attributes:
-        laid_out: keys and values (B, H, T, D) that its queries read, sinks, decoded and exact
-            tokens; None if no codes are read.
+        laid_out: keys and values (B, H, T, D) that its queries read.
         kept: the exact tokens that stay, (B, H, E, D).
         key_codes, value_codes: all there are now.
     """
 
-    laid_out: Optional[Pair]
+    laid_out: Pair
     kept: Pair
     key_codes: Codes
     value_codes: Codes
@@ -74,39 +45,37 @@ def can_pass(codec: KVCodec, keys: mx.array, values: mx.array) -> bool:
 
 
 def run_pass(
-    kernel: str,
-    codec: KVCodec,
-    older: Optional[Pair],
-    newer: Pair,
-    key_codes: Codes,
-    value_codes: Codes,
-    places: Places,
+    kernel: str, codec: KVCodec, tokens: Tokens, places: Places, start: int, encoded: range
 ) -> Pass:
     """Dequantise, encode and drop, for one layer.
 
     Args:
         kernel: a fused one.
-        older: exact keys and values (B, H, E, D) from before, or None.
-        newer: those of the pass, (B, H, N, D).
+        tokens: those of the pass are the newer ones.
+        start: the position of the first token that becomes a code.
+        encoded: which they are, by their places among the tokens that are laid out.
     """
-    bias = codec.bias
+    bias, shape = codec.bias, tokens.newer[0].shape
     run = _traced(
         threading.get_ident(),
         kernel,
         codec.spec,
         codec.balance is not None,
         bias and bias.table,
-        older and older[0].shape[2],
-        tuple(newer[0].shape),
-        newer[0].dtype,
-        newer[1].dtype,
-        key_codes[-1].shape[-1] if key_codes else 0,
+        tokens.older and tokens.older[0].shape[2],
+        tuple(shape),
+        tokens.newer[0].dtype,
+        tokens.newer[1].dtype,
+        tokens.key_codes[-1].shape[-1] if tokens.key_codes else 0,
+        tokens.first_coded,
         places,
+        start,
+        encoded,
     )
     known = [codec.balance] if codec.balance is not None else []
     if bias is not None:
         known.append(bias.bias)
-    return Pass(*run(older or (), newer, key_codes, value_codes, known))
+    return Pass(*run(tokens.older or (), tokens.newer, tokens.key_codes, tokens.value_codes, known))
 
 
 # Prompts have passes of a few kinds, and other prompts the same.
@@ -122,7 +91,10 @@ def _traced(
     key_dtype: mx.Dtype,
     value_dtype: mx.Dtype,
     coded: int,
+    first_coded: int,
     places: Places,
+    start: int,
+    encoded: range,
 ) -> Callable:
     """:func:`run_pass` for one kind of layer.
 
@@ -131,76 +103,14 @@ def _traced(
         balanced, table: whether keys are balanced, and the rotary table of a bias.
         older_count, shape, key_dtype, value_dtype, coded: of the arrays that it is given.
     """
-    coder = fused_kernel(kernel)
+    coder, part = fused_kernel(kernel), slice(encoded.start, encoded.stop)
 
     def run(older, newer, key_codes, value_codes, known):
         balance = known[0] if balanced else None
         codec = KVCodec(spec, balance, table and _Bias(known[-1], table))
-        tokens = zip(older, newer) if older else ((x, None) for x in newer)
-        key_tokens, value_tokens = tokens
-        sides = (
-            Side(
-                *key_tokens,
-                spec.key_codec,
-                spec.key_bits,
-                key_codes,
-                True,
-                places.first_coded,
-                codec.key_rotation,
-                codec.balance,
-                codec.bias,
-            ),
-            Side(
-                *value_tokens,
-                spec.value_codec,
-                spec.value_bits,
-                value_codes,
-                False,
-                places.first_coded,
-                codec.value_rotation,
-            ),
-        )
-        laid_out, first = None, places.first_encoded
-        if places.decoded:
-            laid_out = tuple(_laid_out(kernel, side, places) for side in sides)
-            read = laid_out
-            first += places.sinks + places.decoded - places.first_exact
-        else:
-            read = tuple(map(_all_exact, (key_tokens, value_tokens)))
-        keys, values = read
-        part = slice(first, first + places.encoded)
-        key_codes = coder.encode_keys(codec, keys, places.start, key_codes, part)
-        value_codes = coder.encode_values(codec, values, value_codes, part)
-        kept = tuple(_kept(kernel, side, places) for side in sides)
-        return laid_out, kept, key_codes, value_codes
+        tokens = Tokens(older or None, newer, key_codes, value_codes, first_coded)
+        (keys, values), kept = lay_out(kernel, codec, tokens, places)
+        codes = coder.encode(codec, keys, values, start, (key_codes, value_codes), part)
+        return (keys, values), kept, *codes
 
     return mx.compile(run)
-
-
-def _laid_out(kernel: str, side: Side, places: Places) -> mx.array:
-    return dequantize(
-        kernel,
-        side,
-        sinks=places.sinks,
-        first_code=places.first_code,
-        decoded=places.decoded,
-        first_exact=places.first_exact,
-        exact=places.exact,
-        total=places.sinks + places.decoded + places.exact,
-    )
-
-
-def _kept(kernel: str, side: Side, places: Places) -> mx.array:
-    return dequantize(
-        kernel,
-        side,
-        sinks=places.sinks,
-        first_exact=places.first_kept,
-        exact=places.kept,
-        total=places.sinks + places.kept,
-    )
-
-
-def _all_exact(tokens: Tuple[mx.array, Optional[mx.array]]) -> mx.array:
-    older, newer = tokens
-    return older if newer is None else mx.concatenate(tokens, axis=2)

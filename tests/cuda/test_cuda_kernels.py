@@ -73,10 +73,8 @@ def codec(dim, bits, balanced=False, biased=False):
 
 
 def check_codes(one, keys, values, start):
-    for axis, ours, expected in (
-        (-2, cuda.encode_keys(one, keys, start), one.encode_keys(keys, start)),
-        (-1, cuda.encode_values(one, values), one.encode_values(values)),
-    ):
+    pairs = zip(cuda.encode(one, keys, values, start), one.encode(keys, values, start))
+    for axis, (ours, expected) in zip((-2, -1), pairs):
         assert [(x.dtype, x.shape) for x in ours] == [(x.dtype, x.shape) for x in expected]
         differs = sum(mx.any(x != y, axis=axis) for x, y in zip(ours, expected)) > 0
         # By rounding a number can be on the other side of a threshold, in one vector of
@@ -131,8 +129,9 @@ def test_codes_of_parts_of_arrays(layout, emulated):
 def test_codes_of_extremes(x, emulated):
     one = codec(64, 3)
     x = mx.broadcast_to(mx.array(x), (1, 2, 3, 64))
-    for ours, expected in zip(cuda.encode_values(one, x), one.encode_values(x)):
-        assert mx.array_equal(ours, expected)
+    _, ours = cuda.encode(one, x, x, 0)
+    for plane, expected in zip(ours, one.encode_values(x)):
+        assert mx.array_equal(plane, expected)
 
 
 @pytest.mark.parametrize("before, length", [(32, 32), (64, 96), (37, 32), (32, 5), (300, 1)])
@@ -145,11 +144,23 @@ def test_codes_after_older_ones(bits, before, length, emulated, monkeypatch):
     one = codec(80, bits)
     x = vectors(2, 2, before + length, 80)
     older, newer = x[:, :, :before], x[:, :, before:]
-    for ours, expected in (
-        (cuda.encode_keys(one, newer, before, cuda.encode_keys(one, older, 0)), cuda.encode_keys(one, x, 0)),
-        (cuda.encode_values(one, newer, cuda.encode_values(one, older)), cuda.encode_values(one, x)),
-    ):
-        assert all(mx.array_equal(*pair) for pair in zip(ours, expected))
+    ours = cuda.encode(one, newer, newer, before, cuda.encode(one, older, older, 0))
+    whole = cuda.encode(one, x, x, 0)
+    part = cuda.encode(one, x, x, before, cuda.encode(one, x, x, 0, part=slice(before)), slice(before, None))
+    for codes in (ours, part):
+        for side, expected in zip(codes, whole):
+            assert all(mx.array_equal(*pair) for pair in zip(side, expected))
+
+
+@pytest.mark.parametrize("sides", [("lloyd-max", "affine"), ("affine", "lloyd-max")], ids=str)
+@pytest.mark.parametrize("rope", ["traditional", "partial"])
+@one_run
+def test_one_side_alone(sides, rope, emulated):
+    mx.random.seed(3)
+    rotary = nn.RoPE(64, traditional=True) if rope == "traditional" else nn.RoPE(32)
+    bias = KeyBias(10 * mx.random.normal((2, 64)), rotary)
+    one = KVCodec(CodecSpec(64, 80, sides[0], 3, sides[1], 4), bias=bias)
+    check_codes(one, vectors(2, 2, 40, 64), vectors(2, 2, 40, 80), 200)
 
 
 @pytest.mark.parametrize("name, dim", [("affine", 64), ("lloyd-max", 16), ("lloyd-max", 320)])
@@ -160,18 +171,17 @@ def test_other_codes_are_made_by_the_codec(name, dim):
 
 @pytest.mark.parametrize("bits", [3, 4])
 @one_run
-def test_one_launch_for_keys_and_one_for_values(bits, emulated, monkeypatch):
+def test_one_launch_for_keys_and_values(bits, emulated, monkeypatch):
     launches, call = [], cuda_emulator.EmulatedKernel.__call__
 
     def counted(self, **launch):
-        launches.append((self.name, launch["inputs"][0]))
+        launches.append((self.name, launch["inputs"]))
         return call(self, **launch)
 
     monkeypatch.setattr(cuda_emulator.EmulatedKernel, "__call__", counted)
     one, (keys, values) = codec(64, bits, balanced=True), mx.random.normal((2, 1, 2, 70, 64))
-    older = one.encode_keys(keys, 0), one.encode_values(values)
-    cuda.encode_keys(one, keys, 70, older[0])
-    cuda.encode_values(one, values, older[1])
-    assert [name for name, _ in launches] == ["encode"] * 2
+    cuda.encode(one, keys, values, 70, one.encode(keys, values, 0))
+    ((name, inputs),) = launches
+    assert name == "encode"
     # As they are given, so no operation of MLX came before.
-    assert all(x is given for (_, x), given in zip(launches, (keys, values)))
+    assert any(x is keys for x in inputs) and any(x is values for x in inputs)

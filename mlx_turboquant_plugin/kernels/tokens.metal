@@ -1,0 +1,233 @@
+// Keys or values of one layer side by side, as MLX's own attention takes them: the sinks,
+// tokens from their codes, then exact ones, with zeros before and after; and those exact
+// tokens that a cache keeps. Codes become levels, are rotated back, multiplied by the balance,
+// and get the key bias.
+//
+// A threadgroup serves 64 tokens of one (sequence, KV head): the first ones tiles of codes,
+// aligned to multiples of 64, the others all other tokens. A simdgroup takes a token, a lane
+// the channels lane, lane + 32, ...
+
+constant constexpr int SIMDS = 8;
+constant constexpr int THREADS = 32 * SIMDS;
+constant constexpr int TOKENS = 64;
+
+// What is read and written, in tokens.
+struct Places {
+  // T; zeros before; sinks.
+  int total, left, sinks;
+  // Codes: the first that counts, how many do, how many there are, the position of the first.
+  int first, decoded, coded, start;
+  // Exact tokens: how many are older ones; of all, the first that counts and how many do, and
+  // the first that is kept and how many are. Sinks always do and are.
+  int older_count, exact_first, exact, kept_first, kept;
+  // H, and how many exact tokens are newer ones.
+  int heads, newer_count;
+  // The rotary pairs; see rotated_bias().
+  int pairs, between, distance;
+
+  explicit Places(device const int* from)
+      : total(from[0]), left(from[1]), sinks(from[2]), first(from[3]), decoded(from[4]),
+        coded(from[5]), start(from[6]), older_count(from[7]), exact_first(from[8]),
+        exact(from[9]), kept_first(from[10]), kept(from[11]), heads(from[12]),
+        newer_count(from[13]), pairs(from[14]), between(from[15]), distance(from[16]) {}
+
+  int tiles() const {
+    return decoded == 0 ? 0 : (first + decoded - 1) / TOKENS - first / TOKENS + 1;
+  }
+  int groups() const { return tiles() + (total - decoded + TOKENS - 1) / TOKENS; }
+  int kept_groups() const { return (sinks + kept + TOKENS - 1) / TOKENS; }
+};
+
+// The arrays of one side, at their first elements.
+template <typename T, typename Scale>
+struct Arrays {
+  device const T* older;  // (B, H, older_count, D)
+  device const T* newer;  // (B, N, H, D)
+  Planes planes;          // see StoredVector
+  device const Scale* scales;
+  device const Scale* zeros;
+  device const float* rotation;
+  device const float* levels;
+  device const float* balance;
+  device const float* bias;
+  device const float* fine;
+  device const float* coarse_cos;
+  device const float* coarse_sin;
+  device T* out;   // (B, H, total, D)
+  device T* kept;  // (B, H, sinks + kept, D)
+};
+
+// Brings the codes of `count` tokens from `begin` on to threadgroup memory.
+template <int D, int BITS, bool GROUPED, bool CHANNEL_MAJOR>
+METAL_FUNC void load_tile(
+    Planes planes, threadgroup uint8_t* tile, size_t head, int begin, int count, int coded,
+    int thread_index) {
+  using Stored = StoredVector<D, BITS, GROUPED>;
+  UNROLL
+  for (int p = 0; p < Stored::PLANES; p++) {
+    device const uint8_t* plane =
+        p == 0 ? planes.low : p == 1 ? planes.low_of_upper_fields : planes.high;
+    if (CHANNEL_MAJOR) {
+      constexpr int WORDS = TOKENS / 4;
+      for (int i = thread_index; i < Stored::BYTES * WORDS; i += THREADS) {
+        const int row = i / WORDS, token = i % WORDS * 4;
+        const size_t at = (head * Stored::BYTES + row) * coded + begin + token;
+        const uint four = load_four(plane + at, count - token, coded % 4 == 0);
+        UNROLL
+        for (int k = 0; k < 4; k++) {
+          tile[(token + k) * Stored::PITCH + p * Stored::BYTES + row] = (four >> (8 * k)) & 255;
+        }
+      }
+    } else {
+      const size_t at = (head * coded + begin) * Stored::BYTES;
+      for (int i = thread_index; i < count * Stored::BYTES; i += THREADS) {
+        const int token = i / Stored::BYTES;
+        tile[token * Stored::PITCH + p * Stored::BYTES + i % Stored::BYTES] = plane[at + i];
+      }
+    }
+  }
+}
+
+// Rotates back the channels y of a simdgroup's vector. `rotation`: signs, or the transposed
+// matrix. `scratch`: D numbers of the simdgroup's own, for matrices.
+template <int D, int COUNT>
+METAL_FUNC void rotate_back(
+    thread float (&y)[COUNT], device const float* rotation, threadgroup float* scratch,
+    int lane) {
+  if ((D & (D - 1)) == 0) {
+    walsh_hadamard<COUNT>(y, lane);
+    UNROLL
+    for (int j = 0; j < COUNT; j++) {
+      y[j] *= rotation[32 * j + lane];
+    }
+    return;
+  }
+  UNROLL
+  for (int j = 0; j < COUNT; j++) {
+    if (32 * j + lane < D) {
+      scratch[32 * j + lane] = y[j];
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  UNROLL
+  for (int j = 0; j < COUNT; j++) {
+    const int c = 32 * j + lane;
+    y[j] = 0;
+    for (int i = 0; i < D && c < D; i++) {
+      y[j] += scratch[i] * rotation[i * D + c];
+    }
+  }
+  // Before the next vector is written.
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// The tokens of one tile of codes.
+template <
+    int D, int BITS, bool AFFINE, bool GROUPED, bool CHANNEL_MAJOR, bool BALANCED, bool BIASED,
+    typename T, typename Scale>
+METAL_FUNC void decode_tile(
+    thread const Arrays<T, Scale>& arrays, thread const Places& places,
+    threadgroup uint8_t* tile, threadgroup float* known_levels, threadgroup float* all_scratch,
+    int group, int kv_index, int thread_index) {
+  using Stored = StoredVector<D, BITS, GROUPED>;
+  constexpr int COUNT = (D + 31) / 32;
+  const int lane = thread_index % 32, simd = thread_index / 32;
+  const int kv_head = kv_index % places.heads;
+  const int begin = (places.first / TOKENS + group) * TOKENS;
+  const int count = min(TOKENS, places.coded - begin);
+  load_tile<D, BITS, GROUPED, CHANNEL_MAJOR>(
+      arrays.planes, tile, kv_index, begin, count, places.coded, thread_index);
+  if (thread_index < 16) {
+    known_levels[thread_index] = arrays.levels[thread_index];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int token = simd; token < count; token += SIMDS) {
+    const int index = begin + token;
+    if (index < places.first || index >= places.first + places.decoded) {
+      continue;
+    }
+    threadgroup const uint8_t* codes = tile + token * Stored::PITCH;
+    const size_t vector = size_t(kv_index) * places.coded + index;
+    float y[COUNT];
+    UNROLL
+    for (int j = 0; j < COUNT; j++) {
+      const int c = 32 * j + lane;
+      y[j] = 0;
+      if (c < D) {
+        const uint code = Stored::code(codes, c);
+        if (AFFINE) {
+          const size_t at = vector * Stored::SCALES + c / Stored::GROUP;
+          y[j] = float(code) * float(arrays.scales[at]) + float(arrays.zeros[at]);
+        } else {
+          y[j] = known_levels[code] * size_of(uint(arrays.scales[vector]));
+        }
+      }
+    }
+    rotate_back<D>(y, arrays.rotation, all_scratch + simd * D, lane);
+    const size_t place = places.left + places.sinks + index - places.first;
+    device T* to = arrays.out + (size_t(kv_index) * places.total + place) * D;
+    UNROLL
+    for (int j = 0; j < COUNT; j++) {
+      const int c = 32 * j + lane;
+      if (c < D) {
+        if (BALANCED) {
+          y[j] *= arrays.balance[kv_head * D + c];
+        }
+        if (BIASED) {
+          y[j] += rotated_bias(
+              arrays.bias + kv_head * D, arrays.coarse_cos, arrays.coarse_sin, arrays.fine,
+              places.pairs, places.between, places.distance, c, places.start + index);
+        }
+        to[c] = static_cast<T>(y[j]);
+      }
+    }
+  }
+}
+
+// Channel c of the exact token in place `slot` of the older and newer ones, or zero.
+template <int D, typename T, typename Scale>
+METAL_FUNC float exact_channel(
+    thread const Arrays<T, Scale>& arrays, thread const Places& places, int slot, int c,
+    int kv_index) {
+  if (slot < 0) {
+    return 0;
+  }
+  if (slot < places.older_count) {
+    return float(arrays.older[(size_t(kv_index) * places.older_count + slot) * D + c]);
+  }
+  const int sequence = kv_index / places.heads, kv_head = kv_index % places.heads;
+  const size_t token = size_t(sequence) * places.newer_count + slot - places.older_count;
+  return float(arrays.newer[(token * places.heads + kv_head) * D + c]);
+}
+
+// One side's share of group number `group`, of those that it has.
+template <
+    int D, int BITS, bool AFFINE, bool GROUPED, bool CHANNEL_MAJOR, bool BALANCED, bool BIASED,
+    typename T, typename Scale>
+METAL_FUNC void lay_out(
+    thread const Arrays<T, Scale>& arrays, thread const Places& places,
+    threadgroup uint8_t* tile, threadgroup float* known_levels, threadgroup float* all_scratch,
+    int group, int kv_index, int thread_index) {
+  if (group < places.tiles()) {
+    decode_tile<D, BITS, AFFINE, GROUPED, CHANNEL_MAJOR, BALANCED, BIASED>(
+        arrays, places, tile, known_levels, all_scratch, group, kv_index, thread_index);
+    return;
+  }
+  const bool keeps = group >= places.groups();
+  const int begin = (group - (keeps ? places.groups() : places.tiles())) * TOKENS;
+  const int left = keeps ? 0 : places.left, first = keeps ? places.kept_first : places.exact_first;
+  const int exact = keeps ? places.kept : places.exact, decoded = keeps ? 0 : places.decoded;
+  const int total = keeps ? places.sinks + places.kept : places.total;
+  device T* to = keeps ? arrays.kept : arrays.out;
+  const int count = min(TOKENS, total - decoded - begin);
+  for (int i = thread_index; i < count * D; i += THREADS) {
+    const int token = begin + i / D, c = i % D;
+    const int place = token < left + places.sinks ? token : token + decoded;
+    int slot = token - left;
+    if (slot >= places.sinks) {
+      slot = slot - places.sinks < exact ? slot - places.sinks + first : -1;
+    }
+    to[(size_t(kv_index) * total + place) * D + c] =
+        static_cast<T>(exact_channel<D>(arrays, places, slot, c, kv_index));
+  }
+}
