@@ -84,7 +84,7 @@ EQUAL = ((90, 10), (90, 10))
     [
         (RAGGED, False, COUNTS),
         (RAGGED, True, (*COUNTS, LARGE)),
-        (EQUAL, False, (*COUNTS, LARGE)),
+        (EQUAL, False, COUNTS),
         (EQUAL, True, COUNTS),
         (((), (), ()), False, COUNTS),
         (((), (), ()), True, COUNTS),
