@@ -41,12 +41,12 @@ def attend_dequantized(
     """
     layout = layout_of(view)
     row = Row.of(view, layout)
-    if layout.repeats or (isinstance(mask, str) and view.forgets):
+    if layout.repeats or view.forgets:
         if not view.is_prompt:
             total = _in_steps(layout.total)
             layout = layout._replace(left=total - layout.total, total=total)
             row = row._replace(layout=layout)
-        mask = combined_mask([row], queries.shape[2], mask, [0], queries.dtype)
+        mask = combined_mask([row], queries.shape[2], mask, [None], queries.dtype)
     keys, values = laid_out(view, layout, view.slot(layout.exact.start))
     out = original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
     return _paced(out, keys, values, view)
@@ -70,7 +70,7 @@ def attend_rows_dequantized(
 
     Args:
         rows: at least one has tokens.
-        mask: "causal", or an array (B or 1, H_q or 1, N, T) for mlx-lm's BatchKVCache.
+        mask: None, "causal", or an array (B or 1, H_q or 1, N, T) for mlx-lm's BatchKVCache.
         left_padding: of each row, as BatchKVCache counts it.
     """
     count = queries.shape[2]

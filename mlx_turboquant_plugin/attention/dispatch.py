@@ -37,7 +37,7 @@ def attend(
         sinks: learned attention sinks (H_q,), scores of one more token without a value.
 
     Raises:
-        ValueError: the mask is for other numbers of queries or tokens.
+        ValueError: see :func:`attention.masks.check`.
     """
     ours = isinstance(cache, (CompressedKVCache, BatchCompressedKVCache))
     view = cache.view if ours else None
@@ -48,8 +48,11 @@ def attend(
         return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
     if isinstance(view, BatchView):
         return _attend_batch(original, queries, values, view, scale, mask, sinks)
-    if view.ring is not None and (not isinstance(mask, mx.array) or mask is view.mask()):
+    if view.ring is not None and view.knows(mask):
         mask = "causal" if queries.shape[2] > 1 else None
+    else:
+        view = view.whole
+    mask = checked(mask, (*queries.shape[:3], view.columns), queries.dtype)
     return _attend_view(original, queries, view, scale, mask, sinks)
 
 
@@ -57,7 +60,6 @@ def _attend_view(
     original: Callable, queries: mx.array, view: View, scale: float, mask: Mask, sinks
 ) -> mx.array:
     count = queries.shape[2]
-    mask = checked(mask, count, view.seen)
     if view.coded == view.first_coded and not view.forgets:
         # Nothing is compressed yet: this is mlx-lm's own result, bit for bit.
         keys, values = view.keys_and_values()
@@ -80,9 +82,11 @@ def _attend_batch(
     original: Callable, queries, values, view: BatchView, scale: float, mask: Mask, sinks
 ) -> mx.array:
     count, rows = queries.shape[2], view.rows
-    if not isinstance(mask, mx.array) or view.knows(mask, count):
+    if isinstance(mask, mx.array) and view.knows(mask, count):
         mask = "causal"
-    mask = checked(mask, count, view.index + count)
+    elif not isinstance(rows, PackedRows):
+        rows = [row.whole for row in rows]
+    mask = checked(mask, (*queries.shape[:3], view.index + count), queries.dtype)
     if isinstance(rows, PackedRows):
         return _attend_packed(original, queries, rows, scale, mask, view.left_padding, sinks)
     filled = [row.view for row in rows if row.view is not None]
@@ -108,7 +112,7 @@ def _row_mask(mask: Mask, index: int, row: RowView, padding: int) -> Mask:
     """A batch's mask for one row: its own queries, and the tokens that the first of them sees."""
     view = row.view
     if not isinstance(mask, mx.array):
-        return "causal" if row.last - row.first > 1 else None
+        return mask if row.last - row.first > 1 else None
     mask = mask[index : index + 1] if mask.shape[0] > 1 else mask
     mask = mask[:, :, row.first : row.last, padding:]
     oldest = max(view.sinks, view.oldest(0)[1])
@@ -125,7 +129,7 @@ def _attend_packed(
     sinks,
 ) -> mx.array:
     if rows.kernel in FUSED and rows.key_codes:
-        missing = _missing(isinstance(mask, str), sinks)
+        missing = _missing(not isinstance(mask, mx.array), sinks)
         if missing is None:
             out = attend_fused(rows.kernel, problem_of_rows(queries, rows, scale))
             if out is not None:

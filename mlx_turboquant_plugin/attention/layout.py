@@ -9,7 +9,7 @@ import numpy as np
 
 from ..cache.view import View
 from ..cache.visibility import BLOCK, Ring, Visibility
-from .masks import Mask, both, lowest
+from .masks import Mask, lowest
 
 
 class Layout(NamedTuple):
@@ -111,28 +111,35 @@ class Row(NamedTuple):
         limits = positions, np.maximum(begins, oldest), hidden, oldest
         return tuple(x.astype(np.int32) for x in limits)
 
-    def columns(self, offset: int) -> np.ndarray:
+    def columns(self, padding: Optional[int]) -> np.ndarray:
         """For each place, int32 (T,), the column of a mask for mlx-lm's own cache.
 
         Args:
-            offset: what positions are less than columns.
+            padding: the columns of a batch before this row's, or None by itself: then there
+                are no columns for what its first query does not see.
         """
         positions = self.layout.positions()
-        # A ring has no columns for what its first query does not see.
-        skipped = self.layout.decoded.start - self.layout.sinks if self.ring else 0
-        return np.maximum(positions + offset - skipped * (positions >= self.layout.sinks), 0)
+        if padding is None:
+            skipped = self.layout.decoded.start - self.layout.sinks
+            positions = np.where(positions < self.layout.sinks, positions, positions - skipped)
+        return np.maximum(positions + (padding or 0), 0)
 
 
 def combined_mask(
-    rows: Sequence[Row], count: int, mask: Mask, offsets: Sequence[int], dtype: mx.Dtype
+    rows: Sequence[Row],
+    count: int,
+    mask: Mask,
+    left_padding: Sequence[Optional[int]],
+    dtype: mx.Dtype,
 ) -> mx.array:
     """What each row's queries see, and a given mask lets them see, as an additive mask.
 
     MLX's fused attention is several times slower with bool masks.
 
     Args:
-        mask: "causal", None, or an array (B or 1, H_q or 1, N, T) for mlx-lm's own cache.
-        offsets: see :meth:`Row.columns`; of each row.
+        mask: "causal", None, or an array (B or 1, H_q or 1, N, T) for mlx-lm's own cache, bool
+            or in ``dtype``.
+        left_padding: see :meth:`Row.columns`; of each row.
 
     Returns:
         (B, H_q or 1, N, T) in ``dtype``; B is 1 for a single row.
@@ -140,11 +147,11 @@ def combined_mask(
     ours = _visible(threading.get_ident(), tuple(rows), count, isinstance(mask, str), dtype)
     if not isinstance(mask, mx.array):
         return ours
-    columns = np.stack([row.columns(offset) for row, offset in zip(rows, offsets)])
+    columns = np.stack([row.columns(padding) for row, padding in zip(rows, left_padding)])
     given = mx.take_along_axis(mask, mx.array(columns)[:, None, None], axis=-1)
     if given.dtype == mx.bool_:
         return mx.where(given, ours, mx.array(lowest(dtype), dtype))
-    return both(ours == 0, given).astype(dtype)
+    return mx.where(ours == 0, given, ours)
 
 
 def forget_masks() -> None:

@@ -1,6 +1,6 @@
 """Masks as mlx-lm's attention takes them, and which tokens and queries they are about."""
 
-from typing import Optional, Union
+from typing import Optional, Sequence, Union
 
 import mlx.core as mx
 
@@ -11,33 +11,66 @@ Mask = Optional[Union[str, mx.array]]
 
 def lowest(dtype: mx.Dtype) -> float:
     """What hides a token in an additive mask: a row that sees none stays a row of numbers."""
-    return max(-1e30, mx.finfo(dtype).min)
+    # Half of the least number, since scores are added.
+    return max(-1e30, mx.finfo(dtype).min / 2)
 
 
-def checked(mask: Mask, queries: int, tokens: int) -> Mask:
-    """``mask`` as it is, or an array made (B or 1, H_q or 1, N, T).
+def check(mask: Mask, shape: Sequence[Optional[int]]) -> None:
+    """Raise if no attention over a compressed cache can honour ``mask``.
+
+    Args:
+        shape: (B, H_q, N, T); T is None where the tokens of mlx-lm's own cache have an order
+            that the compressed one does not know.
 
     Raises:
-        ValueError: it is an array for other numbers of queries or tokens.
+        ValueError: it is an array that does not broadcast to ``shape``, or T is None; or a
+            string other than "causal".
     """
+    if isinstance(mask, str) and mask != "causal":
+        raise ValueError(f'attention mask {mask!r}: allowed are None, "causal" and arrays')
+    if not isinstance(mask, mx.array):
+        return
+    if shape[-1] is None:
+        raise ValueError(
+            f"attention of one query with a mask of shape {mask.shape} over a rotating cache "
+            "that is full: mlx-lm's keeps its tokens in an order that the compressed one does "
+            "not know. Pass mask=None, with which the query sees all tokens, or leave the model "
+            "out with TURBOQUANT_OPT_OUT"
+        )
+    missing = len(shape) - mask.ndim
+    if missing < 0 or any(n not in (1, size) for n, size in zip(mask.shape, shape[missing:])):
+        raise ValueError(
+            f"an attention mask of shape {mask.shape} does not fit {shape[2]} queries and "
+            f"{shape[3]} tokens: give one that broadcasts to {tuple(shape)}"
+        )
+
+
+def checked(mask: Mask, shape: Sequence[Optional[int]], dtype: mx.Dtype) -> Mask:
+    """``mask`` as it is, or an array made (B or 1, H_q or 1, N, T), bool or additive.
+
+    Args:
+        shape: see :func:`check`.
+        dtype: of an additive mask, which is made finite.
+
+    Raises:
+        ValueError: see :func:`check`.
+    """
+    check(mask, shape)
     if not isinstance(mask, mx.array):
         return mask
-    shape = (1,) * (4 - mask.ndim) + mask.shape
-    if mask.ndim > 4 or shape[2] not in (1, queries) or shape[3] not in (1, tokens):
-        raise ValueError(
-            f"an attention mask of shape {mask.shape} does not fit {queries} queries and "
-            f"{tokens} tokens: give one that broadcasts to (B, H, {queries}, {tokens})"
-        )
-    return mx.broadcast_to(mask.reshape(shape), (*shape[:2], queries, tokens))
+    if mask.dtype != mx.bool_:
+        mask = mx.maximum(mask.astype(dtype), mx.array(lowest(dtype), dtype))
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    return mx.broadcast_to(mask, (*mask.shape[:2], *shape[2:]))
 
 
 def both(ours: Optional[mx.array], given: mx.array) -> mx.array:
     """What a bool mask, or None, and a given one show, both of the same tokens.
 
     Returns:
-        A bool mask if ``given`` is one; else an additive one without infinities, fp32.
+        A bool mask if ``given`` is one; else an additive one, fp32.
     """
     if given.dtype == mx.bool_:
         return given if ours is None else ours & given
-    given = mx.maximum(given.astype(mx.float32), lowest(mx.float32))
+    given = given.astype(mx.float32)
     return given if ours is None else mx.where(ours, given, lowest(mx.float32))

@@ -120,8 +120,8 @@ def _masks(
 
 
 def _per_row(mask: Optional[mx.array], groups: int, kv_heads: int) -> Optional[mx.array]:
-    """A mask (..., N, T) for rows that are pairs of a query head and a position."""
-    if mask is None or groups == 1:
+    """A mask (..., N, T), or (T,), for rows that are pairs of a query head and a position."""
+    if mask is None or mask.ndim == 1 or groups == 1:
         return mask
     if mask.ndim == 4 and mask.shape[1] != 1:
         batch, _, count, length = mask.shape

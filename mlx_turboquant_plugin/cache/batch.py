@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import get_ident
 from typing import Any, List, Optional, Sequence, Tuple, Union
 
@@ -26,6 +26,11 @@ class RowView:
     first: int
     last: int
 
+    @property
+    def whole(self) -> "RowView":
+        """See :attr:`View.whole`."""
+        return self if self.view is None else replace(self, view=self.view.whole)
+
 
 @dataclass(frozen=True)
 class BatchView:
@@ -35,21 +40,18 @@ class BatchView:
         rows: all rows packed, or each by itself.
         index: the tokens before the pass, padding included, as BatchKVCache counts them.
         left_padding: of each row.
+        window: how far back rings see, or None.
     """
 
     rows: Union[PackedRows, List[RowView]]
     index: int
     left_padding: Tuple[int, ...]
+    window: Optional[int]
 
     def knows(self, mask: mx.array, count: int) -> bool:
         """Whether ``mask`` is what the batch itself made for a pass of ``count`` tokens."""
-        windows = {None}
-        if isinstance(self.rows, list):
-            windows |= {row.view.ring.max_size for row in self.rows if row.view and row.view.ring}
-        return any(
-            mask is _causal_mask(get_ident(), count, self.index, self.left_padding, window)
-            for window in windows
-        )
+        made = _causal_mask(get_ident(), count, self.index, self.left_padding, self.window)
+        return mask is made
 
 
 class BatchCompressedKVCache(_BaseCache):
@@ -118,7 +120,7 @@ class BatchCompressedKVCache(_BaseCache):
         else:
             view = self._append_rows(keys, values, self._parts(count))
         if self.attending or self.hooked:
-            self.view = BatchView(view, self._index, tuple(self._left_padding))
+            self.view = BatchView(view, self._index, tuple(self._left_padding), self._window)
         self._index += count
         if self.attending:
             return keys, values
@@ -248,11 +250,22 @@ class BatchCompressedKVCache(_BaseCache):
     def empty(self) -> bool:
         return self._packed is None and all(row.empty() for row in self._rows)
 
+    def columns(self, count: int) -> int:
+        """T of a mask (B, H, N, T) for the next ``count`` tokens, padding included."""
+        return self._index + count
+
     def make_mask(
         self, N: int, window_size: Optional[int] = None, return_array: bool = False
     ) -> mx.array:
-        """The mask of BatchKVCache, for layers that are not compressed."""
-        return _causal_mask(get_ident(), N, self._index, tuple(self._left_padding), window_size)
+        """The mask of BatchKVCache; for rings with their window, if no other is asked for."""
+        window = window_size or self._window
+        return _causal_mask(get_ident(), N, self._index, tuple(self._left_padding), window)
+
+    @property
+    def _window(self) -> Optional[int]:
+        # Rings are never packed.
+        ring = self._rows[0].ring if self._rows else None
+        return ring and ring.max_size
 
     @property
     def offset(self) -> mx.array:

@@ -352,6 +352,15 @@ class CompressedKVCache(_BaseCache):
     def state(self, v):
         saved.restore(self, v)
 
+    def columns(self, count: int) -> Optional[int]:
+        """T of a mask (B, H, N, T) for the next ``count`` tokens.
+
+        So many tokens mlx-lm's own cache would return; None if not in the order of time.
+        """
+        if self.ring is None:
+            return self.offset + count
+        return self.ring.columns(self.offset, count)
+
     def make_mask(self, *args, **kwargs):
         return create_attention_mask(*args, offset=self.offset, **kwargs)
 

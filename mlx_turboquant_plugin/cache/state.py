@@ -111,7 +111,7 @@ def _description(
         "biased": biased,
         "rotation": checksum,
         "first_coded": first_coded,
-        "ring": ring._asdict() if ring else {},
+        "ring": {"max_size": ring.max_size, "keep": ring.keep} if ring else {},
     }
     return json.dumps(parts, sort_keys=True)
 

@@ -58,9 +58,11 @@ class View(NamedTuple):
         return max(self.visibility.exact_from(position), self.exact_start)
 
     @property
-    def seen(self) -> int:
-        """How many tokens the first query sees, those of the pass included."""
-        return self.sinks + self.end - max(self.sinks, self.oldest(0)[1])
+    def columns(self) -> Optional[int]:
+        """See :meth:`CompressedKVCache.columns`."""
+        if self.ring is None:
+            return self.end
+        return self.ring.columns(self.start, self.end - self.start)
 
     @property
     def forgets(self) -> bool:
@@ -81,9 +83,17 @@ class View(NamedTuple):
             return 0, self.sinks
         return self.ring.oldest(self.start, query)
 
-    def mask(self) -> Optional[Union[str, mx.array]]:
-        """What the cache has made as the mask of a ring's queries."""
-        return self.ring.mask(self.start, self.end - self.start)
+    def knows(self, mask: Optional[Union[str, mx.array]]) -> bool:
+        """Whether ``mask`` is what a ring itself made for this pass."""
+        count = self.end - self.start
+        return mask is self.ring.mask(self.start, count, isinstance(mask, mx.array))
+
+    @property
+    def whole(self) -> "View":
+        """The same, but all queries see as far back as the first."""
+        if self.ring is None:
+            return self
+        return self._replace(ring=self.ring._replace(whole=True))
 
     def exact(self, first: int, last: int) -> Tuple[mx.array, mx.array]:
         """Exact keys and values of the sinks and of the positions first, ..., last - 1."""

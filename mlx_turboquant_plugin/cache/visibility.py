@@ -63,10 +63,15 @@ class Ring(NamedTuple):
     It keeps the first ``keep`` tokens and the newest of the others, ``max_size`` together.
     With a chunk of several tokens, the queries after the first see ``max_size`` tokens
     each, counted from the newest: towards the end of a chunk not even the kept ones.
+
+    Attributes:
+        whole: whether the queries after the first see as far back as it does, because
+            another mask than the ring's says what they see.
     """
 
     max_size: int
     keep: int
+    whole: bool = False
 
     def oldest(self, start: int, query):
         """The oldest kept and the oldest later position that a query sees.
@@ -76,8 +81,15 @@ class Ring(NamedTuple):
             query: the number of the query in the chunk, or an array of such numbers.
         """
         before = min(self.max_size - 1, start)
+        query = 0 if self.whole else query
         hidden = _at_least(0, before + query + 1 - self.max_size)
         return hidden, _at_least(self.keep, hidden) + start - before
+
+    def columns(self, start: int, count: int) -> Optional[int]:
+        """How many tokens RotatingKVCache returns for a chunk of ``count``; None if rotated."""
+        if count == 1 and start >= self.max_size:
+            return None
+        return min(self.max_size - 1, start) + count
 
     def mask(
         self, start: int, count: int, return_array: bool = False

@@ -11,9 +11,10 @@ from mlx_lm.models.cache import CacheList
 
 from .. import patching
 from ..attention.dispatch import attend
+from ..attention.masks import check
 from ..cache import BatchCompressedKVCache, CompressedKVCache
 from . import upstream
-from .family import Family, register
+from .family import Family, family_of, register
 from .layer import known_layer
 
 
@@ -29,15 +30,14 @@ def patch_family(module: ModuleType, family: Family) -> None:
     """
     attention = getattr(module, family.attention)
     if not upstream.available():
-        parameters = list(inspect.signature(attention.__call__).parameters)
+        parameters = list(inspect.signature(attention.__call__).parameters)[1:]
         if "cache" not in parameters:
             raise AttributeError(
                 f"{attention.__qualname__}.__call__ has no parameter cache, only "
                 f"{', '.join(parameters)}: name the class that updates the cache"
             )
-        position = parameters.index("cache") - 1
         patching.wrap(module, "scaled_dot_product_attention", _scaled_dot_product_attention)
-        patching.wrap(attention, "__call__", functools.partial(_attention_call, position))
+        patching.wrap(attention, "__call__", functools.partial(_attention_call, parameters))
     register(attention, module.__name__, family)
 
 
@@ -45,16 +45,20 @@ def _scaled_dot_product_attention(wrapped, instance, args, kwargs):
     return attend(wrapped, *args, **kwargs)
 
 
-def _attention_call(position, wrapped, instance, args, kwargs):
-    cache = kwargs["cache"] if "cache" in kwargs else None
-    if len(args) > position:
-        cache = args[position]
+def _attention_call(parameters, wrapped, instance, args, kwargs):
+    given = {**dict(zip(parameters, args)), **kwargs}
+    cache = given.get("cache")
     if type(cache) is CacheList:
         cache = next((c for c in cache.caches if _ours(c)), None)
     if not _ours(cache):
         return wrapped(*args, **kwargs)
     if cache.attention is None or cache.attention() is not instance:
         bind(cache, instance)
+    if given.get("mask") is not None:
+        # Before the cache changes.
+        batch, count = given[parameters[0]].shape[:2]
+        heads, _ = family_of(instance).head_counts(instance)
+        check(given["mask"], (batch, heads, count, cache.columns(count)))
     cache.attending = True
     try:
         return wrapped(*args, **kwargs)
