@@ -123,7 +123,7 @@ Part = Callable[..., Iterator[tuple]]
 
 def _decoding(part: Part) -> Iterator[Case]:
     """Dims with codecs, with groups, with dtypes and numbers of queries; lengths."""
-    groups, counts, dtypes = cycle((1, 2, 4, 8, 3)), cycle((1, 1, 2, 1, 4, 8)), cycle(DTYPES)
+    groups, counts, dtypes = cycle((1, 2, 4, 8, 3)), cycle((1, 1, 2, 1, 7, 8)), cycle(DTYPES)
     for dim, (keys, values) in part(7, DIMS, CODECS):
         yield case(
             dim,
@@ -134,9 +134,9 @@ def _decoding(part: Part) -> Iterator[Case]:
             dtype=next(dtypes),
             lengths=(427,),
         )
-    for dim, group in part(11, DIMS, GROUPS):
+    for dim, group in part(13, DIMS, GROUPS):
         yield case(dim, groups=group, count=next(counts), lengths=(200,))
-    for dim, dtype, count in part(19, DIMS, DTYPES, range(1, MAX_QUERIES + 1)):
+    for dim, dtype, count in part(25, DIMS, DTYPES, range(1, MAX_QUERIES + 1)):
         yield case(dim, groups=2, count=count, dtype=dtype, lengths=(270,), extras=count % 2 == 0)
     for length in (69, 97, 101, 129, 133, 161, 197, 228, 229, 230, 512, 1024, 2085, 4100, 16500):
         yield case(lengths=(length,))

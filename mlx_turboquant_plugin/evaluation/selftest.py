@@ -45,9 +45,10 @@ what a vector x loses, by the measure that the codec minimises, may be
 """
 
 import argparse
+import functools
 import sys
 import zlib
-from typing import NamedTuple, Tuple
+from typing import List, NamedTuple, Sequence, Tuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -152,13 +153,13 @@ class _Layer:
 
     def _keys(self, length: int) -> mx.array:
         keys = self._normal(1, KV_HEADS, length, self.case.dim)
-        return self._array(keys + self._rotated_bias(0, length))
+        return self._array(keys + self._rotated_bias(range(length)))
 
-    def _rotated_bias(self, start: int, stop: int):
+    def _rotated_bias(self, positions: Sequence[int]):
         if self.bias is None:
             return 0.0
-        bias = np.repeat(self.bias[:, None], stop - start, axis=1)
-        return reference.rope(bias, np.arange(start, stop), **self.rope)
+        bias = np.repeat(self.bias[:, None], len(positions), axis=1)
+        return reference.rope(bias, positions, **self.rope)
 
     def _cache(self) -> CompressedKVCache:
         parts = self.codec, self.visibility, self.kernel
@@ -205,7 +206,7 @@ class _Layer:
         outs, score, value = [], 0.0, 0.0
         for index, length in enumerate(self.case.lengths):
             queries = _fp64(self.queries[index : index + 1])
-            keys, values, decoded_keys, decoded_values = self._row(index)
+            keys, values, decoded_keys, decoded_values = self._fp64_rows[index]
             positions = np.arange(length - self.case.count, length)
             outs.append(
                 reference.attention(
@@ -240,16 +241,17 @@ class _Layer:
 
     def excess(self) -> float:
         """What vectors lose in Lloyd-Max codes, as a share of what they may: the most."""
-        shares = []
+        shares = [0.0]
         balance = 1.0 if self.balance is None else self.balance
         for index, row in enumerate(self.coded):
-            coded = slice(row.first_coded, row.coded)
-            keys, values, decoded_keys, decoded_values = (
-                x[:, :, coded] for x in self._row(index)
-            )
-            bias = np.zeros_like(keys) + self._rotated_bias(coded.start, coded.stop)
+            count = row.coded - row.first_coded
+            if count == 0:
+                continue
+            some = np.linspace(row.first_coded, row.coded - 1, min(count, SAMPLE)).astype(int)
+            keys, values, decoded_keys, decoded_values = (x[:, :, some] for x in self._fp64_rows[index])
+            bias = np.zeros_like(keys) + self._rotated_bias(some)
             keys, decoded_keys = ((x - bias) / balance for x in (keys, decoded_keys))
-            turned = np.linalg.norm(bias / balance, axis=-1) * np.arange(coded.start, coded.stop)
+            turned = np.linalg.norm(bias / balance, axis=-1) * some
             shares += [
                 self._share(*self.case.keys, keys, decoded_keys, turned),
                 self._share(*self.case.values, values, decoded_values, np.zeros_like(turned)),
@@ -259,19 +261,21 @@ class _Layer:
     def _share(
         self, codec: str, bits: int, x: np.ndarray, decoded: np.ndarray, turned: np.ndarray
     ) -> float:
-        count = x.shape[2]
-        if codec != "lloyd-max" or count == 0:
+        if codec != "lloyd-max":
             return 0.0
-        some = np.linspace(0, count - 1, min(count, SAMPLE)).astype(int)
         rotation = reference.rotation(x.shape[-1])
-        x, decoded = (y[:, :, some] @ rotation for y in (x, decoded))
+        x, decoded = x @ rotation, decoded @ rotation
         length = np.linalg.norm(x, axis=-1)
-        inexact = ROUNDOFF["float32"] * (64 + turned[:, :, some] / length)
+        inexact = ROUNDOFF["float32"] * (64 + turned / length)
         if mx.default_device().type == mx.gpu and self.kernel not in FUSED:
             inexact = inexact + 4 * TF32_ROUNDOFF
         most = 1.2 * stored.least_loss(x, bits, inexact)
         most = most + (1 + reference.ALONG) ** 0.5 * inexact * length
         return (stored.loss(x, decoded) / most).max()
+
+    @functools.cached_property
+    def _fp64_rows(self) -> List[Tuple[np.ndarray, ...]]:
+        return [self._row(index) for index in range(len(self.rows))]
 
     def _row(self, index: int) -> Tuple[np.ndarray, ...]:
         """Keys and values of a sequence in fp64, and as decoded: zeros where they are exact."""
@@ -280,7 +284,7 @@ class _Layer:
         decoded_keys, decoded_values = np.zeros_like(keys), np.zeros_like(values)
         if row.key_codes:
             coded = slice(row.first_coded, row.coded)
-            decoded_keys[:, :, coded] = self._decode_keys(row.key_codes, coded)
+            decoded_keys[:, :, coded] = self._decode_keys(row.key_codes, range(row.first_coded, row.coded))
             decoded_values[:, :, coded] = self._decode_values(row.value_codes)
         return keys, values, decoded_keys, decoded_values
 
@@ -308,12 +312,12 @@ class _Layer:
             inner += CUDA_ROUNDOFF * value * (2 + score)
         return rounded * out + inner
 
-    def _decode_keys(self, codes: Codes, positions: slice) -> np.ndarray:
+    def _decode_keys(self, codes: Codes, positions: range) -> np.ndarray:
         arrays = [np.array(x).swapaxes(-1, -2) for x in codes]
         x = stored.levels(arrays, *self.case.keys) @ reference.rotation(self.case.dim).T
         if self.balance is not None:
             x = x * self.balance
-        return x + self._rotated_bias(positions.start, positions.stop)
+        return x + self._rotated_bias(positions)
 
     def _decode_values(self, codes: Codes) -> np.ndarray:
         arrays, (codec, bits) = [np.array(x) for x in codes], self.case.values
