@@ -174,8 +174,10 @@ def _prompts(part: Part) -> Iterator[Case]:
             dim, groups=2, count=next(counts), dtype=dtype, lengths=(500,), extras=True, rope=rope
         )
     for group in GROUPS:
-        yield case(groups=group, count=next(counts), lengths=(400,))
-    # Also prompts that nothing comes before, or codes that the first tokens alone do not need.
+        yield case(
+            groups=group, count=next(counts), lengths=(400,), keys=("lloyd-max", 3)
+        )
+    # Before them is nothing, too few tokens for codes, or codes up to anywhere.
     for count, before in product((9, 16, 17, 31, 32, 33, 300), (0, 4, 96, 101, 352, 2085)):
         yield case(64, groups=2, count=count, lengths=(before + count,), extras=True)
     for lengths in ((40, 45), (69, 101, 333), (700, 50), (129,) * 5, tuple(range(100, 500, 50))):

@@ -1,7 +1,9 @@
 """``mlx_turboquant selftest``: every kernel of this device against NumPy in fp64.
 
 In the manner of llama.cpp's test-backend-ops: a table of shapes, codecs and dtypes, one
-line each. A case fills real caches, and lets mlx-lm's patched attention answer. The
+line each, of which ``--quick`` takes a few lines and ``--all`` those, too, whose kernels a GPU
+has to compile for minutes. A case fills real caches with a prompt, and lets mlx-lm's patched
+attention answer the next queries, of decoding or of another part of a prompt. The
 expected result is computed from the codes that the caches hold, by what ``reference.py``
 says they mean, so that it judges attention and not the loss of the codecs. The codes are
 judged apart: no vector may lose much more in them than in those of ``reference.py``.
@@ -19,8 +21,21 @@ the model's dtype, S the largest |score| and V the largest |value|, an output ma
   3 + 2 |x| units in the last place; here |x| <= 3. CUDA allows less.
 - 64 u V: weights are such powers, too, for a mean |x| of 8; sums and the quotient.
 
-MLX multiplies fp32 matrices in TF32 on a GPU; the eager and the compiled kernel do so,
-and there u is 2^-11 for them.
+On a GPU more than 8 queries, and those of the eager and the compiled kernel, are for MLX's own
+attention over keys and values that are dequantised to the model's dtype. There U is 2^-11 at
+least, since MLX multiplies fp32 matrices in TF32, and that adds
+
+    2 U V (1 + S)
+
+- 2 U V: values are rounded, and so are weights.
+- U S: a score is rounded.
+- U S: so are the channels of keys, and of queries once they are scaled: sqrt(D) errors of U
+  times those of keys and queries come to U S / sqrt(3) for each of both, or 0.8 U S together
+  (S as below).
+
+Without a fused kernel vectors are rotated back by a matrix in TF32, as if all were rounded
+once more: 2^-11 V (1 + S). Prompts have a smaller key bias, and so a smaller S: in half
+precision a bias like those of models would hide all else.
 
 The CUDA kernel for Lloyd-Max codes multiplies whole numbers: channels of rotated queries,
 and the weights of codes, are off by up to w = 2^-16 of the largest of the vector or of 64
@@ -71,7 +86,7 @@ KV_HEADS = 2
 # Queries this large make some weights large and many small, as those of models are.
 QUERY_SIZE = 3.0
 BIAS_SIZE = 20.0
-# Prompts read keys that were rounded, so that a larger bias would hide all else.
+# Of prompts, see above.
 PROMPT_BIAS_SIZE = 2.0
 
 ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -119,7 +134,7 @@ class _Layer:
 
     def __init__(self, tested: Case, kernel: str):
         self.case, self.kernel = tested, kernel
-        self.many = tested.count > MAX_QUERIES
+        self.is_prompt = tested.count > MAX_QUERIES
         self.visibility = VISIBILITY._replace(invariant=tested.invariant)
         self.random = np.random.default_rng(zlib.crc32(str(tested).encode()))
         dim, rope = tested.dim, tested.rope
@@ -128,7 +143,7 @@ class _Layer:
         self.bias = self.balance = None
         codec_parts = None, None
         if tested.extras:
-            size = PROMPT_BIAS_SIZE if self.many else BIAS_SIZE
+            size = PROMPT_BIAS_SIZE if self.is_prompt else BIAS_SIZE
             self.bias = size * self._normal(KV_HEADS, dim)
             self.balance = np.exp(0.3 * self._normal(KV_HEADS, 1, dim))
             rope_module = nn.RoPE(rotary, traditional=rope == "traditional")
@@ -301,16 +316,14 @@ class _Layer:
 
     def _tolerance(self, out: float, score: float, value: float) -> float:
         on_gpu, fused = mx.default_device().type == mx.gpu, self.kernel in FUSED
-        rounded = ROUNDOFF[self.case.dtype]
+        roundoff = ROUNDOFF[self.case.dtype]
         inner = ROUNDOFF["float32"] * value * (64 + score * (self.case.dim**0.5 + 18))
-        if self.many if fused else on_gpu:
-            rough = max(rounded, TF32_ROUNDOFF) if on_gpu else rounded
-            inner += 2 * rough * value * (1 + score)
-            if not fused:
-                inner += TF32_ROUNDOFF * value * (1 + score)
+        if self.is_prompt if fused else on_gpu:
+            inner += 2 * max(roundoff, TF32_ROUNDOFF * on_gpu) * value * (1 + score)
+            inner += TF32_ROUNDOFF * (not fused) * value * (1 + score)
         elif self.kernel == "cuda" and self.case.keys[0] == self.case.values[0] == "lloyd-max":
             inner += CUDA_ROUNDOFF * value * (2 + score)
-        return rounded * out + inner
+        return roundoff * out + inner
 
     def _decode_keys(self, codes: Codes, positions: range) -> np.ndarray:
         arrays = [np.array(x).swapaxes(-1, -2) for x in codes]
@@ -335,8 +348,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
     parser.add_argument("--kernel", help="only this one (default: all that this device can run)")
     shapes = parser.add_mutually_exclusive_group()
-    shapes.add_argument("--quick", action="store_true", help="fewer shapes")
-    shapes.add_argument("--all", action="store_true", help="more shapes: tens of minutes on a GPU")
+    shapes.add_argument("--quick", action="store_true", help="a few cases")
+    shapes.add_argument("--all", action="store_true", help="more cases, which take a GPU tens of minutes to compile")
 
 
 def run(args: argparse.Namespace) -> int:

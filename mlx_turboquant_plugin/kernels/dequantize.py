@@ -91,8 +91,9 @@ def dequantize(
     newer = older if side.newer is None else side.newer
     batch, heads, count, dim = older.shape
     axis = -1 if side.is_keys else -2
-    coded = side.codes[-1].shape[axis] if side.codes else 0
     planes = code_arrays(side.codes, side.codec, batch * heads, axis)
+    # With those that make arrays large enough.
+    coded = planes[-1].shape[axis] if side.codes else 0
     levels = level_array((side.codec, side.bits))
     end = side.first_coded + first_code + decoded
     layout, model = model_arrays(levels, side.balance, side.bias, end)
