@@ -1,8 +1,8 @@
 """The cases of ``mlx_turboquant selftest``: shapes, codecs, dtypes and what caches hold."""
 
 from dataclasses import dataclass
-from itertools import cycle, islice, product
-from typing import Callable, Iterator, Sequence, Tuple
+from itertools import cycle, product
+from typing import Iterable, Iterator, Sequence, Tuple
 
 from ..attention.fused import MAX_QUERIES
 
@@ -107,86 +107,96 @@ def table(everything: bool = False) -> Iterator[Case]:
     On a GPU most of the time goes into compiling kernels, for each combination of dims, bits
     and dtypes. So the part leaves out most of the products of these, and nothing else.
     """
-
-    def part(apart: int, *axes: Sequence) -> Iterator[tuple]:
-        # One in a number that has no factor in common with the lengths of the axes, so that
-        # the values of each are shared out evenly.
-        return islice(product(*axes), None, None, 1 if everything else apart)
-
     yield from QUICK
-    yield from _decoding(part)
-    yield from _prompts(part)
+    for apart, cases in (*_decoding(), *_prompts()):
+        yield from list(cases)[:: 1 if everything else apart]
 
 
-Part = Callable[..., Iterator[tuple]]
+# One case in so many for a part of the table. The numbers have no factor in common with the
+# lengths of the axes, so that the values of each are shared out evenly.
+Share = Tuple[int, Iterable[Case]]
 
 
-def _decoding(part: Part) -> Iterator[Case]:
+def _decoding() -> Iterator[Share]:
     """Dims with codecs, with groups, with dtypes and numbers of queries; lengths."""
-    groups, counts, dtypes = cycle((1, 2, 4, 8, 3)), cycle((1, 1, 2, 1, 7, 8)), cycle(DTYPES)
-    for dim, (keys, values) in part(7, DIMS, CODECS):
-        yield case(
-            dim,
-            groups=next(groups),
-            count=next(counts),
-            keys=keys,
-            values=values,
-            dtype=next(dtypes),
-            lengths=(427,),
-        )
-    for dim, group in part(13, DIMS, GROUPS):
-        yield case(dim, groups=group, count=next(counts), lengths=(200,))
-    for dim, dtype, count in part(25, DIMS, DTYPES, range(1, MAX_QUERIES + 1)):
-        yield case(dim, groups=2, count=count, dtype=dtype, lengths=(270,), extras=count % 2 == 0)
-    for length in (69, 97, 101, 129, 133, 161, 197, 228, 229, 230, 512, 1024, 2085, 4100, 16500):
-        yield case(lengths=(length,))
-        # With positions grow the angles, and what fp32 leaves unknown about a bias.
-        extras = length < 4000
-        yield case(64, groups=2, lengths=(length,), keys=("lloyd-max", 3), extras=extras)
-    for lengths in ((4, 5), (69, 101, 333), (700, 37), (129,) * 5, tuple(range(100, 500, 50))):
-        for dim in (80, 128):
-            yield case(dim, lengths=lengths, groups=2, extras=len(lengths) == 3)
-    for rope, dim in part(5, ROPES, DIMS):
-        yield case(dim, groups=2, extras=True, rope=rope, lengths=(500,))
-    for ring, length in product((100, 150, 333), (99, 150, 640)):
-        yield case(lengths=(length,), ring=ring, extras=ring == 333)
-    for steps, lengths in product((1, 2, 36), ((300,), (190, 260))):
-        yield case(lengths=lengths, groups=2, steps=steps, dtype=next(dtypes))
+    yield 7, _codecs((1, 1, 2, 1, 7, 8))
+    counts = cycle((1, 1, 2, 1, 7, 8))
+    yield 13, (
+        case(dim, groups=group, count=next(counts), lengths=(200,))
+        for dim, group in product(DIMS, GROUPS)
+    )
+    yield 25, (
+        case(dim, groups=2, count=count, dtype=dtype, lengths=(270,), extras=count % 2 == 0)
+        for dim, dtype, count in product(DIMS, DTYPES, range(1, MAX_QUERIES + 1))
+    )
+    lengths = 69, 97, 101, 129, 133, 161, 197, 228, 229, 230, 512, 1024, 2085, 4100, 16500
+    yield 1, (case(lengths=(length,)) for length in lengths)
+    # With positions grow the angles, and what fp32 leaves unknown about a bias.
+    yield 1, (
+        case(64, groups=2, lengths=(length,), keys=("lloyd-max", 3), extras=length < 4000)
+        for length in lengths
+    )
+    yield 1, _batches(1, (4, 5))
+    yield 5, (
+        case(dim, groups=2, extras=True, rope=rope, lengths=(500,))
+        for rope, dim in product(ROPES, DIMS)
+    )
+    yield 1, _rings(1)
+    dtypes = cycle(DTYPES)
+    yield 1, (
+        case(lengths=lengths, groups=2, steps=steps, dtype=next(dtypes))
+        for steps, lengths in product((1, 2, 36), ((300,), (190, 260)))
+    )
     # So many tokens that every part of a kernel has more than one turn.
-    yield case(lengths=(40_000,))
+    yield 1, [case(lengths=(40_000,))]
 
 
-def _prompts(part: Part) -> Iterator[Case]:
+def _prompts() -> Iterator[Share]:
     """The same with more queries than a kernel for decoding takes."""
-    groups, counts, dtypes = cycle((1, 2, 4, 8, 3)), cycle((17, 40, 100, 300)), cycle(DTYPES)
-    for dim, (keys, values) in part(7, DIMS, CODECS):
-        yield case(
-            dim,
-            groups=next(groups),
-            count=next(counts),
-            keys=keys,
-            values=values,
-            dtype=next(dtypes),
-            lengths=(427,),
-        )
-    for dim, dtype, rope in part(11, DIMS, DTYPES, ROPES):
-        yield case(
-            dim, groups=2, count=next(counts), dtype=dtype, lengths=(500,), extras=True, rope=rope
-        )
-    for group in GROUPS:
-        yield case(
-            groups=group, count=next(counts), lengths=(400,), keys=("lloyd-max", 3)
-        )
+    many = 17, 40, 100, 300
+    yield 7, _codecs(many)
+    counts = cycle(many)
+    yield 11, (
+        case(dim, groups=2, count=next(counts), dtype=dtype, lengths=(500,), extras=True, rope=rope)
+        for dim, dtype, rope in product(DIMS, DTYPES, ROPES)
+    )
+    yield 1, (
+        case(groups=group, count=next(counts), lengths=(400,), keys=("lloyd-max", 3))
+        for group in GROUPS
+    )
     # Before them is nothing, too few tokens for codes, or codes up to anywhere.
-    for count, before in product((9, 16, 17, 31, 32, 33, 300), (0, 4, 96, 101, 352, 2085)):
-        yield case(64, groups=2, count=count, lengths=(before + count,), extras=True)
-    for lengths in ((40, 45), (69, 101, 333), (700, 50), (129,) * 5, tuple(range(100, 500, 50))):
-        for dim in (80, 128):
-            yield case(dim, groups=2, count=40, lengths=lengths, extras=len(lengths) == 3)
-    for ring, length, count in product((100, 150, 333), (99, 150, 640), (12, 17, 99)):
+    yield 1, (
+        case(64, groups=2, count=count, lengths=(before + count,), extras=True)
+        for count, before in product((9, 16, 17, 31, 32, 33, 300), (0, 4, 96, 101, 352, 2085))
+    )
+    yield 1, _batches(40, (40, 45))
+    for count in (12, 17, 99):
+        yield 1, _rings(count)
+    yield 1, (
+        case(64, groups=1, count=count, lengths=lengths, extras=True, invariant=True)
+        for count, lengths in product((17, 100), ((333,), (190, 260), (100, 420)))
+    )
+    yield 1, (
+        case(count=count, lengths=lengths, groups=2, steps=steps)
+        for steps, count, lengths in product((1, 36), (12, 40), ((300,), (190, 260)))
+    )
+    yield 1, [case(groups=1, count=200, lengths=(4100,))]
+
+
+def _codecs(counts: Sequence[int]) -> Iterator[Case]:
+    settings = zip(cycle((1, 2, 4, 8, 3)), cycle(counts), cycle(DTYPES))
+    for (groups, count, dtype), (dim, (keys, values)) in zip(settings, product(DIMS, CODECS)):
+        yield case(
+            dim, groups=groups, count=count, keys=keys, values=values, dtype=dtype, lengths=(427,)
+        )
+
+
+def _batches(count: int, shortest: Tuple[int, ...]) -> Iterator[Case]:
+    several = (69, 101, 333), (700, 50), (129,) * 5, tuple(range(100, 500, 50))
+    for lengths, dim in product((shortest, *several), (80, 128)):
+        yield case(dim, count=count, lengths=lengths, groups=2, extras=len(lengths) == 3)
+
+
+def _rings(count: int) -> Iterator[Case]:
+    for ring, length in product((100, 150, 333), (99, 150, 640)):
         yield case(count=count, lengths=(length,), ring=ring, extras=ring == 333)
-    for count, lengths in product((17, 100), ((333,), (190, 260), (100, 420))):
-        yield case(64, groups=1, count=count, lengths=lengths, extras=True, invariant=True)
-    for steps, count, lengths in product((1, 36), (12, 40), ((300,), (190, 260))):
-        yield case(count=count, lengths=lengths, groups=2, steps=steps)
-    yield case(groups=1, count=200, lengths=(4100,))
