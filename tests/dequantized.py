@@ -27,6 +27,8 @@ class Case:
         rope: None for no key bias and no balance, or the layout of the rotary pairs.
         ring: ``max_kv_size``, or 0.
         left, right: zeros around.
+        sinks: how many first tokens stay exact.
+        trim: tokens that are trimmed before the last chunk.
         strided: whether new tokens are a view of an array with heads inside.
     """
 
@@ -42,6 +44,8 @@ class Case:
     left: int = 0
     right: int = 0
     invariant: bool = False
+    sinks: int = 4
+    trim: int = 0
     strided: bool = False
 
 
@@ -61,6 +65,10 @@ CASES = [
     Case(chunks=(30, 20)),
     Case(chunks=(2, 1)),
     Case(chunks=(300, 1, 1, 1)),
+    Case(chunks=(200, 40), sinks=70),
+    Case(chunks=(300, 20), trim=151),
+    Case(128, 128, ("affine", 2), ("affine", 3), chunks=(300, 20), trim=297, sinks=0),
+    Case(chunks=(300, 20), trim=297, sinks=0),
 ]
 
 
@@ -83,11 +91,13 @@ def view_of(case: Case, kernel: str):
         rope = nn.RoPE(rotary, traditional=case.rope == "traditional")
         bias = KeyBias(10 * mx.random.normal((HEADS, case.dim)), rope)
     spec = CodecSpec(case.dim, case.value_dim, *case.keys, *case.values)
-    codec, visibility = KVCodec(spec, balance, bias), Visibility(32, 4, case.invariant)
+    codec, visibility = KVCodec(spec, balance, bias), Visibility(32, case.sinks, case.invariant)
     cache = CompressedKVCache(codec, visibility)
     if case.ring:
         cache = RotatingCompressedKVCache(case.ring, 4, codec, visibility)
-    for count in case.chunks:
+    for index, count in enumerate(case.chunks):
+        if index == len(case.chunks) - 1:
+            cache.trim(case.trim)
         view = cache.append(*random(case, count))
     return view._replace(kernel=kernel)
 

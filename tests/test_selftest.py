@@ -5,11 +5,14 @@ import pytest
 
 from mlx_turboquant_plugin import cli
 from mlx_turboquant_plugin.attention import dispatch, fused
-from mlx_turboquant_plugin.cache import compressed
+from mlx_turboquant_plugin.cache import Visibility, compressed
 from mlx_turboquant_plugin.codecs.kv_codec import KVCodec
 from mlx_turboquant_plugin.evaluation import selftest
-from mlx_turboquant_plugin.evaluation.selftest import QUICK, check, table
-from mlx_turboquant_plugin.kernels import fused_kernels
+from mlx_turboquant_plugin.evaluation.cases import QUICK, table
+from mlx_turboquant_plugin.evaluation.selftest import check
+from mlx_turboquant_plugin.kernels import cuda, cuda_encode, cuda_portable, cuda_source, fused_kernels
+
+PROMPTS = [case for case in QUICK if case.count > 16]
 
 
 @pytest.mark.parametrize("kernel", ["eager", "compiled", *fused_kernels()])
@@ -73,22 +76,82 @@ def test_a_kernel_that_leaves_its_work_to_another_fails(monkeypatch):
         kernel, "anything"
     ))
     monkeypatch.setattr(compressed, "encoder", lambda kernel: KVCodec)
+    monkeypatch.setattr(compressed, "can_pass", lambda *args: False)
     result = check(QUICK[0], "metal")
     assert result.error <= result.tolerance and not result.ok
     assert "the metal kernel does not support anything" in result.note
 
 
-def test_the_table_has_every_shape_codec_and_dtype():
-    cases = list(table())
-    assert {case.dim for case in cases} >= {64, 80, 96, 112, 128, 256}
-    assert {case.groups for case in cases} >= {*range(1, 9), 12, 16}
-    assert {case.count for case in cases} >= set(range(1, 9))
-    assert {case.dtype for case in cases} == {"float32", "float16", "bfloat16"}
-    lloyd = {(c.keys[1], c.values[1]) for c in cases if c.keys[0] == c.values[0] == "lloyd-max"}
-    assert lloyd == {(k, v) for k in (2, 3, 4) for v in (2, 3, 4)}
-    assert {c.keys[1] for c in cases if c.keys[0] == "affine"} == {2, 3, 4, 8}
-    assert {c.values[1] for c in cases if c.values[0] == "affine"} == {2, 3, 4, 8}
-    assert any(len(case.lengths) > 1 for case in cases)
-    # With codes, and steps of decoding before.
-    assert {(len(case.lengths), case.steps > 1) for case in cases} >= {(1, True), (2, True)}
+@pytest.mark.parametrize("case", PROMPTS, ids=str)
+def test_prompts_pass_as_on_a_gpu(case, monkeypatch):
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda: True)
+    result = check(case, "eager")
+    assert result.ok, result
+
+
+@pytest.mark.parametrize("case", PROMPTS, ids=str)
+def test_prompts_that_read_by_another_rule_fail(case, monkeypatch):
+    rule = Visibility.is_prompt
+    monkeypatch.setattr(
+        Visibility, "is_prompt", lambda self, count: count > 16 and not rule(self, count)
+    )
+    # Unless all queries are in one block.
+    same = all((t - case.count) // 32 == (t - 1) // 32 for t in case.lengths)
+    assert check(case, "eager").ok == same
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_table_has_every_shape_codec_and_dtype(everything):
+    cases = list(table(everything))
+    assert {case.groups for case in cases} >= {1, 2, 3, 4, 5, 6, 7, 8, 12, 16}
+    assert {case.count for case in cases} >= {*range(1, 9), 12, 17, 40, 100, 300}
+    assert {case.invariant for case in cases if case.count > 16} == {False, True}
+    for some in ([c for c in cases if c.count <= 8], [c for c in cases if c.count > 16]):
+        assert {case.dim for case in some} >= {64, 80, 96, 112, 128, 256}
+        assert {case.dtype for case in some} == {"float32", "float16", "bfloat16"}
+        lloyd = {(c.keys[1], c.values[1]) for c in some if c.keys[0] == c.values[0] == "lloyd-max"}
+        assert lloyd == {(k, v) for k in (2, 3, 4) for v in (2, 3, 4)}
+        assert {c.keys[1] for c in some if c.keys[0] == "affine"} == {2, 3, 4, 8}
+        assert {c.values[1] for c in some if c.values[0] == "affine"} == {2, 3, 4, 8}
+        assert {c.rope for c in some if c.extras} == {"halves", "traditional", "partial"}
+        assert any(case.ring for case in some)
+        # With codes, and steps of decoding before.
+        assert {(len(c.lengths), c.steps > 1) for c in some} >= {(1, True), (2, True)}
     assert len(set(cases)) == len(cases)
+    assert everything or set(cases) < set(table(everything=True))
+
+
+def test_a_gpu_compiles_few_kernels(monkeypatch):
+    """A kernel of decoding takes an NVIDIA GPU a second and more."""
+    compiled = set()
+
+    class Kernel:
+        def __init__(self, name, inputs, outputs, body):
+            self.name, self.body = name, body
+
+        def __call__(self, inputs, output_shapes, output_dtypes, template=(), **launch):
+            types = *(x.dtype for x in inputs), *output_dtypes
+            compiled.add((self.name, self.body, str(types), str(template)))
+            return [mx.zeros(*like) for like in zip(output_shapes, output_dtypes)]
+
+    makers = cuda._attention, cuda._split_kernel, cuda._merge_kernel
+    makers += cuda_encode._encode_kernel, cuda_portable.kernel
+    monkeypatch.setattr(cuda_source, "kernel", Kernel)
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda: True)
+    # Nothing need be computed.
+    monkeypatch.setattr(
+        selftest, "scaled_dot_product_attention", lambda queries, *args, **kw: mx.zeros_like(queries)
+    )
+    mx.disable_compile()
+    for maker in makers:
+        maker.cache_clear()
+    for case in table():
+        # Longer ones share the kernels of others.
+        if max(case.lengths) < 1000:
+            selftest._Layer(case, "cuda").attend()
+    for maker in makers:
+        maker.cache_clear()
+    mx.enable_compile()
+    names = [name for name, *_ in compiled]
+    assert names.count("split") + names.count("metal_decode") <= 55
+    assert names.count("encode") + names.count("metal_dequantize") <= 130

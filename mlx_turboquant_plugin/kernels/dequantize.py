@@ -102,17 +102,18 @@ def lay_out(kernel: str, codec: KVCodec, tokens: Tokens, places: Places) -> Tupl
         tokens.older[0].shape[2] if tokens.older else 0,
         tokens.newer[0].shape[2] if tokens.newer else 0,
     )
-    coded = tokens.key_codes[-1].shape[-1] if tokens.key_codes else 0
     levels = level_array((spec.key_codec, spec.key_bits), (spec.value_codec, spec.value_bits))
     end = tokens.first_coded + places.first_code + places.decoded
     rotary, model = model_arrays(levels, codec.balance, codec.bias, end)
+    key_codes = code_arrays(tokens.key_codes, spec.key_codec, batch * heads, -1)
+    value_codes = code_arrays(tokens.value_codes, spec.value_codec, batch * heads, -2)
+    # With those that make arrays large enough.
+    coded = key_codes[-1].shape[-1] if tokens.key_codes else 0
     numbers = (
         (places.total, places.left, places.sinks, places.first_code, places.decoded)
         + (coded, tokens.first_coded, counts[0], places.first_exact, places.exact)
         + (places.first_kept, places.kept, heads, counts[1], *rotary)
     )
-    key_codes = code_arrays(tokens.key_codes, spec.key_codec, batch * heads, -1)
-    value_codes = code_arrays(tokens.value_codes, spec.value_codec, batch * heads, -2)
     dims = keys.shape[-1], values.shape[-1]
     compiled = metal.kernel if kernel == "metal" else cuda_portable.kernel
     shapes = [

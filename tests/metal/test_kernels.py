@@ -10,14 +10,15 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import scaled_dot_product_attention
 
 import mlx_turboquant_plugin
-from mlx_turboquant_plugin.attention import kernels
+from mlx_turboquant_plugin.attention import dispatch, kernels
 from mlx_turboquant_plugin.attention.dispatch import attend
 from mlx_turboquant_plugin.attention.fused import Problem, problem_of_view
 from mlx_turboquant_plugin.cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
 from mlx_turboquant_plugin.cache.exact import ExactTokens
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
-from mlx_turboquant_plugin.evaluation.selftest import QUICK, check, table
+from mlx_turboquant_plugin.evaluation.cases import QUICK, table
+from mlx_turboquant_plugin.evaluation.selftest import check
 from mlx_turboquant_plugin.kernels import metal, unsupported
 
 pytestmark = pytest.mark.skipif(
@@ -43,20 +44,22 @@ def emulated(request, monkeypatch):
 one_run = pytest.mark.parametrize("emulated", RUNS[3:], indirect=True)
 
 
-def verify(case):
+def verify(case, monkeypatch):
+    # Where prompts are dequantised.
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda: True)
     result = check(case, "metal")
     assert result.ok, f"{case}: error {result.error:.1e} of {result.tolerance:.1e} {result.note}"
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
-def test_the_table(case, emulated):
-    verify(case)
+def test_the_table(case, emulated, monkeypatch):
+    verify(case, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", list(table())[len(QUICK) :], ids=str)
-def test_the_whole_table(case, emulated):
-    verify(case)
+@pytest.mark.parametrize("case", list(table(everything=True))[len(QUICK) :], ids=str)
+def test_the_whole_table(case, emulated, monkeypatch):
+    verify(case, monkeypatch)
 
 
 def step(cache, queries, keys, values, kernel, mask):

@@ -4,8 +4,10 @@ import emulator
 import mlx.core as mx
 import pytest
 
+from mlx_turboquant_plugin.attention import dispatch
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
-from mlx_turboquant_plugin.evaluation.selftest import QUICK, check
+from mlx_turboquant_plugin.evaluation.cases import QUICK
+from mlx_turboquant_plugin.evaluation.selftest import check
 from mlx_turboquant_plugin.kernels import metal
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
@@ -182,24 +184,99 @@ MUTATIONS = [
     ("sizes are not searched", "encode", "k < SEARCHED", "k < 1"),
     ("the last size that was tried", "encode", "      least = loss;\n", ""),
     ("errors along the vector are free", "encode", "+ ALONG * along * along", ""),
-    ("the bias is not taken away", "encode", "        y[j] -= known;\n", ""),
+    ("the bias is not taken away", "encode", "y[j] -= rotated_bias(", "rotated_bias("),
     ("the bias of another head in codes", "encode", "kv_index % x_shape[1]", "kv_index / x_shape[1]"),
     (
         "the bias of codes turns the other way",
-        "encode",
+        "codes",
         "second ? turn.y : -turn.y",
         "second ? -turn.y : turn.y",
     ),
     ("positions of codes count from 0", "encode", "start + first + token", "first + token"),
     ("keys are multiplied by the balance", "encode", "y[j] /= balance", "y[j] *= balance"),
     ("the matrix of codes is transposed", "encode", "rotation[i * D + c]", "rotation[c * D + i]"),
+    ("channels of a pair are neighbours", "codes", "distance == 1 ? c % 2 == 1 :", "true ? c % 2 == 1 :"),
+    ("the angle of another pair", "codes", "(second ? other : c) / between", "c / between"),
+    ("all channels are turned", "codes", "if (c >= 2 * pairs) {", "if (c >= D) {"),
+    (
+        "no barrier between codes and their reading",
+        "dequantize",
+        BARRIER + "\n  for (int token = simd",
+        "\n  for (int token = simd",
+    ),
+    (
+        "no barrier between a decoded vector and its rotation back",
+        "dequantize",
+        SIMD_BARRIER + "      UNROLL",
+        "      UNROLL",
+    ),
+    (
+        "no barrier between a rotation back and the next vector",
+        "dequantize",
+        SIMD_BARRIER + "    }\n    const size_t to",
+        "    }\n    const size_t to",
+    ),
+    (
+        "two planes are swapped",
+        "dequantize",
+        "p == 1 ? low_of_upper_fields : high",
+        "p == 1 ? high : low_of_upper_fields",
+    ),
+    (
+        "all planes in one place",
+        "dequantize",
+        "p * Stored::BYTES + i % Stored::BYTES",
+        "i % Stored::BYTES",
+    ),
+    ("the bytes of a word backwards", "dequantize", "(four >> (8 * k))", "(four >> (24 - 8 * k))"),
+    ("the codes of another head", "dequantize", "(size_t(kv_index) * coded + begin)", "begin"),
+    ("the size of another head", "dequantize", "size_of(uint(scales[vector]))", "size_of(uint(scales[index]))"),
+    ("no zero points", "dequantize", " + float(zeros[at])", ""),
+    ("the scale of the first group", "dequantize", "+ c / Stored::GROUP", ""),
+    ("codes before the first that counts", "dequantize", "index < first || ", ""),
+    ("one code too many", "dequantize", "index >= first + decoded", "index > first + decoded"),
+    ("a tile of codes that goes on", "dequantize", "min(TOKENS, coded - begin)", "TOKENS"),
+    ("a tile of tokens that goes on", "dequantize", "min(TOKENS, total - decoded - begin)", "TOKENS"),
+    ("the signs are not undone", "dequantize", "        y[j] *= rotation[32 * j + lane];\n", ""),
+    ("the matrix back is transposed", "dequantize", "rotation[i * D + c]", "rotation[c * D + i]"),
+    (
+        "decoded keys without their balance",
+        "dequantize",
+        "y[j] *= balance[kv_head * D + c];",
+        "",
+    ),
+    ("the balance of another head", "dequantize", "kv_index % older_shape[1]", "kv_index / older_shape[1]"),
+    ("decoded keys without their bias", "dequantize", "y[j] += rotated_bias(", "rotated_bias("),
+    ("positions of decoded keys count from 0", "dequantize", "start + index", "index"),
+    (
+        "decoded tokens stand where zeros belong",
+        "dequantize",
+        "left + sinks + index - first",
+        "sinks + index - first",
+    ),
+    ("sinks stand where zeros belong", "dequantize", "slot = token - left", "slot = token"),
+    ("one sink too few before the codes", "dequantize", "token < left + sinks ?", "token + 1 < left + sinks ?"),
+    ("exact tokens are one too new", "dequantize", "slot - sinks + exact_first", "slot - sinks + exact_first + 1"),
+    ("new tokens begin later", "dequantize", "newer_shape[2] + slot - older_count", "newer_shape[2] + slot"),
+    ("the last old token is new", "dequantize", "slot >= older_count", "slot >= older_count - 1"),
+    (
+        "low bits of the upper fields",
+        "codes",
+        "BYTES + byte] >> (2 * (field % 4))",
+        "BYTES + byte] >> (2 * (field / 2))",
+    ),
+    ("high bits of the lower fields", "codes", "BYTES + byte] >> field)", "BYTES + byte] >> (field % 4))"),
+    ("codes that end in the next byte", "codes", "shift + BITS > 8 ? bytes[byte + 1] : 0", "0"),
+    ("fields of a stored byte backwards", "codes", "bytes[byte] >> (BITS * field)", "bytes[byte] >> (BITS * (FIELDS - 1 - field))"),
+    ("stored vectors overlap", "codes", "PLANES * BYTES + 4", "BYTES + 4"),
 ]
 
 
 @pytest.fixture
 def few_splits(monkeypatch):
-    """Each simdgroup has several tiles."""
+    """Each simdgroup has several tiles, and prompts are dequantised."""
     monkeypatch.setattr(metal, "MAX_SPLITS", 1)
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda: True)
     metal.kernel.cache_clear()
     yield
     metal.kernel.cache_clear()
@@ -221,13 +298,15 @@ def test_a_bug_is_noticed(what, file, text, wrong, few_splits, monkeypatch):
         return source(name).replace(text, wrong) if name == file else source(name)
 
     assert source(file).count(text) == 1
-    monkeypatch.setattr(metal, "_source", mutated)
+    monkeypatch.setattr(metal, "source", mutated)
     with emulator.patch(mode="checked", schedule=2, poison=0):
         if text == PARTIAL:
             with pytest.raises(emulator.EmulatorError):
                 mx.eval(metal.encode_values(KVCodec(CodecSpec(64, 64)), mx.ones((1, 1, 45, 64))))
             return
-        results = (check(case, "metal") for case in QUICK)
+        # Prompts are the last ones.
+        cases = QUICK[::-1] if file == "dequantize" else QUICK
+        results = (check(case, "metal") for case in cases)
         failed = next((result for result in results if not result.ok), None)
     assert failed is not None, f"nobody notices: {what}"
     assert "does not compile" not in failed.note
