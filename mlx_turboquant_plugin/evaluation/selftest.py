@@ -208,10 +208,10 @@ class _Layer:
             mx.concatenate([x[:, :, x.shape[2] - before_end :][:, :, :count] for x in rows])
             for rows in (self.keys, self.values)
         )
+        mask = cache.make_mask(count)
         cache.attending = True
         keys, values = cache.update_and_fetch(*new)
         self.view = cache.view
-        mask = None if count == 1 else "causal"
         out = attend(scaled_dot_product_attention, queries, keys, values, cache, self.scale, mask)
         mx.eval(out)
         return out
