@@ -208,7 +208,7 @@ class _Layer:
             mx.concatenate([x[:, :, x.shape[2] - before_end :][:, :, :count] for x in rows])
             for rows in (self.keys, self.values)
         )
-        mask = cache.make_mask(count)
+        mask = cache.make_mask(count, return_array=False, window_size=None)
         cache.attending = True
         keys, values = cache.update_and_fetch(*new)
         self.view = cache.view
