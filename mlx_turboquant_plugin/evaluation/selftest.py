@@ -299,7 +299,8 @@ class _Layer:
         decoded_keys, decoded_values = np.zeros_like(keys), np.zeros_like(values)
         if row.key_codes:
             coded = slice(row.first_coded, row.coded)
-            decoded_keys[:, :, coded] = self._decode_keys(row.key_codes, range(row.first_coded, row.coded))
+            positions = range(row.first_coded, row.coded)
+            decoded_keys[:, :, coded] = self._decode_keys(row.key_codes, positions)
             decoded_values[:, :, coded] = self._decode_values(row.value_codes)
         return keys, values, decoded_keys, decoded_values
 
