@@ -298,8 +298,8 @@ class _Layer:
         keys, values = _fp64(self.keys[index]), _fp64(self.values[index])
         decoded_keys, decoded_values = np.zeros_like(keys), np.zeros_like(values)
         if row.key_codes:
-            coded = slice(row.first_coded, row.coded)
-            decoded_keys[:, :, coded] = self._decode_keys(row.key_codes, range(row.first_coded, row.coded))
+            coded = range(row.first_coded, row.coded)
+            decoded_keys[:, :, coded] = self._decode_keys(row.key_codes, coded)
             decoded_values[:, :, coded] = self._decode_values(row.value_codes)
         return keys, values, decoded_keys, decoded_values
 
@@ -349,7 +349,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", help="only this one (default: all that this device can run)")
     shapes = parser.add_mutually_exclusive_group()
     shapes.add_argument("--quick", action="store_true", help="a few cases")
-    shapes.add_argument("--all", action="store_true", help="more cases, which take a GPU tens of minutes to compile")
+    shapes.add_argument(
+        "--all", action="store_true", help="more cases; a GPU compiles their kernels for minutes"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 from mlx_turboquant_plugin.evaluation.cases import QUICK, table
 from mlx_turboquant_plugin.evaluation.selftest import check
 from mlx_turboquant_plugin.kernels import metal, unsupported
+from mlx_turboquant_plugin.kernels.inputs import DEVICE_SIZE
 
 pytestmark = pytest.mark.skipif(
     emulator.unavailable() is not None, reason=str(emulator.unavailable())
@@ -145,7 +146,8 @@ def test_any_number_of_codes(coded, emulated):
 
 @one_run
 def test_launches_and_compilations(emulated, monkeypatch):
-    """Two launches a step, and two more for 32 tokens; all lengths share their kernels."""
+    """Three launches for a prompt's pass, two a step, and two more for 32 tokens; all lengths
+    share their kernels."""
     launches, variants = [], set()
     original = mx.fast.metal_kernel
 
@@ -154,13 +156,13 @@ def test_launches_and_compilations(emulated, monkeypatch):
 
         def call(**launch):
             launches.append(settings["name"])
-            inputs = [(x.dtype, x.ndim, x.size < metal.DEVICE_SIZE) for x in launch["inputs"]]
+            inputs = [(x.dtype, x.ndim, x.size < DEVICE_SIZE) for x in launch["inputs"]]
             variants.add((settings["name"], *inputs, *map(tuple, launch["template"])))
             return kernel(**launch)
 
         return call
 
-    expected = ["turboquant_encode"] * 2
+    expected = ["turboquant_dequantize"] + ["turboquant_encode"] * 2
     # Undone before the emulator puts MLX's own function back.
     with monkeypatch.context() as patched:
         patched.setattr(mx.fast, "metal_kernel", counted)
@@ -173,7 +175,7 @@ def test_launches_and_compilations(emulated, monkeypatch):
                 expected += ["turboquant_encode"] * 2
             expected += ["turboquant_decode", "turboquant_merge"]
     assert launches == expected
-    assert len(variants) == 4
+    assert len(variants) == 5
 
 
 @pytest.mark.parametrize("chunk", [50, 300])

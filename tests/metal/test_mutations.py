@@ -128,7 +128,12 @@ MUTATIONS = [
     ("an exact split is rotated back", "merge", "s < exact_splits ? x", "s + 1 < exact_splits ? x"),
     ("a butterfly with the wrong sign", "codes", "? other - x[j] :", "? x[j] - other :"),
     ("the output is not rotated back", "merge", "    walsh_hadamard<COUNT>(coded, lane);\n", ""),
-    ("the matrix is not transposed", "decode", "key_rotation[i * DK + c]", "key_rotation[c * DK + i]"),
+    (
+        "the matrix is not transposed",
+        "decode",
+        "key_rotation[i * DK + c]",
+        "key_rotation[c * DK + i]",
+    ),
     ("no balance", "decode", "BALANCED ? balance[kv_head * DK + c] : 1.0f", "1.0f"),
     ("the bias of another head", "decode", "kv_index % kv_heads;", "kv_index / kv_heads;"),
     ("the sine of the bias has the wrong sign", "decode", "q2 * b1 - q1 * b2", "q1 * b2 - q2 * b1"),
@@ -195,9 +200,14 @@ MUTATIONS = [
     ("positions of codes count from 0", "encode", "start + first + token", "first + token"),
     ("keys are multiplied by the balance", "encode", "y[j] /= balance", "y[j] *= balance"),
     ("the matrix of codes is transposed", "encode", "rotation[i * D + c]", "rotation[c * D + i]"),
-    ("channels of a pair are neighbours", "codes", "distance == 1 ? c % 2 == 1 :", "true ? c % 2 == 1 :"),
+    (
+        "channels of a pair are neighbours",
+        "codes",
+        "distance == 1 ? c % 2 == 1 :",
+        "true ? c % 2 == 1 :",
+    ),
     ("the angle of another pair", "codes", "(second ? other : c) / between", "c / between"),
-    ("all channels are turned", "codes", "if (c >= 2 * pairs) {", "if (c >= D) {"),
+    ("all channels are turned", "codes", "if (c >= 2 * pairs) {", "if (c >= 4096) {"),
     (
         "no barrier between codes and their reading",
         "tokens",
@@ -269,9 +279,19 @@ MUTATIONS = [
         "BYTES + byte] >> (2 * (field % 4))",
         "BYTES + byte] >> (2 * (field / 2))",
     ),
-    ("high bits of the lower fields", "codes", "BYTES + byte] >> field)", "BYTES + byte] >> (field % 4))"),
+    (
+        "high bits of the lower fields",
+        "codes",
+        "BYTES + byte] >> field)",
+        "BYTES + byte] >> (field % 4))",
+    ),
     ("codes that end in the next byte", "codes", "shift + BITS > 8 ? bytes[byte + 1] : 0", "0"),
-    ("fields of a stored byte backwards", "codes", "bytes[byte] >> (BITS * field)", "bytes[byte] >> (BITS * (FIELDS - 1 - field))"),
+    (
+        "fields of a stored byte backwards",
+        "codes",
+        "bytes[byte] >> (BITS * field)",
+        "bytes[byte] >> (BITS * (FIELDS - 1 - field))",
+    ),
     ("stored vectors overlap", "codes", "PLANES * BYTES + 4", "BYTES + 4"),
 ]
 
