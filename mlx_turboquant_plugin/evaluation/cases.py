@@ -121,7 +121,7 @@ def _decoding() -> Iterator[Share]:
     """Dims with codecs, with groups, with dtypes and numbers of queries; lengths."""
     yield 7, _codecs((1, 1, 2, 1, 7, 8))
     counts = cycle((1, 1, 2, 1, 7, 8))
-    yield 13, (
+    yield 23, (
         case(dim, groups=group, count=next(counts), lengths=(200,))
         for dim, group in product(DIMS, GROUPS)
     )
@@ -137,7 +137,7 @@ def _decoding() -> Iterator[Share]:
         for length in lengths
     )
     yield 1, _batches(1, (4, 5))
-    yield 5, (
+    yield 7, (
         case(dim, groups=2, extras=True, rope=rope, lengths=(500,))
         for rope, dim in product(ROPES, DIMS)
     )

@@ -63,7 +63,10 @@ import argparse
 import functools
 import sys
 import zlib
-from typing import List, NamedTuple, Sequence, Tuple
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
+from typing import Iterator, List, NamedTuple, Sequence, Tuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -92,6 +95,9 @@ PROMPT_BIAS_SIZE = 2.0
 ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 TF32_ROUNDOFF = 2.0**-11
 CUDA_ROUNDOFF = 2.0**-16
+
+# That compile at the same time, on a GPU.
+PROCESSES = 4
 
 # Tokens of a sequence whose codes are judged.
 SAMPLE = 128
@@ -369,12 +375,26 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(f"compiled: {compiling.problem()}\n")
     failed, total = 0, 0
     for kernel in kernels:
-        for tested in QUICK if args.quick else table(args.all):
-            result = check(tested, kernel)
+        cases = QUICK if args.quick else list(table(args.all))
+        for tested, result in zip(cases, _results(cases, kernel)):
             total, failed = total + 1, failed + (not result.ok)
             sys.stdout.write(_line(kernel, tested, result) + "\n")
+            # A pipe shows what is done, too.
+            sys.stdout.flush()
     sys.stdout.write(f"{total - failed} of {total} OK\n")
     return 1 if failed else 0
+
+
+def _results(cases: Sequence[Case], kernel: str) -> Iterator[Result]:
+    """What comes of each case, in their order.
+
+    On a GPU nearly all the time goes into compiling kernels, one at a time in a process.
+    """
+    if mx.default_device().type != mx.gpu:
+        yield from (check(tested, kernel) for tested in cases)
+        return
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
+        yield from pool.map(check, cases, repeat(kernel))
 
 
 def _line(kernel: str, tested: Case, result: Result) -> str:
