@@ -1,4 +1,4 @@
-"""Cases for the kernel that dequantises: laid out by it, and by MLX's operations."""
+"""The kernel that dequantises, and what prompts do with it, against MLX's operations."""
 
 from dataclasses import dataclass
 from typing import Tuple
@@ -6,8 +6,9 @@ from typing import Tuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.base import scaled_dot_product_attention
 
-from mlx_turboquant_plugin.attention import dequantized
+from mlx_turboquant_plugin.attention import dequantized, dispatch
 from mlx_turboquant_plugin.attention.layout import layout_of
 from mlx_turboquant_plugin.cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
@@ -81,8 +82,8 @@ def random(case: Case, count: int):
         yield x.swapaxes(1, 2) if case.strided else x
 
 
-def view_of(case: Case, kernel: str):
-    """What the last chunk's queries see."""
+def codec_of(case: Case) -> KVCodec:
+    """The codec of a case, the same each time."""
     mx.random.seed(case.dim)
     balance = bias = None
     if case.rope:
@@ -91,7 +92,12 @@ def view_of(case: Case, kernel: str):
         rope = nn.RoPE(rotary, traditional=case.rope == "traditional")
         bias = KeyBias(10 * mx.random.normal((HEADS, case.dim)), rope)
     spec = CodecSpec(case.dim, case.value_dim, *case.keys, *case.values)
-    codec, visibility = KVCodec(spec, balance, bias), Visibility(32, case.sinks, case.invariant)
+    return KVCodec(spec, balance, bias)
+
+
+def view_of(case: Case, kernel: str):
+    """What the last chunk's queries see."""
+    codec, visibility = codec_of(case), Visibility(32, case.sinks, case.invariant)
     cache = CompressedKVCache(codec, visibility)
     if case.ring:
         cache = RotatingCompressedKVCache(case.ring, 4, codec, visibility)
@@ -120,3 +126,39 @@ def check(case: Case, kernel: str) -> None:
         np.testing.assert_array_equal(x[:, :, is_exact], y[:, :, is_exact])
         roundoff = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[case.dtype]
         np.testing.assert_allclose(x, y, atol=roundoff * np.abs(y).max(), rtol=0)
+
+
+# Chunks of a sequence: prompts, steps, prompts that begin where the first code is needed
+# (96), or where another is (160), and short ones.
+PASSES = [
+    ((20, 100, 64, 1, 1, 33, 17, 128, 40), {}),
+    ((96, 64, 40, 1, 31, 17), {"rope": "halves", "strided": True}),
+    ((95, 1, 64, 300), {"dim": 80, "value_dim": 96, "rope": "partial"}),
+    ((97, 150, 9, 55), {"batch": 2, "dtype": "bfloat16"}),
+]
+
+
+def check_passes(chunks, settings, kernel, monkeypatch):
+    """Assert that prompts by a fused kernel come to what they do by operations, chunk by chunk."""
+    case = Case(**settings)
+    outs = []
+    for name, gpu in (("eager", False), (kernel, True)):
+        monkeypatch.setattr(dispatch, "_on_gpu", lambda gpu=gpu: gpu)
+        codec = codec_of(case)
+        cache = CompressedKVCache(codec, Visibility(64, 4), name)
+        mx.random.seed(7)
+        for count in chunks:
+            keys, values = random(case, count)
+            queries = mx.random.normal((case.batch, 2 * HEADS, count, case.dim)).astype(keys.dtype)
+            cache.attending = True
+            new = cache.update_and_fetch(keys, values)
+            mask = cache.make_mask(count, return_array=False, window_size=None)
+            out = dispatch.attend(
+                scaled_dot_product_attention, queries, *new, cache, case.dim**-0.5, mask
+            )
+            mx.eval(out, cache.state)
+            outs.append(np.array(out.astype(mx.float32)))
+    half = len(chunks)
+    roundoff = {"float32": 1e-4, "bfloat16": 4e-2}[case.dtype]
+    for ours, expected in zip(outs[half:], outs[:half]):
+        np.testing.assert_allclose(ours, expected, atol=roundoff * np.abs(expected).max(), rtol=0)

@@ -132,7 +132,7 @@ class CompressedKVCache(_BaseCache):
         if self.ring is not None or end <= max(self.coded, self.visibility.sinks):
             return None
         self._check_codec()
-        view, unjoined = self._view(start, True), self.exact_tokens.unjoined
+        view = self._view(start, True)
         sinks, begin, reads_from = view.sinks, self.coded, max(view.sinks, view.exact_from(start))
         self.coded = end
         kept = sinks + self._forgettable(self.offset)
@@ -148,8 +148,8 @@ class CompressedKVCache(_BaseCache):
             first_kept=kept,
             kept=self.exact_tokens.count - kept,
         )
-        older = None if unjoined is None else (unjoined.keys, unjoined.values)
         codes = self.key_codes, self.value_codes
+        older = self.exact_tokens.before(keys.shape[2])
         tokens = Tokens(older, (keys, values), *codes, self.first_coded)
         # Exact tokens stand behind the decoded ones.
         first = begin if begin < sinks else sinks + decoded + view.slot(begin) - slot

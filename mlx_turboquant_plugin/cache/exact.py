@@ -64,6 +64,16 @@ class ExactTokens:
                 (keys, values), shift = self._joined(), 0
         return tuple(x[:, :, first + shift : last + shift] for x in (keys, values))
 
+    def before(self, count: int) -> Optional[Tuple[mx.array, mx.array]]:
+        """Keys and values of all but the newest ``count`` tokens, which nothing was dropped for."""
+        older = self.count - count
+        if older == 0:
+            return None
+        parts = self._unjoined
+        if parts is not None:
+            return parts.keys, parts.values
+        return self._keys[:, :, :older], self._values[:, :, :older]
+
     @property
     def unjoined(self) -> Optional[Unjoined]:
         """What is still to be joined, or None."""

@@ -61,6 +61,12 @@ def test_what_is_dequantised(case, emulated):
     dequantized.check(case, "cuda")
 
 
+@pytest.mark.parametrize("chunks, settings", dequantized.PASSES, ids=str)
+@one_run
+def test_prompts_come_to_what_they_do_by_operations(chunks, settings, emulated, monkeypatch):
+    dequantized.check_passes(chunks, settings, "cuda", monkeypatch)
+
+
 ENCODED_DIMS = (32, 40, 64, 80, 96, 128, 256)
 
 
