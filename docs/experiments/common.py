@@ -54,7 +54,7 @@ def measure(
 
     for window in windows:
         exact = forward(prompt_cache(model))
-        with compressed(**settings):
+        with compressed(invariant=True, **settings):
             runs = [forward(changed_caches(model, change)) for change in arms.values()]
             for name, part in zip(arms, lockstep(exact, runs, mx.array(window), chunk)):
                 found[name].append(part)
