@@ -162,3 +162,21 @@ def check_passes(chunks, settings, kernel, monkeypatch):
     roundoff = {"float32": 1e-4, "bfloat16": 4e-2}[case.dtype]
     for ours, expected in zip(outs[half:], outs[:half]):
         np.testing.assert_allclose(ours, expected, atol=roundoff * np.abs(expected).max(), rtol=0)
+
+
+def check_short_rows(kernel, monkeypatch):
+    """Assert that a row with few tokens in a batch's pass keeps what it was given."""
+    case = Case()
+    for before, count in ((187, 10), (96, 5), (200, 12), (300, 16)):
+        rows = []
+        for name, gpu in (("eager", False), (kernel, True)):
+            monkeypatch.setattr(dispatch, "_on_gpu", lambda gpu=gpu: gpu)
+            cache = CompressedKVCache(codec_of(case), Visibility(64, 4), name)
+            mx.random.seed(before)
+            cache.append(*random(case, before))
+            cache.append(*random(case, count), is_prompt=True)
+            cache.append(*random(case, 40))
+            rows.append(cache)
+        ours, expected = (row.keys_and_values() for row in rows[::-1])
+        for x, y in zip(ours, expected):
+            np.testing.assert_allclose(np.array(x), np.array(y), atol=1e-3)

@@ -1,5 +1,7 @@
 """Prompts: what a pass of many tokens reads exactly, and that it depends on nothing else."""
 
+import threading
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -114,9 +116,34 @@ def test_masks_of_prompts_are_freed_by_steps(monkeypatch):
     places = layout.Layout(4, range(4, 128), range(128, 300), 0, 300)
     row = layout.Row(places, 200, 0, 128, False, Visibility())
     layout.combined_mask([row], 100, "causal", [0], mx.float32)
-    assert layout._visible.cache_info().currsize
+    kept = layout._visible((row,), 100, True, mx.float32)
+    assert layout._visible((row,), 100, True, mx.float32) is kept
     layout.forget_masks()
-    assert not layout._visible.cache_info().currsize
+    assert layout._visible((row,), 100, True, mx.float32) is not kept
+
+
+def test_masks_do_not_outlive_their_thread():
+    def use(batch):
+        mx.eval(batch.make_mask(20))
+        used.append(True)
+
+    used = []
+    batch = CompressedKVCache.merge([CompressedKVCache(), CompressedKVCache()])
+    for target in (batch.make_mask, lambda count: use(batch)):
+        # The second thread may be given the first one's number.
+        thread = threading.Thread(target=target, args=(20,))
+        thread.start()
+        thread.join()
+    assert used
+
+
+def test_what_does_not_fit_is_not_appended():
+    cache = CompressedKVCache()
+    cache.update_and_fetch(*mx.zeros((2, 1, 2, 40, 64)))
+    for keys, values in (((1, 2, 20, 32), (1, 2, 20, 64)), ((1, 2, 20, 64), (1, 2, 19, 64))):
+        with pytest.raises(ValueError, match="do not fit this cache"):
+            cache.update_and_fetch(mx.zeros(keys), mx.zeros(values))
+    assert cache.offset == 40
 
 
 def test_paced_work_is_started_and_waited_for(monkeypatch):
@@ -125,18 +152,29 @@ def test_paced_work_is_started_and_waited_for(monkeypatch):
     monkeypatch.setattr(pacing.mx, "eval", waited.append)
     x = mx.ones((1, 2, 20, 8))
     pacing._pace.under_way.clear()
-    for _ in range(10):
-        assert pacing.paced(x, 200, start=1) is x
+    for layer in range(10):
+        assert pacing.paced(x, 200, 1, layer) is x
     # Each is a share of its own.
     assert len(waited) == 10 - pacing.MOST
     small = x[:, :, :1]
-    for _ in range(3):
-        pacing.paced(small, 0, start=1)
+    for layer in range(1, 4):
+        pacing.paced(small, 0, 1, layer)
     assert len(waited) == 10 - pacing.MOST
+
+
+def test_equal_passes_have_equal_shares(monkeypatch):
+    started = []
+    monkeypatch.setattr(pacing.mx, "async_eval", lambda *arrays: started.append(layer))
+    monkeypatch.setattr(pacing, "SHARE", 3000)
+    x = mx.ones((1, 2, 20, 8))
+    for _ in range(3):
+        for layer in range(8):
+            pacing.paced(x, 0, 0, layer)
+    assert len(started) % 3 == 0 and started == started[: len(started) // 3] * 3
 
 
 def test_pacing_does_nothing_inside_of_transformations():
     def function(x):
-        return pacing.paced(x * 2, 2**30, start=0)
+        return pacing.paced(x * 2, 2**30, 0, None)
 
     assert mx.array_equal(mx.compile(function)(mx.ones((1, 1, 1, 4))), 2 * mx.ones((1, 1, 1, 4)))

@@ -54,7 +54,7 @@ def attend_dequantized(
 
 def _paced(out: mx.array, keys: mx.array, values: mx.array, view: View) -> mx.array:
     few = view.end - view.start <= ROLLBACK
-    return out if few else paced(out, keys.nbytes + values.nbytes, view.start)
+    return out if few else paced(out, keys.nbytes + values.nbytes, view.start, view.codec)
 
 
 def attend_rows_dequantized(

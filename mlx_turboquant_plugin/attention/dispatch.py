@@ -62,7 +62,7 @@ def _attend_view(
     count = queries.shape[2]
     if view.coded == view.first_coded and not view.forgets:
         # Nothing is compressed yet: this is mlx-lm's own result, bit for bit.
-        keys, values = view.keys_and_values()
+        keys, values = view.laid_out or view.keys_and_values()
         return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=sinks)
     if view.kernel in FUSED and count <= MAX_QUERIES:
         missing = _missing(isinstance(mask, str) or (mask is None and count == 1), sinks)

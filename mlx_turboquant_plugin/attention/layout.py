@@ -1,7 +1,5 @@
 """Where tokens stand in the arrays that MLX's own attention is given, and who sees them."""
 
-import functools
-import threading
 from typing import NamedTuple, Optional, Sequence, Tuple
 
 import mlx.core as mx
@@ -9,6 +7,7 @@ import numpy as np
 
 from ..cache.view import View
 from ..cache.visibility import BLOCK, Ring, Visibility
+from ..per_thread import cached_per_thread
 from .masks import Mask, lowest
 
 
@@ -144,7 +143,7 @@ def combined_mask(
     Returns:
         (B, H_q or 1, N, T) in ``dtype``; B is 1 for a single row.
     """
-    ours = _visible(threading.get_ident(), tuple(rows), count, isinstance(mask, str), dtype)
+    ours = _visible(tuple(rows), count, isinstance(mask, str), dtype)
     if not isinstance(mask, mx.array):
         return ours
     columns = np.stack([row.columns(padding) for row, padding in zip(rows, left_padding)])
@@ -156,14 +155,13 @@ def combined_mask(
 
 def forget_masks() -> None:
     """Free what a prompt's masks take, once there are steps that need none."""
-    if _visible.cache_info().currsize:
-        _visible.cache_clear()
+    _visible.cache_clear()
 
 
 # All layers ask for the same. By thread, since lazy arrays must not be shared by threads.
-@functools.lru_cache(maxsize=2)
+@cached_per_thread(maxsize=2)
 def _visible(
-    thread: int, rows: Tuple[Row, ...], count: int, causal: bool, dtype: mx.Dtype
+    rows: Tuple[Row, ...], count: int, causal: bool, dtype: mx.Dtype
 ) -> mx.array:
     """Zero where a query sees a token and reads it as it stands there, else very low."""
     places, is_code = (

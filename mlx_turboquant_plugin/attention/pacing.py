@@ -15,6 +15,7 @@ MOST = 4
 
 class _Pace(threading.local):
     def __init__(self):
+        self.first: object = None
         self.start = self.bytes = 0
         self.under_way: Deque[mx.array] = deque()
 
@@ -22,7 +23,7 @@ class _Pace(threading.local):
 _pace = _Pace()
 
 
-def paced(out: mx.array, nbytes: int, start: int) -> mx.array:
+def paced(out: mx.array, nbytes: int, start: int, layer: object) -> mx.array:
     """Have the device start before the whole pass is described, and wait if it is far behind.
 
     MLX describes a pass to the end and then runs ahead of the device, with memory for many
@@ -31,11 +32,11 @@ def paced(out: mx.array, nbytes: int, start: int) -> mx.array:
     Args:
         out: what a layer's attention gives; it is returned.
         nbytes: of keys and values made for it.
-        start: the position of the pass: each has the same shares as the last like it, for
-            which MLX keeps graphs on NVIDIA GPUs.
+        start, layer: the position of the pass, and what tells its layers apart: each pass
+            has the same shares as the last like it, for which MLX keeps graphs on NVIDIA GPUs.
     """
-    if start != _pace.start:
-        _pace.start, _pace.bytes = start, 0
+    if start != _pace.start or layer is _pace.first:
+        _pace.start, _pace.first, _pace.bytes = start, layer, 0
     _pace.bytes += out.nbytes + nbytes
     if _pace.bytes < SHARE:
         return out

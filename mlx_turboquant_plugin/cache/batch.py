@@ -3,7 +3,6 @@
 import copy
 import functools
 from dataclasses import dataclass, replace
-from threading import get_ident
 from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import mlx.core as mx
@@ -12,6 +11,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, _BaseCache
 
 from ..codecs.kv_codec import KVCodec
+from ..per_thread import cached_per_thread
 from .compressed import CompressedKVCache
 from .packed import PackedRows
 from .rotating import RotatingCompressedKVCache
@@ -50,7 +50,7 @@ class BatchView:
 
     def knows(self, mask: mx.array, count: int) -> bool:
         """Whether ``mask`` is what the batch itself made for a pass of ``count`` tokens."""
-        made = _causal_mask(get_ident(), count, self.index, self.left_padding, self.window)
+        made = _causal_mask(count, self.index, self.left_padding, self.window)
         return mask is made
 
 
@@ -259,7 +259,7 @@ class BatchCompressedKVCache(_BaseCache):
     ) -> mx.array:
         """The mask of BatchKVCache; for rings with their window, if no other is asked for."""
         window = window_size or self._window
-        return _causal_mask(get_ident(), N, self._index, tuple(self._left_padding), window)
+        return _causal_mask(N, self._index, tuple(self._left_padding), window)
 
     @property
     def _window(self) -> Optional[int]:
@@ -331,9 +331,9 @@ def _row(cache: Any, model: CompressedKVCache) -> CompressedKVCache:
 
 # All layers get the same, which tells it from the masks of others. By thread, since lazy
 # arrays must not be shared by threads.
-@functools.lru_cache(maxsize=2)
+@cached_per_thread(maxsize=2)
 def _causal_mask(
-    thread: int, count: int, index: int, left_padding: Tuple[int, ...], window: Optional[int]
+    count: int, index: int, left_padding: Tuple[int, ...], window: Optional[int]
 ) -> mx.array:
     padding = mx.array(np.array(left_padding, np.int32))
     return create_causal_mask(count, offset=index, window_size=window, left_padding=padding)

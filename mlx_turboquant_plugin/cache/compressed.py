@@ -100,25 +100,44 @@ class CompressedKVCache(_BaseCache):
 
         Args:
             is_prompt: see :class:`View`; by default what N says.
+
+        Raises:
+            ValueError: keys and values are not of one length, or have other head dims than
+                the codec; nothing is appended then.
         """
         start = self.offset
         if self.codec is None:
             self.codec = KVCodec(CodecSpec(keys.shape[-1], values.shape[-1]))
+        self._check_shapes(keys.shape, values.shape)
         count = keys.shape[2]
         if is_prompt is None:
             is_prompt = self.visibility.is_prompt(count)
-        # No query of a short chunk reads what is forgotten after it.
-        drop = self._forgettable(start + count) if count <= ROLLBACK else 0
+        # No query of a step reads what is forgotten after it.
+        is_step = count <= ROLLBACK and not is_prompt
+        drop = self._forgettable(start + count) if is_step else 0
         self.exact_tokens = self.exact_tokens.grown(keys, values, self._sinks(), drop)
         self.offset += count
-        if is_prompt and self.kernel in FUSED and can_pass(self.codec, keys, values):
+        if is_prompt and self.ring is None and self._fuses(keys, values):
             view = self._pass(start, keys, values)
             if view is not None:
                 return view
         self.encode(self.visibility.exact_from(self.offset - 1))
         view = self._view(start, is_prompt)
-        self._forget(count)
+        self._forget(is_step)
         return view
+
+    def _check_shapes(self, keys: Tuple[int, ...], values: Tuple[int, ...]) -> None:
+        dims = self.codec.spec.head_dim, self.codec.spec.value_dim
+        if keys[:-1] != values[:-1] or (keys[-1], values[-1]) != dims:
+            raise ValueError(
+                f"keys {keys} and values {values} do not fit this cache: it takes (B, H, N, "
+                f"{dims[0]}) and (B, H, N, {dims[1]})"
+            )
+
+    def _fuses(self, keys: mx.array, values: mx.array) -> bool:
+        """Whether fused kernels can make and read all that ``keys`` and ``values`` come to."""
+        same = self.exact_tokens.dtypes == (keys.dtype, values.dtype)
+        return same and self.kernel in FUSED and can_pass(self.codec, keys, values)
 
     def _pass(self, start: int, keys: mx.array, values: mx.array) -> Optional[View]:
         """Have fused kernels do all that a prompt's tokens from ``start`` on ask for at once.
@@ -129,13 +148,12 @@ class CompressedKVCache(_BaseCache):
         self.encode(self.visibility.exact_from(start))
         # Up to what the next token reads, so that the next pass finds the codes it needs.
         end = self.visibility.exact_from(self.offset)
-        if self.ring is not None or end <= max(self.coded, self.visibility.sinks):
+        if end <= max(self.coded, self.visibility.sinks):
             return None
         self._check_codec()
         view = self._view(start, True)
         sinks, begin, reads_from = view.sinks, self.coded, max(view.sinks, view.exact_from(start))
-        self.coded = end
-        kept = sinks + self._forgettable(self.offset)
+        kept = sinks + self._forgettable(self.offset, end)
         decoded, slot = reads_from - sinks, view.slot(reads_from)
         places = Places(
             left=0,
@@ -156,7 +174,7 @@ class CompressedKVCache(_BaseCache):
         encoded = range(first, first + end - begin)
         done = run_pass(self.kernel, self.codec, tokens, places, begin, encoded)
         self.exact_tokens = ExactTokens(*done.kept)
-        self.key_codes, self.value_codes = done.key_codes, done.value_codes
+        self.key_codes, self.value_codes, self.coded = done.key_codes, done.value_codes, end
         return view._replace(laid_out=done.laid_out)
 
     def encode(self, end: int) -> None:
@@ -200,18 +218,23 @@ class CompressedKVCache(_BaseCache):
                 "run the model it was made with, TURBOQUANT=1, before reading it"
             )
 
-    def _forget(self, count: int) -> None:
-        """Drop what no query will read exactly after a chunk of ``count`` tokens."""
-        if count > ROLLBACK:
+    def _forget(self, is_step: bool) -> None:
+        """Drop what no later query will read exactly; a step has done so before."""
+        if not is_step:
             self._drop_exact(self._forgettable(self.offset))
 
-    def _forgettable(self, offset: int) -> int:
-        """How many tokens after the sinks queries from position ``offset`` on do not need."""
+    def _forgettable(self, offset: int, coded: Optional[int] = None) -> int:
+        """How many tokens after the sinks queries from position ``offset`` on do not need.
+
+        Args:
+            coded: how far there are codes; None for as far as now.
+        """
+        coded = self.coded if coded is None else coded
         if self.kernel in STEADY:
             retained = offset - self.visibility.most_exact
         else:
             retained = self.visibility.exact_from(max(0, offset - ROLLBACK))
-        return max(0, min(retained, self.coded) - self.exact_start)
+        return max(0, min(retained, coded) - self.exact_start)
 
     def _drop_exact(self, drop: int) -> None:
         if drop <= 0:

@@ -65,13 +65,14 @@ class ExactTokens:
         return tuple(x[:, :, first + shift : last + shift] for x in (keys, values))
 
     def before(self, count: int) -> Optional[Tuple[mx.array, mx.array]]:
-        """Keys and values of all but the newest ``count`` tokens, which nothing was dropped for."""
+        """Keys and values of all but the newest ``count`` tokens, or None if there are none."""
         older = self.count - count
         if older == 0:
             return None
         parts = self._unjoined
-        if parts is not None:
+        if parts is not None and not parts.drop and parts.new_keys.shape[2] == count:
             return parts.keys, parts.values
+        self._joined()
         return self._keys[:, :, :older], self._values[:, :, :older]
 
     @property

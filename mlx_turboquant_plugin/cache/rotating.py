@@ -41,8 +41,8 @@ class RotatingCompressedKVCache(CompressedKVCache):
     def keep(self) -> int:
         return self.ring.keep
 
-    def _forget(self, count: int) -> None:
-        super()._forget(count)
+    def _forget(self, is_step: bool) -> None:
+        super()._forget(is_step)
         _, oldest = self.ring.oldest(self.offset - 1, 0)
         self._drop_exact(oldest - self.exact_start)
         if self.exact_start > max(self.coded, self.keep):

@@ -1,11 +1,11 @@
 """Who sees what: which tokens a query reads exactly and which through their codes."""
 
-import functools
-import threading
 from typing import NamedTuple, Optional, Union
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
+
+from ..per_thread import cached_per_thread
 
 # Tokens that are encoded at once. Small, so that little more than the window is
 # kept exact; large enough that almost no step of decoding encodes anything.
@@ -99,14 +99,14 @@ class Ring(NamedTuple):
             return None
         before = min(self.max_size - 1, start)
         if before + count > self.max_size or return_array:
-            return _window_mask(threading.get_ident(), count, before, self.max_size)
+            return _window_mask(count, before, self.max_size)
         return "causal"
 
 
 # All layers get the same, which tells it from the masks of others. By thread, since lazy
 # arrays must not be shared by threads.
-@functools.lru_cache(maxsize=2)
-def _window_mask(thread: int, count: int, before: int, window: int) -> mx.array:
+@cached_per_thread(maxsize=2)
+def _window_mask(count: int, before: int, window: int) -> mx.array:
     return create_causal_mask(count, before, window_size=window)
 
 

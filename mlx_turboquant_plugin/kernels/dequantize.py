@@ -56,7 +56,8 @@ class Places(NamedTuple):
         first_code, decoded: the first code that counts, and how many do.
         first_exact, exact: the first exact token that counts after the sinks, and how many do.
         total: T, with the zeros before and after.
-        first_kept, kept: as for exact tokens, for those that are put together apart.
+        first_kept, kept: as for exact tokens, for those that are put together apart; at
+            least one, since MLX has no empty outputs.
     """
 
     left: int
@@ -95,9 +96,10 @@ def lay_out(kernel: str, codec: KVCodec, tokens: Tokens, places: Places) -> Tupl
     """
     spec, (keys, values) = codec.spec, tokens.some
     batch, heads = keys.shape[:2]
-    older = tokens.older or tokens.newer
     # Keys and values come from projections, with heads inside: so MLX copies nothing.
-    newer = tuple(x.swapaxes(1, 2) for x in tokens.newer) if tokens.newer else older
+    newer = tokens.newer and tuple(x.swapaxes(1, 2) for x in tokens.newer)
+    # What is not there is not read.
+    older, newer = tokens.older or newer, newer or tokens.older
     counts = (
         tokens.older[0].shape[2] if tokens.older else 0,
         tokens.newer[0].shape[2] if tokens.newer else 0,

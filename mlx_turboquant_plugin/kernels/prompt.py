@@ -4,14 +4,13 @@ Describing launches to MLX takes longer than running them, and all layers launch
 each pass is traced by ``mx.compile`` for the first layer and repeated for the others.
 """
 
-import functools
-import threading
 from typing import Callable, NamedTuple, Optional, Tuple
 
 import mlx.core as mx
 
 from ..codecs.key_bias import RotaryTable
 from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
+from ..per_thread import cached_per_thread
 from . import encodes, fused_kernel
 from .dequantize import Pair, Places, Tokens, lay_out
 
@@ -57,7 +56,6 @@ def run_pass(
     """
     bias, shape = codec.bias, tokens.newer[0].shape
     run = _traced(
-        threading.get_ident(),
         kernel,
         codec.spec,
         codec.balance is not None,
@@ -78,10 +76,9 @@ def run_pass(
     return Pass(*run(tokens.older or (), tokens.newer, tokens.key_codes, tokens.value_codes, known))
 
 
-# Prompts have passes of a few kinds, and other prompts the same.
-@functools.lru_cache(maxsize=64)
+# Prompts have passes of a few kinds, and other prompts the same. MLX keeps traces by thread.
+@cached_per_thread(maxsize=64)
 def _traced(
-    thread: int,
     kernel: str,
     spec: CodecSpec,
     balanced: bool,
@@ -99,7 +96,6 @@ def _traced(
     """:func:`run_pass` for one kind of layer.
 
     Args:
-        thread: the one that calls it: MLX keeps traces by thread.
         balanced, table: whether keys are balanced, and the rotary table of a bias.
         older_count, shape, key_dtype, value_dtype, coded: of the arrays that it is given.
     """

@@ -67,6 +67,11 @@ def test_prompts_come_to_what_they_do_by_operations(chunks, settings, emulated, 
     dequantized.check_passes(chunks, settings, "cuda", monkeypatch)
 
 
+@one_run
+def test_short_rows_of_a_pass(emulated, monkeypatch):
+    dequantized.check_short_rows("cuda", monkeypatch)
+
+
 ENCODED_DIMS = (32, 40, 64, 80, 96, 128, 256)
 
 

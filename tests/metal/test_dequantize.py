@@ -3,7 +3,7 @@
 import emulator
 import mlx.core as mx
 import pytest
-from dequantized import CASES, PASSES, check, check_passes
+from dequantized import CASES, PASSES, check, check_passes, check_short_rows
 
 from mlx_turboquant_plugin.kernels import metal
 
@@ -32,3 +32,7 @@ def test_it_lays_out_what_operations_do(case, emulated):
 @pytest.mark.parametrize("chunks, settings", PASSES, ids=str)
 def test_prompts_come_to_what_they_do_by_operations(chunks, settings, emulated, monkeypatch):
     check_passes(chunks, settings, "metal", monkeypatch)
+
+
+def test_short_rows_of_a_pass(emulated, monkeypatch):
+    check_short_rows("metal", monkeypatch)

@@ -1,0 +1,29 @@
+"""Caches of what must not be shared by threads: arrays that are not evaluated, and traces."""
+
+import functools
+import threading
+from typing import Callable
+
+
+def cached_per_thread(maxsize: int) -> Callable:
+    """``functools.lru_cache``, one for each thread, which ends with it.
+
+    An array that is not evaluated belongs to the thread that made it, and the number of a
+    thread that has ended may be given to another one.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        local = threading.local()
+
+        @functools.wraps(function)
+        def call(*args):
+            try:
+                cached = local.cached
+            except AttributeError:
+                cached = local.cached = functools.lru_cache(maxsize)(function)
+            return cached(*args)
+
+        call.cache_clear = lambda: local.__dict__.clear()
+        return call
+
+    return decorate
