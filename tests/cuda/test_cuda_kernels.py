@@ -48,7 +48,11 @@ def emulated(request, monkeypatch):
 one_run = pytest.mark.parametrize("emulated", RUNS[1:], ids=["descending"], indirect=True)
 
 
-@pytest.mark.parametrize("case", QUICK, ids=str)
+# Prompts take longest here, and threads of their kernels share least.
+TABLE = [(run, case) for run in RUNS for case in QUICK if run is RUNS[1] or case.count <= 8]
+
+
+@pytest.mark.parametrize("emulated, case", TABLE, indirect=["emulated"], ids=str)
 def test_the_table(case, emulated, monkeypatch):
     # Where prompts are dequantised.
     monkeypatch.setattr(dispatch, "_on_gpu", lambda: True)
@@ -57,6 +61,7 @@ def test_the_table(case, emulated, monkeypatch):
 
 
 @pytest.mark.parametrize("case", dequantized.CASES, ids=str)
+@one_run
 def test_what_is_dequantised(case, emulated):
     dequantized.check(case, "cuda")
 
