@@ -1,7 +1,7 @@
 """Codes made in one launch on NVIDIA GPUs."""
 
 import functools
-from typing import Any, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple, Sequence, Tuple
 
 import mlx.core as mx
 

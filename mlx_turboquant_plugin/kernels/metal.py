@@ -13,7 +13,7 @@ generated. That is why there is a kernel for it, which has not been timed.
 import functools
 import math
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Optional, Tuple
 
 import mlx.core as mx
 import numpy as np
