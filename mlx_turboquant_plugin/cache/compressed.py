@@ -8,11 +8,12 @@ from mlx_lm.models.cache import KVCache, _BaseCache, create_attention_mask
 
 from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
 from ..kernels import FUSED, STEADY, encoder
-from ..kernels.dequantize import Places, Tokens
+from ..kernels.dequantize import Tokens
 from ..kernels.prompt import can_pass, run_pass
 from ..log import log_once
 from . import state as saved
 from .exact import ExactTokens
+from .passes import plan_pass
 from .view import View
 from .visibility import BLOCK, ROLLBACK, Ring, Visibility
 
@@ -146,35 +147,26 @@ class CompressedKVCache(_BaseCache):
             What their queries see, or None if nothing is to be encoded.
         """
         self.encode(self.visibility.exact_from(start))
-        # Up to what the next token reads, so that the next pass finds the codes it needs.
-        end = self.visibility.exact_from(self.offset)
-        if end <= max(self.coded, self.visibility.sinks):
+        codes = self.key_codes, self.value_codes
+        plan = plan_pass(
+            self.visibility,
+            self.kernel in STEADY,
+            self.first_coded,
+            self.coded,
+            self.exact_tokens.count,
+            start,
+            self.offset,
+        )
+        if plan is None:
             return None
         self._check_codec()
         view = self._view(start, True)
-        sinks, begin, reads_from = view.sinks, self.coded, max(view.sinks, view.exact_from(start))
-        kept = sinks + self._forgettable(self.offset, end)
-        decoded, slot = reads_from - sinks, view.slot(reads_from)
-        places = Places(
-            left=0,
-            sinks=sinks,
-            first_code=sinks - self.first_coded,
-            decoded=decoded,
-            first_exact=slot,
-            exact=self.offset - reads_from,
-            total=self.offset,
-            first_kept=kept,
-            kept=self.exact_tokens.count - kept,
-        )
-        codes = self.key_codes, self.value_codes
         older = self.exact_tokens.before(keys.shape[2])
         tokens = Tokens(older, (keys, values), *codes, self.first_coded)
-        # Exact tokens stand behind the decoded ones.
-        first = begin if begin < sinks else sinks + decoded + view.slot(begin) - slot
-        encoded = range(first, first + end - begin)
-        done = run_pass(self.kernel, self.codec, tokens, places, begin, encoded)
+        done = run_pass(self.kernel, self.codec, tokens, plan)
         self.exact_tokens = ExactTokens(*done.kept)
-        self.key_codes, self.value_codes, self.coded = done.key_codes, done.value_codes, end
+        self.key_codes, self.value_codes = done.key_codes, done.value_codes
+        self.coded += len(plan.encoded)
         return view._replace(laid_out=done.laid_out)
 
     def encode(self, end: int) -> None:
@@ -223,18 +215,10 @@ class CompressedKVCache(_BaseCache):
         if not is_step:
             self._drop_exact(self._forgettable(self.offset))
 
-    def _forgettable(self, offset: int, coded: Optional[int] = None) -> int:
-        """How many tokens after the sinks queries from position ``offset`` on do not need.
-
-        Args:
-            coded: how far there are codes; None for as far as now.
-        """
-        coded = self.coded if coded is None else coded
-        if self.kernel in STEADY:
-            retained = offset - self.visibility.most_exact
-        else:
-            retained = self.visibility.exact_from(max(0, offset - ROLLBACK))
-        return max(0, min(retained, coded) - self.exact_start)
+    def _forgettable(self, offset: int) -> int:
+        """How many tokens after the sinks queries from position ``offset`` on do not need."""
+        retained = self.visibility.retained_from(offset, self.kernel in STEADY)
+        return max(0, min(retained, self.coded) - self.exact_start)
 
     def _drop_exact(self, drop: int) -> None:
         if drop <= 0:

@@ -52,6 +52,16 @@ class Visibility(NamedTuple):
         """The first position, after the sinks, that the window of ``position`` has."""
         return max(self.sinks, (position // BLOCK) * BLOCK - self.window)
 
+    def retained_from(self, offset: int, steady: bool) -> int:
+        """The first position, after the sinks, that tokens from ``offset`` on can need exactly.
+
+        Args:
+            steady: whether as many tokens as can ever be needed are kept, always.
+        """
+        if steady:
+            return offset - self.most_exact
+        return self.exact_from(max(0, offset - ROLLBACK))
+
     def first_without(self, token: int) -> int:
         """The first position of a query that reads the token at ``token`` through its code."""
         return ((token + self.window) // BLOCK + 1) * BLOCK

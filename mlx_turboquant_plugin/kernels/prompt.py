@@ -30,6 +30,20 @@ class Pass(NamedTuple):
     value_codes: Codes
 
 
+class Plan(NamedTuple):
+    """What a pass is to do; equal for all layers.
+
+    Attributes:
+        places: of the tokens that its queries read, and of those that stay exact.
+        start: the position of the first token that becomes a code.
+        encoded: which tokens do, by their places among those that are laid out.
+    """
+
+    places: Places
+    start: int
+    encoded: range
+
+
 class _Bias(NamedTuple):
     """A layer's key bias as :func:`model_arrays` reads it."""
 
@@ -43,16 +57,12 @@ def can_pass(codec: KVCodec, keys: mx.array, values: mx.array) -> bool:
     return encodes(spec.key_codec, keys) and encodes(spec.value_codec, values)
 
 
-def run_pass(
-    kernel: str, codec: KVCodec, tokens: Tokens, places: Places, start: int, encoded: range
-) -> Pass:
+def run_pass(kernel: str, codec: KVCodec, tokens: Tokens, plan: Plan) -> Pass:
     """Dequantise, encode and drop, for one layer.
 
     Args:
         kernel: a fused one.
         tokens: those of the pass are the newer ones.
-        start: the position of the first token that becomes a code.
-        encoded: which they are, by their places among the tokens that are laid out.
     """
     bias, shape = codec.bias, tokens.newer[0].shape
     run = _traced(
@@ -66,9 +76,7 @@ def run_pass(
         tokens.newer[1].dtype,
         tokens.key_codes[-1].shape[-1] if tokens.key_codes else 0,
         tokens.first_coded,
-        places,
-        start,
-        encoded,
+        plan,
     )
     known = [codec.balance] if codec.balance is not None else []
     if bias is not None:
@@ -89,9 +97,7 @@ def _traced(
     value_dtype: mx.Dtype,
     coded: int,
     first_coded: int,
-    places: Places,
-    start: int,
-    encoded: range,
+    plan: Plan,
 ) -> Callable:
     """:func:`run_pass` for one kind of layer.
 
@@ -99,14 +105,14 @@ def _traced(
         balanced, table: whether keys are balanced, and the rotary table of a bias.
         older_count, shape, key_dtype, value_dtype, coded: of the arrays that it is given.
     """
-    coder, part = fused_kernel(kernel), slice(encoded.start, encoded.stop)
+    coder, part = fused_kernel(kernel), slice(plan.encoded.start, plan.encoded.stop)
 
     def run(older, newer, key_codes, value_codes, known):
         balance = known[0] if balanced else None
         codec = KVCodec(spec, balance, table and _Bias(known[-1], table))
         tokens = Tokens(older or None, newer, key_codes, value_codes, first_coded)
-        (keys, values), kept = lay_out(kernel, codec, tokens, places)
-        codes = coder.encode(codec, keys, values, start, (key_codes, value_codes), part)
+        (keys, values), kept = lay_out(kernel, codec, tokens, plan.places)
+        codes = coder.encode(codec, keys, values, plan.start, (key_codes, value_codes), part)
         return (keys, values), kept, *codes
 
     return mx.compile(run)

@@ -54,7 +54,7 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
         return wrapped(*args, **kwargs)
     if cache.attention is None or cache.attention() is not instance:
         bind(cache, instance)
-    if given.get("mask") is not None:
+    if not _plain(given.get("mask")):
         # Before the cache changes.
         batch, count = given[parameters[0]].shape[:2]
         heads, _ = family_of(instance).head_counts(instance)
@@ -64,6 +64,10 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
         return wrapped(*args, **kwargs)
     finally:
         cache.attending, cache.view = False, None
+
+
+def _plain(mask: Any) -> bool:
+    return mask is None or (isinstance(mask, str) and mask == "causal")
 
 
 def _ours(cache: Any) -> bool:
