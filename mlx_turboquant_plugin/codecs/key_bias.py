@@ -21,6 +21,10 @@ from ..compiling import compiled
 # as the sequence, and the same number of multiplications.
 BLOCK = 128
 
+# Where small arrays are made that stay: on NVIDIA GPUs MLX compiles each kind of gather and
+# scatter first, for seconds.
+SETUP = mx.cpu
+
 # Of the cosines and the sines of each pair, fp32 (B, H, R, 1, F), and what the channels
 # that are not rotated add to every score, (B, H, R, 1), if there are any.
 Coefficients = Tuple[mx.array, mx.array, Optional[mx.array]]
@@ -50,6 +54,11 @@ class RotaryTable:
     def __init__(self, rope: Any, head_dim: int):
         self.head_dim = head_dim
         self._rope = rope if rope is not None else (lambda x, offset: x)
+        with mx.stream(SETUP):
+            self._set_up(rope)
+
+    def _set_up(self, rope: Any) -> None:
+        head_dim = self.head_dim
         self.dims = getattr(rope, "dims", getattr(rope, "dim", head_dim))
         self.traditional = getattr(rope, "traditional", False)
         if self.traditional:
@@ -83,8 +92,9 @@ class RotaryTable:
         """(cos, sin), fp32 (count, F), at the positions 0, BLOCK, 2 BLOCK, ..."""
         have = self.coarse[0].shape[0]
         if count > have:
-            self.coarse = self._angles(mx.arange(max(count, 2 * have)) * BLOCK)
-            mx.eval(self.coarse)
+            with mx.stream(SETUP):
+                self.coarse = self._angles(mx.arange(max(count, 2 * have)) * BLOCK)
+                mx.eval(self.coarse)
         cos, sin = self.coarse
         return cos[:count], sin[:count]
 
@@ -127,7 +137,11 @@ class KeyBias:
     """
 
     def __init__(self, bias: mx.array, rope: Any):
-        self.bias = bias.astype(mx.float32)
+        with mx.stream(SETUP):
+            self._set_up(bias.astype(mx.float32), rope)
+
+    def _set_up(self, bias: mx.array, rope: Any) -> None:
+        self.bias = bias
         try:
             self.table = RotaryTable(rope, bias.shape[-1])
             agrees = all(self._agrees(rope, position) for position in (1, 300, 70_001))
