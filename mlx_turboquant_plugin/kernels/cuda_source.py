@@ -41,11 +41,12 @@ def kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], body: str) 
 
 
 PORTABLE_PARTS = ("dialect.cuh", "codes.metal")
-PARTS = ("ptx.cu", "codes.cu", "rotation.cu", "split.cu", "merge.cu", "encode.cu")
+SHARED_PARTS = ("ptx.cu", "codes.cu", "rotation.cu", "rotary.cu")
+PARTS = (*SHARED_PARTS, "encode.cu", "problem.cu", "exact.cu", "bias.cu", "split.cu", "merge.cu")
 # The kernels that prompts need, and their parts. MLX's own compilation of a kernel takes longer,
 # but a launch less, which counts for the others: those of decoding.
 PROMPT_PARTS = {
-    "encode": ("ptx.cu", "codes.cu", "rotation.cu", "encode.cu"),
+    "encode": (*SHARED_PARTS, "encode.cu"),
     "metal_dequantize": (*PORTABLE_PARTS, "tokens.metal"),
 }
 

@@ -11,31 +11,6 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// Channel c of a key bias (DIM,), turned to a position: as rotated_bias() in codes.metal. The
-// angles are those of RotaryTable in codecs/key_bias.py, of blocks of ANGLES positions.
-constexpr int ANGLES = 128;
-
-struct RotaryPairs {
-  const float *fine, *coarse_cos, *coarse_sin;  // (2 pairs, ANGLES) and (blocks, pairs)
-  // The distances of the first channels of two pairs and of the channels of a pair.
-  int pairs, between, distance;
-};
-
-__device__ inline float rotated_bias(
-    const float* bias, const RotaryPairs& rotary, int c, long long position) {
-  if (c >= 2 * rotary.pairs) return bias[c];
-  bool second = rotary.distance == 1 ? c % 2 == 1 : c >= rotary.distance;
-  int other = second ? c - rotary.distance : c + rotary.distance;
-  int f = (second ? other : c) / rotary.between;
-  long long block = position / ANGLES * rotary.pairs + f;
-  int within = position % ANGLES;
-  float cos1 = rotary.coarse_cos[block], sin1 = rotary.coarse_sin[block];
-  float cos2 = rotary.fine[f * ANGLES + within];
-  float sin2 = rotary.fine[(rotary.pairs + f) * ANGLES + within];
-  float cos = cos1 * cos2 - sin1 * sin2, sin = sin1 * cos2 + cos1 * sin2;
-  return bias[c] * cos + bias[other] * (second ? sin : -sin);
-}
-
 // The code of the level nearest to x, in units of levels, and that level.
 template <int BITS>
 __device__ inline int nearest(float x, float& level) {

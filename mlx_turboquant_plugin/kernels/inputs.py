@@ -52,7 +52,7 @@ def model_arrays(
         return (0, 0, 0), (levels, balance, *[levels] * 4)
     table = bias.table
     table.blocks((end - 1) // BLOCK + 1)
-    return _layout(table), (levels, balance, bias.bias, table.fine, *table.coarse)
+    return pair_layout(table), (levels, balance, bias.bias, table.fine, *table.coarse)
 
 
 @functools.lru_cache(maxsize=None)
@@ -74,7 +74,7 @@ def inverse_array(rotation: Rotation) -> mx.array:
     return array
 
 
-def _layout(table: RotaryTable) -> Tuple[int, int, int]:
+def pair_layout(table: RotaryTable) -> Tuple[int, int, int]:
     """The number of rotary pairs, and the distance of the first channels of two pairs and of the
     channels of a pair."""
     pairs = table.dims // 2

@@ -1,201 +1,3 @@
-// The first of two launches: attention of some query rows over a part of the tokens.
-//
-// A query row is a query head of one KV head at one position. A block serves ROWS rows of
-// one KV head over one part: EXACT_PART of the exact tokens, or a share of the coded ones.
-// It writes a weighted sum of values, not normalised, with the sum of its weights and the
-// power of two that both are relative to. Scores are in powers of two throughout.
-
-constexpr int WARPS = 4;
-constexpr int THREADS = 32 * WARPS;
-constexpr int EXACT_PART = 64;
-// Bytes that come from memory together.
-constexpr int LINE = 128;
-// Finite, so that differences stay numbers.
-constexpr float LOWEST = -1e30f;
-#define NEVER __int_as_float(0xFF800000)
-constexpr float LOG2_E = 1.44269504f;
-
-// Codes of one side, (B, H, rows, T) for keys and (B, H, T, rows) for values.
-struct Planes {
-  const unsigned char* of[3];
-};
-struct Codes {
-  Planes plane;
-  const unsigned char* scale;  // (B, H, T)
-};
-
-// All arrays are contiguous.
-template <typename Q, typename X>
-struct Problem {
-  const Q* queries;               // (B, H G, N, D)
-  const X *keys, *values;         // (B, H, older, D)
-  Codes key_codes, value_codes;
-  const X *new_keys, *new_values; // (B, H, E - (older - drop), D) or not read
-  const int* bounds;              // (B, N, 4), see attention/fused.py
-  const float* rotation;          // of the keys
-  const float* balance;           // (H, 1, D) or not read
-  const float* bias;              // scores (B, H, G N, T) or not read
-  float scale;
-  int heads, group, count;  // H, G and N
-  int sinks, older, drop, exact, coded;  // exact: E, coded: T
-  int parts;
-  // Output (B, H, chunks, parts, ROWS (DV + 3)): sums, and then for each row the sum of its
-  // weights, their power of two and whether they are of codes.
-  float* partial;
-
-  template <int ROWS, int VALUE_DIM>
-  __device__ float* sums_of_block() const {
-    long long block = (long long)(blockIdx.z * gridDim.y + blockIdx.y) * parts + blockIdx.x;
-    return partial + block * (ROWS * (VALUE_DIM + 3));
-  }
-
-  // Where the exact token `slot` is: in the older or in the new ones.
-  __device__ const X* exact_token(
-      const X* old_tokens, const X* new_tokens, long long head, int slot, int dim) const {
-    if (slot >= sinks) slot += drop;
-    if (slot < older) return old_tokens + (head * older + slot) * dim;
-    return new_tokens + (head * (exact - older + drop) + slot - older) * dim;
-  }
-};
-
-template <typename Q, typename X>
-__device__ inline Problem<Q, X> problem(
-    const Q* queries, const X* keys, const X* values, Planes key_planes,
-    const unsigned char* key_scale, Planes value_planes, const unsigned char* value_scale) {
-  return {queries, keys, values, {key_planes, key_scale}, {value_planes, value_scale}};
-}
-
-// Two channels side by side.
-template <typename X>
-struct alignas(2 * sizeof(X)) Pair {
-  X first, second;
-};
-
-template <typename X>
-__device__ inline Pair<X> load_pair(const X* from) {
-  return *reinterpret_cast<const Pair<X>*>(from);
-}
-
-// The ``count`` numbers from `from` on, and others near them, to the cache.
-template <typename X>
-__device__ inline void prefetch(const X* from, int count) {
-  for (int i = 0; i < count; i += LINE / sizeof(X)) prefetch_line(from + i);
-}
-
-// Query row `row` of this block, times the scale, in fp32 and shared memory.
-template <int DIM, typename P>
-__device__ inline void read_query(const P& p, float* to, int b, int h, int row) {
-  long long rows = p.group * p.count;
-  const auto* from = p.queries + ((b * p.heads + h) * rows + row) * DIM;
-  for (int d = threadIdx.x % 32; d < DIM; d += 32) to[d] = float(from[d]) * (p.scale * LOG2_E);
-}
-
-// Writes the tokens of one part side by side: by blocks of their own, since a block that
-// stores between its loads waits for each of them.
-template <int DIM, typename X, typename P>
-__device__ inline void join_tokens(
-    const P& p, const X* old_tokens, const X* new_tokens, X* to, long long head, int part) {
-  constexpr int WORDS = DIM * sizeof(X) / 16;
-  for (int i = threadIdx.x; i < EXACT_PART * WORDS; i += THREADS) {
-    int slot = part * EXACT_PART + i / WORDS;
-    if (slot >= p.exact) break;
-    const X* from = p.exact_token(old_tokens, new_tokens, head, slot, DIM);
-    Words words;
-    load_words(reinterpret_cast<const unsigned char*>(from) + i % WORDS * 16, words.x);
-    reinterpret_cast<Words*>(to + (head * p.exact + slot) * DIM)[i % WORDS] = words;
-  }
-}
-
-template <int ROWS, int DIM, int VALUE_DIM, typename P>
-__device__ inline void attend_exact(const P& p, int part) {
-  __shared__ float query[ROWS][DIM];
-  __shared__ float weight[ROWS][EXACT_PART];
-  int chunks = (p.group * p.count + ROWS - 1) / ROWS;
-  int h = blockIdx.y / chunks, chunk = blockIdx.y % chunks, b = blockIdx.z;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int last_row = p.group * p.count - 1;
-  long long head = b * p.heads + h;
-  int first = part * EXACT_PART, member = lane % 8;
-  if (threadIdx.x < EXACT_PART) {
-    int token = min(first + int(threadIdx.x), p.exact - 1);
-    prefetch(p.exact_token(p.keys, p.new_keys, head, token, DIM), DIM);
-    prefetch(p.exact_token(p.values, p.new_values, head, token, VALUE_DIM), VALUE_DIM);
-  }
-  for (int r = warp; r < ROWS; r += WARPS) {
-    read_query<DIM>(p, query[r], b, h, min(chunk * ROWS + r, last_row));
-  }
-  __syncthreads();
-
-  // Eight lanes to a token, and two channels at a time.
-#pragma unroll
-  for (int i = 0; i < EXACT_PART * 8 / THREADS; i++) {
-    int slot = i * (THREADS / 8) + threadIdx.x / 8;
-    int token = min(first + slot, p.exact - 1);
-    const auto* key = p.exact_token(p.keys, p.new_keys, head, token, DIM);
-    float score[ROWS] = {};
-#pragma unroll
-    for (int j = 0; j < (DIM + 15) / 16; j++) {
-      int d = 16 * j + 2 * member;
-      if (DIM % 16 && d >= DIM) break;
-      auto pair = load_pair(key + d);
-      float x = float(pair.first), y = float(pair.second);
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) score[r] += query[r][d] * x + query[r][d + 1] * y;
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-#pragma unroll
-      for (int bit = 1; bit < 8; bit *= 2) score[r] += __shfl_xor_sync(ALL, score[r], bit);
-      if (member == 0) weight[r][slot] = score[r];
-    }
-  }
-  __syncthreads();
-
-  float* sums = p.template sums_of_block<ROWS, VALUE_DIM>();
-  float* weights = sums + ROWS * VALUE_DIM;
-  for (int r = warp; r < ROWS; r += WARPS) {
-    int n = min(chunk * ROWS + r, last_row) % p.count;
-    const int* bound = p.bounds + (b * p.count + n) * 4;
-    float own[EXACT_PART / 32], top = LOWEST, total = 0;
-#pragma unroll
-    for (int i = 0; i < EXACT_PART / 32; i++) {
-      int slot = first + lane + 32 * i;
-      bool seen = slot >= (slot < p.sinks ? bound[0] : p.exact - bound[3]);
-      own[i] = seen && slot < p.exact - p.count + n + 1 ? weight[r][lane + 32 * i] : NEVER;
-      top = fmaxf(top, own[i]);
-    }
-#pragma unroll
-    for (int bit = 1; bit < 32; bit *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, bit));
-#pragma unroll
-    for (int i = 0; i < EXACT_PART / 32; i++) {
-      own[i] = exp2f(own[i] - top);
-      weight[r][lane + 32 * i] = own[i];
-      total += own[i];
-    }
-#pragma unroll
-    for (int bit = 1; bit < 32; bit *= 2) total += __shfl_xor_sync(ALL, total, bit);
-    if (lane == 0) {
-      weights[r * 3] = total;
-      weights[r * 3 + 1] = top;
-      weights[r * 3 + 2] = 0;
-    }
-  }
-  __syncthreads();
-
-  for (int d = threadIdx.x; d < VALUE_DIM; d += THREADS) {
-    float sum[ROWS] = {};
-#pragma unroll 16
-    for (int slot = 0; slot < EXACT_PART; slot++) {
-      int token = min(first + slot, p.exact - 1);
-      float x = float(p.exact_token(p.values, p.new_values, head, token, VALUE_DIM)[d]);
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) sum[r] += weight[r][slot] * x;
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) sums[r * VALUE_DIM + d] = sum[r];
-  }
-}
-
 // The coded tokens, TILE at a time and warp by warp.
 //
 // Scores: a tile of keys is the left factor of the matrix product; a lane (g, c) holds
@@ -207,10 +9,10 @@ __device__ inline void attend_exact(const P& p, int part) {
 // lane (g, c) holds TILE / 4 tokens in a row and some words of each.
 //
 // WHOLE_TILES: the number of coded tokens is a multiple of 32, so that loads of several
-// bytes are aligned and either inside or outside.
+// bytes are aligned and either inside or outside. PAIRS: of a rotated key bias, or 0.
 template <
     int DIM, int VALUE_DIM, int KEY_BITS, int VALUE_BITS, int NT, int TILE, bool WHOLE_TILES,
-    bool BALANCED, bool BIASED, typename P>
+    bool BALANCED, int PAIRS, typename P>
 __device__ inline void attend_codes(const P& p, int part, int parts) {
   using K = Layout<DIM, KEY_BITS>;
   using V = Layout<VALUE_DIM, VALUE_BITS>;
@@ -227,9 +29,20 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   constexpr int LANE_KINDS = SHARED_WORDS ? V::KINDS / 2 : V::KINDS;
   constexpr int SUMS = LANE_WORDS * LANE_KINDS * 4;
 
-  __shared__ float query[ROWS][DIM];
-  __shared__ float block_sum[WARPS][ROWS][VALUE_DIM];
+  constexpr bool BIASED = PAIRS > 0;
+  using Bias = BiasMemory<ROWS, BIASED ? PAIRS : 1, TILE>;
+  // First the queries, then what each warp has for itself.
+  union alignas(16) Memory {
+    float query[ROWS][DIM];
+    union {
+      typename Bias::Scratch turned;
+      float sum[ROWS][VALUE_DIM];
+    } warp[WARPS];
+  };
+  __shared__ Memory memory;
+  __shared__ Bias bias_memory;
   __shared__ float block_weight[WARPS][ROWS][2];
+  auto& query = memory.query;
 
   int chunks = (p.group * p.count + ROWS - 1) / ROWS;
   int h = blockIdx.y / chunks, chunk = blockIdx.y % chunks, b = blockIdx.z;
@@ -283,6 +96,8 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
     prefetch_line((lane % 2 ? key_scale_at : value_scale_at) + tile * TILE);
   }
 
+  if constexpr (BIASED) bias_memory.begin_tiles(p.rotary, p.waves, p.first_coded);
+
   unsigned key[K::PLANES][GROUPS][4][WORDS];
   unsigned value[V::PLANES][VALUE_TOKENS][LANE_WORDS];
   unsigned key_scale[WORDS], value_scale[WORDS];
@@ -334,6 +149,11 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   for (int r = warp; r < ROWS; r += WARPS) {
     float* x = query[r];
     read_query<DIM>(p, x, b, h, min(chunk * ROWS + r, last_row));
+    if constexpr (BIASED) {
+      __syncwarp();
+      bias_memory.template begin_row<DIM>(r, x, p.bias + h * DIM, p.rotary);
+      __syncwarp();
+    }
     if constexpr (BALANCED) {
       for (int d = lane; d < DIM; d += 32) x[d] *= p.balance[h * DIM + d];
     }
@@ -354,6 +174,7 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
       block_weight[0][r][1] = 0.5f * sum;
     }
   }
+  if constexpr (BIASED) wait_for_copies();
   __syncthreads();
   int seen_from[NT], seen_to[NT];
 #pragma unroll
@@ -390,6 +211,10 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   }
 
   for (; tile < end_tile; tile += WARPS) {
+    float bias[NT][TOKENS] = {};
+    if constexpr (BIASED) {
+      bias_memory.scores(p.rotary, p.first_coded, tile, memory.warp[warp].turned, bias);
+    }
     load_keys(tile);
     int product[NT][TOKENS / 2][4] = {};
 #pragma unroll
@@ -449,17 +274,9 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
       for (int t = 0; t < TOKENS; t++) {
         auto& x = product[nt][t / 2];
         float whole = float(256 * x[t % 2 * 2] + x[t % 2 * 2 + 1]);
-        score[t] = (whole + offset[nt]) * (unit[nt] * key_width[t]);
+        score[t] = bias[nt][t] + (whole + offset[nt]) * (unit[nt] * key_width[t]);
       }
       int token = tile * TILE + g * TOKENS;
-      if constexpr (BIASED) {
-        int rows = p.group * p.count, row = min(chunk * ROWS + 4 * nt + c, last_row);
-        const float* bias = p.bias + ((long long)(b * p.heads + h) * rows + row) * p.coded;
-#pragma unroll
-        for (int t = 0; t < TOKENS; t++) {
-          score[t] += bias[min(token + t, p.coded - 1)] * (p.scale * LOG2_E);
-        }
-      }
       if (masked) {
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
@@ -592,7 +409,7 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
 #pragma unroll
       for (int j = 0; j < 2; j++) {
         int channel = row + V::ROWS * (kind + V::KINDS * j);
-        if (row < V::ROWS) block_sum[warp][r][channel] = sum[i][nt][j] + 0.5f * halves[nt];
+        if (row < V::ROWS) memory.warp[warp].sum[r][channel] = sum[i][nt][j] + 0.5f * halves[nt];
       }
     }
   }
@@ -606,7 +423,7 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
     for (int w = 0; w < WARPS; w++) block_top = fmaxf(block_top, block_weight[w][r][1]);
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
-      x += block_sum[w][r][d] * exp2f(block_weight[w][r][1] - block_top);
+      x += memory.warp[w].sum[r][d] * exp2f(block_weight[w][r][1] - block_top);
     }
     sums[i] = x * (1 / (WHOLE * LEVELS<VALUE_BITS>::unit));
     if (d == 0) {
