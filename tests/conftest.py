@@ -11,6 +11,14 @@ def functions_are_compiled_at_once():
     compiling.here()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def statistics_are_kept_apart(tmp_path_factory):
+    """Nobody's cache folder is written to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def plugin_is_off_again():
     yield
