@@ -1,9 +1,23 @@
+import os
+import tempfile
+
 import mlx.core as mx
 import pytest
 import tiny
 
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin import compiling
+
+
+def pytest_configure(config):
+    """A folder for each of pytest-xdist's workers, for what MLX compiles.
+
+    MLX takes the library that another process is still writing for a finished one.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker:
+        tempfile.gettempdir()  # Python asks once, and so stays where it is.
+        os.environ["TMPDIR"] = str(config.cache.mkdir(worker))
 
 
 @pytest.fixture(autouse=True, scope="session")
