@@ -5,8 +5,9 @@ and in another way where there is one. B counts sequences, H KV heads, H_q query
 T tokens, N queries and D channels.
 
 The life of a key: :func:`encode_keys` takes its rotated bias away, divides it by the
-balance, rotates it and quantises it; :func:`decode_keys` goes back. Values are only
-rotated and quantised. :func:`attention` reads some tokens exactly and the others decoded.
+balance, rotates it and quantises it; :func:`decode_keys` goes back. Or its channels are sorted
+and cut in two, and each half is rotated and quantised: :func:`encode_segments`,
+:func:`decode_segments`. Values are only rotated and quantised. :func:`attention` reads some tokens exactly and the others decoded.
 """
 
 import random
@@ -23,6 +24,11 @@ POSITIVE_LEVELS = {
     4: np.array([5.5, 16.5, 28.5, 40.5, 54.5, 70.5, 90.5, 119.5]) / 43.6528,
 }
 LEVELS = {bits: np.concatenate([-half[::-1], half]) for bits, half in POSITIVE_LEVELS.items()}
+# Those of 5 bits are uniform (table II of the same), a sixteenth of a step off the middle.
+LEVELS[5] = 0.1881 * (np.arange(32) - 15.5 + 1 / 16)
+
+# The bits of the two segments of a key.
+SEGMENTS = (5, 3)
 
 # The sizes a vector can be stored with, 1/12 octave apart.
 SIZES = 2.0 ** (np.arange(256) / 12 - 13)
@@ -132,6 +138,28 @@ def encode_keys(keys, bits, rotated_bias=0.0, balance=1.0):
 def decode_keys(codes, sizes, bits, rotated_bias=0.0, balance=1.0):
     """Undo :func:`encode_keys`. Without bias and balance: of values."""
     x = dequantize(codes, sizes, bits) @ rotation(codes.shape[-1]).T
+    return x * balance + rotated_bias
+
+
+def encode_segments(keys, order, rotated_bias=0.0, balance=1.0):
+    """Codes and sizes of both segments of keys (B, H, T, D): two pairs, see :func:`quantize`.
+
+    Args:
+        order: (H, D), which channels come first.
+    """
+    x = np.take_along_axis((keys - rotated_bias) / balance, order[None, :, None], axis=-1)
+    halves = np.split(x, 2, axis=-1)
+    return [quantize(half @ rotation(half.shape[-1]), b) for half, b in zip(halves, SEGMENTS)]
+
+
+def decode_segments(segments, order, rotated_bias=0.0, balance=1.0):
+    """Undo :func:`encode_segments`."""
+    halves = [
+        dequantize(codes, sizes, b) @ rotation(codes.shape[-1]).T
+        for (codes, sizes), b in zip(segments, SEGMENTS)
+    ]
+    back = np.argsort(order, axis=-1)[None, :, None]
+    x = np.take_along_axis(np.concatenate(halves, axis=-1), back, axis=-1)
     return x * balance + rotated_bias
 
 

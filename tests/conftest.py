@@ -1,3 +1,6 @@
+import os
+import tempfile
+
 import mlx.core as mx
 import pytest
 import tiny
@@ -6,9 +9,28 @@ import mlx_turboquant_plugin
 from mlx_turboquant_plugin import compiling
 
 
+def pytest_configure(config):
+    """A folder for each of pytest-xdist's workers, for what MLX compiles.
+
+    MLX takes the library that another process is still writing for a finished one.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker:
+        tempfile.gettempdir()  # Python asks once, and so stays where it is.
+        os.environ["TMPDIR"] = str(config.cache.mkdir(worker))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def functions_are_compiled_at_once():
     compiling.here()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def statistics_are_kept_apart(tmp_path_factory):
+    """Nobody's cache folder is written to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

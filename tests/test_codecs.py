@@ -120,7 +120,7 @@ def test_levels_are_nearly_the_best(bits):
 @every_lloyd_max
 def test_curve_table_and_oracle_have_the_same_levels(bits):
     book = CODEBOOKS[bits]
-    curve = np.array(lloyd_max._bytes(mx.arange(2**bits).astype(mx.uint8), bits)) - OFFSET
+    curve = np.array(lloyd_max.level_bytes(mx.arange(2**bits).astype(mx.uint8), bits)) - OFFSET
     half = np.array(book.levels)
     np.testing.assert_array_equal(curve, [*-half[::-1], *half])
     np.testing.assert_array_equal(curve_levels(bits, *book.curve), half)
@@ -168,7 +168,7 @@ def test_lloyd_max_is_the_oracles(bits, dim):
 @every_lloyd_max
 def test_head_dims_do_not_mix_within_a_process(bits):
     for dims in ((64, 128), (128, 64)):
-        lloyd_max._encoder.cache_clear()
+        lloyd_max.encoder.cache_clear()
         for dim in dims:
             check_against_oracle(various(dim), bits)
 

@@ -5,6 +5,7 @@ from typing import Any, Callable, List, Optional, Union
 import mlx.core as mx
 
 from ..cache import BatchCompressedKVCache, BatchView, CompressedKVCache, PackedRows, RowView, View
+from ..cache.observed import ObservedKVCache
 from ..kernels import FUSED
 from .dequantized import attend_dequantized, attend_packed_dequantized, attend_rows_dequantized
 from .function import AttentionFunctions, attention_functions
@@ -44,6 +45,8 @@ def attend(
     if ours:
         cache.view = None
     if view is None:
+        if isinstance(cache, ObservedKVCache):
+            cache.observe(queries)
         cache = None if ours else cache
         return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
     if isinstance(view, BatchView):

@@ -42,7 +42,7 @@ class AttentionFunctions(NamedTuple):
     or additive and broadcast to the scores, and may be None.
 
     Attributes:
-        rotate: (queries (B, H, R, D), scaled; rotation of keys; balance or None) to what
+        rotate: (queries (B, H, R, D), scaled, balanced and sorted; rotation of keys) to what
             is multiplied with codes.
         begin: (queries as above; exact keys and values (B, H, E, D); mask; scores of
             learned sinks, tokens without values, (H, R, 1) or None) to the sums over the
@@ -66,8 +66,12 @@ def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
     keys = key_quantizer(spec.key_codec, spec.key_bits)
     values = value_quantizer(spec.value_codec, spec.value_bits, spec.value_dim)
 
-    def rotate(queries, rotation, balance):
-        return Rotation.forward(queries if balance is None else queries * balance, rotation)
+    def rotate(queries, rotation):
+        if spec.segments == 1:
+            return Rotation.forward(queries, rotation)
+        # The segments as matrices of their own, (B, H, 2, R, D / 2).
+        parts = mx.unflatten(queries, -1, (spec.segments, -1))
+        return Rotation.forward(mx.swapaxes(parts, -2, -3), rotation)
 
     def begin(queries, exact_keys, exact_values, mask, sink_scores):
         scores = queries @ mx.swapaxes(exact_keys, -1, -2).astype(mx.float32)

@@ -74,7 +74,8 @@ def attend_codes(
     if learned_sinks is not None:
         learned_sinks = mx.repeat(learned_sinks.astype(mx.float32), count)
         learned_sinks = learned_sinks.reshape(kv_heads, -1, 1)
-    rotated = functions.rotate(q, codec.key_rotation.array, codec.balance)
+    balanced = q if codec.balance is None else q * codec.balance
+    rotated = functions.rotate(codec.sorted(balanced), codec.key_rotation.array)
     bias = None if codec.bias is None else codec.bias.coefficients(q)
     exact_sums = functions.begin(q, *exact, learned_sinks)
     if count > 1:

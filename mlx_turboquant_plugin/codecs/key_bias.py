@@ -92,6 +92,16 @@ class RotaryTable:
         cos, sin = self.coarse
         return cos[:count], sin[:count]
 
+    def turned_back(self, x: mx.array) -> mx.array:
+        """Vectors (..., T, D) at the positions 0, ..., T - 1 as they were before RoPE."""
+        cos, sin = self._angles(mx.arange(x.shape[-2]))
+        square = cos**2 + sin**2
+        one, two = x[..., self.first], x[..., self.second]
+        out = mx.contiguous(x)
+        out[..., self.first] = (one * cos + two * sin) / square
+        out[..., self.second] = (two * cos - one * sin) / square
+        return out
+
     def pair_sums(self, x: mx.array) -> mx.array:
         """Sums over the two channels of each pair: (..., dims) to (..., F)."""
         shape = (-1, 2) if self.traditional else (2, x.shape[-1] // 2)

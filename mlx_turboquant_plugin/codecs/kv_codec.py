@@ -11,8 +11,12 @@ from .exact import Exact
 from .key_bias import KeyBias
 from .lloyd_max import LloydMax
 from .rotation import SEED, Rotation
+from .segmented import Segmented
 
 Codes = Tuple[mx.array, ...]
+
+# The codec of keys that are cut in two before they are rotated.
+SEGMENTED = "segmented"
 
 # Of the tokens of an array.
 ALL = slice(None)
@@ -22,7 +26,9 @@ STEP = {mx.cpu: 2**16, mx.gpu: 2**23}
 
 
 def key_quantizer(name: str, bits: int):
-    """The quantiser of rotated keys called ``name``: lloyd-max, affine or exact."""
+    """The quantiser of rotated keys called ``name``: segmented, lloyd-max, affine or exact."""
+    if name == SEGMENTED:
+        return Segmented()
     return {"lloyd-max": LloydMax, "affine": VectorAffine, "exact": _exact}[name](bits)
 
 
@@ -51,11 +57,16 @@ class CodecSpec(NamedTuple):
     value_bits: int = 3
     seed: int = SEED
 
+    @property
+    def segments(self) -> int:
+        """Into how many parts, rotated by themselves, a key is cut."""
+        return 2 if self.key_codec == SEGMENTED else 1
+
 
 class KVCodec:
     """Encodes keys and values of one layer.
 
-    Keys: subtract the rotated bias, divide by the balance, rotate, quantise.
+    Keys: subtract the rotated bias, divide by the balance, sort, rotate, quantise.
     Values: rotate, quantise. Key codes are channel-major (..., C, T), which is
     what a query multiplies; value codes are token-major (..., T, C).
 
@@ -63,6 +74,8 @@ class KVCodec:
         spec: bits, quantisers, dimensions.
         balance: (H, 1, D) fp32, or None: queries are multiplied by it and keys divided.
         bias: the layer's key bias, or None.
+        order: (H, D) int32, or None: the channels of each KV head in the order in which they
+            are cut into segments.
     """
 
     def __init__(
@@ -70,29 +83,28 @@ class KVCodec:
         spec: CodecSpec,
         balance: Optional[mx.array] = None,
         bias: Optional[KeyBias] = None,
+        order: Optional[mx.array] = None,
     ):
         self.spec = spec
         self.balance = balance
         self.bias = bias
+        self.order = order
         self.keys = key_quantizer(spec.key_codec, spec.key_bits)
         self.values = value_quantizer(spec.value_codec, spec.value_bits, spec.value_dim)
-        self.key_rotation = Rotation(spec.head_dim, spec.seed)
+        self.key_rotation = Rotation(spec.head_dim // spec.segments, spec.seed)
         self.value_rotation = Rotation(spec.value_dim, spec.seed)
 
     def makes_the_codes_of(self, other: "KVCodec", biased: bool) -> bool:
         """Whether codes made by ``other``, with the key bias left out or not, are its own."""
         if self.spec != other.spec or biased != (self.bias is not None):
             return False
-        if self.balance is None or other.balance is None:
-            return self.balance is other.balance
-        return self.balance is other.balance or mx.array_equal(self.balance, other.balance).item()
+        return _equal(self.balance, other.balance) and _equal(self.order, other.order)
 
     @property
     def tables(self) -> Tuple[mx.array, ...]:
         """What it keeps besides any codes. Layers share the rotations and the rotary table."""
         tables = [self.key_rotation.array, self.value_rotation.array]
-        if self.balance is not None:
-            tables.append(self.balance)
+        tables += [x for x in (self.balance, self.order) if x is not None]
         if self.bias is not None:
             tables += [*self.bias.arrays, *self.bias.table.arrays]
         return tuple(tables)
@@ -132,7 +144,7 @@ class KVCodec:
                 x = x - self.bias.rotated(start + first, x.shape[2])
             if self.balance is not None:
                 x = x / self.balance
-            codes = self.keys.encode(Rotation.forward(x, self.key_rotation.array))
+            codes = self.keys.encode(self._rotate(self.sorted(x)))
             # A kernel copies what is not contiguous, and attention reads codes on every step.
             return tuple(mx.contiguous(mx.swapaxes(plane, -1, -2)) for plane in codes)
 
@@ -141,12 +153,24 @@ class KVCodec:
     def decode_keys(self, codes: Codes, start: int) -> mx.array:
         """The keys, fp32 (B, H, T, D), that ``codes`` stand for."""
         x = self.keys.decode(tuple(mx.swapaxes(plane, -1, -2) for plane in codes))
-        x = Rotation.inverse(x, self.key_rotation.array)
+        x = Rotation.inverse(self._cut(x), self.key_rotation.array).flatten(-2)
+        if self.order is not None:
+            x = _chosen(x, mx.argsort(self.order, axis=-1))
         if self.balance is not None:
             x = x * self.balance
         if self.bias is not None:
             x = x + self.bias.rotated(start, x.shape[2])
         return x
+
+    def sorted(self, x: mx.array) -> mx.array:
+        """Keys or queries (B, H, T, D) with their channels in the order of the segments."""
+        return x if self.order is None else _chosen(x, self.order)
+
+    def _cut(self, x: mx.array) -> mx.array:
+        return x.reshape(*x.shape[:-1], self.spec.segments, -1)
+
+    def _rotate(self, x: mx.array) -> mx.array:
+        return Rotation.forward(self._cut(x), self.key_rotation.array).flatten(-2)
 
     def encode_values(
         self, values: mx.array, older: Codes = (), part: slice = ALL
@@ -162,6 +186,17 @@ class KVCodec:
     def decode_values(self, codes: Codes) -> mx.array:
         """The values, fp32 (B, H, T, D), that ``codes`` stand for."""
         return Rotation.inverse(self.values.decode(codes), self.value_rotation.array)
+
+
+def _equal(a: Optional[mx.array], b: Optional[mx.array]) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a is b or mx.array_equal(a, b).item()
+
+
+def _chosen(x: mx.array, channels: mx.array) -> mx.array:
+    """The ``channels`` (H, D) of vectors (B, H, T, D)."""
+    return mx.take_along_axis(x, mx.broadcast_to(channels[:, None], x.shape), axis=-1)
 
 
 @functools.lru_cache(maxsize=None)

@@ -31,7 +31,7 @@ class Codebook:
     Attributes:
         levels: the positive levels, ascending, in halves: byte - 127.5.
         unit: what they are divided by to suit N(0, 1).
-        curve: (a, d, shift, b) of the whole-number curve through them, see :func:`_bytes`.
+        curve: (a, d, shift, b) of the whole-number curve through them, see :func:`level_bytes`.
     """
 
     levels: Tuple[float, ...]
@@ -48,6 +48,12 @@ CODEBOOKS = {
         (5.5, 16.5, 28.5, 40.5, 54.5, 70.5, 90.5, 119.5), 43.6528, (5, 30, 3, 1437)
     ),
 }
+
+# 5 bits are uniform: the level of a code is the byte 8 code + 4. 0.1881 is the best step for
+# N(0, 1) (Max 1960, table II); the grid lies a sixteenth of a step off the middle, so that all
+# levels are bytes less OFFSET.
+UNIFORM_BITS, STEP = 5, 8
+UNIFORM_UNIT = STEP / 0.1881
 
 # A scale is a power of 2^(1/12): 8 bits from 1.2e-4 to 310, 3% off at most.
 STEPS_PER_OCTAVE = 12
@@ -77,13 +83,13 @@ class LloydMax:
 
     def encode(self, x: mx.array) -> Tuple[mx.array, ...]:
         """The codes of rotated vectors ``x``, fp32 (..., T, D)."""
-        codes, scale = _encoder(self.bits, x.shape[-1])(x)
+        codes, scale = encoder(self.bits, x.shape[-1])(x)
         return (*packing.pack(codes, self.bits), scale)
 
     def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
         """The vectors, fp32 (..., T, D) and still rotated, that token-major ``codes`` stand for."""
         *packed, scale = codes
-        levels = _bytes(packing.unpack(packed, self.bits), self.bits)
+        levels = level_bytes(packing.unpack(packed, self.bits), self.bits)
         return (levels.astype(mx.float32) - OFFSET) * self._width(scale)
 
     def expand(self, codes: Tuple[mx.array, ...], axis: int) -> Tuple[Prepared, mx.array]:
@@ -122,20 +128,28 @@ class LloydMax:
 
     def _width(self, scale: mx.array) -> mx.array:
         # What one step of a level, a byte, stands for.
-        return _size(scale) * (1 / CODEBOOKS[self.bits].unit)
+        return size_of(scale) * (1 / CODEBOOKS[self.bits].unit)
 
 
-def _size(scale: mx.array) -> mx.array:
+def size_of(scale: mx.array) -> mx.array:
+    """What 8-bit scales stand for, fp32."""
     below = scale.astype(mx.float32) * (1 / STEPS_PER_OCTAVE) - OCTAVES
     return exp2(below) * 2.0 ** (LOWEST_OCTAVE + OCTAVES)
 
 
-def _bytes(codes: mx.array, bits: int) -> mx.array:
+def unit_of(bits: int) -> float:
+    """What levels of 2, 3, 4 or 5 bits, as bytes, are divided by to suit N(0, 1)."""
+    return UNIFORM_UNIT if bits == UNIFORM_BITS else CODEBOOKS[bits].unit
+
+
+def level_bytes(codes: mx.array, bits: int) -> mx.array:
     """Levels of ``codes`` as bytes: 128 + (u (b + (j (a j + d) >> shift)) >> 8).
 
     With u = 2 code - (2^bits - 1), odd, and j = (u^2 - 1) / 8. In 16 bits, where eight
     numbers at a time fit the registers of every processor.
     """
+    if bits == UNIFORM_BITS:
+        return codes * STEP + STEP // 2
     a, d, shift, b = CODEBOOKS[bits].curve
     u = codes.astype(mx.int16) * 2 - (2**bits - 1)
     j = (u * u) >> 3
@@ -144,12 +158,15 @@ def _bytes(codes: mx.array, bits: int) -> mx.array:
 
 @functools.lru_cache(maxsize=None)
 def _levels(bits: int) -> Callable:
-    """:func:`_bytes` of any number of codes, in few passes over them."""
-    return compiled(lambda codes: _bytes(codes, bits))
+    """:func:`level_bytes` of any number of codes, in few passes over them."""
+    return compiled(lambda codes: level_bytes(codes, bits))
 
 
 def _nearest(z: mx.array, bits: int) -> mx.array:
     """Codes of the levels nearest to ``z``: thresholds lie half-way between levels."""
+    if bits == UNIFORM_BITS:
+        codes = mx.floor((z * UNIFORM_UNIT + OFFSET) * (1 / STEP))
+        return mx.clip(codes, 0, 2**bits - 1).astype(mx.uint8)
     book = CODEBOOKS[bits]
     size = mx.abs(z) * book.unit
     above = [
@@ -161,7 +178,7 @@ def _nearest(z: mx.array, bits: int) -> mx.array:
 
 
 @functools.lru_cache(maxsize=None)
-def _encoder(bits: int, dim: int) -> Callable:
+def encoder(bits: int, dim: int) -> Callable:
     """The function from x (..., T, dim) to codes (..., T, dim) and scales (..., T, 1)."""
 
     def encode(x):
@@ -171,9 +188,9 @@ def _encoder(bits: int, dim: int) -> Callable:
         best = None
         for step in SEARCH:
             scale = mx.clip(start + step, 0, 255).astype(mx.uint8)
-            size = _size(scale)
+            size = size_of(scale)
             codes = _nearest(x / size, bits)
-            levels = (_bytes(codes, bits).astype(mx.float32) - OFFSET) / CODEBOOKS[bits].unit
+            levels = (level_bytes(codes, bits).astype(mx.float32) - OFFSET) / unit_of(bits)
             missing = x - levels * size
             along = mx.sum(missing * x, axis=-1, keepdims=True) / norm
             error = mx.sum(missing * missing, axis=-1, keepdims=True) + ALONG * along * along

@@ -7,6 +7,7 @@ from typing import Iterable, Iterator, Sequence, Tuple
 from ..attention.fused import MAX_QUERIES
 
 DTYPES = ("float32", "float16", "bfloat16")
+SHORT = {"affine": "a", "segmented": "s"}
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Case:
         groups: query heads for each KV head.
         count: N, the number of queries.
         lengths: tokens of each sequence, the queries' included; several are a batch.
-        keys, values: "lloyd-max" or "affine", and bits.
-        extras: with a key bias and balanced keys; ``rope`` is how positions are encoded:
+        keys, values: "lloyd-max", "affine" or, for keys, "segmented", and bits.
+        extras: with a key bias and balanced, sorted keys; ``rope`` is how positions are encoded:
             "halves", "traditional" or "partial".
         ring: the ``max_kv_size`` of a cache that forgets, or 0.
         steps: how many of the tokens come one by one before the queries, as in decoding.
@@ -40,10 +41,15 @@ class Case:
     steps: int = 0
     invariant: bool = False
 
+    @property
+    def segmented(self) -> bool:
+        """Whether keys are cut in two."""
+        return self.keys[0] == "segmented"
+
     def __str__(self):
         dims = str(self.dim) if self.dim == self.value_dim else f"{self.dim}/{self.value_dim}"
         codecs = "".join(
-            f" {side}{bits}{'a' if codec == 'affine' else ''}"
+            f" {side}{bits}{SHORT.get(codec, '')}"
             for side, (codec, bits) in (("K", self.keys), ("V", self.values))
         )
         lengths = ",".join(map(str, self.lengths))
@@ -63,7 +69,9 @@ DIMS = (64, 80, 96, 112, 128, 256)
 LLOYD_MAX = [(("lloyd-max", k), ("lloyd-max", v)) for k, v in product((2, 3, 4), repeat=2)]
 AFFINE = [(("affine", bits), ("affine", bits)) for bits in (2, 3, 4, 8)]
 MIXED = [(("lloyd-max", 3), ("affine", 4)), (("affine", 4), ("lloyd-max", 3))]
-CODECS = (*AFFINE, *LLOYD_MAX, *MIXED)
+SEGMENTED = ("segmented", 4)
+CUT = [(SEGMENTED, ("lloyd-max", bits)) for bits in (2, 3, 4)]
+CODECS = (*AFFINE, *LLOYD_MAX, *MIXED, *CUT)
 GROUPS = (*range(1, 9), 12, 16)
 ROPES = ("halves", "traditional", "partial")
 
@@ -87,6 +95,10 @@ QUICK = (
     Case(192, 128, groups=2, keys=("lloyd-max", 3), values=("lloyd-max", 2)),
     case(128, groups=4, steps=3, dtype="bfloat16"),
     case(64, groups=2, count=3, steps=2),
+    case(64, groups=3, keys=SEGMENTED, values=("lloyd-max", 4), extras=True),
+    case(80, groups=2, count=3, keys=SEGMENTED, extras=True, rope="traditional", dtype="float16"),
+    case(128, groups=4, lengths=(101, 700), keys=SEGMENTED, extras=True, rope="partial", steps=2),
+    case(256, groups=2, keys=SEGMENTED, values=("lloyd-max", 2), dtype="bfloat16"),
     # Prompts, by the kernels that the cases above have compiled.
     case(64, groups=1, count=40),
     case(64, groups=3, count=17, lengths=(337,), extras=True),
@@ -96,6 +108,9 @@ QUICK = (
     case(256, groups=1, count=70, keys=("affine", 2), values=("lloyd-max", 4)),
     case(64, groups=2, count=40, lengths=(430,), extras=True, ring=263),
     case(64, groups=2, count=100, extras=True, invariant=True),
+    case(64, groups=3, count=40, keys=SEGMENTED, values=("lloyd-max", 4), extras=True),
+    case(80, groups=2, count=20, keys=SEGMENTED, extras=True, rope="traditional"),
+    case(128, groups=2, count=40, lengths=(40, 333), keys=SEGMENTED, extras=True, rope="partial"),
     # Too many queries for decoding and too few for a prompt.
     case(128, groups=4, count=12, steps=3, dtype="bfloat16"),
 )
@@ -135,6 +150,14 @@ def _decoding() -> Iterator[Share]:
     yield 1, (
         case(64, groups=2, lengths=(length,), keys=("lloyd-max", 3), extras=length < 4000)
         for length in lengths
+    )
+    yield 5, (
+        case(dim, groups=2, extras=True, rope=rope, count=count, keys=SEGMENTED, lengths=(270,))
+        for rope, dim, count in product(ROPES, DIMS, (1, 4))
+    )
+    yield 1, (
+        case(lengths=lengths, groups=4, keys=SEGMENTED, values=("lloyd-max", 4), extras=True)
+        for lengths in ((4100,), (16500,), (129,) * 5, (700, 50))
     )
     yield 1, _batches(1, (4, 5))
     yield 7, (

@@ -146,14 +146,20 @@ class _Layer:
         dim, rope = tested.dim, tested.rope
         rotary = dim // 2 if rope == "partial" else dim
         self.rope = {"traditional": rope == "traditional", "dims": rotary}
-        self.bias = self.balance = None
-        codec_parts = None, None
+        self.bias = self.balance = self.order = None
+        codec_parts = None, None, None
         if tested.extras:
             size = PROMPT_BIAS_SIZE if self.is_prompt else BIAS_SIZE
             self.bias = size * self._normal(KV_HEADS, dim)
             self.balance = np.exp(0.3 * self._normal(KV_HEADS, 1, dim))
             rope_module = nn.RoPE(rotary, traditional=rope == "traditional")
-            codec_parts = mx.array(self.balance), KeyBias(mx.array(self.bias), rope_module)
+            if tested.segmented:
+                self.order = self.random.permuted([np.arange(dim, dtype=np.int32)] * KV_HEADS, axis=1)
+            codec_parts = (
+                mx.array(self.balance),
+                KeyBias(mx.array(self.bias), rope_module),
+                None if self.order is None else mx.array(self.order),
+            )
         spec = CodecSpec(dim, tested.value_dim, *tested.keys, *tested.values)
         self.codec = KVCodec(spec, *codec_parts)
         self.scale = dim**-0.5
@@ -273,8 +279,16 @@ class _Layer:
             bias = np.zeros_like(keys) + self._rotated_bias(some)
             keys, decoded_keys = ((x - bias) / balance for x in (keys, decoded_keys))
             turned = np.linalg.norm(bias / balance, axis=-1) * some
+            if self.order is not None:
+                order = self.order[None, :, None]
+                keys, decoded_keys = (
+                    np.take_along_axis(x, order, axis=-1) for x in (keys, decoded_keys)
+                )
+            halves = 2 if self.case.segmented else 1
+            bits = reference.SEGMENTS if self.case.segmented else self.case.keys[1:]
+            parts = zip(*(np.split(x, halves, axis=-1) for x in (keys, decoded_keys)), bits)
             shares += [
-                self._share(*self.case.keys, keys, decoded_keys, turned),
+                *(self._share(self.case.keys[0], b, x, y, turned) for x, y, b in parts),
                 self._share(*self.case.values, values, decoded_values, np.zeros_like(turned)),
             ]
         return max(shares)
@@ -282,7 +296,7 @@ class _Layer:
     def _share(
         self, codec: str, bits: int, x: np.ndarray, decoded: np.ndarray, turned: np.ndarray
     ) -> float:
-        if codec != "lloyd-max":
+        if codec == "affine":
             return 0.0
         rotation = reference.rotation(x.shape[-1])
         x, decoded = x @ rotation, decoded @ rotation
@@ -327,12 +341,16 @@ class _Layer:
         if self.is_prompt if fused else on_gpu:
             inner += 2 * max(roundoff, TF32_ROUNDOFF * on_gpu) * value * (1 + score)
             inner += TF32_ROUNDOFF * (not fused) * value * (1 + score)
-        elif self.kernel == "cuda" and self.case.keys[0] == self.case.values[0] == "lloyd-max":
+        elif self.kernel == "cuda" and "affine" not in (self.case.keys[0], self.case.values[0]):
             inner += CUDA_ROUNDOFF * value * (2 + score)
         return roundoff * out + inner
 
     def _decode_keys(self, codes: Codes, positions: range) -> np.ndarray:
         arrays = [np.array(x).swapaxes(-1, -2) for x in codes]
+        if self.case.segmented:
+            order = np.arange(self.case.dim)[None] if self.order is None else self.order
+            known = self._rotated_bias(positions), 1.0 if self.balance is None else self.balance
+            return reference.decode_segments(stored.segments(arrays), order, *known)
         x = stored.levels(arrays, *self.case.keys) @ reference.rotation(self.case.dim).T
         if self.balance is not None:
             x = x * self.balance

@@ -3,7 +3,7 @@
 For ``mlx_turboquant selftest``. Codes are token-major arrays, rotated vectors (..., T, D).
 """
 
-from typing import Sequence
+from typing import Sequence, Tuple
 
 import numpy as np
 
@@ -21,6 +21,13 @@ def levels(arrays: Sequence[np.ndarray], codec: str, bits: int) -> np.ndarray:
         return _unpack(planes, bits) * scale.astype(np.float64) + zero
     *planes, sizes = arrays
     return reference.dequantize(_unpack(planes, bits), sizes, bits)
+
+
+def segments(arrays: Sequence[np.ndarray]) -> Sequence[Tuple[np.ndarray, np.ndarray]]:
+    """Codes and sizes of both segments of keys, see :func:`reference.encode_segments`."""
+    packed, sizes = (x.astype(int) for x in arrays)
+    low = reference.SEGMENTS[1]
+    return [(packed >> low, sizes[..., :1]), (packed % 2**low, sizes[..., 1:])]
 
 
 def _unpack(planes: Sequence[np.ndarray], bits: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Balanced keys: how to weigh a key's channels, from the model's weights alone.
+"""Balanced keys: how to weigh a key's channels, from the model's statistics or its weights.
 
 After the rotation a key's quantisation error is spread evenly over its channels,
 but the query does not weigh them evenly. With keys divided by s and queries
@@ -6,10 +6,11 @@ multiplied by it, the error of a score is about sum_c (q_c s_c)^2 sum_c (k_c / s
 which is least (Cauchy-Schwarz) where s_c^2 = rms(k_c) / rms(q_c).
 """
 
-from typing import Any
+from typing import Any, Tuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .projections import Projection
 
@@ -45,25 +46,48 @@ def norm_rms(norm: nn.Module, heads: int, dim: int) -> mx.array:
     return mx.abs(made.astype(mx.float32)).reshape(heads, dim)
 
 
-def balance(key_rms: mx.array, query_rms: mx.array, rope: Any) -> mx.array:
+def balance(key_square: mx.array, query_square: mx.array, rope: Any) -> mx.array:
     """The factors s of a layer.
 
     Args:
-        key_rms: (H, D).
-        query_rms: (H_q, D).
+        key_square: mean squares of what is coded of keys, (H, D).
+        query_square: those of queries, (H_q, D).
         rope: the rope object; s is equal within each of its pairs, so that it
             commutes with the rotation by position.
 
     Returns:
         fp32 (H, 1, D) with geometric mean 1.
     """
-    heads, dim = key_rms.shape
-    query_square = (query_rms**2).reshape(heads, -1, dim).mean(axis=1)
-    ratio = mx.maximum(_pooled(key_rms**2, rope), 1e-20) / mx.maximum(
-        _pooled(query_square, rope), 1e-20
-    )
-    log_s = mx.log(ratio) / 4
+    keys, queries = _by_pairs(key_square, query_square, rope)
+    log_s = mx.log(mx.maximum(keys, 1e-20) / mx.maximum(queries, 1e-20)) / 4
     return mx.exp(log_s - mx.mean(log_s, axis=-1, keepdims=True))[:, None]
+
+
+def order(key_square: mx.array, query_square: mx.array, rope: Any) -> mx.array:
+    """The channels of each KV head by what their errors cost the scores, the dearest first.
+
+    With balanced keys the noise of a score is about the sum of sqrt(q_c^2 k_c^2) times the
+    noise of a channel's code, for unit mean square.
+
+    Args:
+        As of :func:`balance`.
+
+    Returns:
+        int32 (H, D).
+    """
+    keys, queries = _by_pairs(key_square, query_square, rope)
+    # By way of NumPy, whose sort keeps equal channels, those of a pair, side by side.
+    cost = np.array(keys * queries)
+    return mx.array(np.argsort(-cost, axis=-1, kind="stable").astype(np.int32))
+
+
+def _by_pairs(
+    key_square: mx.array, query_square: mx.array, rope: Any
+) -> Tuple[mx.array, mx.array]:
+    """Mean squares of keys, and of the queries of each KV head, (H, D), pooled over pairs."""
+    heads, dim = key_square.shape
+    queries = query_square.reshape(heads, -1, dim).mean(axis=1)
+    return _pooled(key_square, rope), _pooled(queries, rope)
 
 
 def _pooled(square: mx.array, rope: Any) -> mx.array:

@@ -14,10 +14,11 @@ from ..attention.dispatch import BRIDGE
 from ..attention.kernels import resolve_kernel
 from ..cache import Visibility
 from ..codecs.key_bias import KeyBias
-from ..codecs.kv_codec import CodecSpec, KVCodec
+from ..codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
 from ..rules import PRESETS
 from ..settings import Configuration, Settings, in_force
-from .balance import balance, norm_rms, projection_rms
+from .balance import balance, norm_rms, order, projection_rms
+from .calibration_file import Statistics
 from .family import Family, family_of
 from .projections import Projection, base_linear
 
@@ -33,6 +34,7 @@ class Layer:
     settings: Settings
     configuration: Configuration
     norm: Optional[nn.Module]
+    statistics: Optional[Statistics]
     weights: Tuple[Any, ...]
 
 
@@ -40,7 +42,10 @@ _layers: Dict[int, Tuple[weakref.ref, Layer]] = {}
 
 
 def known_layer(
-    attention: nn.Module, norm: Optional[nn.Module] = None, settings: Optional[Settings] = None
+    attention: nn.Module,
+    norm: Optional[nn.Module] = None,
+    settings: Optional[Settings] = None,
+    statistics: Optional[Statistics] = None,
 ) -> Layer:
     """The layer of an attention module, made again if its weights or settings changed.
 
@@ -49,6 +54,8 @@ def known_layer(
             without norms of its heads, its keys are not balanced.
         settings: None stands for the settings it is known with, if they are still in force,
             or the general ones.
+        statistics: of its keys and queries; None for those it is known with. Without any the
+            weights have to do.
 
     Raises:
         ValueError: its keys and values can't be compressed.
@@ -56,17 +63,18 @@ def known_layer(
     reference, layer = _layers.get(id(attention), (None, None))
     known = reference is not None and reference() is attention
     if known:
-        norm = norm or layer.norm
+        norm, statistics = norm or layer.norm, statistics or layer.statistics
         if layer.configuration is in_force():
             settings = settings or layer.settings
     settings = settings or _general()
-    if known and norm is layer.norm and settings == layer.settings:
-        if all(a is b for a, b in zip(layer.weights, _weights(attention))):
+    same = known and norm is layer.norm and statistics is layer.statistics
+    if same and settings == layer.settings:
+        if all(a is b for a, b in zip(layer.weights, replaceable(attention))):
             if layer.configuration is not in_force():
                 layer = replace(layer, configuration=in_force())
                 _layers[id(attention)] = reference, layer
             return layer
-    layer = _read_layer(attention, norm, settings)
+    layer = _read_layer(attention, norm, settings, statistics)
     key = id(attention)
     _layers[key] = (weakref.ref(attention, lambda _: _layers.pop(key, None)), layer)
     return layer
@@ -80,14 +88,19 @@ def _general() -> Settings:
     return replace(general, **bits)
 
 
-def _weights(attention: nn.Module) -> Tuple[Any, ...]:
+def replaceable(attention: nn.Module) -> Tuple[Any, ...]:
     """What is replaced when a layer is loaded, quantised, sharded or adapted."""
     names = family_of(attention).projections[:2]
     linears = [base_linear(attention[name]) for name in names if name in attention]
     return (*linears, *(x.weight for x in linears), *(x.get("bias") for x in linears))
 
 
-def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Settings) -> Layer:
+def _read_layer(
+    attention: nn.Module,
+    norm: Optional[nn.Module],
+    settings: Settings,
+    statistics: Optional[Statistics],
+) -> Layer:
     family = family_of(attention)
     obstacle = family.obstacle(attention)
     if obstacle:
@@ -98,24 +111,31 @@ def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Setti
     spec = CodecSpec(
         head_dim,
         value_dim,
-        "exact" if exact else settings.key_codec,
+        "exact" if exact else _key_codec(settings, head_dim),
         settings.key_bits,
         "exact" if exact else settings.value_codec,
         settings.value_bits,
     )
     if not compiling.problem() and not exact:
         compiling.prepare(json.dumps(spec))
-    factors, bias = _balance_and_bias(family, attention, norm, projections, head_dim)
+    squares, bias = _squares_and_bias(
+        family, attention, norm, projections, head_dim, statistics
+    )
+    rope = None if family.dims else getattr(attention, family.rope, None)
+    factors = balance(*squares, rope) if squares and settings.balance else None
+    channels = order(*squares, rope) if squares and spec.segments > 1 else None
+    mx.eval([x for x in (factors, channels) if x is not None])
     linear = projections[min(1, len(projections) - 1)].linear
     return Layer(
-        KVCodec(spec, factors if settings.balance else None, bias),
+        KVCodec(spec, factors, bias, channels),
         Visibility(settings.window, settings.sinks, settings.invariant),
         BRIDGE if settings.bypass == BRIDGE else resolve_kernel(settings.kernel),
         f"{zlib.crc32(bytes(linear.weight[:1].view(mx.uint8))):08x}",
         settings,
         in_force(),
         norm,
-        _weights(attention),
+        statistics,
+        replaceable(attention),
     )
 
 
@@ -136,18 +156,30 @@ def _head_dims(
     return dims
 
 
-def _balance_and_bias(
+def _key_codec(settings: Settings, head_dim: int) -> str:
+    """4 bits are 5 and 3 where keys can be cut in two."""
+    if (settings.key_codec, settings.key_bits) == ("lloyd-max", 4) and head_dim % 16 == 0:
+        return SEGMENTED
+    return settings.key_codec
+
+
+def _squares_and_bias(
     family: Family,
     attention: nn.Module,
     norm: Optional[nn.Module],
     projections: Tuple[Projection, ...],
     head_dim: int,
-) -> Tuple[Optional[mx.array], Optional[KeyBias]]:
-    """The factors of the keys' channels and the bias of the keys, where there are any."""
-    if family.dims:
-        return None, None
+    statistics: Optional[Statistics],
+) -> Tuple[Optional[Tuple[mx.array, mx.array]], Optional[KeyBias]]:
+    """Mean squares of what is coded of keys, (H, D), and of queries, (H_q, D), and the bias of
+    the keys, where there are any."""
     heads, kv_heads = family.head_counts(attention)
     rope = getattr(attention, family.rope, None)
+    if statistics is not None and (statistics.mean is not None or family.dims):
+        mean = statistics.mean
+        return statistics[1:], None if mean is None else KeyBias(mean, rope)
+    if family.dims:
+        return None, None
     query_norm, key_norm = (getattr(attention, name, None) for name in family.head_norms)
     bias = rms = None
     if key_norm is not None:
@@ -162,7 +194,4 @@ def _balance_and_bias(
                 projection_rms(keys, norm, kv_heads),
                 projection_rms(queries, norm, heads, biased=True),
             )
-    factors = rms and balance(*rms, rope)
-    if factors is not None:
-        mx.eval(factors)
-    return factors, bias
+    return rms and tuple(x**2 for x in rms), bias

@@ -9,9 +9,12 @@ from .. import compiling, patching, settings
 from ..attention.dispatch import attend
 from ..cache import BatchCompressedKVCache, CompressedKVCache, RotatingCompressedKVCache
 from ..cache.files import check_file
+from ..cache.observed import ObservedKVCache
 from ..log import log_once, logger
 from . import table, upstream
 from .attention import bind
+from .calibration import statistics_of
+from .calibration_file import Statistics
 from .family import attention_of, layers_of
 from .identity import identity_of
 from .layer import known_layer
@@ -25,7 +28,7 @@ _reports: Dict[settings.ModelIdentity, str] = {}
 
 def register() -> None:
     """Have an mlx-lm with hooks (see patches/) use compressed caches."""
-    upstream.register(_prepare, attend, KINDS)
+    upstream.register(_prepare, attend, (*KINDS, ObservedKVCache))
 
 
 def check_saved(file: str) -> None:
@@ -68,7 +71,10 @@ def compress(model: Any, caches: List[Any]) -> List[Any]:
     except settings.SettingsError as error:
         return _leave(identity, caches, str(error))
     compiling.update()
-    pairs = [_compressed(*each) for each in zip(layers, caches, by_layer)]
+    known = [None] * len(layers)
+    if chosen.bypass != "identity":
+        known = statistics_of(model, layers, caches)
+    pairs = [_compressed(*each) for each in zip(layers, caches, by_layer, known)]
     pairs = _all_or_no_rings(caches, pairs)
     compressed = [new or old for (new, _), old in zip(pairs, caches)]
     reasons = [reason for _, reason in pairs if reason]
@@ -110,10 +116,12 @@ def _prepare(model: Any, caches: List[Any], new: bool) -> List[Any]:
     return caches
 
 
-def _compressed(layer: Any, cache: Any, chosen: settings.Settings) -> Tuple[Any, str]:
+def _compressed(
+    layer: Any, cache: Any, chosen: settings.Settings, statistics: Optional[Statistics]
+) -> Tuple[Any, str]:
     """A compressed cache for one layer, or None and the reason."""
     if type(cache) is CacheList:
-        return _compressed_in_list(layer, cache, chosen)
+        return _compressed_in_list(layer, cache, chosen, statistics)
     if type(cache) not in (KVCache, RotatingKVCache):
         return None, f"{type(cache).__name__} is not supported"
     attention, family = attention_of(layer)
@@ -123,7 +131,7 @@ def _compressed(layer: Any, cache: Any, chosen: settings.Settings) -> Tuple[Any,
         # Pixtral and Mistral 3: the mask alone says how far back queries see.
         return None, "a sliding window over a KVCache that does not rotate is not supported"
     try:
-        known = known_layer(attention, family.norm_of(layer), chosen)
+        known = known_layer(attention, family.norm_of(layer), chosen, statistics)
     except ValueError as error:
         return None, str(error)
     parts = known.codec, known.visibility, known.kernel
@@ -133,10 +141,10 @@ def _compressed(layer: Any, cache: Any, chosen: settings.Settings) -> Tuple[Any,
 
 
 def _compressed_in_list(
-    layer: Any, caches: CacheList, chosen: settings.Settings
+    layer: Any, caches: CacheList, chosen: settings.Settings, statistics: Optional[Statistics]
 ) -> Tuple[Optional[CacheList], str]:
     """The same for a layer that has several caches: its keys and values among them."""
-    pairs = [_compressed(layer, cache, chosen) for cache in caches.caches]
+    pairs = [_compressed(layer, cache, chosen, statistics) for cache in caches.caches]
     if not any(replacement for replacement, _ in pairs):
         return None, pairs[-1][1]
     return CacheList(*(new or old for (new, _), old in zip(pairs, caches.caches))), ""

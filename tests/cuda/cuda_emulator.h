@@ -1,14 +1,9 @@
-// Runs a CUDA kernel on the CPU: a thread is a fiber, and collective operations wait for
-// all that take part. Stands in for ptx.cu and for what NVRTC brings.
-#include <ucontext.h>
-
+// What a CUDA kernel sees on the CPU, in place of ptx.cu and of what NVRTC brings.
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <vector>
 
 #define __device__
 #define __shared__ static
@@ -20,88 +15,19 @@ struct Index { int x, y, z; };
 
 namespace emulator {
 
-constexpr int LANES = 32, STACK = 1 << 18;
+constexpr int LANES = 32;
 
-struct Group {  // A warp or a block.
-  int size = 0, arrived = 0;
-  unsigned turn = 0;
-  std::vector<std::array<uint32_t, 8>> given, taken;
-};
+// Of the thread that runs.
+extern Index thread_index, block_index, grid_size;
 
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[STACK]};  // Untouched pages take no memory.
-  Index index;
-  int number;
-  bool done;
-};
+using Words = std::array<uint32_t, 8>;
 
-inline std::vector<Fiber> fibers;
-inline std::vector<Group> warps;
-inline Group block;
-inline Fiber* current;
-inline ucontext_t scheduler;
-inline Index block_index, grid_size;
-inline std::function<void()> body;
+// Deposits `words`, waits for the others of the warp or the block, and returns what all of
+// the warp deposited.
+const Words* meet_warp(const Words& words);
+void meet_block();
 
-inline int lane() { return current->number % LANES; }
-inline Group& warp() { return warps[current->number / LANES]; }
-
-inline void yield() { swapcontext(&current->context, &scheduler); }
-
-// Deposits `words`, waits for the others of `group`, and returns what all deposited.
-inline const std::vector<std::array<uint32_t, 8>>& meet(
-    Group& group, int place, const std::array<uint32_t, 8>& words) {
-  group.given[place] = words;
-  unsigned turn = group.turn;
-  if (++group.arrived == group.size) {
-    group.arrived = 0;
-    group.taken = group.given;
-    group.turn++;
-  }
-  while (group.turn == turn) yield();
-  return group.taken;
-}
-
-inline void enter() {
-  body();
-  current->done = true;
-  yield();
-}
-
-// Runs `kernel` for every thread of every block, threads in one of two orders.
-inline void launch(Index grid, int threads, bool descending, std::function<void()> kernel) {
-  body = kernel;
-  grid_size = grid;
-  fibers.resize(threads);
-  for (int z = 0; z < grid.z; z++)
-    for (int y = 0; y < grid.y; y++)
-      for (int x = 0; x < grid.x; x++) {
-        block_index = {x, y, z};
-        block = Group{threads};
-        block.given.resize(threads);
-        warps.assign(threads / LANES, Group{LANES});
-        for (Group& group : warps) group.given.resize(LANES);
-        for (int i = 0; i < threads; i++) {
-          Fiber& fiber = fibers[i];
-          fiber.index = {i, 0, 0}, fiber.number = i, fiber.done = false;
-          getcontext(&fiber.context);
-          fiber.context.uc_stack.ss_sp = fiber.stack.get();
-          fiber.context.uc_stack.ss_size = STACK;
-          fiber.context.uc_link = nullptr;
-          makecontext(&fiber.context, enter, 0);
-        }
-        for (bool running = true; running;) {
-          running = false;
-          for (int i = 0; i < threads; i++) {
-            current = &fibers[descending ? threads - 1 - i : i];
-            if (current->done) continue;
-            running = true;
-            swapcontext(&scheduler, &current->context);
-          }
-        }
-      }
-}
+inline int lane() { return thread_index.x % LANES; }
 
 template <typename To, typename From>
 To bits(From x) {
@@ -113,7 +39,7 @@ To bits(From x) {
 
 }  // namespace emulator
 
-#define threadIdx (emulator::current->index)
+#define threadIdx emulator::thread_index
 #define blockIdx emulator::block_index
 #define gridDim emulator::grid_size
 
@@ -138,13 +64,13 @@ inline unsigned __funnelshift_l(unsigned low, unsigned high, int shift) {
   return shift ? high << shift | low >> (32 - shift) : high;
 }
 
-inline void __syncthreads() { emulator::meet(emulator::block, emulator::current->number, {}); }
-inline void __syncwarp() { emulator::meet(emulator::warp(), emulator::lane(), {}); }
+inline void __syncthreads() { emulator::meet_block(); }
+inline void __syncwarp() { emulator::meet_warp({}); }
 
 template <typename T>
 T __shfl_sync(unsigned, T x, int from) {
   uint32_t word = emulator::bits<uint32_t>(x);
-  auto& all = emulator::meet(emulator::warp(), emulator::lane(), {word});
+  auto all = emulator::meet_warp({word});
   return emulator::bits<T>(all[from][0]);
 }
 
@@ -178,7 +104,7 @@ inline int signed_byte(unsigned word, int k) { return int8_t(word >> (8 * k)); }
 inline void multiply_add(
     int (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, const unsigned (&b)[2]) {
   int g = emulator::lane() / 4, c = emulator::lane() % 4;
-  auto& all = emulator::meet(emulator::warp(), emulator::lane(), {a0, a1, a2, a3, b[0], b[1]});
+  auto all = emulator::meet_warp({a0, a1, a2, a3, b[0], b[1]});
   for (int i = 0; i < 4; i++) {
     int column = 2 * c + i % 2;
     for (int k = 0; k < 32; k++) {

@@ -28,6 +28,7 @@ TYPES = {
     mx.uint32: "unsigned",
 }
 WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
+HERE = Path(__file__).parent
 OPTIONS = "-std=c++20 -O1 -w -fPIC".split()
 # Memory around every array, and what outputs hold at first: not a number.
 POISON, ALIGNMENT = 0xFF, 64
@@ -71,7 +72,7 @@ class EmulatedKernel:
         threads = threadgroup[0]
         blocks = np.array([grid[0] // threads, grid[1], grid[2]], np.int32)
         arrays = (ctypes.c_void_p(x.ctypes.data) for x in (pointers, shapes, strides, blocks))
-        run(*arrays, threads, EmulatedKernel.descending)
+        _runtime().launch(run, *arrays, threads, EmulatedKernel.descending)
         for memory, view in outs:
             start = view.ctypes.data - memory.ctypes.data
             outside = np.concatenate([memory[:start], memory[start + view.nbytes :]])
@@ -105,11 +106,8 @@ class EmulatedKernel:
 static void kernel({", ".join(parameters)}) {{
 {constants}{self.body}
 }}
-extern "C" void run(
-    void** pointers, Shape* shapes, Strides* strides, const int* grid, int threads,
-    int descending) {{
-  emulator::launch(
-      {{grid[0], grid[1], grid[2]}}, threads, descending, [&] {{ kernel({", ".join(arguments)}); }});
+extern "C" void run(void** pointers, Shape* shapes, Strides* strides) {{
+  kernel({", ".join(arguments)});
 }}
 """
 
@@ -141,25 +139,38 @@ def _constant(name: str, value) -> str:
 
 
 @functools.lru_cache(maxsize=None)
-def _headers() -> str:
-    """A folder with the emulator's header, compiled once: half of the time of each kernel."""
+def _folder() -> Path:
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
-    header = Path(folder.name, "cuda_emulator.h")
-    shutil.copy(Path(__file__).with_name(header.name), header)
+    return Path(folder.name)
+
+
+@functools.lru_cache(maxsize=None)
+def _header() -> Path:
+    """A copy of the emulator's header, compiled once: a third of the time of each kernel."""
+    header = Path(shutil.copy(HERE / "cuda_emulator.h", _folder()))
     ending = "gch" if "g++" in Path(compiler()).name else "pch"
-    command = [compiler(), *OPTIONS, "-x", "c++-header", str(header)]
-    subprocess.run([*command, "-o", f"{header}.{ending}"], check=True)
-    return folder.name
+    _compile("-x", "c++-header", header, "-o", f"{header}.{ending}")
+    return header
+
+
+@functools.lru_cache(maxsize=None)
+def _runtime() -> ctypes.CDLL:
+    """The library that runs kernels; theirs are linked to it."""
+    library = _folder() / "runtime.so"
+    _compile("-shared", HERE / "cuda_emulator.cpp", "-o", library)
+    return ctypes.CDLL(str(library))
 
 
 @functools.lru_cache(maxsize=None)
 def _compiled(source: str):
-    folder = tempfile.TemporaryDirectory()
-    code, library = Path(folder.name, "kernel.cpp"), Path(folder.name, "kernel.so")
-    code.write_text(source)
-    command = [compiler(), *OPTIONS, f"-I{_headers()}", f"-I{Path(__file__).parent}"]
-    subprocess.run([*command, "-shared", str(code), "-o", str(library)], check=True)
     # Loaded, it needs its file no more.
-    with folder:
+    with tempfile.TemporaryDirectory(dir=_folder()) as folder:
+        code, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
+        code.write_text(source)
+        _compile(f"-I{_header().parent}", "-shared", code, _runtime()._name, "-o", library)
         return ctypes.CDLL(str(library)).run
+
+
+def _compile(*arguments) -> None:
+    subprocess.run([compiler(), *OPTIONS, *map(str, arguments)], check=True)

@@ -1,0 +1,152 @@
+"""What the keys and queries of a model are like, from one pass over a few tokens.
+
+The mean of a head's keys before RoPE is most of their energy, and how much a channel's error
+matters differs widely. Weights alone don't tell; a few random tokens tell it nearly as well as
+text does, and need no tokenizer (docs/quality.md).
+"""
+
+import copy
+import os
+import time
+import weakref
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
+
+from ..cache.observed import ObservedKVCache
+from ..codecs.key_bias import RotaryTable
+from ..log import logger
+from . import calibration_file
+from .calibration_file import Statistics
+from .family import attention_of, family_of
+from .layer import replaceable
+
+TOKENS, CHUNK = 64, 16
+# A CPU can be so slow that fewer must do, in seconds.
+ENOUGH = 8
+# First tokens are unlike the others, and stay exact.
+SKIPPED = 4
+SEED = 2504
+
+# By the identity of an attention module: what it was measured with.
+_measured: Dict[int, Tuple[weakref.ref, Tuple[Any, ...], Optional[Statistics]]] = {}
+
+
+def statistics_of(
+    model: nn.Module, layers: Sequence[Any], caches: Sequence[Any]
+) -> List[Optional[Statistics]]:
+    """Statistics of each layer that has a supported attention, None for the others.
+
+    Measured once for a model, or read from the user's cache folder. If the model can't be run
+    by itself there are none.
+
+    Args:
+        layers, caches: the layers, and mlx-lm's own caches for them, empty.
+    """
+    attentions = [attention_of(layer)[0] for layer in layers]
+    known = [_known(attention) for attention in attentions]
+    if not any(attentions) or all(found for found, _ in known):
+        return [statistics for _, statistics in known]
+    fingerprint = calibration_file.fingerprint(model, attentions)
+    found = None if _distributed() else calibration_file.load(fingerprint, len(layers))
+    if found is None:
+        try:
+            found = _measure(model, attentions, caches)
+        except Exception as error:  # Whatever a model does when it is run in an unusual way.
+            logger.info("not calibrated: %s: %s", type(error).__name__, error)
+            found = [None] * len(layers)
+        else:
+            if not _distributed():
+                calibration_file.save(fingerprint, found)
+    for attention, statistics in zip(attentions, found):
+        if attention is not None:
+            key = id(attention)
+            reference = weakref.ref(attention, lambda _, key=key: _measured.pop(key, None))
+            _measured[key] = reference, replaceable(attention), statistics
+    return found
+
+
+def _known(attention: Optional[nn.Module]) -> Tuple[bool, Optional[Statistics]]:
+    """Whether an attention has been measured with the weights that it has, and what was found."""
+    if attention is None:
+        return True, None
+    reference, weights, statistics = _measured.get(id(attention), (None, (), None))
+    now = replaceable(attention)
+    same = len(now) == len(weights) and all(a is b for a, b in zip(now, weights))
+    return reference is not None and reference() is attention and same, statistics
+
+
+def _distributed() -> bool:
+    """Whether other processes run parts of the model: then all must do the same."""
+    return not {"MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}.isdisjoint(os.environ)
+
+
+def _measure(
+    model: nn.Module, attentions: Sequence[Any], caches: Sequence[Any]
+) -> List[Optional[Statistics]]:
+    observed = [_observed(cache) for cache in caches]
+    tokens, begin = _tokens(model), time.monotonic()
+    for start in range(0, TOKENS, CHUNK):
+        model(tokens[:, start : start + CHUNK], cache=observed)
+        mx.eval([cache.state for cache in observed])
+        if time.monotonic() - begin > ENOUGH:
+            break
+    found = [
+        None if attention is None else _summary(attention, *_seen(cache))
+        for attention, cache in zip(attentions, observed)
+    ]
+    mx.eval([x for statistics in found if statistics for x in statistics if x is not None])
+    return [statistics if statistics and statistics.usable() else None for statistics in found]
+
+
+def _tokens(model: nn.Module) -> mx.array:
+    """Random tokens, (1, TOKENS), without the rare ones at both ends of a vocabulary."""
+    kinds = nn.Embedding, nn.QuantizedEmbedding
+    sizes = [m.weight.shape[0] for _, m in model.named_modules() if isinstance(m, kinds)]
+    if not sizes:
+        raise ValueError("it has no embedding of tokens")
+    size = max(sizes)
+    chosen = np.random.default_rng(SEED).integers(size // 100, max(size * 9 // 10, 1), TOKENS)
+    return mx.array(chosen.astype(np.int32))[None]
+
+
+def _observed(cache: Any) -> Any:
+    if type(cache) is CacheList:
+        return CacheList(*map(_observed, cache.caches))
+    return ObservedKVCache() if type(cache) in (KVCache, RotatingKVCache) else copy.deepcopy(cache)
+
+
+def _seen(cache: Any) -> Tuple[Optional[mx.array], Optional[mx.array]]:
+    for one in getattr(cache, "caches", [cache]):
+        if isinstance(one, ObservedKVCache):
+            return one.seen
+    return None, None
+
+
+def _summary(
+    attention: nn.Module, keys: Optional[mx.array], queries: Optional[mx.array]
+) -> Optional[Statistics]:
+    """The statistics of keys (1, H, T, D) and queries (1, H_q, T, D) as attention got them."""
+    if keys is None or queries is None:
+        return None
+    keys, queries = (x.astype(mx.float32) for x in (keys, queries))
+    mean = None
+    try:
+        keys = RotaryTable(_rope_of(attention), keys.shape[-1]).turned_back(keys)
+    except (TypeError, ValueError):
+        # Its angles depend on more than the position: no mean is the same for all positions.
+        square = mx.mean(keys[0, :, SKIPPED:] ** 2, axis=1)
+    else:
+        mean = mx.mean(keys[0, :, SKIPPED:], axis=1)
+        square = mx.var(keys[0, :, SKIPPED:], axis=1)
+    return Statistics(mean, square, mx.mean(queries[0, :, SKIPPED:] ** 2, axis=1))
+
+
+def _rope_of(attention: nn.Module) -> Any:
+    family = family_of(attention)
+    if family.dims:
+        raise ValueError("its keys are put together of parts")
+    return getattr(attention, family.rope, None)
