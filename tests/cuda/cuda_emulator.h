@@ -125,7 +125,7 @@ inline float upper_half(unsigned word) { return lower_half(word >> 16); }
 inline void multiply_add(
     float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, const unsigned (&b)[2]) {
   int g = emulator::lane() / 4, c = emulator::lane() % 4;
-  auto& all = emulator::meet(emulator::warp(), emulator::lane(), {a0, a1, a2, a3, b[0], b[1]});
+  auto all = emulator::meet_warp({a0, a1, a2, a3, b[0], b[1]});
   for (int i = 0; i < 4; i++) {
     int column = 2 * c + i % 2;
     for (int k = 0; k < 16; k++) {
