@@ -69,7 +69,8 @@ def _encode(codec: KVCodec, sides: Sequence[_Side], start: int, part: slice) -> 
     total = before + length
     balance, bias = (codec.balance, codec.bias) if sides[0].is_keys else (None, None)
     rotation = sides[0].rotation.array
-    rotary, model = model_arrays(rotation, balance, bias, start + length)
+    known = codec if sides[0].is_keys else None
+    rotary, model = model_arrays(rotation, known, start + length)
     inputs, copying, template = [], [], []
     for name, side in zip("kv" if len(sides) == 2 else "kv"[not sides[0].is_keys], sides):
         copying.append(min(MOST_COPYING, -(-before * sum(side.widths) // COPIED)))

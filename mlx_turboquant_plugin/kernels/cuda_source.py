@@ -29,7 +29,7 @@ def kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], body: str) 
         header = "\n".join([_levels(), *map(read, ("types.cuh", *PROMPT_PARTS[name]))])
         return nvrtc.Kernel(name, inputs, outputs, body, header, BOUNDS[name])
     # MLX may keep what it compiled under this name, and does not see the files.
-    parts = map(read, (*PARTS, *PORTABLE_PARTS))
+    parts = map(read, PORTABLE_PARTS.get(name, PARTS))
     version = zlib.crc32("".join([_levels(), *parts, body]).encode())
     return mx.fast.cuda_kernel(
         name=f"turboquant_{name}_{version:08x}",
@@ -40,14 +40,17 @@ def kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], body: str) 
     )
 
 
-PORTABLE_PARTS = ("dialect.cuh", "codes.metal")
+PORTABLE_PARTS = {
+    f"metal_{name}": ("dialect.cuh", *(f"{part}.metal" for part in metal.parts(name)))
+    for name in ("decode", "merge", "dequantize")
+}
 SHARED_PARTS = ("ptx.cu", "codes.cu", "rotation.cu", "rotary.cu")
 PARTS = (*SHARED_PARTS, "encode.cu", "problem.cu", "exact.cu", "bias.cu", "split.cu", "merge.cu")
 # The kernels that prompts need, and their parts. MLX's own compilation of a kernel takes longer,
 # but a launch less, which counts for the others: those of decoding.
 PROMPT_PARTS = {
     "encode": (*SHARED_PARTS, "encode.cu"),
-    "metal_dequantize": (*PORTABLE_PARTS, "tokens.metal"),
+    "metal_dequantize": PORTABLE_PARTS["metal_dequantize"],
 }
 
 BOUNDS = {
@@ -68,8 +71,8 @@ def source(name: str) -> str:
     attributes = f"__attribute__((global)) __launch_bounds__({BOUNDS[name]})"
     # MLX writes the signature. The bounds give a thread of the first launch 128 registers.
     last = f"#undef __global__\n#define __global__ {attributes}\n"
-    if name.startswith("metal"):
-        return "\n".join([*map(include, PROMPT_PARTS.get(name, PORTABLE_PARTS)), last])
+    if name in PORTABLE_PARTS:
+        return "\n".join([*map(include, PORTABLE_PARTS[name]), last])
     return "\n".join([_levels(), *map(include, PARTS), last])
 
 
