@@ -36,6 +36,13 @@ struct Layout {
   static constexpr int TABLES = BITS == 4 ? 2 : 1;
 };
 
+// Two segments of 4 bits on average have a code of 5 and one of 3 bits in a byte, see
+// codecs/segmented.py: its fields are those of 4 bits.
+template <int BITS, int SEGMENTS>
+__device__ constexpr int segment_bits(int segment) {
+  return SEGMENTS == 1 ? BITS : segment == 0 ? 5 : 3;
+}
+
 // Nibble word `2 half + odd` (3 bits) or `half + odd` (2 bits) of bytes at the same place
 // of all planes.
 template <int BITS>
