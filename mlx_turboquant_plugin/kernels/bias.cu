@@ -43,6 +43,15 @@ struct BiasMemory {
     }
   }
 
+  // The angles that scores() reads for a tile, to the cache.
+  __device__ void prefetch_turns(const RotaryPairs& rotary, int first_coded, int tile) const {
+    long long at = (long long)block_of(first_coded, tile) * PAIRS;
+    if (threadIdx.x % 32 == 0) {
+      prefetch(rotary.coarse_cos + at, PAIRS);
+      prefetch(rotary.coarse_sin + at, PAIRS);
+    }
+  }
+
   // A warp does this for row r. query: (DIM,), in shared memory; bias: (DIM,).
   template <int DIM>
   __device__ void begin_row(
@@ -120,11 +129,16 @@ struct BiasMemory {
     return first_coded % ANGLES + int(threadIdx.x) / 32 * TILE + TILE / 2;
   }
 
+  // The block of angles in which the middle of this warp's tile is: see RotaryPairs.
+  static __device__ int block_of(int first_coded, int tile) {
+    int groups = tile / WARPS;
+    return first_coded / ANGLES + first_middle(first_coded) / ANGLES +
+        groups * (WARPS * TILE / ANGLES);
+  }
+
   __device__ void turn(
       const RotaryPairs& rotary, int first_coded, int tile, Scratch& turned) const {
-    int warp = threadIdx.x / 32;
-    int block = first_coded / ANGLES + first_middle(first_coded) / ANGLES +
-        (tile - warp) * TILE / ANGLES;
+    int warp = threadIdx.x / 32, block = block_of(first_coded, tile);
     for (int w = threadIdx.x % 32; w < WORDS; w += 32) {
       Complex back[2];
 #pragma unroll

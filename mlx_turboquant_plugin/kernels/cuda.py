@@ -44,6 +44,7 @@ def attend(problem: "Problem") -> mx.array:
     attention = _attention(
         codec.spec,
         codec.balance is not None,
+        codec.order is not None,
         None if codec.bias is None else bias_layout(codec.bias),
         problem.scale,
         problem.sinks,
@@ -58,8 +59,7 @@ def attend(problem: "Problem") -> mx.array:
     )
     inputs = [queries, *tokens, *problem.key_codes, *problem.value_codes, problem.bounds]
     inputs.append(codec.key_rotation.array)
-    if codec.balance is not None:
-        inputs.append(codec.balance)
+    inputs += [x for x in (codec.balance, codec.order) if x is not None]
     if codec.bias is not None:
         tile = _tile(codec.spec, queries.shape[1] // tokens[0].shape[1] * queries.shape[2])[1]
         end = problem.first_coded + coded
@@ -75,6 +75,7 @@ def attend(problem: "Problem") -> mx.array:
 def _attention(
     spec: CodecSpec,
     balanced: bool,
+    ordered: bool,
     bias: Optional[BiasLayout],
     scale: float,
     sinks: int,
@@ -119,6 +120,7 @@ def _attention(
             tile,
             coded % 32 == 0,
             balanced,
+            ordered,
             bias,
             scale,
             sinks,
@@ -174,7 +176,7 @@ def _code_parts(problems: int, tiles: int) -> int:
 
 SPLIT_BODY = """
   auto p = problem(queries, keys, values, {kc_planes}, kc_size, {vc_planes}, vc_size);
-  p.bounds = bounds, p.rotation = rotation, p.balance = {balance};
+  p.bounds = bounds, p.rotation = rotation, p.balance = {balance}, p.order = {order};
   {bias}
   p.scale = SCALE, p.sinks = SINKS;
   p.heads = keys_shape[1], p.group = queries_shape[1] / p.heads, p.count = queries_shape[2];
@@ -186,8 +188,9 @@ SPLIT_BODY = """
   if (blockIdx.x < exact_parts) {{
     attend_exact<4 * NT, DIM, VALUE_DIM>(p, blockIdx.x);
   }} else {{
-    attend_codes<DIM, VALUE_DIM, KEY_BITS, VALUE_BITS, NT, TILE, WHOLE_TILES, BALANCED, PAIRS>(
-        p, blockIdx.x - exact_parts, p.parts - exact_parts);
+    attend_codes<
+        DIM, VALUE_DIM, KEY_BITS, SEGMENTS, VALUE_BITS, NT, TILE, WHOLE_TILES, BALANCED, SORTED,
+        PAIRS>(p, blockIdx.x - exact_parts, p.parts - exact_parts);
   }}
 """
 
@@ -226,6 +229,7 @@ def _split_kernel(
     tile: int,
     whole_tiles: bool,
     balanced: bool,
+    ordered: bool,
     bias: Optional[BiasLayout],
     scale: float,
     sinks: int,
@@ -239,10 +243,12 @@ def _split_kernel(
     inputs = ["queries", "keys", "values", *(["new_keys", "new_values"] if appends else [])]
     for side, names in planes.items():
         inputs += [*names, f"{side}_size"]
-    inputs += ["bounds", "rotation", *["balance"] * balanced, *(BIAS if bias else ())]
+    inputs += ["bounds", "rotation", *["balance"] * balanced, *["order"] * ordered]
+    inputs += BIAS if bias else ()
     body = SPLIT_BODY.format(
         **{f"{side}_planes": "{" + ", ".join(names) + "}" for side, names in planes.items()},
         balance="balance" if balanced else "nullptr",
+        order="order" if ordered else "nullptr",
         bias=BIAS_BODY if bias else "",
         appended=APPENDED_BODY if appends else "",
     )
@@ -251,11 +257,13 @@ def _split_kernel(
         "DIM": spec.head_dim,
         "VALUE_DIM": spec.value_dim,
         "KEY_BITS": spec.key_bits,
+        "SEGMENTS": spec.segments,
         "VALUE_BITS": spec.value_bits,
         "NT": tiles_of_rows,
         "TILE": tile,
         "WHOLE_TILES": whole_tiles,
         "BALANCED": balanced,
+        "SORTED": ordered,
         "PAIRS": pairs,
         "BETWEEN": between,
         "DISTANCE": distance,

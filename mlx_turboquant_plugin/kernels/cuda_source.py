@@ -45,7 +45,11 @@ PORTABLE_PARTS = {
     for name in ("decode", "merge", "dequantize")
 }
 SHARED_PARTS = ("ptx.cu", "codes.cu", "rotation.cu", "rotary.cu")
-PARTS = (*SHARED_PARTS, "encode.cu", "problem.cu", "exact.cu", "bias.cu", "split.cu", "merge.cu")
+PARTS = (
+    *SHARED_PARTS,
+    *("encode.cu", "problem.cu", "exact.cu", "bias.cu", "keys.cu", "values.cu", "split.cu"),
+    "merge.cu",
+)
 # The kernels that prompts need, and their parts. MLX's own compilation of a kernel takes longer,
 # but a launch less, which counts for the others: those of decoding.
 PROMPT_PARTS = {
@@ -99,7 +103,7 @@ def _levels() -> str:
             f"template <> struct LEVELS<{bits}> {{\n"
             "  static constexpr bool UNIFORM = false;\n"
             f"  static constexpr unsigned words[4] = {{{words}}};\n"
-            f"  static constexpr float unit = {book.unit}f;\n"
+            f"  static constexpr float unit = {book.unit}f, offset = 0.5f;\n"
             "  __device__ static constexpr float positive(int i) {\n"
             f"    constexpr float levels[] = {{{', '.join(f'{x}f' for x in book.levels)}}};\n"
             "    return levels[i];\n  }\n};"
@@ -108,6 +112,6 @@ def _levels() -> str:
         f"template <> struct LEVELS<{UNIFORM_BITS}> {{\n"
         "  static constexpr bool UNIFORM = true;\n"
         f"  static constexpr float unit = {UNIFORM_UNIT}f, step = {float(STEP)}f;\n"
-        f"  static constexpr float lowest = {STEP / 2 - OFFSET}f;\n}};"
+        f"  static constexpr float lowest = {STEP / 2 - OFFSET}f, offset = lowest + 128;\n}};"
     )
     return "\n".join(text)

@@ -21,7 +21,15 @@ struct Planes {
 };
 struct Codes {
   Planes plane;
-  const unsigned char* scale;  // (B, H, T)
+  const unsigned char* scale;  // (B, H, segments, T)
+
+  // Those of another head, so many tokens further.
+  __device__ Codes after(long long tokens, int rows, int segments) const {
+    const unsigned char* const* of = plane.of;
+    return {
+        {of[0] + tokens * rows, of[1] + tokens * rows, of[2] + tokens * rows},
+        scale + tokens * segments};
+  }
 };
 
 // All arrays are contiguous.
@@ -34,6 +42,7 @@ struct Problem {
   const int* bounds;              // (B, N, 4), see attention/fused.py
   const float* rotation;          // of the keys
   const float* balance;           // (H, 1, D) or not read
+  const int* order;               // (H, D) or not read
   const float* bias;              // (H, D) or, as what follows, not read
   RotaryPairs rotary;             // of the bias, and the waves: see cuda_bias.py
   const unsigned* waves;
@@ -91,4 +100,25 @@ __device__ inline void read_query(const P& p, float* to, int b, int h, int row) 
   long long rows = p.group * p.count;
   const auto* from = p.queries + ((b * p.heads + h) * rows + row) * DIM;
   for (int d = threadIdx.x % 32; d < DIM; d += 32) to[d] = float(from[d]) * (p.scale * LOG2_E);
+}
+
+// Times the balance, and in the order of the segments: a query in shared memory, by a warp.
+template <int DIM, bool BALANCED, bool SORTED, typename P>
+__device__ inline void balance_and_sort(const P& p, float* x, int h) {
+  constexpr int N = (DIM + 31) / 32;
+  int lane = threadIdx.x % 32;
+  float own[N];
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    int channel = min(lane + 32 * i, DIM - 1);
+    if constexpr (SORTED) channel = p.order[h * DIM + channel];
+    own[i] = x[channel];
+    if constexpr (BALANCED) own[i] *= p.balance[h * DIM + channel];
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    if (lane + 32 * i < DIM) x[lane + 32 * i] = own[i];
+  }
+  __syncwarp();
 }
