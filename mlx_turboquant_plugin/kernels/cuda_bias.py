@@ -1,28 +1,16 @@
 """What ``bias.cu`` needs to know of rotary positions."""
 
-from typing import List, NamedTuple, Tuple
+from typing import List, Tuple
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
 
 from ..codecs.key_bias import BLOCK, KeyBias, RotaryTable
-from .inputs import int_array, pair_layout
+from .inputs import int_array
 
 # The inputs of a kernel that :func:`bias_arrays` gives.
 BIAS = ("bias", "middles", "coarse_cos", "coarse_sin", "waves", "first_coded")
-
-
-class BiasLayout(NamedTuple):
-    """Where the channels of the rotary pairs are, see :func:`pair_layout`."""
-
-    pairs: int
-    between: int
-    distance: int
-
-
-def bias_layout(bias: KeyBias) -> BiasLayout:
-    return BiasLayout(*pair_layout(bias.table))
 
 
 def bias_arrays(bias: KeyBias, first_coded: int, end: int, tile: int) -> List[mx.array]:
