@@ -220,11 +220,11 @@ def test_a_filled_cache_keeps_to_its_layer():
     cache.bind(codec(), "aaaa", "eager", True, None)
     filled(cache=cache)
     with pytest.raises(ValueError, match="fingerprint aaaa, this one is bbbb"):
-        cache.bind(codec(), "bbbb", "eager", True)
+        cache.bind(codec(), "bbbb", "eager", True, None)
     with pytest.raises(ValueError, match="made for head dim 64, the model has 128"):
-        cache.bind(codec(128), "aaaa", "eager", True)
+        cache.bind(codec(128), "aaaa", "eager", True, None)
     # Other bits are fine: the codes that there are keep their own.
-    cache.bind(codec(key_bits=2), "aaaa", "eager", True)
+    cache.bind(codec(key_bits=2), "aaaa", "eager", True, None)
     assert cache.codec.spec.key_bits == 4
 
 
