@@ -14,6 +14,7 @@ import weakref
 from typing import Any, Optional, Tuple
 
 import mlx.core as mx
+import numpy as np
 
 from ..compiling import compiled
 
@@ -68,18 +69,11 @@ class RotaryTable:
             self.first = mx.arange(self.dims // 2)
             self.second = self.first + self.dims // 2
         half = BLOCK // 2
-        cos, sin = self._angles(mx.arange(half + 1))
-        magnitude = mx.sqrt(cos[:1] ** 2 + sin[:1] ** 2)
+        cos, sin = self._turns(half)
         # Rows of positions: MLX's CPU matmul is slow with columns of them.
-        cos, sin = (mx.contiguous((x / magnitude).T) for x in (cos, sin))
-        self.even, self.odd, self.middle = cos, sin, (cos[:, half], sin[:, half])
-        # Made of the others, so that products with either are the same to rounding.
-        cos, sin = (
-            mx.concatenate([sign * x[:, :0:-1], x[:, :half]], axis=1)
-            for x, sign in ((cos, 1), (sin, -1))
-        )
-        m_cos, m_sin = (x[:, None] for x in self.middle)
-        self.fine = mx.concatenate([m_cos * cos - m_sin * sin, m_sin * cos + m_cos * sin])
+        self.fine = mx.array(np.concatenate([cos, sin]))
+        self.even, self.odd = (mx.array(x[:, : half + 1]) for x in (cos, sin))
+        self.middle = mx.array(cos[:, half]), mx.array(sin[:, half])
         self.coarse = self._angles(mx.arange(8) * BLOCK)
         mx.eval(self.arrays)
 
@@ -112,6 +106,18 @@ class RotaryTable:
         """Sums over the two channels of each pair: (..., dims) to (..., F)."""
         shape = (-1, 2) if self.traditional else (2, x.shape[-1] // 2)
         return mx.sum(x.reshape(*x.shape[:-1], *shape), axis=-1 if self.traditional else -2)
+
+    def _turns(self, far: int) -> Tuple[np.ndarray, np.ndarray]:
+        """cos and sin at the first positions, fp32 (F, BLOCK), of magnitude 1 whatever the rope's.
+
+        Multiples of one angle, found by the turns at the positions 1 and ``far``: the rope's own
+        are rounded, each in another way, and so would be sums of them.
+        """
+        cos, sin = (np.array(x, np.float64) for x in self._angles(mx.array([1, far])))
+        one, many = np.angle(cos + 1j * sin)
+        angle = (many + 2 * np.pi * np.round((far * one - many) / (2 * np.pi))) / far
+        turns = np.exp(1j * angle[:, None] * np.arange(BLOCK))
+        return turns.real.astype(np.float32), turns.imag.astype(np.float32)
 
     def _angles(self, positions: mx.array) -> Tuple[mx.array, mx.array]:
         # RoPE turns the pair (1, 0) into (cos, sin).
@@ -202,9 +208,7 @@ class KeyBias:
         table = self.table
         products = q[..., None, : table.dims] * self._factors
         sums = table.pair_sums(products)
-        pairs = sums[..., :1, :], sums[..., 1:, :]
-        if _on_cpu():
-            pairs = _turn(*pairs, *table.middle)
+        pairs = _turn(sums[..., :1, :], sums[..., 1:, :], *table.middle)
         rest = None
         if table.dims < table.head_dim:
             rest = q[..., table.dims :] * self.bias[:, None, table.dims :]
@@ -216,8 +220,7 @@ class KeyBias:
         *pairs, rest = coefficients
         first_block = start // BLOCK
         coarse = self.table.blocks((start + count - 1) // BLOCK + 1)
-        turned = _turn(*pairs, *(x[first_block:] for x in coarse))
-        blocks = self._around(*turned) if _on_cpu() else self._after(*turned)
+        blocks = self._around(*_turn(*pairs, *(x[first_block:] for x in coarse)))
         skip = start - first_block * BLOCK
         scores = blocks.flatten(-2)[..., skip : skip + count]
         return scores if rest is None else scores + rest
@@ -232,10 +235,6 @@ class KeyBias:
         before, after = (even - odd)[..., :0:-1], (even + odd)[..., :half]
         return mx.concatenate([before, after], axis=-1)
 
-    def _after(self, c: mx.array, s: mx.array) -> mx.array:
-        """Scores of blocks, given their coefficients at the start."""
-        return _multiply(mx.concatenate([c, s], axis=-1), self.table.fine)
-
     def _agrees(self, rope: Any, position: int) -> bool:
         x = self.bias[None, :, None]
         expected = rope(x, offset=position)[0] if rope is not None else x[0]
@@ -247,24 +246,3 @@ class KeyBias:
 def _turn(c: mx.array, s: mx.array, cos: mx.array, sin: mx.array) -> Tuple[mx.array, mx.array]:
     """Coefficients (..., 1, F) for positions that are counted from where the angles are."""
     return c * cos + s * sin, s * cos - c * sin
-
-
-def _on_cpu() -> bool:
-    return mx.default_device().type == mx.cpu
-
-
-def _multiply(a: mx.array, b: mx.array) -> mx.array:
-    """``a @ b`` as exact as fp32 is, also where a GPU rounds factors to TF32.
-
-    The bias makes scores of hundreds, of which 2^-11 is not nothing. Each factor is the
-    sum of two in TF32, and all but the product of the small ones are added up (Ootomo and
-    Yokota 2022, arXiv 2203.03341).
-    """
-    (a, small_a), (b, small_b) = _split(a), _split(b)
-    return mx.concatenate([a, a, small_a], axis=-1) @ mx.concatenate([b, small_b, b], axis=-2)
-
-
-def _split(x: mx.array) -> Tuple[mx.array, mx.array]:
-    """``x`` as a number of at most 11 bits, which TF32 holds, and the rest."""
-    large = (x.view(mx.uint32) & 0xFFFFE000).view(mx.float32)
-    return large, x - large

@@ -10,13 +10,14 @@ And ``encode``, see :func:`encoder`.
 """
 
 import functools
+import itertools
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, List, Optional, Type, Union
 
 import mlx.core as mx
 
-from ..codecs.kv_codec import CodecSpec, KVCodec
+from ..codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
 
 if TYPE_CHECKING:
     from ..attention.fused import Problem
@@ -25,7 +26,7 @@ FUSED = ("metal", "cuda")
 # Those that are launched faster while arrays keep their shapes: caches hold as many exact
 # tokens as can be needed then, and one goes when one comes.
 STEADY = ("cuda",)
-CODECS = ("lloyd-max", "affine")
+CODECS = (SEGMENTED, "lloyd-max", "affine")
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
@@ -68,12 +69,10 @@ def unsupported(problem: "Problem") -> Optional[str]:
 def _unsupported(
     spec: CodecSpec, queries: mx.Dtype, keys: mx.Dtype, values: mx.Dtype
 ) -> Optional[str]:
-    for codec in (spec.key_codec, spec.value_codec):
-        if codec not in CODECS:
-            return f"the {codec} codec"
-    for dim in (spec.head_dim, spec.value_dim):
-        if unsupported_dim(dim):
-            return f"a head dim of {dim}: it must be a multiple of 8 from 32 to 256"
+    sides = (spec.key_codec, spec.head_dim), (spec.value_codec, spec.value_dim)
+    for problem in itertools.starmap(unsupported_vectors, sides):
+        if problem:
+            return problem
     for dtype in (queries, keys, values):
         if dtype not in DTYPES:
             return f"{dtype}: queries, keys and values must be float16, bfloat16 or float32"
@@ -84,9 +83,15 @@ def _unsupported(
 
 def encodes(codec: str, x: mx.array) -> bool:
     """Whether the fused kernels make the codes of vectors ``x`` (B, H, T, D) themselves."""
-    return codec == "lloyd-max" and not unsupported_dim(x.shape[-1]) and x.dtype in DTYPES
+    supported = not unsupported_vectors(codec, x.shape[-1]) and x.dtype in DTYPES
+    return codec != "affine" and supported
 
 
-def unsupported_dim(dim: int) -> bool:
-    """Whether the fused kernels can't have vectors of this dimension."""
-    return dim % 8 != 0 or not 32 <= dim <= 256
+def unsupported_vectors(codec: str, dim: int) -> Optional[str]:
+    """None, or in words why the fused kernels can't have codes of vectors of this dimension."""
+    if codec not in CODECS:
+        return f"the {codec} codec"
+    factor = 16 if codec == SEGMENTED else 8
+    if dim % factor != 0 or not 32 <= dim <= 256:
+        return f"a head dim of {dim}: it must be a multiple of {factor} from 32 to 256"
+    return None

@@ -1,6 +1,6 @@
 // Codes to levels, and levels to products. LEVELS is made from the codebooks by cuda.py.
 //
-// A level is a signed byte and a half. Products are sums of bytes, exact in int32, by
+// A level is a signed byte and LEVELS::offset, a half but for 5 bits. Products are sums of bytes, exact in int32, by
 // mma.m16n8k32; queries and weights take part as 15 bits in two bytes, which fill two of
 // the eight columns.
 
@@ -36,6 +36,13 @@ struct Layout {
   static constexpr int TABLES = BITS == 4 ? 2 : 1;
 };
 
+// Two segments of 4 bits on average have a code of 5 and one of 3 bits in a byte, see
+// codecs/segmented.py: its fields are those of 4 bits.
+template <int BITS, int SEGMENTS>
+__device__ constexpr int segment_bits(int segment) {
+  return SEGMENTS == 1 ? BITS : segment == 0 ? 5 : 3;
+}
+
 // Nibble word `2 half + odd` (3 bits) or `half + odd` (2 bits) of bytes at the same place
 // of all planes.
 template <int BITS>
@@ -67,6 +74,16 @@ __device__ inline void look_up(
     lower[1] = pick(level[2], level[3], flipped);
     upper[1] = pick(level[2], level[3], flipped >> 16);
   }
+}
+
+// What a scale stands for, and its power of two.
+__device__ inline float octave_of(unsigned scale) { return float(scale) * (1.0f / 12) - 13; }
+__device__ inline float size_of(unsigned scale) { return exp2_fast(octave_of(scale)); }
+
+// Byte i of words.
+template <int N>
+__device__ inline unsigned byte_of(const unsigned (&words)[N], int i) {
+  return words[i / 4] >> (i % 4 * 8) & 0xFF;
 }
 
 // Four whole numbers from 0 to WHOLE, in the low bits of `x`, as upper and lower bytes:

@@ -1,8 +1,7 @@
-// What the kernels share: rotations, and products with packed codes.
+// What the kernels share: rotations, the key bias, and what codes stand for.
 //
-// ROWS is the number of query rows (pairs of a query head and a position) that a
-// threadgroup serves: 1, 2, 4 or 8. Rows lie side by side in threadgroup memory, so that
-// one load serves a channel or a token for all of them.
+// SEGMENTS is 2 where vectors are cut in two halves, which are rotated and scaled each by
+// itself, see codecs/segmented.py. SORTED: their channels are in an order of their own then.
 
 #ifndef UNROLL
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -12,41 +11,12 @@
 // there were no infinities.
 constant constexpr float MASKED = -1e30f;
 
-// A position that no sequence reaches.
-constant constexpr int NEVER = 0x7fffffff;
-
-// Tokens of a tile of codes, four for each lane, and of a tile of exact tokens.
+// Tokens of a tile of codes, four for each lane.
 constant constexpr int TILE = 128;
-constant constexpr int EXACT_TILE = 32;
 
-template <int ROWS>
-METAL_FUNC void load_rows(threadgroup const float* from, thread float (&to)[ROWS]) {
-  if (ROWS % 4 == 0) {
-    UNROLL
-    for (int i = 0; i < ROWS; i++) {
-      to[i] = ((threadgroup const float4*)from)[i / 4][i % 4];
-    }
-  } else {
-    UNROLL
-    for (int i = 0; i < ROWS; i++) {
-      to[i] = from[i];
-    }
-  }
-}
-
-// COUNT neighbouring elements, at a multiple of so many, in one load.
-template <int COUNT, typename T>
-METAL_FUNC void load_wide(device const T* from, thread float (&to)[COUNT]) {
-  metal::vec<T, COUNT> x = *(device const metal::vec<T, COUNT>*)from;
-  UNROLL
-  for (int k = 0; k < COUNT; k++) {
-    to[k] = float(x[k]);
-  }
-}
-
-// The orthonormal Walsh-Hadamard transform of order 32 * COUNT. Element 32 * j + lane is
-// x[j] of that lane; every lane of the simdgroup must take part.
-template <int COUNT>
+// The orthonormal Walsh-Hadamard transform of order D, a power of two. Element 32 * j + lane
+// is x[j] of that lane; every lane of the simdgroup must take part.
+template <int D, int COUNT>
 METAL_FUNC void walsh_hadamard(thread float (&x)[COUNT], uint lane) {
   UNROLL
   for (int step = 1; step < COUNT; step *= 2) {
@@ -59,15 +29,48 @@ METAL_FUNC void walsh_hadamard(thread float (&x)[COUNT], uint lane) {
       }
     }
   }
-  const float norm = rsqrt(32.0f * COUNT);
+  const float norm = rsqrt(float(D));
   UNROLL
   for (int j = 0; j < COUNT; j++) {
     UNROLL
-    for (ushort step = 1; step < 32; step *= 2) {
+    for (ushort step = 1; step < (D < 32 ? D : 32); step *= 2) {
       float other = simd_shuffle_xor(x[j], step);
       x[j] = (lane & step) ? other - x[j] : x[j] + other;
     }
     x[j] *= norm;
+  }
+}
+
+// The product of a simdgroup's vector, laid out as above, with a matrix (D, D). `scratch`: D
+// numbers of the simdgroup's own.
+template <int D, int COUNT>
+METAL_FUNC void multiply_matrix(
+    thread float (&y)[COUNT], device const float* matrix, threadgroup float* scratch, int lane) {
+  UNROLL
+  for (int j = 0; j < COUNT; j++) {
+    if (32 * j + lane < D) {
+      scratch[32 * j + lane] = y[j];
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  UNROLL
+  for (int j = 0; j < COUNT; j++) {
+    const int c = 32 * j + lane;
+    y[j] = 0;
+    for (int i = 0; i < D && c < D; i++) {
+      y[j] += scratch[i] * matrix[i * D + c];
+    }
+  }
+  // Before the next vector is written.
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// A simdgroup's vector times the signs of its channels.
+template <int D, int COUNT>
+METAL_FUNC void multiply_signs(thread float (&y)[COUNT], device const float* signs, int lane) {
+  UNROLL
+  for (int j = 0; j < COUNT; j++) {
+    y[j] *= 32 * j + lane < D ? signs[32 * j + lane] : 0.0f;
   }
 }
 
@@ -133,72 +136,47 @@ struct Planes {
   device const uint8_t* high;
 };
 
-template <bool AFFINE>
-METAL_FUNC float level(threadgroup const float* levels, uint code) {
-  return AFFINE ? float(code) : levels[code];
-}
+// What a byte of codes, or of their low bits, holds. Two segments share one: 5 bits of a
+// channel of the first above 3 of the second.
+template <int BITS, int SEGMENTS>
+struct Fields {
+  static constant constexpr const int COUNT = BITS == 3 ? 8 : 8 / BITS;
 
-// Products of all rows with four neighbouring channel-major vectors, of which `count`
-// are there: products[k][r] = sum over c of queries[c][r] * level of channel c of vector k.
-//   planes: of the first of these vectors; byte i of a vector is `stride` * i further.
-template <int D, int BITS, bool AFFINE, int ROWS>
-METAL_FUNC void multiply_keys(
-    threadgroup const float* queries,
-    threadgroup const float* levels,
-    Planes planes,
-    int stride,
-    int count,
-    thread float (&products)[4][ROWS]) {
-  constexpr int FIELDS = BITS == 3 ? 8 : 8 / BITS;
-  constexpr int BYTES = D / FIELDS;
-  // Loads that are under way at once.
-  constexpr int DEPTH = BYTES % 4 == 0 ? 4 : BYTES % 2 == 0 ? 2 : 1;
-  const bool aligned = stride % 4 == 0;
-  for (int start = 0; start < BYTES; start += DEPTH) {
-    uint low[DEPTH], upper[DEPTH], high[DEPTH];
-    UNROLL
-    for (int d = 0; d < DEPTH; d++) {
-      const int at = (start + d) * stride;
-      low[d] = load_four(planes.low + at, count, aligned);
-      upper[d] = BITS == 3 ? load_four(planes.low_of_upper_fields + at, count, aligned) : 0;
-      high[d] = BITS == 3 ? load_four(planes.high + at, count, aligned) : 0;
-    }
-    UNROLL
-    for (int d = 0; d < DEPTH; d++) {
-      UNROLL
-      for (int field = 0; field < FIELDS; field++) {
-        float q[ROWS];
-        load_rows<ROWS>(queries + (field * BYTES + start + d) * ROWS, q);
-        UNROLL
-        for (int k = 0; k < 4; k++) {
-          uint code;
-          if (BITS == 3) {
-            code = ((field < 4 ? low[d] : upper[d]) >> (8 * k + 2 * (field % 4))) & 3;
-            code |= ((high[d] >> (8 * k + field)) & 1) << 2;
-          } else {
-            code = (low[d] >> (8 * k + BITS * field)) & ((1 << BITS) - 1);
-          }
-          float x = level<AFFINE>(levels, code);
-          UNROLL
-          for (int r = 0; r < ROWS; r++) {
-            products[k][r] += q[r] * x;
-          }
-        }
-      }
-    }
+  static int shift(int field) { return SEGMENTS == 2 ? 3 - 3 * field : BITS * field; }
+  static uint code(uint byte, int field) {
+    const int bits = SEGMENTS == 1 ? BITS : field == 0 ? 5 : 3;
+    return (byte >> shift(field)) & ((1 << bits) - 1);
   }
+};
+
+// Among the levels of two segments come those of 3 bits first, then the lowest of 5 bits and
+// how far they lie apart.
+constant constexpr int LOWEST = 8;
+constant constexpr int APART = 9;
+
+// The level of a code of the segment.
+template <int SEGMENTS, bool AFFINE>
+METAL_FUNC float level(threadgroup const float* levels, uint code, int segment) {
+  if (SEGMENTS == 2 && segment == 0) {
+    return levels[LOWEST] + levels[APART] * float(code);
+  }
+  return AFFINE ? float(code) : levels[code];
 }
 
 // How the codes of a vector lie in threadgroup memory: its bytes, plane after plane. GROUPED:
 // as mx.quantize packs them, by groups of channels that have a scale and a zero point each.
-template <int D, int BITS, bool GROUPED>
+template <int D, int BITS, int CUT, bool GROUPED>
 struct StoredVector {
-  static constant constexpr const int FIELDS = BITS == 3 ? 8 : 8 / BITS;
-  static constant constexpr const int GROUP = GROUPED ? (D % 64 == 0 ? 64 : 32) : D;
+  using Byte = Fields<BITS, CUT>;
+  static constant constexpr const int DIM = D;
+  static constant constexpr const int SEGMENTS = CUT;
+  static constant constexpr const int SEGMENT = D / CUT;
+  // Channels that share a scale.
+  static constant constexpr const int GROUP = GROUPED ? (D % 64 == 0 ? 64 : 32) : SEGMENT;
   static constant constexpr const int SCALES = (D + GROUP - 1) / GROUP;
   static constant constexpr const int PLANES = BITS == 3 && !GROUPED ? 3 : 1;
   // Of a plane.
-  static constant constexpr const int BYTES = GROUPED ? SCALES * GROUP * BITS / 8 : D / FIELDS;
+  static constant constexpr const int BYTES = GROUPED ? SCALES * GROUP * BITS / 8 : D / Byte::COUNT;
   // Vectors start in other banks of memory than their neighbours.
   static constant constexpr const int PITCH = PLANES * BYTES + 4;
 
@@ -215,150 +193,6 @@ struct StoredVector {
       const uint low_bits = bytes[field < 4 ? byte : BYTES + byte] >> (2 * (field % 4));
       return (low_bits & 3) | ((bytes[2 * BYTES + byte] >> field) & 1) << 2;
     }
-    return (bytes[byte] >> (BITS * field)) & ((1 << BITS) - 1);
-  }
-};
-
-// How the channels of token-major values are dealt to the lanes of a simdgroup.
-//
-// A unit is what one byte of low bits holds: FIELDS channels. A lane owns UNITS
-// neighbouring units, if there are so many. Three bits of the affine codec are twelve bits
-// at a time.
-template <int D, int BITS, bool AFFINE>
-struct ValueLayout {
-  static constant constexpr const int FIELDS = BITS == 3 ? 4 : 8 / BITS;
-  static constant constexpr const int ALL = D / FIELDS;
-  static constant constexpr const int UNITS = ALL <= 32 ? 1 : ALL <= 64 ? 2 : ALL <= 128 ? 4 : 8;
-  static constant constexpr const int CHANNELS = UNITS * FIELDS;
-  // Bytes of a plane of one token; the affine codec pads to whole groups.
-  static constant constexpr const int GROUP = D % 64 == 0 ? 64 : 32;
-  static constant constexpr const int GROUPS = (D + GROUP - 1) / GROUP;
-  static constant constexpr const int BYTES =
-      AFFINE ? GROUPS * GROUP * BITS / 8 : (BITS == 3 ? D / 8 : D / FIELDS);
-
-  // The channel of field `field` of unit `unit`.
-  static int channel(int unit, int field) {
-    if (AFFINE) {
-      return unit * FIELDS + field;
-    }
-    if (BITS == 3) {
-      return (unit / BYTES * 4 + field) * BYTES + unit % BYTES;
-    }
-    return field * BYTES + unit;
-  }
-};
-
-// The levels of a lane's channels of one token: x[FIELDS * u + field].
-//   planes: of the token.
-template <int D, int BITS, bool AFFINE, typename Scale, int CHANNELS>
-METAL_FUNC void load_values(
-    threadgroup const float* levels,
-    Planes planes,
-    device const Scale* scales,
-    device const Scale* zeros,
-    uint lane,
-    thread float (&x)[CHANNELS]) {
-  using Layout = ValueLayout<D, BITS, AFFINE>;
-  const int first = lane * Layout::UNITS;
-  UNROLL
-  for (int k = 0; k < CHANNELS; k++) {
-    x[k] = 0;
-  }
-  if (first >= Layout::ALL) {
-    return;
-  }
-  uint codes[Layout::UNITS];
-  if (BITS != 3) {
-    if (Layout::UNITS == 1) {
-      codes[0] = planes.low[first];
-    } else if (Layout::UNITS == 2) {
-      uint two = *(device const ushort*)(planes.low + first);
-      UNROLL
-      for (int u = 0; u < Layout::UNITS; u++) {
-        codes[u] = (two >> (8 * u)) & 255;
-      }
-    } else {
-      device const uint* words = (device const uint*)(planes.low + first);
-      UNROLL
-      for (int u = 0; u < Layout::UNITS; u++) {
-        codes[u] = (words[u / 4] >> (8 * (u % 4))) & 255;
-      }
-    }
-  } else {
-    UNROLL
-    for (int u = 0; u < Layout::UNITS; u++) {
-      int unit = first + u;
-      if (AFFINE) {
-        int byte = unit / 2 * 3 + unit % 2;
-        uint two = planes.low[byte] | uint(planes.low[byte + 1]) << 8;
-        codes[u] = (two >> (4 * (unit % 2))) & 4095;
-      } else {
-        bool upper = unit >= Layout::BYTES;
-        int i = upper ? unit - Layout::BYTES : unit;
-        uint low = upper ? planes.low_of_upper_fields[i] : planes.low[i];
-        // The high bits of the four fields, in the place above the low ones.
-        codes[u] = low | ((uint(planes.high[i]) >> (upper ? 4 : 0)) & 15) << 8;
-      }
-    }
-  }
-  UNROLL
-  for (int u = 0; u < Layout::UNITS; u++) {
-    float scale = 1, zero = 0;
-    if (AFFINE) {
-      int group = (first + u) * Layout::FIELDS / Layout::GROUP;
-      scale = float(scales[group]);
-      zero = float(zeros[group]);
-    }
-    UNROLL
-    for (int field = 0; field < Layout::FIELDS; field++) {
-      uint code;
-      if (BITS == 3 && !AFFINE) {
-        code = ((codes[u] >> (2 * field)) & 3) | ((codes[u] >> (8 + field)) & 1) << 2;
-      } else {
-        code = (codes[u] >> (BITS * field)) & ((1 << BITS) - 1);
-      }
-      float value = level<AFFINE>(levels, code);
-      x[u * Layout::FIELDS + field] = AFFINE ? value * scale + zero : value;
-    }
-  }
-}
-
-// The online softmax of one simdgroup (Milakov and Gimelshein, arXiv 1805.02867), in
-// powers of two: running maxima, the same in all lanes, and totals, each lane's own.
-template <int ROWS>
-struct Softmax {
-  float top[ROWS];
-  float total[ROWS];
-
-  Softmax() {
-    UNROLL
-    for (int r = 0; r < ROWS; r++) {
-      top[r] = MASKED;
-      total[r] = 0;
-    }
-  }
-
-  // Turn the scores of a tile, COUNT tokens of each lane, into weights, and give the
-  // factor by which what was accumulated shrinks.
-  template <int COUNT>
-  void add(thread float (&scores)[COUNT][ROWS], thread float (&shrink)[ROWS]) {
-    UNROLL
-    for (int r = 0; r < ROWS; r++) {
-      float best = scores[0][r];
-      UNROLL
-      for (int k = 1; k < COUNT; k++) {
-        best = max(best, scores[k][r]);
-      }
-      best = max(top[r], simd_max(best));
-      shrink[r] = fast::exp2(top[r] - best);
-      top[r] = best;
-      total[r] *= shrink[r];
-      UNROLL
-      for (int k = 0; k < COUNT; k++) {
-        float weight = scores[k][r] > 0.5f * MASKED ? fast::exp2(scores[k][r] - best) : 0.0f;
-        total[r] += weight;
-        scores[k][r] = weight;
-      }
-    }
+    return Byte::code(bytes[byte], field);
   }
 };

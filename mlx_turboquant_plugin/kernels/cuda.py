@@ -1,13 +1,14 @@
 """The fused attention kernel for NVIDIA GPUs (compute capability 8.0 and later), and the encoder."""
 
 import functools
-import threading
-from typing import TYPE_CHECKING, Callable, Dict, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, Optional, Tuple
 
 import mlx.core as mx
 
 from ..codecs.kv_codec import CodecSpec
+from ..per_thread import cached_per_thread
 from . import cuda_portable, cuda_source
+from .cuda_bias import BIAS, BiasLayout, bias_arrays, bias_layout
 from .cuda_encode import encode
 from .cuda_source import BLOCKS, MERGE_THREADS, SPLIT_THREADS
 
@@ -41,10 +42,10 @@ def attend(problem: "Problem") -> mx.array:
         appended = exact.count - (tokens[0].shape[2] - drop)
     coded = problem.key_codes[-1].shape[-1]
     attention = _attention(
-        threading.get_ident(),
         codec.spec,
         codec.balance is not None,
-        codec.bias is not None,
+        codec.order is not None,
+        None if codec.bias is None else bias_layout(codec.bias),
         problem.scale,
         problem.sinks,
         queries.shape,
@@ -58,12 +59,11 @@ def attend(problem: "Problem") -> mx.array:
     )
     inputs = [queries, *tokens, *problem.key_codes, *problem.value_codes, problem.bounds]
     inputs.append(codec.key_rotation.array)
-    if codec.balance is not None:
-        inputs.append(codec.balance)
+    inputs += [x for x in (codec.balance, codec.order) if x is not None]
     if codec.bias is not None:
-        batch, heads, count, dim = queries.shape
-        q = queries.astype(mx.float32).reshape(batch, tokens[0].shape[1], -1, dim)
-        inputs.append(codec.bias.scores(codec.bias.coefficients(q), problem.first_coded, coded))
+        tile = _tile(codec.spec, queries.shape[1] // tokens[0].shape[1] * queries.shape[2])[1]
+        end = problem.first_coded + coded
+        inputs += bias_arrays(codec.bias, problem.first_coded, end, tile)
     out, *joined = attention(codec.value_rotation.array, *inputs)
     if joined:
         exact.join(*joined)
@@ -71,12 +71,12 @@ def attend(problem: "Problem") -> mx.array:
 
 
 # All layers ask for the same, until there are more codes.
-@functools.lru_cache(maxsize=64)
+@cached_per_thread(maxsize=64)
 def _attention(
-    thread: int,
     spec: CodecSpec,
     balanced: bool,
-    biased: bool,
+    ordered: bool,
+    bias: Optional[BiasLayout],
     scale: float,
     sinks: int,
     queries: Tuple[int, ...],
@@ -94,8 +94,6 @@ def _attention(
     takes longer than the launch.
 
     Args:
-        thread: the one that calls it. MLX keeps traces by thread, and forgets only those of
-            the last one that called a function.
         queries: (B, H_q, N, D), the shape of the queries.
         heads: H.
         exact: E, the exact tokens with those that are ``appended``.
@@ -107,8 +105,7 @@ def _attention(
     """
     batch, query_heads, count, dim = queries
     rows = query_heads // heads * count
-    tiles_of_rows = 1 if rows <= 4 or max(dim, spec.value_dim) > 128 else 2
-    tile = 64 if tiles_of_rows == 1 and max(dim, spec.value_dim) <= 128 else 32
+    tiles_of_rows, tile = _tile(spec, rows)
     rows_of_block = 4 * tiles_of_rows
     chunks = -(-rows // rows_of_block)
     exact_parts = -(-exact // EXACT_PART)
@@ -123,7 +120,8 @@ def _attention(
             tile,
             coded % 32 == 0,
             balanced,
-            biased,
+            ordered,
+            bias,
             scale,
             sinks,
             appended > 0,
@@ -149,6 +147,18 @@ def _attention(
     return mx.compile(attention)
 
 
+def _tile(spec: CodecSpec, rows: int) -> Tuple[int, int]:
+    """How many times four rows a block serves, and how many tokens a warp takes at a time.
+
+    Args:
+        rows: query rows of a KV head.
+    """
+    dim = max(spec.head_dim, spec.value_dim)
+    if rows > 4 and dim <= 128:
+        return 2, 32
+    return 1, 64 if dim <= 128 else 32
+
+
 @functools.lru_cache(maxsize=1024)
 def _code_parts(problems: int, tiles: int) -> int:
     """Into how many parts to cut the ``tiles`` of each of ``problems`` for the least time.
@@ -166,7 +176,8 @@ def _code_parts(problems: int, tiles: int) -> int:
 
 SPLIT_BODY = """
   auto p = problem(queries, keys, values, {kc_planes}, kc_size, {vc_planes}, vc_size);
-  p.bounds = bounds, p.rotation = rotation, p.balance = {balance}, p.bias = {bias};
+  p.bounds = bounds, p.rotation = rotation, p.balance = {balance}, p.order = {order};
+  {bias}
   p.scale = SCALE, p.sinks = SINKS;
   p.heads = keys_shape[1], p.group = queries_shape[1] / p.heads, p.count = queries_shape[2];
   p.older = keys_shape[2], p.coded = kc_size_shape[3], p.drop = DROP;
@@ -177,9 +188,15 @@ SPLIT_BODY = """
   if (blockIdx.x < exact_parts) {{
     attend_exact<4 * NT, DIM, VALUE_DIM>(p, blockIdx.x);
   }} else {{
-    attend_codes<DIM, VALUE_DIM, KEY_BITS, VALUE_BITS, NT, TILE, WHOLE_TILES, BALANCED, BIASED>(
-        p, blockIdx.x - exact_parts, p.parts - exact_parts);
+    attend_codes<
+        DIM, VALUE_DIM, KEY_BITS, SEGMENTS, VALUE_BITS, NT, TILE, WHOLE_TILES, BALANCED, SORTED,
+        PAIRS>(p, blockIdx.x - exact_parts, p.parts - exact_parts);
   }}
+"""
+
+BIAS_BODY = """
+  p.bias = bias, p.waves = waves, p.first_coded = first_coded[0];
+  p.rotary = {middles, coarse_cos, coarse_sin, PAIRS, BETWEEN, DISTANCE};
 """
 
 # The last blocks of each KV head join tokens.
@@ -212,7 +229,8 @@ def _split_kernel(
     tile: int,
     whole_tiles: bool,
     balanced: bool,
-    biased: bool,
+    ordered: bool,
+    bias: Optional[BiasLayout],
     scale: float,
     sinks: int,
     appends: bool,
@@ -225,23 +243,30 @@ def _split_kernel(
     inputs = ["queries", "keys", "values", *(["new_keys", "new_values"] if appends else [])]
     for side, names in planes.items():
         inputs += [*names, f"{side}_size"]
-    inputs += ["bounds", "rotation", *["balance"] * balanced, *["bias"] * biased]
+    inputs += ["bounds", "rotation", *["balance"] * balanced, *["order"] * ordered]
+    inputs += BIAS if bias else ()
     body = SPLIT_BODY.format(
         **{f"{side}_planes": "{" + ", ".join(names) + "}" for side, names in planes.items()},
         balance="balance" if balanced else "nullptr",
-        bias="bias" if biased else "nullptr",
+        order="order" if ordered else "nullptr",
+        bias=BIAS_BODY if bias else "",
         appended=APPENDED_BODY if appends else "",
     )
+    pairs, between, distance = bias or (0, 0, 0)
     numbers = {
         "DIM": spec.head_dim,
         "VALUE_DIM": spec.value_dim,
         "KEY_BITS": spec.key_bits,
+        "SEGMENTS": spec.segments,
         "VALUE_BITS": spec.value_bits,
         "NT": tiles_of_rows,
         "TILE": tile,
         "WHOLE_TILES": whole_tiles,
         "BALANCED": balanced,
-        "BIASED": biased,
+        "SORTED": ordered,
+        "PAIRS": pairs,
+        "BETWEEN": between,
+        "DISTANCE": distance,
         "SINKS": sinks,
         "DROP": drop,
     }

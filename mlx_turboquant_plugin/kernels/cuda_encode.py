@@ -27,13 +27,13 @@ def encode(
     older: Tuple[Codes, Codes] = ((), ()),
     part: slice = ALL,
 ) -> Tuple[Codes, Codes]:
-    """As :meth:`KVCodec.encode`; Lloyd-Max codes of both in one launch."""
+    """As :meth:`KVCodec.encode`; codes of both in one launch, unless affine."""
     spec = codec.spec
     sides = []
     if encodes(spec.key_codec, keys):
-        sides.append(_Side(keys, spec.key_bits, codec.key_rotation, True, older[0]))
+        sides.append(_Side(keys, spec.key_bits, spec.segments, codec.key_rotation, True, older[0]))
     if encodes(spec.value_codec, values):
-        sides.append(_Side(values, spec.value_bits, codec.value_rotation, False, older[1]))
+        sides.append(_Side(values, spec.value_bits, 1, codec.value_rotation, False, older[1]))
     made = iter(_encode(codec, sides, start, part) if sides else ())
     return (
         next(made)
@@ -46,19 +46,20 @@ def encode(
 
 
 class _Side(NamedTuple):
-    """Keys or values (B, H, T, D) that get Lloyd-Max codes, and the codes before theirs."""
+    """Keys or values (B, H, T, D) that get codes, and the codes before theirs."""
 
     x: mx.array
     bits: int
+    segments: int
     rotation: Rotation
     is_keys: bool
     older: Codes
 
     @property
     def widths(self) -> Tuple[int, ...]:
-        """Bytes of a vector in each plane, and of its scale."""
+        """Bytes of a vector in each plane, and of its scales."""
         dim = self.x.shape[-1]
-        return (*([dim // 8] * 3 if self.bits == 3 else [dim * self.bits // 8]), 1)
+        return (*([dim // 8] * 3 if self.bits == 3 else [dim * self.bits // 8]), self.segments)
 
 
 def _encode(codec: KVCodec, sides: Sequence[_Side], start: int, part: slice) -> Sequence[Codes]:
@@ -67,16 +68,17 @@ def _encode(codec: KVCodec, sides: Sequence[_Side], start: int, part: slice) -> 
     length = end - first
     before = _tokens(sides[0])
     total = before + length
-    balance, bias = (codec.balance, codec.bias) if sides[0].is_keys else (None, None)
     rotation = sides[0].rotation.array
-    rotary, model = model_arrays(rotation, balance, bias, start + length)
+    known = codec if sides[0].is_keys else None
+    rotary, model = model_arrays(rotation, known, start + length)
     inputs, copying, template = [], [], []
     for name, side in zip("kv" if len(sides) == 2 else "kv"[not sides[0].is_keys], sides):
         copying.append(min(MOST_COPYING, -(-before * sum(side.widths) // COPIED)))
         # What is not there is not read.
         older = side.older or (rotation.view(mx.uint8),) * len(side.widths)
         inputs += [side.x, side.rotation.array, *older]
-        template += [(f"{name.upper()}_DIM", side.x.shape[-1]), (f"{name.upper()}_BITS", side.bits)]
+        numbers = ("DIM", side.x.shape[-1]), ("BITS", side.bits), ("SEGMENTS", side.segments)
+        template += [(f"{name.upper()}_{number}", x) for number, x in numbers]
     shapes = [
         (batch, heads, width, total) if side.is_keys else (batch, heads, total, width)
         for side in sides
@@ -87,8 +89,9 @@ def _encode(codec: KVCodec, sides: Sequence[_Side], start: int, part: slice) -> 
         inputs=[*inputs, *model[1:], int_array(first, length, start, before, *rotary, *copying)],
         template=[
             *template,
-            ("BALANCED", balance is not None),
-            ("BIASED", bias is not None),
+            ("BALANCED", known is not None and known.balance is not None),
+            ("SORTED", known is not None and known.order is not None),
+            ("BIASED", known is not None and known.bias is not None),
             ("UNIT", 1 if before % 16 or total % 16 else 16),
         ],
         grid=(blocks * ENCODE_THREADS, heads, batch),
@@ -117,19 +120,21 @@ BODY = """
 # A side's first blocks encode, its last ones copy.
 SIDE_BODY = """
   {{
-    constexpr int DIM = {NAME}_DIM, BITS = {NAME}_BITS;
+    constexpr int DIM = {NAME}_DIM, BITS = {NAME}_BITS, SEGMENTS = {NAME}_SEGMENTS;
     unsigned char* planes[] = {{{planes}}};
     const unsigned char* older_planes[] = {{{older}}};
     int copying = places[{place}];
     if (block < encoding) {{
-      encode_vectors<DIM, BITS, {is_keys}, BALANCED && {is_keys}, BIASED && {is_keys}>(
+      encode_vectors<
+          DIM, BITS, SEGMENTS, {is_keys}, BALANCED && {is_keys}, SORTED && {is_keys},
+          BIASED && {is_keys}>(
           {name} + (head * {name}_shape[2] + first) * DIM, length, before, start, {name}_rotation,
-          balance, bias, rotary, planes, {name}_scales, vectors, codes, block);
+          balance, order, bias, rotary, planes, {name}_scales, vectors, codes, block);
       return;
     }}
     block -= encoding;
     if (block < copying) {{
-      copy_codes<DIM, BITS, {is_keys}, UNIT>(
+      copy_codes<DIM, BITS, SEGMENTS, {is_keys}, UNIT>(
           older_planes, older_{name}_scales, planes, {name}_scales, before, before + length, block,
           copying);
       return;

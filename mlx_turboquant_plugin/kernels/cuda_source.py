@@ -8,7 +8,7 @@ from typing import Any, Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.lloyd_max import CODEBOOKS
+from ..codecs.lloyd_max import CODEBOOKS, OFFSET, STEP, UNIFORM_BITS, UNIFORM_UNIT
 from . import metal, nvrtc
 
 # Threads of a block in split.cu, merge.cu and encode.cu, and in dequantize.metal.
@@ -29,7 +29,7 @@ def kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], body: str) 
         header = "\n".join([_levels(), *map(read, ("types.cuh", *PROMPT_PARTS[name]))])
         return nvrtc.Kernel(name, inputs, outputs, body, header, BOUNDS[name])
     # MLX may keep what it compiled under this name, and does not see the files.
-    parts = map(read, (*PARTS, *PORTABLE_PARTS))
+    parts = map(read, PORTABLE_PARTS.get(name, PARTS))
     version = zlib.crc32("".join([_levels(), *parts, body]).encode())
     return mx.fast.cuda_kernel(
         name=f"turboquant_{name}_{version:08x}",
@@ -40,13 +40,21 @@ def kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], body: str) 
     )
 
 
-PORTABLE_PARTS = ("dialect.cuh", "codes.metal")
-PARTS = ("ptx.cu", "codes.cu", "rotation.cu", "split.cu", "merge.cu", "encode.cu")
+PORTABLE_PARTS = {
+    f"metal_{name}": ("dialect.cuh", *(f"{part}.metal" for part in metal.parts(name)))
+    for name in ("decode", "merge", "dequantize")
+}
+SHARED_PARTS = ("ptx.cu", "codes.cu", "rotation.cu", "rotary.cu")
+PARTS = (
+    *SHARED_PARTS,
+    *("encode.cu", "problem.cu", "exact.cu", "bias.cu", "keys.cu", "values.cu", "split.cu"),
+    "merge.cu",
+)
 # The kernels that prompts need, and their parts. MLX's own compilation of a kernel takes longer,
 # but a launch less, which counts for the others: those of decoding.
 PROMPT_PARTS = {
-    "encode": ("ptx.cu", "codes.cu", "rotation.cu", "encode.cu"),
-    "metal_dequantize": (*PORTABLE_PARTS, "tokens.metal"),
+    "encode": (*SHARED_PARTS, "encode.cu"),
+    "metal_dequantize": PORTABLE_PARTS["metal_dequantize"],
 }
 
 BOUNDS = {
@@ -67,8 +75,8 @@ def source(name: str) -> str:
     attributes = f"__attribute__((global)) __launch_bounds__({BOUNDS[name]})"
     # MLX writes the signature. The bounds give a thread of the first launch 128 registers.
     last = f"#undef __global__\n#define __global__ {attributes}\n"
-    if name.startswith("metal"):
-        return "\n".join([*map(include, PROMPT_PARTS.get(name, PORTABLE_PARTS)), last])
+    if name in PORTABLE_PARTS:
+        return "\n".join([*map(include, PORTABLE_PARTS[name]), last])
     return "\n".join([_levels(), *map(include, PARTS), last])
 
 
@@ -93,10 +101,17 @@ def _levels() -> str:
         words = ", ".join(f"{word}u" for word in np.frombuffer(numbers, np.uint32))
         text.append(
             f"template <> struct LEVELS<{bits}> {{\n"
+            "  static constexpr bool UNIFORM = false;\n"
             f"  static constexpr unsigned words[4] = {{{words}}};\n"
-            f"  static constexpr float unit = {book.unit}f;\n"
+            f"  static constexpr float unit = {book.unit}f, offset = 0.5f;\n"
             "  __device__ static constexpr float positive(int i) {\n"
             f"    constexpr float levels[] = {{{', '.join(f'{x}f' for x in book.levels)}}};\n"
             "    return levels[i];\n  }\n};"
         )
+    text.append(
+        f"template <> struct LEVELS<{UNIFORM_BITS}> {{\n"
+        "  static constexpr bool UNIFORM = true;\n"
+        f"  static constexpr float unit = {UNIFORM_UNIT}f, step = {float(STEP)}f;\n"
+        f"  static constexpr float lowest = {STEP / 2 - OFFSET}f, offset = lowest + 128;\n}};"
+    )
     return "\n".join(text)

@@ -7,7 +7,6 @@
 // softmax. Scores are in powers of two: `scale` includes log2(e).
 constexpr int SIMDS = 4;
 constexpr int THREADS = 32 * SIMDS;
-constexpr bool FAST_ROTATION = (DK & (DK - 1)) == 0;
 using Values = ValueLayout<DV, VALUE_BITS, VALUE_AFFINE>;
 // Neighbouring channels of exact values that a lane loads at once, and how often.
 constexpr int WIDE = DV >= 128 ? 4 : 2;
@@ -86,49 +85,9 @@ if (exact) {
     q[i] = i < present * DK ? float(queries[query_offset + i]) * scale[0] : 0.0f;
   }
 } else {
-  // [channel][row], times the balance and rotated
-  for (int r = simd; r < ROWS; r += SIMDS) {
-    float x[(DK + 31) / 32];
-    UNROLL
-    for (int j = 0; j < (DK + 31) / 32; j++) {
-      int c = 32 * j + lane;
-      x[j] = 0;
-      if (c < DK && r < present) {
-        x[j] = float(queries[query_offset + r * DK + c]) * scale[0];
-        x[j] *= BALANCED ? balance[kv_head * DK + c] : 1.0f;
-        x[j] *= FAST_ROTATION ? key_rotation[c] : 1.0f;
-      }
-    }
-    if (FAST_ROTATION) {
-      walsh_hadamard<(DK + 31) / 32>(x, lane);
-    }
-    UNROLL
-    for (int j = 0; j < (DK + 31) / 32; j++) {
-      int c = 32 * j + lane;
-      if (c < DK) {
-        (FAST_ROTATION ? q : all_scratch)[c * ROWS + r] = x[j];
-      }
-    }
-  }
-  if (!FAST_ROTATION) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int c = thread_index; c < DK; c += THREADS) {
-      float y[ROWS] = {0};
-      for (int i = 0; i < DK; i++) {
-        float x[ROWS];
-        load_rows<ROWS>(all_scratch + i * ROWS, x);
-        float turn = key_rotation[i * DK + c];
-        UNROLL
-        for (int r = 0; r < ROWS; r++) {
-          y[r] += x[r] * turn;
-        }
-      }
-      UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        q[c * ROWS + r] = y[r];
-      }
-    }
-  }
+  rotate_queries<DK, KEY_SEGMENTS, ROWS, SIMDS, BALANCED, SORTED>(
+      queries + query_offset, present, scale[0], balance + kv_head * DK, order + kv_head * DK,
+      key_rotation, q, all_scratch, thread_index);
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -150,19 +109,9 @@ if (!exact && (KEY_AFFINE || BIASED)) {
     }
   }
   if (BIASED) {
-    // Of each rotary pair what the cosine and what the sine of its angle is multiplied by.
-    for (int i = thread_index; i < rotary * ROWS; i += THREADS) {
-      int f = i / ROWS, r = i % ROWS;
-      int first = f * sizes[5], second = first + sizes[6];
-      float q1 = 0, q2 = 0;
-      if (r < present) {
-        q1 = float(queries[query_offset + r * DK + first]) * scale[0];
-        q2 = float(queries[query_offset + r * DK + second]) * scale[0];
-      }
-      float b1 = bias[kv_head * DK + first], b2 = bias[kv_head * DK + second];
-      pairs[f * ROWS + r] = q1 * b1 + q2 * b2;
-      pairs[(rotary + f) * ROWS + r] = q2 * b1 - q1 * b2;
-    }
+    multiply_pairs<DK, ROWS, THREADS>(
+        queries + query_offset, present, scale[0], bias + kv_head * DK, rotary, sizes[5], sizes[6],
+        pairs, thread_index);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
@@ -260,48 +209,14 @@ if (exact) {
     if (own_count > 0) {
       const size_t at = first_code * KEY_BYTES + own;
       Planes planes = {k0 + at, k1 + at, k2 + at};
-      multiply_keys<DK, KEY_BITS, KEY_AFFINE, ROWS>(
-          q, key_levels, planes, code_count, own_count, weights);
-      for (int k = 0; k < own_count; k++) {
-        float size, zero = 0;
-        if (KEY_AFFINE) {
-          size = float(key_scale[first_code + own + k]);
-          zero = float(key_zero[first_code + own + k]);
-        } else {
-          size = size_of(uint(key_scale[first_code + own + k]));
-        }
-        UNROLL
-        for (int r = 0; r < ROWS; r++) {
-          weights[k][r] = weights[k][r] * size + (KEY_AFFINE ? query_sums[r] * zero : 0.0f);
-        }
-      }
+      const size_t scales = first_code * KEY_SEGMENTS + own;
+      score_codes<DK, KEY_BITS, KEY_SEGMENTS, KEY_AFFINE>(
+          q, query_sums, key_levels, planes, key_scale + scales, key_zero + scales, code_count,
+          own_count, weights);
     }
     if (BIASED) {
-      // Turn the pairs to the tile's first position, then the table serves its tokens.
-      for (int f = lane; f < rotary; f += 32) {
-        const float2 turn =
-            angle(coarse_cos, coarse_sin, fine, rotary, f, first_coded + start);
-        UNROLL
-        for (int r = 0; r < ROWS; r++) {
-          float a = pairs[f * ROWS + r], b = pairs[(rotary + f) * ROWS + r];
-          scratch[f * ROWS + r] = a * turn.x + b * turn.y;
-          scratch[(rotary + f) * ROWS + r] = b * turn.x - a * turn.y;
-        }
-      }
-      simdgroup_barrier(mem_flags::mem_threadgroup);
-      for (int f = 0; f < 2 * rotary; f++) {
-        float turned[ROWS];
-        load_rows<ROWS>(scratch + f * ROWS, turned);
-        UNROLL
-        for (int k = 0; k < 4; k++) {
-          float x = fine[f * TILE + 4 * lane + k];
-          UNROLL
-          for (int r = 0; r < ROWS; r++) {
-            weights[k][r] += turned[r] * x;
-          }
-        }
-      }
-      simdgroup_barrier(mem_flags::mem_threadgroup);
+      add_bias(
+          pairs, coarse_cos, coarse_sin, fine, rotary, first_coded + start, scratch, lane, weights);
     }
     UNROLL
     for (int k = 0; k < 4; k++) {

@@ -1,9 +1,10 @@
 // Keys and values of one layer, see tokens.metal. The first groups are for keys.
-using KeyStored = StoredVector<DK, KEY_BITS, false>;
-using ValueStored = StoredVector<DV, VALUE_BITS, VALUE_AFFINE>;
+using KeyStored = StoredVector<DK, KEY_BITS, KEY_SEGMENTS, false>;
+using ValueStored = StoredVector<DV, VALUE_BITS, 1, VALUE_AFFINE>;
 constexpr int PITCH = KeyStored::PITCH > ValueStored::PITCH ? KeyStored::PITCH : ValueStored::PITCH;
-constexpr int WIDEST = DK > DV ? DK : DV;
-constexpr bool MATRICES = (DK & (DK - 1)) != 0 || (DV & (DV - 1)) != 0;
+constexpr int SEGMENT = KeyStored::SEGMENT;
+constexpr int WIDEST = SEGMENT > DV ? SEGMENT : DV;
+constexpr bool MATRICES = (SEGMENT & (SEGMENT - 1)) != 0 || (DV & (DV - 1)) != 0;
 
 threadgroup uint8_t tile[TOKENS * PITCH];
 threadgroup float known_levels[16];
@@ -20,8 +21,8 @@ if (group < key_groups) {
       (device const uint8_t*)k0, (device const uint8_t*)k1, (device const uint8_t*)k2};
   const Arrays<KT, KEY_SCALE> arrays = {
       older_keys, newer_keys, planes, key_scale, key_zero, key_rotation, levels,
-      balance, bias, fine, coarse_cos, coarse_sin, keys, kept_keys};
-  lay_out<DK, KEY_BITS, KEY_AFFINE, false, true, BALANCED, BIASED>(
+      balance, bias, fine, coarse_cos, coarse_sin, order, keys, kept_keys};
+  lay_out<KeyStored, KEY_AFFINE, true, BALANCED, SORTED, BIASED>(
       arrays, known, tile, known_levels, all_scratch, group, kv_index, thread_index);
 } else {
   // Those of mx.quantize are words.
@@ -29,8 +30,8 @@ if (group < key_groups) {
       (device const uint8_t*)v0, (device const uint8_t*)v1, (device const uint8_t*)v2};
   const Arrays<VT, VALUE_SCALE> arrays = {
       older_values, newer_values, planes, value_scale, value_zero, value_rotation, levels + 16,
-      balance, bias, fine, coarse_cos, coarse_sin, values, kept_values};
-  lay_out<DV, VALUE_BITS, VALUE_AFFINE, VALUE_AFFINE, false, false, false>(
+      balance, bias, fine, coarse_cos, coarse_sin, order, values, kept_values};
+  lay_out<ValueStored, VALUE_AFFINE, false, false, false, false>(
       arrays, known, tile, known_levels, all_scratch, group - key_groups, kv_index,
       thread_index);
 }

@@ -8,7 +8,7 @@ from typing import NamedTuple, Optional, Tuple
 import mlx.core as mx
 
 from ..codecs.kv_codec import Codes, KVCodec
-from . import CODECS, DTYPES, cuda_portable, metal, unsupported_dim
+from . import DTYPES, cuda_portable, metal, unsupported_vectors
 from .cuda_source import DEQUANTIZE_THREADS
 from .inputs import MODEL, code_arrays, int_array, inverse_array, level_array, model_arrays
 
@@ -74,10 +74,9 @@ class Places(NamedTuple):
 def cannot_lay_out(codec: KVCodec, tokens: Tokens) -> Optional[str]:
     """None, or what the kernel can't do about ``tokens``, in words."""
     for name, x in zip((codec.spec.key_codec, codec.spec.value_codec), tokens.some):
-        if name not in CODECS:
-            return f"the {name} codec"
-        if unsupported_dim(x.shape[-1]):
-            return f"a head dim of {x.shape[-1]}: it must be a multiple of 8 from 32 to 256"
+        problem = unsupported_vectors(name, x.shape[-1])
+        if problem:
+            return problem
         if x.dtype not in DTYPES:
             return f"{x.dtype}: keys and values must be float16, bfloat16 or float32"
     return None
@@ -106,7 +105,7 @@ def lay_out(kernel: str, codec: KVCodec, tokens: Tokens, places: Places) -> Tupl
     )
     levels = level_array((spec.key_codec, spec.key_bits), (spec.value_codec, spec.value_bits))
     end = tokens.first_coded + places.first_code + places.decoded
-    rotary, model = model_arrays(levels, codec.balance, codec.bias, end)
+    rotary, model = model_arrays(levels, codec, end)
     key_codes = code_arrays(tokens.key_codes, spec.key_codec, batch * heads, -1)
     value_codes = code_arrays(tokens.value_codes, spec.value_codec, batch * heads, -2)
     # With those that make arrays large enough.
@@ -144,10 +143,12 @@ def lay_out(kernel: str, codec: KVCodec, tokens: Tokens, places: Places) -> Tupl
             ("DK", dims[0]),
             ("DV", dims[1]),
             ("KEY_BITS", spec.key_bits),
+            ("KEY_SEGMENTS", spec.segments),
             ("VALUE_BITS", spec.value_bits),
             ("KEY_AFFINE", spec.key_codec == "affine"),
             ("VALUE_AFFINE", spec.value_codec == "affine"),
             ("BALANCED", codec.balance is not None),
+            ("SORTED", codec.order is not None),
             ("BIASED", codec.bias is not None),
         ],
         grid=(2 * _groups(places) * DEQUANTIZE_THREADS, batch * heads, 1),

@@ -1,6 +1,6 @@
-// Lloyd-Max codes of vectors, as codecs/kv_codec.py makes them: the key bias taken away,
-// divided by the balance, rotated, quantised and packed. A block for 32 tokens of one head,
-// a warp for each token.
+// Codes of vectors, as codecs/kv_codec.py makes them: the key bias taken away, divided by the
+// balance, sorted, rotated, quantised and packed. A block for 32 tokens of one head, a warp for
+// each token.
 
 constexpr int ENCODED = 32;
 constexpr int ENCODE_THREADS = 32 * ENCODED;
@@ -11,46 +11,28 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// Channel c of a key bias (DIM,), turned to a position: as rotated_bias() in codes.metal. The
-// angles are those of RotaryTable in codecs/key_bias.py, of blocks of ANGLES positions.
-constexpr int ANGLES = 128;
-
-struct RotaryPairs {
-  const float *fine, *coarse_cos, *coarse_sin;  // (2 pairs, ANGLES) and (blocks, pairs)
-  // The distances of the first channels of two pairs and of the channels of a pair.
-  int pairs, between, distance;
-};
-
-__device__ inline float rotated_bias(
-    const float* bias, const RotaryPairs& rotary, int c, long long position) {
-  if (c >= 2 * rotary.pairs) return bias[c];
-  bool second = rotary.distance == 1 ? c % 2 == 1 : c >= rotary.distance;
-  int other = second ? c - rotary.distance : c + rotary.distance;
-  int f = (second ? other : c) / rotary.between;
-  long long block = position / ANGLES * rotary.pairs + f;
-  int within = position % ANGLES;
-  float cos1 = rotary.coarse_cos[block], sin1 = rotary.coarse_sin[block];
-  float cos2 = rotary.fine[f * ANGLES + within];
-  float sin2 = rotary.fine[(rotary.pairs + f) * ANGLES + within];
-  float cos = cos1 * cos2 - sin1 * sin2, sin = sin1 * cos2 + cos1 * sin2;
-  return bias[c] * cos + bias[other] * (second ? sin : -sin);
-}
-
 // The code of the level nearest to x, in units of levels, and that level.
 template <int BITS>
 __device__ inline int nearest(float x, float& level) {
   using L = LEVELS<BITS>;
-  constexpr int HALF = 1 << (BITS - 1);
-  float size = fabsf(x), found = L::positive(0);
-  int magnitude = 0;
+  if constexpr (L::UNIFORM) {
+    float code = floorf((x - L::lowest) / L::step + 0.5f);
+    code = fminf(fmaxf(code, 0), (1 << BITS) - 1);
+    level = code * L::step + L::lowest;
+    return int(code);
+  } else {
+    constexpr int HALF = 1 << (BITS - 1);
+    float size = fabsf(x), found = L::positive(0);
+    int magnitude = 0;
 #pragma unroll
-  for (int i = 1; i < HALF; i++) {
-    bool above = size > 0.5f * (L::positive(i - 1) + L::positive(i));
-    found = above ? L::positive(i) : found;
-    magnitude += above;
+    for (int i = 1; i < HALF; i++) {
+      bool above = size > 0.5f * (L::positive(i - 1) + L::positive(i));
+      found = above ? L::positive(i) : found;
+      magnitude += above;
+    }
+    level = x < 0 ? -found : found;
+    return x < 0 ? HALF - 1 - magnitude : HALF + magnitude;
   }
-  level = x < 0 ? -found : found;
-  return x < 0 ? HALF - 1 - magnitude : HALF + magnitude;
 }
 
 // The codes of a rotated vector, one in each byte; returns its scale.
@@ -93,6 +75,14 @@ __device__ inline int encode_vector(const float* x, unsigned char* codes) {
   return int(best_scale);
 }
 
+template <int DIM, int BITS>
+__device__ inline void rotate_and_encode(
+    float* x, const float* rotation, unsigned char* codes, unsigned char* scale) {
+  rotate<DIM>(x, rotation);
+  int found = encode_vector<DIM, BITS>(x, codes);
+  if (threadIdx.x % 32 == 0) *scale = found;
+}
+
 // `rows` rows of this head that have become longer: from (B, H, rows, before) to
 // (B, H, rows, after), in bytes. UNIT: bytes at a time, which both are a multiple of.
 template <int UNIT>
@@ -114,7 +104,7 @@ __device__ inline void copy_rows(
 }
 
 // Codes of this head that were there `before`, to where all are, `after`; both in tokens.
-template <int DIM, int BITS, bool CHANNEL_MAJOR, int UNIT, int PLANES>
+template <int DIM, int BITS, int SEGMENTS, bool CHANNEL_MAJOR, int UNIT, int PLANES>
 __device__ inline void copy_codes(
     const unsigned char* const (&older)[PLANES], const unsigned char* older_scales,
     unsigned char* const (&planes)[PLANES], unsigned char* scales, long long before,
@@ -125,36 +115,45 @@ __device__ inline void copy_codes(
   for (int i = 0; i < PLANES; i++) {
     copy_rows<UNIT>(older[i], planes[i], ROWS, before * WIDTH, after * WIDTH, worker, workers);
   }
-  copy_rows<UNIT>(older_scales, scales, 1, before, after, worker, workers);
+  copy_rows<UNIT>(older_scales, scales, SEGMENTS, before, after, worker, workers);
 }
 
 // x: the first of `length` tokens of this head, (length, DIM), which there are the codes of
 // `before` others before. `start`: the position of the first. rotation: see rotate().
-// balance: (H, 1, DIM), bias: (H, DIM), or not read. planes: (B, H, bytes, T) if
-// CHANNEL_MAJOR, (B, H, T, bytes) otherwise. scales: (B, H, T). `vectors` and `codes`: shared
-// memory of ENCODED times DIM and DIM + 4: so the same byte of all tokens is in 32 banks.
+// balance: (H, 1, DIM), order and bias: (H, DIM), or not read. planes: (B, H, bytes, T) if
+// CHANNEL_MAJOR, (B, H, T, bytes) otherwise. scales: (B, H, SEGMENTS, T). `vectors` and
+// `codes`: shared memory of ENCODED times DIM and DIM + 4: so the same byte of all tokens is in
+// 32 banks.
 template <
-    int DIM, int BITS, bool CHANNEL_MAJOR, bool BALANCED, bool BIASED, typename X, int PLANES>
+    int DIM, int BITS, int SEGMENTS, bool CHANNEL_MAJOR, bool BALANCED, bool SORTED, bool BIASED,
+    typename X, int PLANES>
 __device__ inline void encode_vectors(
     const X* x, int length, int before, int start, const float* rotation, const float* balance,
-    const float* bias, const RotaryPairs& rotary, unsigned char* const (&planes)[PLANES],
+    const int* order, const float* bias, const RotaryPairs& rotary, unsigned char* const (&planes)[PLANES],
     unsigned char* scales, float* vectors, unsigned char* codes, int block) {
   constexpr int FIELDS = Layout<DIM, BITS>::FIELDS, BYTES = Layout<DIM, BITS>::ROWS;
+  constexpr int PART = DIM / SEGMENTS;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int h = blockIdx.y, first = block * ENCODED, token = first + warp;
   long long head = (long long)blockIdx.z * gridDim.y + h, total = before + length;
   if (token < length) {
     float* vector = vectors + warp * DIM;
     for (int d = lane; d < DIM; d += 32) {
-      float y = float(x[(long long)token * DIM + d]);
-      if constexpr (BIASED) y -= rotated_bias(bias + h * DIM, rotary, d, start + token);
-      if constexpr (BALANCED) y /= balance[h * DIM + d];
+      int channel = d;
+      if constexpr (SORTED) channel = order[h * DIM + d];
+      float y = float(x[(long long)token * DIM + channel]);
+      if constexpr (BIASED) y -= rotated_bias(bias + h * DIM, rotary, channel, start + token);
+      if constexpr (BALANCED) y /= balance[h * DIM + channel];
       vector[d] = y;
     }
     __syncwarp();
-    rotate<DIM>(vector, rotation);
-    int scale = encode_vector<DIM, BITS>(vector, codes + warp * (DIM + 4));
-    if (lane == 0) scales[head * total + before + token] = scale;
+    unsigned char* own = codes + warp * (DIM + 4);
+    unsigned char* scale = scales + head * SEGMENTS * total + before + token;
+    rotate_and_encode<PART, segment_bits<BITS, SEGMENTS>(0)>(vector, rotation, own, scale);
+    if constexpr (SEGMENTS == 2) {
+      rotate_and_encode<PART, segment_bits<BITS, SEGMENTS>(1)>(
+          vector + PART, rotation, own + PART, scale + total);
+    }
   }
   __syncthreads();
 
@@ -167,7 +166,9 @@ __device__ inline void encode_vectors(
 #pragma unroll
     for (int field = 0; field < FIELDS; field++) {
       unsigned code = codes[slot * (DIM + 4) + field * BYTES + byte];
-      if constexpr (BITS == 3) {
+      if constexpr (SEGMENTS == 2) {
+        packed |= field == 0 ? code << segment_bits<BITS, SEGMENTS>(1) : code;
+      } else if constexpr (BITS == 3) {
         packed |= (code & 3) << (2 * field);
         high |= (code >> 2) << field;
       } else {

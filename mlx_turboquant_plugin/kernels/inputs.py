@@ -6,16 +6,17 @@ from typing import Optional, Sequence, Tuple
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.key_bias import BLOCK, KeyBias, RotaryTable
-from ..codecs.kv_codec import Codes
-from ..codecs.lloyd_max import CODEBOOKS
+from ..codecs import segmented
+from ..codecs.key_bias import BLOCK, RotaryTable
+from ..codecs.kv_codec import SEGMENTED, Codes, KVCodec
+from ..codecs.lloyd_max import CODEBOOKS, OFFSET, STEP, UNIFORM_UNIT
 from ..codecs.rotation import Rotation
 
 # MLX puts smaller arrays into another address space.
 DEVICE_SIZE = 8
 
 # The names of what :func:`model_arrays` gives.
-MODEL = "levels balance bias fine coarse_cos coarse_sin"
+MODEL = "levels balance bias fine coarse_cos coarse_sin order"
 
 
 def code_arrays(codes: Codes, codec: str, heads: int, axis: int) -> Sequence[mx.array]:
@@ -37,30 +38,40 @@ def code_arrays(codes: Codes, codec: str, heads: int, axis: int) -> Sequence[mx.
 
 
 def model_arrays(
-    levels: mx.array, balance: Optional[mx.array], bias: Optional[KeyBias], end: int
+    levels: mx.array, codec: Optional[KVCodec], end: int
 ) -> Tuple[Tuple[int, int, int], Sequence[mx.array]]:
     """The layout of the rotary pairs, and the inputs that ``MODEL`` names.
 
-    The levels stand for what is missing, and are not read there.
+    The levels stand for what is missing, whole numbers for an order, and are not read there.
 
     Args:
+        codec: of keys; None where there are only values.
         end: one more than the last position whose angles are needed.
     """
+    balance, order, bias = (codec.balance, codec.order, codec.bias) if codec else [None] * 3
     if balance is None:
         balance = levels
+    if order is None:
+        order = int_array(*[0] * DEVICE_SIZE)
     if bias is None:
-        return (0, 0, 0), (levels, balance, *[levels] * 4)
+        return (0, 0, 0), (levels, balance, *[levels] * 4, order)
     table = bias.table
     table.blocks((end - 1) // BLOCK + 1)
-    return _layout(table), (levels, balance, bias.bias, table.fine, *table.coarse)
+    return pair_layout(table), (levels, balance, bias.bias, table.fine, *table.coarse, order)
 
 
 @functools.lru_cache(maxsize=None)
 def level_array(*codecs: Tuple[str, int]) -> mx.array:
-    """The levels of codecs and bits, 16 places each, for vectors of unit mean square."""
+    """The levels of codecs and bits, 16 places each, for vectors of unit mean square.
+
+    For "segmented": those of the second segment, the lowest of the first and their distance.
+    """
     levels = np.zeros((len(codecs), 16), np.float32)
     for row, (codec, bits) in zip(levels, codecs):
-        if codec == "lloyd-max":
+        if codec == SEGMENTED:
+            bits = segmented.BITS[1]
+            row[2**bits : 2**bits + 2] = (STEP / 2 - OFFSET) / UNIFORM_UNIT, STEP / UNIFORM_UNIT
+        if codec in (SEGMENTED, "lloyd-max"):
             half = np.array(CODEBOOKS[bits].levels) / CODEBOOKS[bits].unit
             row[: 2**bits] = np.concatenate([-half[::-1], half])
     return mx.array(levels)
@@ -74,7 +85,7 @@ def inverse_array(rotation: Rotation) -> mx.array:
     return array
 
 
-def _layout(table: RotaryTable) -> Tuple[int, int, int]:
+def pair_layout(table: RotaryTable) -> Tuple[int, int, int]:
     """The number of rotary pairs, and the distance of the first channels of two pairs and of the
     channels of a pair."""
     pairs = table.dims // 2

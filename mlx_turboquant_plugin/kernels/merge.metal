@@ -70,7 +70,7 @@ if (FAST_ROTATION) {
         coded[j] += coded_sums[s * DV + c];
       }
     }
-    walsh_hadamard<COUNT>(coded, lane);
+    walsh_hadamard<DV>(coded, lane);
     for (int j = 0; j < COUNT; j++) {
       int c = 32 * j + lane;
       if (c < DV) {

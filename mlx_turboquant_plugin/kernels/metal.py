@@ -1,8 +1,8 @@
 """Launches the Metal kernels: attention of a few queries in two launches, coding in one.
 
 ``decode.metal`` makes partial sums over splits of the tokens, ``merge.metal`` the
-attention from them; ``encode.metal`` makes codes. All begin with ``codes.metal``. A kernel
-is compiled once for head dims, bits, dtypes and numbers of queries; lengths are looked up
+attention from them; ``encode.metal`` makes codes. What comes before each says
+:func:`parts`. A kernel is compiled once for head dims, bits, dtypes and numbers of queries; lengths are looked up
 while it runs.
 
 MLX's operations make the codes of a layer in about 240 launches (104 to 139 for 4-bit keys,
@@ -13,15 +13,13 @@ generated. That is why there is a kernel for it, which has not been timed.
 import functools
 import math
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Callable, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence, Tuple
 
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import ALL, Codes, KVCodec, joined
 from ..codecs.lloyd_max import ALONG, SEARCH
-from ..codecs.rotation import Rotation
 from . import encodes
 from .inputs import MODEL, code_arrays, int_array, inverse_array, level_array, model_arrays
 
@@ -49,9 +47,9 @@ DECODE = (
 )
 MERGE = "merge", "partial value_rotation sizes", "out"
 ENCODE = "encode", f"x rotation {MODEL} places", "low scales"
-# What comes before a kernel, if not only codes.metal.
-PARTS = {"dequantize": ("codes", "tokens")}
 ENCODE_3_BITS = *ENCODE[:2], "low low_of_upper_fields high scales"
+# What a kernel begins with, after codes.metal.
+PARTS = {"decode": ["attention"], "encode": ["quantizer"], "dequantize": ["tokens"]}
 
 
 def attend(problem: "Problem", compiled: Optional[Callable[..., Any]] = None) -> mx.array:
@@ -75,7 +73,7 @@ def attend(problem: "Problem", compiled: Optional[Callable[..., Any]] = None) ->
     exact_splits, code_splits = _splits(exact, coded, batch * kv_heads * chunks)
     splits = exact_splits + code_splits
     levels = level_array((spec.key_codec, spec.key_bits), (spec.value_codec, spec.value_bits))
-    layout, model = model_arrays(levels, codec.balance, codec.bias, problem.first_coded + coded)
+    layout, model = model_arrays(levels, codec, problem.first_coded + coded)
     sizes = int_array(problem.first_coded, problem.sinks, exact_splits, coded, *layout)
     (partial,) = compiled(*DECODE)(
         inputs=[
@@ -95,10 +93,12 @@ def attend(problem: "Problem", compiled: Optional[Callable[..., Any]] = None) ->
             ("DV", spec.value_dim),
             ("ROWS", chunk),
             ("KEY_BITS", spec.key_bits),
+            ("KEY_SEGMENTS", spec.segments),
             ("KEY_AFFINE", spec.key_codec == "affine"),
             ("VALUE_BITS", spec.value_bits),
             ("VALUE_AFFINE", spec.value_codec == "affine"),
             ("BALANCED", codec.balance is not None),
+            ("SORTED", codec.order is not None),
             ("BIASED", codec.bias is not None),
         ],
         grid=(splits * THREADS, chunks, batch * kv_heads),
@@ -125,7 +125,7 @@ def encode(
     older: Tuple[Codes, Codes] = ((), ()),
     part: slice = ALL,
 ) -> Tuple[Codes, Codes]:
-    """As :meth:`KVCodec.encode`; Lloyd-Max codes of each in one launch."""
+    """As :meth:`KVCodec.encode`; codes of each in one launch, but for affine ones."""
     return (
         encode_keys(codec, keys, start, older[0], part),
         encode_values(codec, values, older[1], part),
@@ -135,55 +135,49 @@ def encode(
 def encode_keys(
     codec: KVCodec, keys: mx.array, start: int, older: Codes = (), part: slice = ALL
 ) -> Codes:
-    """As :meth:`KVCodec.encode_keys`; Lloyd-Max codes in one launch."""
-    spec = codec.spec
-    if not encodes(spec.key_codec, keys):
+    """As :meth:`KVCodec.encode_keys`; see :func:`encode`."""
+    if not encodes(codec.spec.key_codec, keys):
         return codec.encode_keys(keys, start, older, part)
-    model = codec.balance, codec.bias
-    codes = _encode(keys[:, :, part], spec.key_bits, codec.key_rotation, True, start, *model)
-    return joined(older, codes, axis=-1)
+    return joined(older, _encode(codec, keys[:, :, part], True, start), axis=-1)
 
 
 def encode_values(
     codec: KVCodec, values: mx.array, older: Codes = (), part: slice = ALL
 ) -> Codes:
-    """As :meth:`KVCodec.encode_values`; Lloyd-Max codes in one launch."""
-    spec = codec.spec
-    if not encodes(spec.value_codec, values):
+    """As :meth:`KVCodec.encode_values`; see :func:`encode`."""
+    if not encodes(codec.spec.value_codec, values):
         return codec.encode_values(values, older, part)
-    codes = _encode(values[:, :, part], spec.value_bits, codec.value_rotation, False)
-    return joined(older, codes, axis=-2)
+    return joined(older, _encode(codec, values[:, :, part], False), axis=-2)
 
 
-def _encode(
-    x: mx.array,
-    bits: int,
-    rotation: Rotation,
-    channel_major: bool,
-    start: int = 0,
-    balance: Optional[mx.array] = None,
-    bias: Optional[KeyBias] = None,
-) -> Codes:
+def _encode(codec: KVCodec, x: mx.array, is_keys: bool, start: int = 0) -> Codes:
+    """Channel-major codes of keys from the position ``start`` on, or token-major ones of values."""
     batch, heads, length, dim = x.shape
-    levels = level_array(("lloyd-max", bits))
-    layout, model = model_arrays(levels, balance, bias, start + length)
+    spec, segments, known = codec.spec, 1, None
+    name, bits, rotation = spec.value_codec, spec.value_bits, codec.value_rotation
+    if is_keys:
+        name, bits, rotation = spec.key_codec, spec.key_bits, codec.key_rotation
+        segments, known = spec.segments, codec
+    layout, model = model_arrays(level_array((name, bits)), known, start + length)
     widths = [dim // 8] * 3 if bits == 3 else [dim * bits // 8]
     codes = kernel(*(ENCODE_3_BITS if bits == 3 else ENCODE))(
         inputs=[x, rotation.array, *model, int_array(start, *layout)],
         template=[
             ("D", dim),
             ("BITS", bits),
-            ("CHANNEL_MAJOR", channel_major),
+            ("SEGMENTS", segments),
+            ("CHANNEL_MAJOR", is_keys),
             ("SEARCHED", len(SEARCH)),
             ("ALONG", ALONG),
-            ("BALANCED", balance is not None),
-            ("BIASED", bias is not None),
+            ("BALANCED", is_keys and codec.balance is not None),
+            ("SORTED", is_keys and codec.order is not None),
+            ("BIASED", is_keys and codec.bias is not None),
         ],
         grid=(-(-length // ENCODED) * THREADS, batch * heads, 1),
         threadgroup=(THREADS, 1, 1),
         output_shapes=[
-            (batch, heads, width, length) if channel_major else (batch, heads, length, width)
-            for width in (*widths, 1)
+            (batch, heads, width, length) if is_keys else (batch, heads, length, width)
+            for width in (*widths, segments)
         ],
         output_dtypes=[mx.uint8] * (len(widths) + 1),
     )
@@ -210,14 +204,19 @@ def _splits(exact: int, coded: int, others: int) -> Tuple[int, int]:
 def kernel(name: str, inputs: str, outputs: str) -> Any:
     """A kernel of the name of its file, its inputs and its outputs, as MLX compiles it."""
     output_names = outputs.split()
-    parts = "\n".join(map(source, PARTS.get(name, ("codes",))))
+    header = "\n".join(map(source, parts(name)))
     return mx.fast.metal_kernel(
         name=f"turboquant_{name}",
         input_names=inputs.split(),
         output_names=output_names,
         source=source(name),
-        header=f"#define OUTPUTS {len(output_names)}\n{parts}",
+        header=f"#define OUTPUTS {len(output_names)}\n{header}",
     )
+
+
+def parts(name: str) -> Sequence[str]:
+    """The names of the files that come before a kernel, in their order."""
+    return ["codes", *PARTS.get(name, ())]
 
 
 def source(name: str) -> str:

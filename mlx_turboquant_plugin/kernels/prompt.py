@@ -69,6 +69,7 @@ def run_pass(kernel: str, codec: KVCodec, tokens: Tokens, plan: Plan) -> Pass:
         kernel,
         codec.spec,
         codec.balance is not None,
+        codec.order is not None,
         bias and bias.table,
         tokens.older and tokens.older[0].shape[2],
         tuple(shape),
@@ -78,9 +79,7 @@ def run_pass(kernel: str, codec: KVCodec, tokens: Tokens, plan: Plan) -> Pass:
         tokens.first_coded,
         plan,
     )
-    known = [codec.balance] if codec.balance is not None else []
-    if bias is not None:
-        known.append(bias.bias)
+    known = [x for x in (codec.balance, codec.order, bias and bias.bias) if x is not None]
     return Pass(*run(tokens.older or (), tokens.newer, tokens.key_codes, tokens.value_codes, known))
 
 
@@ -90,6 +89,7 @@ def _traced(
     kernel: str,
     spec: CodecSpec,
     balanced: bool,
+    ordered: bool,
     table: Optional[RotaryTable],
     older_count: Optional[int],
     shape: Tuple[int, ...],
@@ -102,14 +102,16 @@ def _traced(
     """:func:`run_pass` for one kind of layer.
 
     Args:
-        balanced, table: whether keys are balanced, and the rotary table of a bias.
+        balanced, ordered, table: whether keys are balanced and sorted, and the rotary table of
+            a bias.
         older_count, shape, key_dtype, value_dtype, coded: of the arrays that it is given.
     """
     coder, part = fused_kernel(kernel), slice(plan.encoded.start, plan.encoded.stop)
 
     def run(older, newer, key_codes, value_codes, known):
-        balance = known[0] if balanced else None
-        codec = KVCodec(spec, balance, table and _Bias(known[-1], table))
+        arrays = iter(known)
+        balance, order = (next(arrays) if is_there else None for is_there in (balanced, ordered))
+        codec = KVCodec(spec, balance, table and _Bias(next(arrays), table), order)
         tokens = Tokens(older or None, newer, key_codes, value_codes, first_coded)
         (keys, values), kept = lay_out(kernel, codec, tokens, plan.places)
         codes = coder.encode(codec, keys, values, plan.start, (key_codes, value_codes), part)

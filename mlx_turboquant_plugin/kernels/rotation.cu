@@ -1,21 +1,21 @@
 // The rotations of codecs/rotation.py, by one warp and for one vector.
 
 // Walsh-Hadamard transform, orthonormal: lane l holds the channels l, l + 32, ...
-template <int DIM>
-__device__ inline void walsh_hadamard(float (&x)[DIM / 32]) {
+template <int DIM, int N>
+__device__ inline void walsh_hadamard(float (&x)[N]) {
   int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int bit = 1; bit < 32; bit *= 2) {
+  for (int bit = 1; bit < min(32, DIM); bit *= 2) {
 #pragma unroll
-    for (int i = 0; i < DIM / 32; i++) {
+    for (int i = 0; i < N; i++) {
       float other = __shfl_xor_sync(0xFFFFFFFFu, x[i], bit);
       x[i] = lane & bit ? other - x[i] : x[i] + other;
     }
   }
 #pragma unroll
-  for (int step = 1; step < DIM / 32; step *= 2) {
+  for (int step = 1; step < N; step *= 2) {
 #pragma unroll
-    for (int i = 0; i < DIM / 32; i++) {
+    for (int i = 0; i < N; i++) {
       if (i & step) continue;
       float sum = x[i] + x[i + step];
       x[i + step] = x[i] - x[i + step];
@@ -23,7 +23,7 @@ __device__ inline void walsh_hadamard(float (&x)[DIM / 32]) {
     }
   }
 #pragma unroll
-  for (int i = 0; i < DIM / 32; i++) x[i] *= rsqrtf(float(DIM));
+  for (int i = 0; i < N; i++) x[i] *= rsqrtf(float(DIM));
 }
 
 __device__ constexpr bool power_of_two(int x) { return (x & (x - 1)) == 0; }
@@ -37,7 +37,9 @@ __device__ inline void rotate(float* x, const float* array) {
   float own[N];
   if constexpr (power_of_two(DIM)) {
 #pragma unroll
-    for (int i = 0; i < N; i++) own[i] = x[lane + 32 * i] * array[lane + 32 * i];
+    for (int i = 0; i < N; i++) {
+      own[i] = lane + 32 * i < DIM ? x[lane + 32 * i] * array[lane + 32 * i] : 0;
+    }
     walsh_hadamard<DIM>(own);
   } else {
 #pragma unroll

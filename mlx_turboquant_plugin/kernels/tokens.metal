@@ -1,7 +1,7 @@
 // Keys or values of one layer side by side, as MLX's own attention takes them: the sinks,
 // tokens from their codes, then exact ones, with zeros before and after; and those exact
 // tokens that a cache keeps. Codes become levels, are rotated back, multiplied by the balance,
-// and get the key bias.
+// and get the key bias, in places that the order of sorted channels tells.
 //
 // A threadgroup serves 64 tokens of one (sequence, KV head): the first ones tiles of codes,
 // aligned to multiples of 64, the others all other tokens. A simdgroup takes a token, a lane
@@ -53,16 +53,16 @@ struct Arrays {
   device const float* fine;
   device const float* coarse_cos;
   device const float* coarse_sin;
+  device const int* order;
   device T* out;   // (B, H, total, D)
   device T* kept;  // (B, H, sinks + kept, D)
 };
 
 // Brings the codes of `count` tokens from `begin` on to threadgroup memory.
-template <int D, int BITS, bool GROUPED, bool CHANNEL_MAJOR>
+template <typename Stored, bool CHANNEL_MAJOR>
 METAL_FUNC void load_tile(
     Planes planes, threadgroup uint8_t* tile, size_t head, int begin, int count, int coded,
     int thread_index) {
-  using Stored = StoredVector<D, BITS, GROUPED>;
   UNROLL
   for (int p = 0; p < Stored::PLANES; p++) {
     device const uint8_t* plane =
@@ -88,54 +88,81 @@ METAL_FUNC void load_tile(
   }
 }
 
-// Rotates back the channels y of a simdgroup's vector. `rotation`: signs, or the transposed
+// Rotates back a simdgroup's vector, or a segment of it. `rotation`: signs, or the transposed
 // matrix. `scratch`: D numbers of the simdgroup's own, for matrices.
 template <int D, int COUNT>
 METAL_FUNC void rotate_back(
     thread float (&y)[COUNT], device const float* rotation, threadgroup float* scratch,
     int lane) {
   if ((D & (D - 1)) == 0) {
-    walsh_hadamard<COUNT>(y, lane);
-    UNROLL
-    for (int j = 0; j < COUNT; j++) {
-      y[j] *= rotation[32 * j + lane];
-    }
-    return;
+    walsh_hadamard<D>(y, lane);
+    multiply_signs<D>(y, rotation, lane);
+  } else {
+    multiply_matrix<D>(y, rotation, scratch, lane);
   }
+}
+
+// Segment s of the coded token in place `index`, whose bytes are `codes`, to where it belongs.
+template <
+    typename Stored, bool AFFINE, bool BALANCED, bool SORTED, bool BIASED, typename T,
+    typename Scale>
+METAL_FUNC void decode_segment(
+    thread const Arrays<T, Scale>& arrays, thread const Places& places,
+    threadgroup const uint8_t* codes, threadgroup const float* known_levels,
+    threadgroup float* scratch, int index, int kv_index, int s, device T* to, int lane) {
+  constexpr int SEGMENT = Stored::SEGMENT, COUNT = (SEGMENT + 31) / 32;
+  const int first = kv_index % places.heads * Stored::DIM;
+  float y[COUNT];
   UNROLL
   for (int j = 0; j < COUNT; j++) {
-    if (32 * j + lane < D) {
-      scratch[32 * j + lane] = y[j];
-    }
-  }
-  simdgroup_barrier(mem_flags::mem_threadgroup);
-  UNROLL
-  for (int j = 0; j < COUNT; j++) {
-    const int c = 32 * j + lane;
+    const int i = 32 * j + lane, c = s * SEGMENT + i;
     y[j] = 0;
-    for (int i = 0; i < D && c < D; i++) {
-      y[j] += scratch[i] * rotation[i * D + c];
+    if (i < SEGMENT) {
+      const uint code = Stored::code(codes, c);
+      const size_t vector = size_t(kv_index) * places.coded + index;
+      if (AFFINE) {
+        const size_t at = vector * Stored::SCALES + c / Stored::GROUP;
+        y[j] = float(code) * float(arrays.scales[at]) + float(arrays.zeros[at]);
+      } else {
+        // Those of several segments are channel-major.
+        const size_t at = (size_t(kv_index) * Stored::SEGMENTS + s) * places.coded + index;
+        const float size = size_of(uint(arrays.scales[at]));
+        y[j] = level<Stored::SEGMENTS, false>(known_levels, code, s) * size;
+      }
     }
   }
-  // Before the next vector is written.
-  simdgroup_barrier(mem_flags::mem_threadgroup);
+  rotate_back<SEGMENT>(y, arrays.rotation, scratch, lane);
+  UNROLL
+  for (int j = 0; j < COUNT; j++) {
+    const int i = 32 * j + lane;
+    if (i < SEGMENT) {
+      const int place = first + s * SEGMENT + i;
+      const int c = SORTED ? arrays.order[place] : place - first;
+      if (BALANCED) {
+        y[j] *= arrays.balance[first + c];
+      }
+      if (BIASED) {
+        y[j] += rotated_bias(
+            arrays.bias + first, arrays.coarse_cos, arrays.coarse_sin, arrays.fine, places.pairs,
+            places.between, places.distance, c, places.start + index);
+      }
+      to[c] = static_cast<T>(y[j]);
+    }
+  }
 }
 
 // The tokens of one tile of codes.
 template <
-    int D, int BITS, bool AFFINE, bool GROUPED, bool CHANNEL_MAJOR, bool BALANCED, bool BIASED,
+    typename Stored, bool AFFINE, bool CHANNEL_MAJOR, bool BALANCED, bool SORTED, bool BIASED,
     typename T, typename Scale>
 METAL_FUNC void decode_tile(
     thread const Arrays<T, Scale>& arrays, thread const Places& places,
     threadgroup uint8_t* tile, threadgroup float* known_levels, threadgroup float* all_scratch,
     int group, int kv_index, int thread_index) {
-  using Stored = StoredVector<D, BITS, GROUPED>;
-  constexpr int COUNT = (D + 31) / 32;
   const int lane = thread_index % 32, simd = thread_index / 32;
-  const int kv_head = kv_index % places.heads;
   const int begin = (places.first / TOKENS + group) * TOKENS;
   const int count = min(TOKENS, places.coded - begin);
-  load_tile<D, BITS, GROUPED, CHANNEL_MAJOR>(
+  load_tile<Stored, CHANNEL_MAJOR>(
       arrays.planes, tile, kv_index, begin, count, places.coded, thread_index);
   if (thread_index < 16) {
     known_levels[thread_index] = arrays.levels[thread_index];
@@ -146,40 +173,13 @@ METAL_FUNC void decode_tile(
     if (index < places.first || index >= places.first + places.decoded) {
       continue;
     }
-    threadgroup const uint8_t* codes = tile + token * Stored::PITCH;
-    const size_t vector = size_t(kv_index) * places.coded + index;
-    float y[COUNT];
-    UNROLL
-    for (int j = 0; j < COUNT; j++) {
-      const int c = 32 * j + lane;
-      y[j] = 0;
-      if (c < D) {
-        const uint code = Stored::code(codes, c);
-        if (AFFINE) {
-          const size_t at = vector * Stored::SCALES + c / Stored::GROUP;
-          y[j] = float(code) * float(arrays.scales[at]) + float(arrays.zeros[at]);
-        } else {
-          y[j] = known_levels[code] * size_of(uint(arrays.scales[vector]));
-        }
-      }
-    }
-    rotate_back<D>(y, arrays.rotation, all_scratch + simd * D, lane);
     const size_t place = places.left + places.sinks + index - places.first;
-    device T* to = arrays.out + (size_t(kv_index) * places.total + place) * D;
+    device T* to = arrays.out + (size_t(kv_index) * places.total + place) * Stored::DIM;
     UNROLL
-    for (int j = 0; j < COUNT; j++) {
-      const int c = 32 * j + lane;
-      if (c < D) {
-        if (BALANCED) {
-          y[j] *= arrays.balance[kv_head * D + c];
-        }
-        if (BIASED) {
-          y[j] += rotated_bias(
-              arrays.bias + kv_head * D, arrays.coarse_cos, arrays.coarse_sin, arrays.fine,
-              places.pairs, places.between, places.distance, c, places.start + index);
-        }
-        to[c] = static_cast<T>(y[j]);
-      }
+    for (int s = 0; s < Stored::SEGMENTS; s++) {
+      decode_segment<Stored, AFFINE, BALANCED, SORTED, BIASED>(
+          arrays, places, tile + token * Stored::PITCH, known_levels,
+          all_scratch + simd * Stored::SEGMENT, index, kv_index, s, to, lane);
     }
   }
 }
@@ -202,14 +202,15 @@ METAL_FUNC float exact_channel(
 
 // One side's share of group number `group`, of those that it has.
 template <
-    int D, int BITS, bool AFFINE, bool GROUPED, bool CHANNEL_MAJOR, bool BALANCED, bool BIASED,
+    typename Stored, bool AFFINE, bool CHANNEL_MAJOR, bool BALANCED, bool SORTED, bool BIASED,
     typename T, typename Scale>
 METAL_FUNC void lay_out(
     thread const Arrays<T, Scale>& arrays, thread const Places& places,
     threadgroup uint8_t* tile, threadgroup float* known_levels, threadgroup float* all_scratch,
     int group, int kv_index, int thread_index) {
+  constexpr int D = Stored::DIM;
   if (group < places.tiles()) {
-    decode_tile<D, BITS, AFFINE, GROUPED, CHANNEL_MAJOR, BALANCED, BIASED>(
+    decode_tile<Stored, AFFINE, CHANNEL_MAJOR, BALANCED, SORTED, BIASED>(
         arrays, places, tile, known_levels, all_scratch, group, kv_index, thread_index);
     return;
   }

@@ -115,6 +115,37 @@ inline void multiply_add(
   }
 }
 
+inline unsigned pack_halves(float lower, float upper) {
+  return emulator::bits<uint16_t>(_Float16(lower)) | unsigned(emulator::bits<uint16_t>(_Float16(upper))) << 16;
+}
+inline float lower_half(unsigned word) { return emulator::bits<_Float16>(uint16_t(word)); }
+inline float upper_half(unsigned word) { return lower_half(word >> 16); }
+
+// The same for m16n8k16 and two halves in a register.
+inline void multiply_add(
+    float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, const unsigned (&b)[2]) {
+  int g = emulator::lane() / 4, c = emulator::lane() % 4;
+  auto all = emulator::meet_warp({a0, a1, a2, a3, b[0], b[1]});
+  for (int i = 0; i < 4; i++) {
+    int column = 2 * c + i % 2;
+    for (int k = 0; k < 16; k++) {
+      unsigned a = all[4 * g + k % 8 / 2][i / 2 + k / 8 * 2];
+      unsigned other = all[4 * column + k % 8 / 2][4 + k / 8];
+      sum[i] += lower_half(a >> (k % 2 * 16)) * lower_half(other >> (k % 2 * 16));
+    }
+  }
+}
+
+inline void copy_words(void* to, const void* from) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) std::abort();
+  std::memcpy(to, from, 16);
+}
+
+inline void wait_for_copies() {}
+
+template <typename T>
+T __ldg(const T* from) { return *from; }
+
 template <int N>
 inline void load_words(const unsigned char* from, unsigned (&to)[N]) {
   if (reinterpret_cast<uintptr_t>(from) % sizeof(to)) std::abort();  // misaligned

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_turboquant_plugin.attention import dispatch
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
-from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
+from mlx_turboquant_plugin.codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
 from mlx_turboquant_plugin.evaluation.cases import QUICK
 from mlx_turboquant_plugin.evaluation.selftest import check
 from mlx_turboquant_plugin.kernels import cuda, cuda_encode, cuda_portable, cuda_source
@@ -85,11 +85,14 @@ def vectors(*shape, dtype=mx.float32):
     return (mx.exp(mx.random.normal((*shape[:-1], 1))) * mx.random.normal(shape)).astype(dtype)
 
 
-def codec(dim, bits, balanced=False, biased=False):
-    """A codec of two heads."""
+def codec(dim, bits, balanced=False, biased=False, keys="lloyd-max"):
+    """A codec of two heads; segments of sorted keys."""
     balance = mx.exp(0.3 * mx.random.normal((2, 1, dim))) if balanced else None
     bias = KeyBias(10 * mx.random.normal((2, dim)), nn.RoPE(dim)) if biased else None
-    return KVCodec(CodecSpec(dim, dim, key_bits=bits, value_bits=bits), balance, bias)
+    order = None
+    if keys == SEGMENTED:
+        order = mx.argsort(mx.random.normal((2, dim)), axis=-1).astype(mx.int32)
+    return KVCodec(CodecSpec(dim, dim, keys, bits, value_bits=bits), balance, bias, order)
 
 
 def check_codes(one, keys, values, start):
@@ -113,14 +116,23 @@ def test_codes_are_those_of_the_codec(dim, bits, emulated):
         check_codes(one, keys, values, start)
 
 
+@pytest.mark.parametrize("dim", [32, 48, 64, 80, 128, 256])
+def test_codes_of_segments(dim, emulated):
+    mx.random.seed(dim)
+    one = codec(dim, 4, balanced=True, biased=dim % 64 == 0, keys=SEGMENTED)
+    for batch, length, start in ((2, 1, 5), (1, 32, 96), (2, 33, 1000)):
+        check_codes(one, *(vectors(batch, 2, length, dim) for _ in range(2)), start)
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("codec_of_keys", ["lloyd-max", SEGMENTED])
 @one_run
-def test_codes_of_every_kind_of_layer(dtype, balanced, biased, emulated):
+def test_codes_of_every_kind_of_layer(dtype, balanced, biased, codec_of_keys, emulated):
     mx.random.seed(0)
     keys, values = (vectors(2, 2, 37, 64, dtype=dtype) for _ in range(2))
-    check_codes(codec(64, 4, balanced, biased), keys, values, 3)
+    check_codes(codec(64, 4, balanced, biased, codec_of_keys), keys, values, 3)
 
 
 LAYOUTS = {
@@ -155,13 +167,13 @@ def test_codes_of_extremes(x, emulated):
 
 
 @pytest.mark.parametrize("before, length", [(32, 32), (64, 96), (37, 32), (32, 5), (300, 1)])
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits, keys", [(2, "lloyd-max"), (3, "lloyd-max"), (4, "lloyd-max"), (4, SEGMENTED)])
 @one_run
-def test_codes_after_older_ones(bits, before, length, emulated, monkeypatch):
+def test_codes_after_older_ones(bits, keys, before, length, emulated, monkeypatch):
     """Copied by several blocks, 16 bytes or one at a time."""
     monkeypatch.setattr(cuda_encode, "COPIED", 1000)
     mx.random.seed(before)
-    one = codec(80, bits)
+    one = codec(80, bits, keys=keys)
     x = vectors(2, 2, before + length, 80)
     older, newer = x[:, :, :before], x[:, :, before:]
     ours = cuda.encode(one, newer, newer, before, cuda.encode(one, older, older, 0))

@@ -1,0 +1,221 @@
+// Products of a block's queries with coded keys, a tile at a time, by a warp.
+//
+// A tile of keys is the left factor of the matrix product; a lane (g, c) holds TILE / 8
+// tokens in a row, from g * TILE / 8 on, and bytes 4 c, ..., 4 c + 3 of each 16. The order of
+// the channels is free, since the query follows it: no code moves between lanes. A lane gets
+// the scores of its tokens with row c (of each NT).
+//
+// WHOLE_TILES: the number of coded tokens is a multiple of 32, so that loads of several bytes
+// are aligned and either inside or outside.
+template <int DIM, int BITS, int SEGMENTS, int NT, int TILE, bool WHOLE_TILES>
+struct Keys {
+  using K = Layout<DIM, BITS>;
+  // Groups of 16 bytes, and words of a lane's tokens. A product has 32 channels: of one group,
+  // or of one segment and two groups.
+  static constexpr int GROUPS = (K::ROWS + 15) / 16, WORDS = TILE / 32, TOKENS = TILE / 8;
+  static constexpr int STEPS = SEGMENTS == 1 ? GROUPS * K::KINDS : (GROUPS + 1) / 2 * SEGMENTS;
+  static constexpr int PART = DIM / SEGMENTS;
+
+  // How a row's whole numbers become scores: see scores().
+  struct Scale {
+    float unit, offset;
+  };
+
+  Scale scale[NT][SEGMENTS];
+  unsigned factor[NT][STEPS][2];
+  unsigned key[K::PLANES][GROUPS][4][WORDS], size[SEGMENTS][WORDS];
+
+  // A warp rotates the query x (DIM,), in shared memory, and makes it whole numbers.
+  static __device__ void to_whole_numbers(
+      float* x, const float* rotation, Scale (&scale)[SEGMENTS]) {
+    part_to_whole_numbers<segment_bits<BITS, SEGMENTS>(0)>(x, rotation, scale[0]);
+    if constexpr (SEGMENTS == 2) {
+      part_to_whole_numbers<segment_bits<BITS, SEGMENTS>(1)>(x + PART, rotation, scale[1]);
+    }
+  }
+
+  // Takes this lane's part of all rows.
+  __device__ void begin(const float (*query)[DIM], const Scale (*scales)[SEGMENTS]) {
+    int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++) {
+#pragma unroll
+      for (int s = 0; s < SEGMENTS; s++) scale[nt][s] = scales[4 * nt + c][s];
+      const float* x = query[4 * nt + g / 2];
+#pragma unroll
+      for (int i = 0; i < STEPS * 2; i++) {
+        unsigned bytes = 0;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          int field, row = row_of(i / 2, i % 2, e, field);
+          int whole = row < K::ROWS ? int(x[row + K::ROWS * field]) : 0;
+          int upper = (whole + 128) >> 8;
+          bytes |= unsigned((g % 2 ? whole - 256 * upper : upper) & 0xFF) << (8 * e);
+        }
+        factor[nt][i / 2][i % 2] = bytes;
+      }
+    }
+  }
+
+  // codes: those of a head.
+  static __device__ void prefetch(const Codes& codes, int coded, int tile) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < K::PLANES; i++) {
+      for (int row = lane; row < K::ROWS; row += 32) {
+        prefetch_line(codes.plane.of[i] + (long long)row * coded + tile * TILE);
+      }
+    }
+    if (lane < SEGMENTS) prefetch_line(codes.scale + (long long)lane * coded + tile * TILE);
+  }
+
+  __device__ void load(const Codes& codes, int coded, int tile) {
+#pragma unroll
+    for (int i = 0; i < K::PLANES; i++) {
+#pragma unroll
+      for (int r = 0; r < GROUPS * 4; r++) {
+        int row = r / 4 * 16 + 4 * (threadIdx.x % 4) + r % 4;
+        if (K::ROWS % 16) row = min(row, K::ROWS - 1);
+        const unsigned char* from = codes.plane.of[i] + unsigned(row) * unsigned(coded);
+        load_row(from, coded, tile, key[i][r / 4][r % 4]);
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < SEGMENTS; s++) {
+      load_row(codes.scale + unsigned(s) * unsigned(coded), coded, tile, size[s]);
+    }
+  }
+
+  // The bytes of this lane's tokens in a row of bytes.
+  static __device__ void load_row(
+      const unsigned char* row, int coded, int tile, unsigned (&to)[WORDS]) {
+    int token = tile * TILE + threadIdx.x % 32 / 4 * TOKENS;
+    int at = WHOLE_TILES ? min(token, coded - TOKENS) : min(token, coded - 1);
+    if constexpr (WHOLE_TILES) load_words(row + at, to);
+    else load_bytes(row + at, coded - at, to);
+  }
+
+  // Adds products with the tile that was loaded.
+  __device__ void add_scores(float (&score)[NT][TOKENS]) const {
+#pragma unroll
+    for (int pair = 0; pair < TOKENS / 2; pair++) {
+      int product[SEGMENTS][NT][4] = {};
+      multiply(pair, product);
+#pragma unroll
+      for (int s = 0; s < SEGMENTS; s++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          int token = 2 * pair + i;
+          float width = size_of(byte_of(size[s], token));
+#pragma unroll
+          for (int nt = 0; nt < NT; nt++) {
+            auto& x = product[s][nt];
+            float whole = float(256 * x[2 * i] + x[2 * i + 1]);
+            score[nt][token] += (whole + scale[nt][s].offset) * (scale[nt][s].unit * width);
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  template <int LEVEL_BITS>
+  static __device__ void part_to_whole_numbers(float* x, const float* rotation, Scale& scale) {
+    int lane = threadIdx.x % 32;
+    rotate<PART>(x, rotation);
+    float top = 1e-30f, sum = 0;
+    for (int d = lane; d < PART; d += 32) top = fmaxf(top, fabsf(x[d]));
+#pragma unroll
+    for (int bit = 1; bit < 32; bit *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, bit));
+    for (int d = lane; d < PART; d += 32) {
+      x[d] = rintf(x[d] * (WHOLE / top));
+      sum += x[d];
+    }
+#pragma unroll
+    for (int bit = 1; bit < 32; bit *= 2) sum += __shfl_xor_sync(ALL, sum, bit);
+    using L = LEVELS<LEVEL_BITS>;
+    if (lane == 0) scale = {top / (WHOLE * L::unit), L::offset * sum};
+  }
+
+  // Which byte of a key, and which field of it, is byte e of word i of a step's factor.
+  static __device__ int row_of(int step, int i, int e, int& field) {
+    int c = threadIdx.x % 4;
+    if constexpr (SEGMENTS == 1) {
+      field = step % K::KINDS + K::KINDS * (e % 2);
+      return step / K::KINDS * 16 + 4 * c + 2 * i + e / 2;
+    } else {
+      field = step % 2;
+      int group = step / 2 * 2 + (field == 0 ? i : e % 2);
+      return group * 16 + 4 * c + (field == 0 ? e : 2 * i + e / 2);
+    }
+  }
+
+  // Two tokens of a group: the lower halves of `first` and `second` are four bytes of one, the
+  // upper halves those of the other.
+  __device__ void pick_pair(
+      int plane, int group, int pair, unsigned& first, unsigned& second) const {
+    auto& x = key[plane][group];
+    unsigned order = pair % 2 ? 0x7362 : 0x5140;
+    first = pick(x[0][pair / 2], x[1][pair / 2], order);
+    second = pick(x[2][pair / 2], x[3][pair / 2], order);
+  }
+
+  __device__ void multiply(int pair, int (&product)[1][NT][4]) const {
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+      unsigned first[K::PLANES], second[K::PLANES];
+#pragma unroll
+      for (int i = 0; i < K::PLANES; i++) pick_pair(i, group, pair, first[i], second[i]);
+#pragma unroll
+      for (int kind = 0; kind < K::KINDS; kind++) {
+        int half = BITS == 3 ? kind / 2 : kind, odd = BITS == 3 ? kind % 2 : 0;
+        unsigned a[4][K::TABLES];
+        look_up<BITS>(nibbles<BITS>(first, half, odd), a[0], a[1]);
+        look_up<BITS>(nibbles<BITS>(second, half, odd), a[2], a[3]);
+#pragma unroll
+        for (int t = 0; t < K::TABLES; t++) {
+#pragma unroll
+          for (int nt = 0; nt < NT; nt++) {
+            multiply_add(
+                product[0][nt], a[0][t], a[1][t], a[2][t], a[3][t],
+                factor[nt][group * K::KINDS + kind]);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ void multiply(int pair, int (&product)[2][NT][4]) const {
+#pragma unroll
+    for (int step = 0; step < STEPS / 2; step++) {
+      // [group][token]; what is missing of the last step is multiplied by 0.
+      unsigned bytes[2][2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        unsigned first, second;
+        pick_pair(0, min(2 * step + i, GROUPS - 1), pair, first, second);
+        bytes[i][0] = pick(first, second, 0x5410);
+        bytes[i][1] = pick(first, second, 0x7632);
+      }
+      // 5 bits are levels as they are, but for the offset; 3 bits are looked up.
+      unsigned high[2][2], low[2][2][1];
+#pragma unroll
+      for (int token = 0; token < 2; token++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          high[i][token] = (bytes[i][token] & 0xF8F8F8F8u) ^ 0x80808080u;
+        }
+        unsigned word = (bytes[0][token] & 0x07070707u) | (bytes[1][token] & 0x07070707u) << 4;
+        look_up<3>(word, low[0][token], low[1][token]);
+      }
+#pragma unroll
+      for (int nt = 0; nt < NT; nt++) {
+        multiply_add(
+            product[0][nt], high[0][0], high[0][1], high[1][0], high[1][1], factor[nt][2 * step]);
+        multiply_add(
+            product[1][nt], low[0][0][0], low[0][1][0], low[1][0][0], low[1][1][0],
+            factor[nt][2 * step + 1]);
+      }
+    }
+  }
+};

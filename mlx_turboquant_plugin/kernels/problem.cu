@@ -1,0 +1,124 @@
+// The first of two launches: attention of some query rows over a part of the tokens.
+//
+// A query row is a query head of one KV head at one position. A block serves ROWS rows of
+// one KV head over one part: EXACT_PART of the exact tokens, or a share of the coded ones.
+// It writes a weighted sum of values, not normalised, with the sum of its weights and the
+// power of two that both are relative to. Scores are in powers of two throughout.
+
+constexpr int WARPS = 4;
+constexpr int THREADS = 32 * WARPS;
+constexpr int EXACT_PART = 64;
+// Bytes that come from memory together.
+constexpr int LINE = 128;
+// Finite, so that differences stay numbers.
+constexpr float LOWEST = -1e30f;
+#define NEVER __int_as_float(0xFF800000)
+constexpr float LOG2_E = 1.44269504f;
+
+// Codes of one side, (B, H, rows, T) for keys and (B, H, T, rows) for values.
+struct Planes {
+  const unsigned char* of[3];
+};
+struct Codes {
+  Planes plane;
+  const unsigned char* scale;  // (B, H, segments, T)
+
+  // Those of another head, so many tokens further.
+  __device__ Codes after(long long tokens, int rows, int segments) const {
+    const unsigned char* const* of = plane.of;
+    return {
+        {of[0] + tokens * rows, of[1] + tokens * rows, of[2] + tokens * rows},
+        scale + tokens * segments};
+  }
+};
+
+// All arrays are contiguous.
+template <typename Q, typename X>
+struct Problem {
+  const Q* queries;               // (B, H G, N, D)
+  const X *keys, *values;         // (B, H, older, D)
+  Codes key_codes, value_codes;
+  const X *new_keys, *new_values; // (B, H, E - (older - drop), D) or not read
+  const int* bounds;              // (B, N, 4), see attention/fused.py
+  const float* rotation;          // of the keys
+  const float* balance;           // (H, 1, D) or not read
+  const int* order;               // (H, D) or not read
+  const float* bias;              // (H, D) or, as what follows, not read
+  RotaryPairs rotary;             // of the bias, and the waves: see cuda_bias.py
+  const unsigned* waves;
+  int first_coded;                // position of the first code
+  float scale;
+  int heads, group, count;  // H, G and N
+  int sinks, older, drop, exact, coded;  // exact: E, coded: T
+  int parts;
+  // Output (B, H, chunks, parts, ROWS (DV + 3)): sums, and then for each row the sum of its
+  // weights, their power of two and whether they are of codes.
+  float* partial;
+
+  template <int ROWS, int VALUE_DIM>
+  __device__ float* sums_of_block() const {
+    long long block = (long long)(blockIdx.z * gridDim.y + blockIdx.y) * parts + blockIdx.x;
+    return partial + block * (ROWS * (VALUE_DIM + 3));
+  }
+
+  // Where the exact token `slot` is: in the older or in the new ones.
+  __device__ const X* exact_token(
+      const X* old_tokens, const X* new_tokens, long long head, int slot, int dim) const {
+    if (slot >= sinks) slot += drop;
+    if (slot < older) return old_tokens + (head * older + slot) * dim;
+    return new_tokens + (head * (exact - older + drop) + slot - older) * dim;
+  }
+};
+
+template <typename Q, typename X>
+__device__ inline Problem<Q, X> problem(
+    const Q* queries, const X* keys, const X* values, Planes key_planes,
+    const unsigned char* key_scale, Planes value_planes, const unsigned char* value_scale) {
+  return {queries, keys, values, {key_planes, key_scale}, {value_planes, value_scale}};
+}
+
+// Two channels side by side.
+template <typename X>
+struct alignas(2 * sizeof(X)) Pair {
+  X first, second;
+};
+
+template <typename X>
+__device__ inline Pair<X> load_pair(const X* from) {
+  return *reinterpret_cast<const Pair<X>*>(from);
+}
+
+// The ``count`` numbers from `from` on, and others near them, to the cache.
+template <typename X>
+__device__ inline void prefetch(const X* from, int count) {
+  for (int i = 0; i < count; i += LINE / sizeof(X)) prefetch_line(from + i);
+}
+
+// Query row `row` of this block, times the scale, in fp32 and shared memory.
+template <int DIM, typename P>
+__device__ inline void read_query(const P& p, float* to, int b, int h, int row) {
+  long long rows = p.group * p.count;
+  const auto* from = p.queries + ((b * p.heads + h) * rows + row) * DIM;
+  for (int d = threadIdx.x % 32; d < DIM; d += 32) to[d] = float(from[d]) * (p.scale * LOG2_E);
+}
+
+// Times the balance, and in the order of the segments: a query in shared memory, by a warp.
+template <int DIM, bool BALANCED, bool SORTED, typename P>
+__device__ inline void balance_and_sort(const P& p, float* x, int h) {
+  constexpr int N = (DIM + 31) / 32;
+  int lane = threadIdx.x % 32;
+  float own[N];
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    int channel = min(lane + 32 * i, DIM - 1);
+    if constexpr (SORTED) channel = p.order[h * DIM + channel];
+    own[i] = x[channel];
+    if constexpr (BALANCED) own[i] *= p.balance[h * DIM + channel];
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    if (lane + 32 * i < DIM) x[lane + 32 * i] = own[i];
+  }
+  __syncwarp();
+}

@@ -1,0 +1,109 @@
+// What encode.metal does to a vector, or to a segment of one: rotation, size and codes.
+//
+// A simdgroup takes one; channel 32 * j + lane is y[j], and those beyond the last are zero.
+
+template <int D, int COUNT>
+METAL_FUNC void rotate_vector(
+    thread float (&y)[COUNT], device const float* rotation, threadgroup float* scratch, int lane) {
+  if ((D & (D - 1)) == 0) {
+    multiply_signs<D>(y, rotation, lane);
+    walsh_hadamard<D>(y, lane);
+  } else {
+    multiply_matrix<D>(y, rotation, scratch, lane);
+  }
+}
+
+// The quantiser of BITS bits whose levels are given, both negative and positive ones.
+template <int BITS>
+struct LloydMax {
+  static constant constexpr const int HALF = 1 << (BITS - 1);
+  // The positive levels, and the thresholds half-way between them.
+  float positive[HALF], threshold[HALF - 1];
+
+  explicit LloydMax(device const float* levels) {
+    UNROLL
+    for (int m = 0; m < HALF; m++) {
+      positive[m] = levels[HALF + m];
+    }
+    UNROLL
+    for (int m = 0; m < HALF - 1; m++) {
+      threshold[m] = 0.5f * (positive[m] + positive[m + 1]);
+    }
+  }
+
+  int code(float x, float size) const {
+    int above = 0;
+    UNROLL
+    for (int m = 0; m < HALF - 1; m++) {
+      above += fabs(x) > threshold[m] * size;
+    }
+    return x < 0 ? HALF - 1 - above : HALF + above;
+  }
+
+  // What the code stands for.
+  float nearest(float x, float size) const {
+    float coded = positive[0];
+    UNROLL
+    for (int m = 0; m < HALF - 1; m++) {
+      coded = fabs(x) > threshold[m] * size ? positive[m + 1] : coded;
+    }
+    return (x < 0 ? -coded : coded) * size;
+  }
+};
+
+// The quantiser of 5 bits, see level().
+struct Uniform {
+  float lowest, apart;
+
+  explicit Uniform(device const float* levels) : lowest(levels[LOWEST]), apart(levels[APART]) {}
+
+  int code(float x, float size) const {
+    return int(clamp(floor((x / size - lowest) / apart + 0.5f), 0.0f, 31.0f));
+  }
+  float nearest(float x, float size) const {
+    return (lowest + apart * float(code(x, size))) * size;
+  }
+};
+
+// Writes D codes, and returns their scale: that near the root mean square which loses least.
+template <int D, int SEARCHED, int ALONG, typename Quantizer, int COUNT>
+METAL_FUNC uint8_t quantize(
+    thread const float (&y)[COUNT], thread const Quantizer& quantizer,
+    threadgroup uint8_t* codes, int lane) {
+  float square = 0;
+  UNROLL
+  for (int j = 0; j < COUNT; j++) {
+    square += y[j] * y[j];
+  }
+  const float rms = max(sqrt(simd_sum(square) / D), 1e-20f);
+  const float norm = rms * sqrt(float(D));
+  const int start = int(clamp(rint((log2(rms) + 13.0f) * 12.0f), -2.0f, 257.0f));
+  float least = 0;
+  int scale = 0;
+  for (int k = 0; k < SEARCHED; k++) {
+    // 0, -1, 1, -2, 2
+    const int tried = clamp(start + (k % 2 ? -(k + 1) / 2 : k / 2), 0, 255);
+    const float size = size_of(tried);
+    float across = 0, along = 0;
+    UNROLL
+    for (int j = 0; j < COUNT; j++) {
+      const float missing = 32 * j + lane < D ? y[j] - quantizer.nearest(y[j], size) : 0.0f;
+      across += missing * missing;
+      along += missing * y[j];
+    }
+    across = simd_sum(across);
+    along = simd_sum(along) / norm;
+    const float loss = across + ALONG * along * along;
+    if (k == 0 || loss < least) {
+      least = loss;
+      scale = tried;
+    }
+  }
+  UNROLL
+  for (int j = 0; j < COUNT; j++) {
+    if (32 * j + lane < D) {
+      codes[32 * j + lane] = quantizer.code(y[j], size_of(scale));
+    }
+  }
+  return scale;
+}
