@@ -59,20 +59,40 @@ __device__ inline unsigned nibbles(const unsigned (&byte)[BITS == 3 ? 3 : 1], in
   }
 }
 
+// Halves of the tables of look_up(), in registers. The compiler would move constants there
+// before each use, a tenth of all instructions, and so it would what is known to be the same
+// for all threads: these are made with a `zero` that it does not know, by way of shared memory.
+template <int BITS>
+struct Levels {
+  using Memory = unsigned[BITS == 4 ? 2 : 1];
+
+  Memory half;
+
+  static __device__ void write(Memory& to, int zero) {
+    for (unsigned i = 0; i < sizeof(to) / sizeof(unsigned); i++) {
+      to[i] = LEVELS<BITS>::words[2 * i] ^ zero;
+    }
+  }
+  __device__ void read(const Memory& from) {
+#pragma unroll
+    for (unsigned i = 0; i < sizeof(from) / sizeof(unsigned); i++) half[i] = from[i];
+  }
+};
+
 // The levels of the four codes in the lower and of those in the upper half of `word`.
 template <int BITS>
 __device__ inline void look_up(
-    unsigned word, unsigned (&lower)[BITS == 4 ? 2 : 1], unsigned (&upper)[BITS == 4 ? 2 : 1]) {
+    const Levels<BITS>& levels, unsigned word, unsigned (&lower)[BITS == 4 ? 2 : 1], unsigned (&upper)[BITS == 4 ? 2 : 1]) {
   constexpr unsigned const* level = LEVELS<BITS>::words;
-  lower[0] = pick(level[0], level[1], word);
-  upper[0] = pick(level[0], level[1], word >> 16);
+  lower[0] = pick(levels.half[0], level[1], word);
+  upper[0] = pick(levels.half[0], level[1], word >> 16);
   if constexpr (BITS == 4) {
     // prmt spreads the sign of the chosen byte where the fourth bit of the selector is
     // set. The first table holds negative levels, which spread to -1, the second one
     // holds positive levels plus 1, which spread to 0.
     unsigned flipped = word ^ 0x88888888u;
-    lower[1] = pick(level[2], level[3], flipped);
-    upper[1] = pick(level[2], level[3], flipped >> 16);
+    lower[1] = pick(levels.half[1], level[3], flipped);
+    upper[1] = pick(levels.half[1], level[3], flipped >> 16);
   }
 }
 

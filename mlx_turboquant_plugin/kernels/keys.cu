@@ -15,6 +15,8 @@ struct Keys {
   static constexpr int GROUPS = (K::ROWS + 15) / 16, WORDS = TILE / 32, TOKENS = TILE / 8;
   static constexpr int STEPS = SEGMENTS == 1 ? GROUPS * K::KINDS : (GROUPS + 1) / 2 * SEGMENTS;
   static constexpr int PART = DIM / SEGMENTS;
+  // Of the last segment: those of 5 bits are the codes.
+  using LevelsOfCodes = Levels<segment_bits<BITS, SEGMENTS>(SEGMENTS - 1)>;
 
   // How a row's whole numbers become scores: see scores().
   struct Scale {
@@ -23,6 +25,7 @@ struct Keys {
 
   Scale scale[NT][SEGMENTS];
   unsigned factor[NT][STEPS][2];
+  LevelsOfCodes levels;
   unsigned key[K::PLANES][GROUPS][4][WORDS], size[SEGMENTS][WORDS];
 
   // A warp rotates the query x (DIM,), in shared memory, and makes it whole numbers.
@@ -35,7 +38,10 @@ struct Keys {
   }
 
   // Takes this lane's part of all rows.
-  __device__ void begin(const float (*query)[DIM], const Scale (*scales)[SEGMENTS]) {
+  __device__ void begin(
+      const float (*query)[DIM], const Scale (*scales)[SEGMENTS],
+      const typename LevelsOfCodes::Memory& table) {
+    levels.read(table);
     int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) {
@@ -170,8 +176,8 @@ struct Keys {
       for (int kind = 0; kind < K::KINDS; kind++) {
         int half = BITS == 3 ? kind / 2 : kind, odd = BITS == 3 ? kind % 2 : 0;
         unsigned a[4][K::TABLES];
-        look_up<BITS>(nibbles<BITS>(first, half, odd), a[0], a[1]);
-        look_up<BITS>(nibbles<BITS>(second, half, odd), a[2], a[3]);
+        look_up<BITS>(levels, nibbles<BITS>(first, half, odd), a[0], a[1]);
+        look_up<BITS>(levels, nibbles<BITS>(second, half, odd), a[2], a[3]);
 #pragma unroll
         for (int t = 0; t < K::TABLES; t++) {
 #pragma unroll
@@ -206,7 +212,7 @@ struct Keys {
           high[i][token] = (bytes[i][token] & 0xF8F8F8F8u) ^ 0x80808080u;
         }
         unsigned word = (bytes[0][token] & 0x07070707u) | (bytes[1][token] & 0x07070707u) << 4;
-        look_up<3>(word, low[0][token], low[1][token]);
+        look_up<3>(levels, word, low[0][token], low[1][token]);
       }
 #pragma unroll
       for (int nt = 0; nt < NT; nt++) {

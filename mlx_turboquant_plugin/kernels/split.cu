@@ -148,6 +148,8 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   __shared__ Memory memory;
   __shared__ Bias bias;
   __shared__ typename TileKeys::Scale scale[ROWS][SEGMENTS];
+  __shared__ typename TileKeys::LevelsOfCodes::Memory key_levels;
+  __shared__ typename TileValues::LevelsOfCodes::Memory value_levels;
   __shared__ float block_weight[WARPS][ROWS][2];
 
   int chunks = (p.group * p.count + ROWS - 1) / ROWS;
@@ -183,9 +185,13 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
     TileKeys::to_whole_numbers(x, p.rotation, scale[r]);
   }
   if constexpr (BIASED) wait_for_copies();
+  if (threadIdx.x == 0) {
+    TileKeys::LevelsOfCodes::write(key_levels, p.coded >> 31);
+    TileValues::LevelsOfCodes::write(value_levels, p.coded >> 31);
+  }
   __syncthreads();
   TileKeys keys;
-  keys.begin(memory.query, scale);
+  keys.begin(memory.query, scale, key_levels);
   int seen_from[NT], seen_to[NT];
 #pragma unroll
   for (int nt = 0; nt < NT; nt++) {
@@ -199,7 +205,7 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   Softmax<NT, TILE> softmax;
   TileValues values;
   softmax.begin();
-  values.begin();
+  values.begin(value_levels);
   for (; tile < end_tile; tile += WARPS) {
     float score[NT][TOKENS] = {};
     if constexpr (BIASED) {

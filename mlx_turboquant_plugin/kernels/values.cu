@@ -5,6 +5,7 @@
 template <int DIM, int BITS, int NT, int TILE, bool WHOLE_TILES>
 struct Values {
   using V = Layout<DIM, BITS>;
+  using LevelsOfCodes = Levels<BITS>;
   // A lane's tokens, and its words of each. Rows of at most four words leave half of the lanes
   // without one: those take the other half of the fields, where there are.
   static constexpr int TOKENS = TILE / 4;
@@ -14,10 +15,12 @@ struct Values {
   static constexpr int KINDS = SHARED_WORDS ? V::KINDS / 2 : V::KINDS;
   static constexpr int SUMS = WORDS * KINDS * 4;
 
+  LevelsOfCodes levels;
   float sum[SUMS][NT][2];
   unsigned value[V::PLANES][TOKENS][WORDS];
 
-  __device__ void begin() {
+  __device__ void begin(const typename LevelsOfCodes::Memory& table) {
+    levels.read(table);
 #pragma unroll
     for (int i = 0; i < SUMS; i++) {
 #pragma unroll
@@ -136,8 +139,8 @@ struct Values {
         high[t] = merge_bits(x[2 * t] >> 4, x[2 * t + 1], LOW);
       }
       auto look_up_two = [&](int part, const unsigned(&four_codes)[2]) {
-        look_up<BITS>(pick(four_codes[0], four_codes[1], 0x5140), a[0][part], a[1][part]);
-        look_up<BITS>(pick(four_codes[0], four_codes[1], 0x7362), a[2][part], a[3][part]);
+        look_up<BITS>(levels, pick(four_codes[0], four_codes[1], 0x5140), a[0][part], a[1][part]);
+        look_up<BITS>(levels, pick(four_codes[0], four_codes[1], 0x7362), a[2][part], a[3][part]);
       };
       look_up_two(2 * four, low);
       look_up_two(2 * four + 1, high);
