@@ -61,15 +61,16 @@ class Settings:
     """The settings in force for one model.
 
     Args:
-        preset: the preset that the bits started from.
+        preset: the preset that bits and window started from.
         key_bits: bits per number of the compressed keys: one number, or one for each
-            layer of the model.
+            layer of the model. With "lloyd-max", 4 are 5 for one half of the channels and 3 for
+            the other.
         value_bits: the same for the compressed values.
         key_codec: "lloyd-max" or "affine".
         value_codec: "lloyd-max" or "affine".
         window: that many newest tokens, and up to 32 more, stay exact.
         sinks: first tokens that stay exact.
-        balance: weigh key channels by the model's weights before rotating.
+        balance: weigh key channels by what queries and keys are like before rotating.
         invariant: whether results do not depend on how a prompt is cut into chunks, or
             who shares its batch; slower prompts.
         kernel: how attention reads the codes; "auto" is the best there is.
@@ -88,7 +89,7 @@ class Settings:
     value_bits: Union[int, Tuple[int, ...]] = PRESETS["default"]["value_bits"]
     key_codec: str = "lloyd-max"
     value_codec: str = "lloyd-max"
-    window: int = 192
+    window: int = PRESETS["default"]["window"]
     sinks: int = 4
     balance: bool = True
     invariant: bool = False

@@ -47,7 +47,7 @@ def _row(name):
     if any(codec.balance is not None for codec in codecs):
         knows.append("balanced")
     if any(codec.bias is not None for codec in codecs):
-        knows.append("bias apart")
+        knows.append("centred")
     through = f" (through {table.THROUGH[name]})" if name in table.THROUGH else ""
     _, _, others = report.partition("; the others not: ")
     return (

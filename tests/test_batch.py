@@ -190,7 +190,7 @@ def test_left_padded_prompts_as_batchkvcache_takes_them():
     sequences = [Sequence(i) for i in range(3)]
     batch = BatchCompressedKVCache([longest - n for n in lengths])
     for row, alone in zip(batch.rows, [single() for _ in lengths]):
-        row.bind(CODEC, "", "compiled", True)
+        row.bind(CODEC, "", "compiled", True, None)
     padded = []
     for name in ("queries", "keys", "values"):
         rows = [getattr(s, name)[:, :n] for s, n in zip(sequences, lengths)]
@@ -325,7 +325,7 @@ def test_state_round_trip():
     schedule.decode(2)
     schedule.batch = BatchCompressedKVCache.from_state(schedule.batch.state)
     for row in schedule.batch.rows:
-        row.bind(CODEC, "", "compiled", True)
+        row.bind(CODEC, "", "compiled", True, None)
     schedule.decode(5)
     schedule.check()
 

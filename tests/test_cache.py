@@ -217,14 +217,14 @@ def test_kv_bits_are_ignored_with_one_line(caplog):
 
 def test_a_filled_cache_keeps_to_its_layer():
     cache = CompressedKVCache(codec(), VISIBILITY)
-    cache.bind(codec(), "aaaa", "eager", True)
+    cache.bind(codec(), "aaaa", "eager", True, None)
     filled(cache=cache)
     with pytest.raises(ValueError, match="fingerprint aaaa, this one is bbbb"):
-        cache.bind(codec(), "bbbb", "eager", True)
+        cache.bind(codec(), "bbbb", "eager", True, None)
     with pytest.raises(ValueError, match="made for head dim 64, the model has 128"):
-        cache.bind(codec(128), "aaaa", "eager", True)
+        cache.bind(codec(128), "aaaa", "eager", True, None)
     # Other bits are fine: the codes that there are keep their own.
-    cache.bind(codec(key_bits=2), "aaaa", "eager", True)
+    cache.bind(codec(key_bits=2), "aaaa", "eager", True, None)
     assert cache.codec.spec.key_bits == 4
 
 
@@ -257,9 +257,9 @@ def test_saved_and_loaded_caches_go_on_alike(saved):
 def test_a_loaded_cache_without_its_models_bias_can_not_be_read(saved):
     cache = filled(cache=CompressedKVCache(codec(64, True), VISIBILITY))
     (loaded,) = saved(cache)
-    with pytest.raises(ValueError, match="leaves out its model's key bias"):
+    with pytest.raises(ValueError, match="leaves out a bias of the keys"):
         loaded.keys_and_values()
-    loaded.bind(cache.codec, "", "eager", True)
+    loaded.bind(cache.codec, "", "eager", True, None)
     assert same(loaded.keys_and_values(), cache.keys_and_values())
 
 
@@ -276,7 +276,7 @@ def described(**changes):
 @pytest.mark.parametrize(
     "part, value, message",
     [
-        (0, lambda _: "turboquant-kv/9", "format 'turboquant-kv/9', expected 'turboquant-kv/1'"),
+        (0, lambda _: "turboquant-kv/9", "format 'turboquant-kv/9', expected 'turboquant-kv/2'"),
         (0, lambda _: mx.zeros(3), "format unknown"),
         (1, lambda _: "{", "unreadable description"),
         (1, described(codec={"head_dim": 64}), "unreadable description"),
@@ -292,6 +292,9 @@ def described(**changes):
         (6, lambda codes: tuple(x.astype(mx.uint32) for x in codes), "its codes do not have"),
         (7, lambda codes: tuple(x[:, :, :-1] for x in codes), "its codes do not have the shapes"),
         (8, lambda _: mx.ones((3, 1, 64)), "its key balance does not have the shape"),
+        (9, lambda _: mx.zeros((2, 64), mx.int32), "its key order is none"),
+        (9, lambda _: mx.zeros((2, 32), mx.int32), "its key order does not have the shape"),
+        (10, lambda _: mx.ones((3, 64)), "its key bias does not have the shape"),
     ],
 )
 def test_a_damaged_state_is_refused(part, value, message):
@@ -299,8 +302,22 @@ def test_a_damaged_state_is_refused(part, value, message):
         CompressedKVCache.from_state(damaged(filled(), part, value))
 
 
+def old_state(cache, biased=False):
+    """The state of ``cache`` as the first version wrote it."""
+    state = damaged(cache, 1, described(biased=biased))[:9]
+    return ["turboquant-kv/1", *state[1:]]
+
+
+def test_files_of_the_first_version_are_read_if_they_left_out_no_bias():
+    cache = filled()
+    loaded = CompressedKVCache.from_state(old_state(cache))
+    assert same(loaded.keys_and_values(), cache.keys_and_values())
+    with pytest.raises(ValueError, match="an older version left its model's key bias out"):
+        CompressedKVCache.from_state(old_state(cache, biased=True))
+
+
 def test_a_state_of_too_few_parts_is_refused():
-    with pytest.raises(ValueError, match="8 parts, expected 9"):
+    with pytest.raises(ValueError, match="10 parts, expected 11"):
         CompressedKVCache.from_state(filled().state[:-1])
 
 

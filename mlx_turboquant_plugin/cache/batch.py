@@ -182,10 +182,10 @@ class BatchCompressedKVCache(_BaseCache):
             padded.append([mx.pad(x, [(0, 0), (0, 0), (padding, 0), (0, 0)]) for x in pair])
         return tuple(mx.concatenate(arrays) for arrays in zip(*padded))
 
-    def bind(self, codec: KVCodec, fingerprint: str, kernel: str, invariant: bool) -> None:
+    def bind(self, codec: KVCodec, *known: Any) -> None:
         """Adopt what is known about the attention module; see :class:`CompressedKVCache`."""
         for row in self.rows:
-            row.bind(codec, fingerprint, kernel, invariant)
+            row.bind(codec, *known)
 
     def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
         """Expect padding in the next tokens; arguments as in BatchKVCache."""

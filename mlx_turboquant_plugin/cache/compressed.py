@@ -1,11 +1,12 @@
 """The compressed KV cache of one sequence."""
 
 import copy
-from typing import Any, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, _BaseCache, create_attention_mask
 
+from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
 from ..kernels import FUSED, STEADY, encoder
 from ..kernels.dequantize import Tokens
@@ -39,6 +40,7 @@ class CompressedKVCache(_BaseCache):
     Attributes:
         exact_tokens: the sinks and the newest tokens as they are.
         keys, values: these, (B, H, E, D) in the model's dtype.
+        bias: the key bias (H, D) that codes leave out, or None.
         key_codes, value_codes: the codes of the positions first_coded, ..., coded - 1,
             see :class:`KVCodec`.
         offset: the number of tokens seen.
@@ -60,7 +62,7 @@ class CompressedKVCache(_BaseCache):
         self.codec = codec
         self.visibility = visibility
         self.kernel = kernel
-        self.biased = codec is not None and codec.bias is not None
+        self.bias = _bias_of(codec)
         self.fingerprint = ""
         self.attention = None
         self.attending = False
@@ -204,10 +206,10 @@ class CompressedKVCache(_BaseCache):
         return other
 
     def _check_codec(self):
-        if self.biased and self.codec.bias is None:
+        if self.bias is not None and self.codec.bias is None:
             raise ValueError(
-                "this cache was loaded from a file and leaves out its model's key bias: "
-                "run the model it was made with, TURBOQUANT=1, before reading it"
+                "this cache was loaded from a file and leaves out a bias of the keys, turned as "
+                "its model does: run that model, TURBOQUANT=1, before reading it"
             )
 
     def _forget(self, is_step: bool) -> None:
@@ -281,10 +283,20 @@ class CompressedKVCache(_BaseCache):
         """What the newest token sees."""
         return self._view(self.offset - 1)
 
-    def bind(self, codec: KVCodec, fingerprint: str, kernel: str, invariant: bool):
+    def bind(
+        self,
+        codec: KVCodec,
+        fingerprint: str,
+        kernel: str,
+        invariant: bool,
+        place: Callable[[mx.array], KeyBias],
+    ):
         """Adopt what is known about the attention module that uses this cache.
 
         A cache that holds codes, or was saved, keeps the codec that it has.
+
+        Args:
+            place: from a key bias (H, D) to one that turns as this module's keys do.
 
         Raises:
             ValueError: the cache was filled by another model.
@@ -293,11 +305,13 @@ class CompressedKVCache(_BaseCache):
             saved.check_fits(self, codec, fingerprint)
         # Known: filled for this very layer, so what was chosen then still holds.
         known = not self.empty() and self.fingerprint
-        if (self.coded or known) and not codec.makes_the_codes_of(self.codec, self.biased):
-            bias = codec.bias if self.biased else None
-            codec = KVCodec(self.codec.spec, self.codec.balance, bias)
+        if (self.coded or known) and not codec.makes_the_codes_of(self.codec, self.bias):
+            bias = self.codec.bias
+            if bias is None and self.bias is not None:
+                bias = place(self.bias)
+            codec = KVCodec(self.codec.spec, self.codec.balance, bias, self.codec.order)
         self.codec = codec
-        self.biased = codec.bias is not None
+        self.bias = _bias_of(codec)
         self.fingerprint = fingerprint
         self.kernel = kernel
         self.visibility = self.visibility._replace(invariant=invariant)
@@ -396,6 +410,10 @@ class CompressedKVCache(_BaseCache):
     def __deepcopy__(self, memo):
         # Arrays are never written into, so a copy can share them.
         return copy.copy(self)
+
+
+def _bias_of(codec: Optional[KVCodec]) -> Optional[mx.array]:
+    return None if codec is None or codec.bias is None else codec.bias.bias
 
 
 def _own(array: mx.array) -> mx.array:

@@ -12,7 +12,9 @@ from .visibility import Ring, Visibility
 if TYPE_CHECKING:
     from .compressed import CompressedKVCache
 
-FORMAT = "turboquant-kv/1"
+FORMAT = "turboquant-kv/2"
+# The same without the order of the channels and the key bias; read if none was left out.
+OLD_FORMAT, OLD_PARTS = "turboquant-kv/1", 9
 REMEDY = "make the prompt cache again with this version and model"
 
 
@@ -20,9 +22,9 @@ def to_state(cache: "CompressedKVCache") -> tuple:
     """What mlx-lm saves and evaluates: strings, the offset and arrays.
 
     (format, description, fingerprint, offset, keys, values, key codes, value codes,
-    balance); the description is JSON: the codec, the window, the sinks, whether the
-    model's key bias was left out of the codes, a checksum of the rotations, the first
-    position that has codes, and for rotating caches how many tokens they hold.
+    balance, order, bias); the description is JSON: the codec, the window, the sinks, a
+    checksum of the rotations, the first position that has codes, and for rotating caches
+    how many tokens they hold.
     """
     return (
         FORMAT,
@@ -30,7 +32,6 @@ def to_state(cache: "CompressedKVCache") -> tuple:
             cache.codec and cache.codec.spec,
             cache.codec and cache.codec.checksum,
             cache.visibility,
-            cache.biased,
             cache.first_coded,
             cache.ring,
         ),
@@ -41,6 +42,8 @@ def to_state(cache: "CompressedKVCache") -> tuple:
         cache.key_codes,
         cache.value_codes,
         cache.codec and cache.codec.balance,
+        cache.codec and cache.codec.order,
+        cache.bias,
     )
 
 
@@ -52,12 +55,14 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
             fit together.
     """
     found = state[0] if isinstance(state, (list, tuple)) and state else None
-    if found != FORMAT:
+    if found not in (FORMAT, OLD_FORMAT):
         shown = repr(found) if isinstance(found, str) else "unknown"
         raise ValueError(f"prompt cache: format {shown}, expected {FORMAT!r}: {REMEDY}")
-    if len(state) != 9:
-        raise ValueError(f"prompt cache: {len(state)} parts, expected 9: {REMEDY}")
-    _, description, fingerprint, offset, keys, values, key_codes, value_codes, balance = state
+    expected = OLD_PARTS if found == OLD_FORMAT else OLD_PARTS + 2
+    if len(state) != expected:
+        raise ValueError(f"prompt cache: {len(state)} parts, expected {expected}: {REMEDY}")
+    _, description, fingerprint, offset, keys, values, key_codes, value_codes, *known = state
+    balance, order, bias = (*known, None, None)[:3]
     try:
         parts = json.loads(description)
         cache.__init__(**parts["ring"])
@@ -65,12 +70,13 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
         if parts["codec"] is None:
             return
         visibility, first_coded = Visibility(**parts["visibility"]), int(parts["first_coded"])
-        codec = KVCodec(CodecSpec(**parts["codec"]), balance)
-        biased, checksum = parts["biased"], parts["rotation"]
+        codec = KVCodec(CodecSpec(**parts["codec"]), balance, None, order)
+        checksum, left_out = parts["rotation"], parts.get("biased", False)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"prompt cache: unreadable description ({error!r}): {REMEDY}") from error
     _require(checksum == codec.checksum, "its rotation is not the one that this version makes")
-    cache.codec, cache.visibility, cache.biased = codec, visibility, biased
+    _require(not left_out, "an older version left its model's key bias out of it")
+    cache.codec, cache.visibility, cache.bias = codec, visibility, bias
     if keys is None:
         return
     cache.keys, cache.values, cache.offset = keys, values, offset
@@ -101,14 +107,12 @@ def _description(
     spec: Optional[CodecSpec],
     checksum: Optional[int],
     visibility: Visibility,
-    biased: bool,
     first_coded: int,
     ring: Optional[Ring],
 ) -> str:
     parts = {
         "codec": spec and spec._asdict(),
         "visibility": {"window": visibility.window, "sinks": visibility.sinks},
-        "biased": biased,
         "rotation": checksum,
         "first_coded": first_coded,
         "ring": {"max_size": ring.max_size, "keep": ring.keep} if ring else {},
@@ -150,10 +154,20 @@ def _check_arrays(cache: "CompressedKVCache") -> None:
             shape[0], shape[axis] = batch, count
             fits = fits and list(array.shape) == shape and array.dtype == expected.dtype
         _require(fits, "its codes do not have the shapes of its description")
-    balance = cache.codec.balance
+    dims = heads, spec.head_dim
+    for name, x, shape in (
+        ("balance", cache.codec.balance, (heads, 1, spec.head_dim)),
+        ("order", cache.codec.order, dims),
+        ("bias", cache.bias, dims),
+    ):
+        _require(
+            x is None or x.shape == shape,
+            f"its key {name} does not have the shape of its description",
+        )
+    order = cache.codec.order
     _require(
-        balance is None or balance.shape == (heads, 1, spec.head_dim),
-        "its key balance does not have the shape of its description",
+        order is None or (mx.sort(order, axis=-1) == mx.arange(dims[1])).all().item(),
+        "its key order is none",
     )
 
 

@@ -35,7 +35,7 @@ class Visibility(NamedTuple):
         invariant: whether prompts follow the rule of positions.
     """
 
-    window: int = 192
+    window: int = 160
     sinks: int = 4
     invariant: bool = False
 

@@ -94,11 +94,15 @@ class KVCodec:
         self.key_rotation = Rotation(spec.head_dim // spec.segments, spec.seed)
         self.value_rotation = Rotation(spec.value_dim, spec.seed)
 
-    def makes_the_codes_of(self, other: "KVCodec", biased: bool) -> bool:
-        """Whether codes made by ``other``, with the key bias left out or not, are its own."""
-        if self.spec != other.spec or biased != (self.bias is not None):
-            return False
-        return _equal(self.balance, other.balance) and _equal(self.order, other.order)
+    def makes_the_codes_of(self, other: "KVCodec", bias: Optional[mx.array]) -> bool:
+        """Whether codes made by ``other``, which leave out a key bias (H, D), are its own."""
+        own = None if self.bias is None else self.bias.bias
+        return (
+            self.spec == other.spec
+            and _equal(own, bias)
+            and _equal(self.balance, other.balance)
+            and _equal(self.order, other.order)
+        )
 
     @property
     def tables(self) -> Tuple[mx.array, ...]:

@@ -81,5 +81,6 @@ def bind(cache: Union[CompressedKVCache, BatchCompressedKVCache], attention: nn.
         ValueError: it was filled by another model.
     """
     layer = known_layer(attention)
-    cache.bind(layer.codec, layer.fingerprint, layer.kernel, layer.visibility.invariant)
+    invariant = layer.visibility.invariant
+    cache.bind(layer.codec, layer.fingerprint, layer.kernel, invariant, layer.key_bias)
     cache.attention = weakref.ref(attention)

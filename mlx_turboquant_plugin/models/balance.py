@@ -46,24 +46,24 @@ def norm_rms(norm: nn.Module, heads: int, dim: int) -> mx.array:
     return mx.abs(made.astype(mx.float32)).reshape(heads, dim)
 
 
-def balance(key_square: mx.array, query_square: mx.array, rope: Any) -> mx.array:
+def balance(key_rms: mx.array, query_rms: mx.array, rope: Any) -> mx.array:
     """The factors s of a layer.
 
     Args:
-        key_square: mean squares of what is coded of keys, (H, D).
-        query_square: those of queries, (H_q, D).
+        key_rms: root mean squares of what is coded of keys, (H, D).
+        query_rms: those of queries, (H_q, D).
         rope: the rope object; s is equal within each of its pairs, so that it
             commutes with the rotation by position.
 
     Returns:
         fp32 (H, 1, D) with geometric mean 1.
     """
-    keys, queries = _by_pairs(key_square, query_square, rope)
+    keys, queries = _squares(key_rms, query_rms, rope)
     log_s = mx.log(mx.maximum(keys, 1e-20) / mx.maximum(queries, 1e-20)) / 4
     return mx.exp(log_s - mx.mean(log_s, axis=-1, keepdims=True))[:, None]
 
 
-def order(key_square: mx.array, query_square: mx.array, rope: Any) -> mx.array:
+def order(key_rms: mx.array, query_rms: mx.array, rope: Any) -> mx.array:
     """The channels of each KV head by what their errors cost the scores, the dearest first.
 
     With balanced keys the noise of a score is about the sum of sqrt(q_c^2 k_c^2) times the
@@ -75,19 +75,17 @@ def order(key_square: mx.array, query_square: mx.array, rope: Any) -> mx.array:
     Returns:
         int32 (H, D).
     """
-    keys, queries = _by_pairs(key_square, query_square, rope)
+    keys, queries = _squares(key_rms, query_rms, rope)
     # By way of NumPy, whose sort keeps equal channels, those of a pair, side by side.
     cost = np.array(keys * queries)
     return mx.array(np.argsort(-cost, axis=-1, kind="stable").astype(np.int32))
 
 
-def _by_pairs(
-    key_square: mx.array, query_square: mx.array, rope: Any
-) -> Tuple[mx.array, mx.array]:
+def _squares(key_rms: mx.array, query_rms: mx.array, rope: Any) -> Tuple[mx.array, mx.array]:
     """Mean squares of keys, and of the queries of each KV head, (H, D), pooled over pairs."""
-    heads, dim = key_square.shape
-    queries = query_square.reshape(heads, -1, dim).mean(axis=1)
-    return _pooled(key_square, rope), _pooled(queries, rope)
+    heads, dim = key_rms.shape
+    queries = (query_rms**2).reshape(heads, -1, dim).mean(axis=1)
+    return _pooled(key_rms**2, rope), _pooled(queries, rope)
 
 
 def _pooled(square: mx.array, rope: Any) -> mx.array:

@@ -36,6 +36,11 @@ class Layer:
     norm: Optional[nn.Module]
     statistics: Optional[Statistics]
     weights: Tuple[Any, ...]
+    rope: Any
+
+    def key_bias(self, bias: mx.array) -> KeyBias:
+        """A bias (H, D) of this layer's keys."""
+        return KeyBias(bias, self.rope)
 
 
 _layers: Dict[int, Tuple[weakref.ref, Layer]] = {}
@@ -118,12 +123,12 @@ def _read_layer(
     )
     if not compiling.problem() and not exact:
         compiling.prepare(json.dumps(spec))
-    squares, bias = _squares_and_bias(
+    rms, bias = _rms_and_bias(
         family, attention, norm, projections, head_dim, statistics
     )
     rope = None if family.dims else getattr(attention, family.rope, None)
-    factors = balance(*squares, rope) if squares and settings.balance else None
-    channels = order(*squares, rope) if squares and spec.segments > 1 else None
+    factors = balance(*rms, rope) if rms and settings.balance else None
+    channels = order(*rms, rope) if rms and spec.segments > 1 else None
     mx.eval([x for x in (factors, channels) if x is not None])
     linear = projections[min(1, len(projections) - 1)].linear
     return Layer(
@@ -136,6 +141,7 @@ def _read_layer(
         norm,
         statistics,
         replaceable(attention),
+        rope,
     )
 
 
@@ -163,7 +169,7 @@ def _key_codec(settings: Settings, head_dim: int) -> str:
     return settings.key_codec
 
 
-def _squares_and_bias(
+def _rms_and_bias(
     family: Family,
     attention: nn.Module,
     norm: Optional[nn.Module],
@@ -171,13 +177,14 @@ def _squares_and_bias(
     head_dim: int,
     statistics: Optional[Statistics],
 ) -> Tuple[Optional[Tuple[mx.array, mx.array]], Optional[KeyBias]]:
-    """Mean squares of what is coded of keys, (H, D), and of queries, (H_q, D), and the bias of
-    the keys, where there are any."""
+    """Root mean squares of what is coded of keys, (H, D), and of queries, (H_q, D), and the bias
+    of the keys, where there are any."""
     heads, kv_heads = family.head_counts(attention)
     rope = getattr(attention, family.rope, None)
     if statistics is not None and (statistics.mean is not None or family.dims):
         mean = statistics.mean
-        return statistics[1:], None if mean is None else KeyBias(mean, rope)
+        rms = tuple(map(mx.sqrt, statistics[1:]))
+        return rms, None if mean is None else KeyBias(mean, rope)
     if family.dims:
         return None, None
     query_norm, key_norm = (getattr(attention, name, None) for name in family.head_norms)
@@ -194,4 +201,4 @@ def _squares_and_bias(
                 projection_rms(keys, norm, kv_heads),
                 projection_rms(queries, norm, heads, biased=True),
             )
-    return rms and tuple(x**2 for x in rms), bias
+    return rms, bias

@@ -82,6 +82,8 @@ def compress(model: Any, caches: List[Any]) -> List[Any]:
     if count == 0:
         return _leave(identity, caches, reasons[0] if reasons else "it has no layers")
     text = f"{_name(identity)}: {count} of {len(layers)} layers compressed, {_bits(chosen)}"
+    if chosen.bypass != "identity" and not any(known):
+        text += "; keys go by the weights alone, since the model could not be run by itself"
     if reasons:
         text += f"; the others not: {reasons[0]}"
     if identity not in _reports:
@@ -171,9 +173,10 @@ def _name(identity: settings.ModelIdentity) -> str:
 def _bits(chosen: settings.Settings) -> str:
     if chosen.bypass:
         return f"bypass {chosen.bypass}"
+    cut = (chosen.key_codec, chosen.key_bits) == ("lloyd-max", 4)
     prompts = "read what decoding reads" if chosen.invariant else "read their own chunk exactly"
     return (
-        f"keys {chosen.key_bits} bits {chosen.key_codec}, "
+        f"keys {chosen.key_bits} bits {'in segments of 5 and 3' if cut else chosen.key_codec}, "
         f"values {chosen.value_bits} bits {chosen.value_codec}, "
         f"window {chosen.window}, sinks {chosen.sinks}, prompts {prompts}"
     )

@@ -1,0 +1,217 @@
+"""What is measured of a model before its first cache: when, how often, and what it is for."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import tiny
+import tiny_models
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+import mlx_turboquant_plugin
+from mlx_turboquant_plugin.codecs.key_bias import RotaryTable
+from mlx_turboquant_plugin.models import calibration, prompt_cache
+from mlx_turboquant_plugin.models import layer as layer_module
+from mlx_turboquant_plugin.models.calibration import statistics_of
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration, "_measured", {})
+    mlx_turboquant_plugin.enable()
+    return tmp_path / "mlx_turboquant"
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How often models are measured."""
+    made, measure = [], calibration._measure
+
+    def counted(*args):
+        made.append(args)
+        return measure(*args)
+
+    monkeypatch.setattr(calibration, "_measure", counted)
+    return made
+
+
+def forget():
+    calibration._measured.clear()
+
+
+def model_of(name="tiny-qwen2"):
+    return tiny.load(name)[0]
+
+
+def measured(model):
+    return statistics_of(model, model.layers, [KVCache() for _ in model.layers])
+
+
+def test_statistics_are_those_of_the_keys_and_queries_of_the_pass():
+    model = model_of()
+    seen = {}
+    inner = calibration._summary
+
+    def summary(attention, keys, queries):
+        seen[id(attention)] = keys, queries
+        return inner(attention, keys, queries)
+
+    calibration._summary = summary
+    try:
+        found = measured(model)
+    finally:
+        calibration._summary = inner
+    for layer, one in zip(model.layers, found):
+        attention = layer.self_attn
+        keys, queries = seen[id(attention)]
+        assert keys.shape[2] == queries.shape[2] == calibration.TOKENS
+        turned = mx.stack(
+            [attention.rope(one.mean[None, :, None], offset=t)[0, :, 0] for t in range(64)], axis=1
+        )
+        rest = keys[0, :, 4:].astype(mx.float32) - turned[:, 4:]
+        # The mean is what leaves the least; and it is most of what there is, with such biases.
+        pooled = mx.mean(rest**2, axis=(1, 2))
+        np.testing.assert_allclose(pooled, mx.mean(one.key_square, axis=1), rtol=1e-3)
+        square = mx.mean(queries[0, :, 4:].astype(mx.float32) ** 2, axis=1)
+        np.testing.assert_allclose(one.query_square, square, rtol=1e-4)
+
+
+@pytest.mark.parametrize("traditional", [False, True])
+@pytest.mark.parametrize("dims", [64, 32])
+def test_vectors_turned_back_are_those_before_rope(dims, traditional):
+    rope = nn.RoPE(dims, traditional=traditional)
+    x = mx.random.normal((1, 2, 70, 64))
+    np.testing.assert_allclose(RotaryTable(rope, 64).turned_back(rope(x)), x, atol=1e-4)
+
+
+def test_a_model_is_measured_once_in_a_process_and_once_on_a_machine(passes, folder):
+    model = model_of()
+    first = measured(model)
+    assert measured(model) is not None and len(passes) == 1
+    forget()
+    again = measured(model)
+    assert len(passes) == 1
+    for a, b in zip(first, again):
+        assert all(mx.array_equal(x, y) for x, y in zip(a, b))
+    assert [path.suffix for path in folder.iterdir()] == [".safetensors"]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 2**20
+
+
+def test_another_models_statistics_are_not_taken(passes):
+    measured(model_of("tiny-llama"))
+    forget()
+    measured(model_of("tiny-qwen2"))
+    forget()
+    other = tiny_models.build("qwen2")
+    measured(other)
+    forget()
+    other.layers[0].self_attn.k_proj.weight = other.layers[0].self_attn.k_proj.weight * 1.01
+    measured(other)
+    assert len(passes) == 4
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "nan", "layers"])
+def test_a_damaged_file_is_measured_again_and_written_anew(damage, passes, folder):
+    model = model_of()
+    measured(model)
+    [path] = folder.iterdir()
+    whole = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "foreign":
+        mx.save_safetensors(str(path), {"weight": mx.zeros(3)})
+    else:
+        arrays, metadata = mx.load(str(path), return_metadata=True)
+        if damage == "nan":
+            arrays["0.key_square"] = arrays["0.key_square"] * float("nan")
+        else:
+            metadata["layers"] = "1"
+        mx.save_safetensors(str(path), arrays, metadata)
+    forget()
+    measured(model)
+    assert len(passes) == 2
+    forget()
+    measured(model)
+    assert len(passes) == 2
+
+
+def test_a_folder_that_can_not_be_written_costs_the_repetition_only(passes, folder, monkeypatch):
+    folder.parent.joinpath("mlx_turboquant").write_text("not a folder")
+    model = model_of()
+    for _ in range(2):
+        forget()
+        assert all(measured(model))
+    assert len(passes) == 2
+
+
+def test_parts_of_a_distributed_model_are_measured_by_all_processes_alike(passes, monkeypatch, folder):
+    monkeypatch.setenv("MLX_RANK", "1")
+    model = model_of()
+    for _ in range(2):
+        forget()
+        measured(model)
+    assert len(passes) == 2 and not folder.exists()
+
+
+def test_a_model_that_can_not_be_run_alone_goes_by_its_weights_and_status_says_so(monkeypatch):
+    def refuses(*args, **kwargs):
+        raise TypeError("it wants pictures, too")
+
+    model = model_of()
+    monkeypatch.setattr(type(model), "__call__", refuses)
+    caches = make_prompt_cache(model)
+    assert all(cache.codec.bias is not None for cache in caches)  # The model's own.
+    bias = model.layers[0].self_attn.k_proj.bias.astype(mx.float32)
+    assert mx.array_equal(caches[0].codec.bias.bias.flatten(), bias)
+    [line] = mlx_turboquant_plugin.status().models
+    assert line.endswith("keys go by the weights alone, since the model could not be run by itself")
+
+
+def test_the_pass_leaves_no_trace_in_the_model_and_its_caches():
+    model = model_of()
+    tokens = mx.array([[3, 1, 4, 1, 5]])
+    before = model(tokens)
+    caches = make_prompt_cache(model)
+    assert all(cache.empty() for cache in caches)
+    assert mx.array_equal(model(tokens), before)
+
+
+# What it is for.
+
+
+def planted():
+    """A tiny Llama whose keys have a large mean before RoPE and channels of unequal weight."""
+    model = tiny_models.build("llama")
+    mx.random.seed(5)
+    embedding = model.model.embed_tokens
+    embedding.weight = embedding.weight + mx.random.normal(embedding.weight.shape[1:])
+    for layer in model.layers:
+        attention = layer.self_attn
+        # Equal in both channels of a pair of RoPE.
+        spread = mx.tile(mx.exp(1.2 * mx.random.normal((16,))), 2)
+        for name in ("q_proj", "k_proj"):
+            weight = attention[name].weight
+            heads = weight.shape[0] // 32
+            attention[name].weight = weight * mx.tile(spread, heads)[:, None]
+            attention[name].pop("bias", None)
+    mx.eval(model.parameters())
+    return model
+
+
+def test_a_planted_mean_and_unequal_channels_cost_little(monkeypatch):
+    tokens = mx.random.randint(0, 64, (1, 500), key=mx.random.key(3))
+    lost = []
+    for old in (False, True):
+        if old:
+            # What the codec was before.
+            nothing = lambda model, layers, caches: [None] * len(layers)  # noqa: E731
+            monkeypatch.setattr(prompt_cache, "statistics_of", nothing)
+            monkeypatch.setattr(layer_module, "_key_codec", lambda chosen, dim: chosen.key_codec)
+        model = planted()
+        mlx_turboquant_plugin.disable()
+        exact, _ = tiny.logits(model, tokens)
+        mlx_turboquant_plugin.enable(invariant=True, value_codec="affine", value_bits=8)
+        made, _ = tiny.logits(model, tokens)
+        lost.append(tiny.mean_kl(exact[:, 200:], made[:, 200:]))
+    assert lost[0] < lost[1] / 5
