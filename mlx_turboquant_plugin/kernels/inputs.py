@@ -100,6 +100,7 @@ def inverse_array(rotation: Rotation) -> mx.array:
 
 
 def pair_layout(table: RotaryTable) -> PairLayout:
+    """Where the pairs are that ``table`` has the angles of."""
     pairs = table.dims // 2
     return PairLayout(pairs, 2, 1) if table.traditional else PairLayout(pairs, 1, pairs)
 
