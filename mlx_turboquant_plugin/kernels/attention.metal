@@ -38,8 +38,7 @@ METAL_FUNC void load_wide(device const T* from, thread float (&to)[COUNT]) {
 
 // Queries as codes are multiplied by them, [channel][row]: times the balance, sorted, and their
 // segments rotated. All threads take part. `scratch`: D * ROWS numbers.
-template <
-    int D, int SEGMENTS, int ROWS, int SIMDS, bool BALANCED, bool SORTED, typename T>
+template <int D, int SEGMENTS, int ROWS, int SIMDS, bool BALANCED, bool SORTED, typename T>
 METAL_FUNC void rotate_queries(
     device const T* queries, int present, float scale, device const float* balance,
     device const int* order, device const float* rotation, threadgroup float* rotated,
@@ -157,12 +156,8 @@ METAL_FUNC void add_bias(
 //     their own for both would be too many registers.
 template <int D, int BITS, int SEGMENTS, bool AFFINE, int ROWS>
 METAL_FUNC void multiply_keys(
-    threadgroup const float* queries,
-    threadgroup const float* levels,
-    Planes planes,
-    thread const float (&sizes)[SEGMENTS][4],
-    int stride,
-    int count,
+    threadgroup const float* queries, threadgroup const float* levels, Planes planes,
+    thread const float (&sizes)[SEGMENTS][4], int stride, int count,
     thread float (&products)[4][ROWS]) {
   using Byte = Fields<BITS, SEGMENTS>;
   constexpr int FIELDS = Byte::COUNT;
@@ -212,15 +207,9 @@ METAL_FUNC void multiply_keys(
 //   query_sums: of the rows, for affine codes.
 template <int D, int BITS, int SEGMENTS, bool AFFINE, int ROWS, typename Scale>
 METAL_FUNC void score_codes(
-    threadgroup const float* queries,
-    threadgroup const float* query_sums,
-    threadgroup const float* levels,
-    Planes planes,
-    device const Scale* scales,
-    device const Scale* zeros,
-    int stride,
-    int count,
-    thread float (&scores)[4][ROWS]) {
+    threadgroup const float* queries, threadgroup const float* query_sums,
+    threadgroup const float* levels, Planes planes, device const Scale* scales,
+    device const Scale* zeros, int stride, int count, thread float (&scores)[4][ROWS]) {
   float sizes[SEGMENTS][4];
   UNROLL
   for (int k = 0; k < 4; k++) {

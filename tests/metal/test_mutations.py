@@ -25,6 +25,24 @@ MUTATIONS = [
         "\nconst int rotary",
     ),
     (
+        "no barrier between the queries and their rotation by a matrix",
+        "attention",
+        BARRIER + "  for (int c = thread_index",
+        "  for (int c = thread_index",
+    ),
+    (
+        "no barrier between the turned pairs of a bias and their use",
+        "attention",
+        SIMD_BARRIER + "  for (int f = 0; f < 2 * rotary",
+        "  for (int f = 0; f < 2 * rotary",
+    ),
+    (
+        "no barrier between the pairs of a bias and the weights",
+        "attention",
+        SIMD_BARRIER + "}\n\n// Products",
+        "}\n\n// Products",
+    ),
+    (
         "no barrier between the simdgroups' sums and their merge",
         "decode",
         BARRIER + "device float* own_partial",
