@@ -1,7 +1,6 @@
 """What ``bias.cu`` needs to know of rotary positions."""
 
 from typing import List, Tuple
-from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -29,11 +28,8 @@ def bias_arrays(bias: KeyBias, first_coded: int, end: int, tile: int) -> List[mx
     return [bias.bias, middles, *table.coarse, waves, int_array(first_coded)]
 
 
-_made: "WeakKeyDictionary[RotaryTable, dict]" = WeakKeyDictionary()
-
-
 def _tables(table: RotaryTable, tile: int) -> Tuple[mx.array, mx.array]:
-    made = _made.setdefault(table, {})
+    made = table.derived
     if tile not in made:
         made[tile] = _middles(table), _waves(table, tile)
         mx.eval(made[tile])
