@@ -95,17 +95,19 @@ def test_bytes_are_those_of_every_array(measure):
     per_token = 4 * 2 * 2 * 128 * 2
     assert stock == 1280 * per_token
     # Twice 33 tokens are decoded: one turn, and one before to warm up. The newest, 1065, reads
-    # those before 864 as codes, and after a trim of 16 those before 832.
-    length, coded, exact_from = tokens + 66, 864, 832
-    codes = 4 * 2 * coded * (128 * 4 // 8 + 1 + 128 * 3 // 8 + 1)
+    # those before 896 as codes, and after a trim of 16 those before 864.
+    length, coded, exact_from = tokens + 66, 896, 864
+    codes = 4 * 2 * coded * (128 * 4 // 8 + 2 + 128 * 4 // 8 + 1)
     exact = (4 + length - exact_from) * per_token
-    tables = 128 * 4 + 4 * (2 * 128 * 4)
+    with compressed():
+        caches = compressed_prompt_cache(tiny.load("tiny-qwen3")[0])
+    tables = table_bytes(caches)
     ours = rows["decode", tokens, 1, "bfloat16", "compressed"]["cache_bytes"]
     assert ours == codes + exact + tables
     # The exact keys and values that it was filled with are gone.
     assert rows["decode", tokens, 1, "bfloat16", "compressed"]["peak_bytes"] < stock
     batch = rows["decode", tokens, 3, "bfloat16", "compressed"]["cache_bytes"]
-    assert batch >= 3 * codes + 3 * (4 + 192) * per_token + tables
+    assert batch >= 3 * codes + 3 * (4 + 160) * per_token + tables
 
 
 def test_tables_are_counted_once():
@@ -115,8 +117,11 @@ def test_tables_are_counted_once():
     codecs = [cache.codec for cache in caches]
     rotary = codecs[0].bias.table
     assert all(codec.bias.table is rotary for codec in codecs)
-    shared = sum(array.nbytes for array in rotary.arrays) + codecs[0].key_rotation.array.nbytes
-    own = sum(x.nbytes for codec in codecs for x in (codec.balance, *codec.bias.arrays))
+    rotations = codecs[0].key_rotation.array, codecs[0].value_rotation.array
+    shared = sum(array.nbytes for array in (*rotary.arrays, *rotations))
+    own = sum(
+        x.nbytes for codec in codecs for x in (codec.balance, codec.order, *codec.bias.arrays)
+    )
     assert table_bytes(caches) == shared + own
     assert table_bytes([KVCache()]) == 0
 

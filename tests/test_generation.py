@@ -239,13 +239,13 @@ def test_one_of_two_models_is_opted_out(caplog):
 
 def test_settings_of_one_model(tmp_path):
     path = tmp_path / "turboquant.toml"
-    path.write_text('[turboquant.models.llama]\nkey_bits = 2\n\n[turboquant.models.qwen3]\npreset = "quality"\n')
+    path.write_text('[turboquant.models.llama]\nkey_bits = 2\n\n[turboquant.models.qwen3]\npreset = "small"\n')
     mlx_turboquant_plugin.enable(config=str(path))
     bits = {}
     for name in tiny.PATHS:
         spec = mlx_lm_cache.make_prompt_cache(tiny.load(name)[0])[0].codec.spec
         bits[name] = spec.key_bits, spec.value_bits
-    assert bits == {"tiny-llama": (2, 3), "tiny-qwen2": (4, 3), "tiny-qwen3": (4, 4)}
+    assert bits == {"tiny-llama": (2, 4), "tiny-qwen2": (4, 4), "tiny-qwen3": (4, 2)}
 
 
 def test_bits_of_single_layers(caplog):
