@@ -7,11 +7,14 @@ import pytest
 import tiny
 import tiny_models
 from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.tuner.lora import LoRALinear
 
 import mlx_turboquant_plugin
+from mlx_turboquant_plugin.cache import CompressedKVCache
 from mlx_turboquant_plugin.codecs.key_bias import RotaryTable
-from mlx_turboquant_plugin.models import calibration, prompt_cache
+from mlx_turboquant_plugin.models import calibration, calibration_file, prompt_cache
 from mlx_turboquant_plugin.models import layer as layer_module
+from mlx_turboquant_plugin.models.balance import balance
 from mlx_turboquant_plugin.models.calibration import statistics_of
 
 
@@ -165,7 +168,7 @@ def test_a_model_that_can_not_be_run_alone_goes_by_its_weights_and_status_says_s
     bias = model.layers[0].self_attn.k_proj.bias.astype(mx.float32)
     assert mx.array_equal(caches[0].codec.bias.bias.flatten(), bias)
     [line] = mlx_turboquant_plugin.status().models
-    assert line.endswith("keys go by the weights alone, since the model could not be run by itself")
+    assert line.endswith("keys go by the weights alone, since it could not be measured")
 
 
 def test_the_pass_leaves_no_trace_in_the_model_and_its_caches():
@@ -207,7 +210,7 @@ def test_a_planted_mean_and_unequal_channels_cost_little(monkeypatch):
             # What the codec was before.
             nothing = lambda model, layers, caches: [None] * len(layers)  # noqa: E731
             monkeypatch.setattr(prompt_cache, "statistics_of", nothing)
-            monkeypatch.setattr(layer_module, "_key_codec", lambda chosen, dim: chosen.key_codec)
+            monkeypatch.setattr(layer_module, "key_codec", lambda chosen, dim: chosen.key_codec)
         model = planted()
         mlx_turboquant_plugin.disable()
         exact, _ = tiny.logits(model, tokens)
@@ -215,3 +218,80 @@ def test_a_planted_mean_and_unequal_channels_cost_little(monkeypatch):
         made, _ = tiny.logits(model, tokens)
         lost.append(tiny.mean_kl(exact[:, 200:], made[:, 200:]))
     assert lost[0] < lost[1] / 5
+
+
+def test_no_home_and_no_right_to_read_cost_the_repetition_only(passes, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(calibration_file.Path, "home", no_home)
+    model = model_of()
+    for _ in range(2):
+        forget()
+        assert all(measured(model))
+    assert len(passes) == 2
+
+
+def test_parts_of_a_distributed_model_do_not_go_by_their_clocks(monkeypatch):
+    monkeypatch.setattr(calibration, "ENOUGH", -1)
+    model = model_of()
+    caches = [KVCache() for _ in model.layers]
+    attentions = [layer.self_attn for layer in model.layers]
+    assert not calibration._measure(model, attentions, caches)[1]
+    monkeypatch.setenv("MLX_RANK", "0")
+    assert calibration._measure(model, attentions, caches)[1]
+
+
+def test_a_hurried_pass_is_not_kept(passes, monkeypatch, folder):
+    monkeypatch.setattr(calibration, "ENOUGH", -1)
+    assert all(measured(model_of()))
+    assert not folder.exists()
+
+
+def test_tokens_are_those_of_the_vocabulary_where_positions_are_embedded_too():
+    model = tiny_models.build("gpt2")
+    assert calibration._tokens(model).max().item() < 64
+
+
+def test_adapters_and_biases_make_another_model(passes):
+    model = tiny_models.build("qwen2")
+    measured(model)
+    attention = model.layers[0].self_attn
+    attention.k_proj.bias = -3 * attention.k_proj.bias
+    measured(model)
+    forget()
+    measured(model)
+    assert len(passes) == 2
+    attention.q_proj = LoRALinear.from_base(attention.q_proj)
+    measured(model)
+    assert len(passes) == 3
+    attention.q_proj.lora_b = mx.random.normal(attention.q_proj.lora_b.shape)
+    measured(model)
+    forget()
+    measured(model)
+    assert len(passes) == 4
+
+
+def test_where_the_mean_can_not_be_turned_far_out_the_weights_have_to_do():
+    class Folding(nn.RoPE):
+        def __call__(self, x, offset=0):
+            far = isinstance(offset, int) and offset > 32768
+            return super().__call__(x, offset // 2 if far else offset)
+
+    model = tiny_models.build("llama")
+    for layer in model.layers:
+        layer.self_attn.rope = Folding(layer.self_attn.rope.dims)
+        layer.self_attn.k_proj.pop("bias", None)
+    caches = make_prompt_cache(model)
+    assert all(isinstance(cache, CompressedKVCache) for cache in caches)
+    assert all(cache.codec.bias is None for cache in caches)
+
+
+def test_a_channel_that_was_silent_is_heard_later():
+    """Balance is no smaller than the fourth root of 1e-5 where the pass saw nothing."""
+    keys, queries = mx.ones((1, 64)), mx.ones((2, 64))
+    keys[0, 3] = 0
+    s = np.array(balance(keys, queries, None))
+    assert s.min() > 0.9 * 1e-5**0.25

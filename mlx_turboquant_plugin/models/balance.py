@@ -58,8 +58,8 @@ def balance(key_rms: mx.array, query_rms: mx.array, rope: Any) -> mx.array:
     Returns:
         fp32 (H, 1, D) with geometric mean 1.
     """
-    keys, queries = _squares(key_rms, query_rms, rope)
-    log_s = mx.log(mx.maximum(keys, 1e-20) / mx.maximum(queries, 1e-20)) / 4
+    keys, queries = map(_floored, _squares(key_rms, query_rms, rope))
+    log_s = mx.log(keys / queries) / 4
     return mx.exp(log_s - mx.mean(log_s, axis=-1, keepdims=True))[:, None]
 
 
@@ -79,6 +79,11 @@ def order(key_rms: mx.array, query_rms: mx.array, rope: Any) -> mx.array:
     # By way of NumPy, whose sort keeps equal channels, those of a pair, side by side.
     cost = np.array(keys * queries)
     return mx.array(np.argsort(-cost, axis=-1, kind="stable").astype(np.int32))
+
+
+def _floored(square: mx.array) -> mx.array:
+    """Mean squares (H, D), none far below the others: what was silent may be heard later."""
+    return mx.maximum(square, 1e-5 * mx.mean(square, axis=-1, keepdims=True) + 1e-20)
 
 
 def _squares(key_rms: mx.array, query_rms: mx.array, rope: Any) -> Tuple[mx.array, mx.array]:

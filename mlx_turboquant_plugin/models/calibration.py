@@ -14,15 +14,15 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
 from ..cache.observed import ObservedKVCache
-from ..codecs.key_bias import RotaryTable
+from ..codecs.key_bias import KeyBias, RotaryTable
 from ..log import logger
 from . import calibration_file
 from .calibration_file import Statistics
 from .family import attention_of, family_of
-from .layer import replaceable
 
 TOKENS, CHUNK = 64, 16
 # A CPU can be so slow that fewer must do, in seconds.
@@ -53,19 +53,18 @@ def statistics_of(
     fingerprint = calibration_file.fingerprint(model, attentions)
     found = None if _distributed() else calibration_file.load(fingerprint, len(layers))
     if found is None:
+        found, whole = [None] * len(layers), False
         try:
-            found = _measure(model, attentions, caches)
+            found, whole = _measure(model, attentions, caches)
         except Exception as error:  # Whatever a model does when it is run in an unusual way.
             logger.info("not calibrated: %s: %s", type(error).__name__, error)
-            found = [None] * len(layers)
-        else:
-            if not _distributed():
-                calibration_file.save(fingerprint, found)
+        if whole and any(found) and not _distributed():
+            calibration_file.save(fingerprint, found)
     for attention, statistics in zip(attentions, found):
         if attention is not None:
             key = id(attention)
             reference = weakref.ref(attention, lambda _, key=key: _measured.pop(key, None))
-            _measured[key] = reference, replaceable(attention), statistics
+            _measured[key] = reference, _leaves(attention), statistics
     return found
 
 
@@ -74,9 +73,14 @@ def _known(attention: Optional[nn.Module]) -> Tuple[bool, Optional[Statistics]]:
     if attention is None:
         return True, None
     reference, weights, statistics = _measured.get(id(attention), (None, (), None))
-    now = replaceable(attention)
+    now = _leaves(attention)
     same = len(now) == len(weights) and all(a is b for a, b in zip(now, weights))
     return reference is not None and reference() is attention and same, statistics
+
+
+def _leaves(attention: nn.Module) -> Tuple[mx.array, ...]:
+    """All its weights, those of adapters too."""
+    return tuple(x for _, x in tree_flatten(attention.parameters()))
 
 
 def _distributed() -> bool:
@@ -86,30 +90,34 @@ def _distributed() -> bool:
 
 def _measure(
     model: nn.Module, attentions: Sequence[Any], caches: Sequence[Any]
-) -> List[Optional[Statistics]]:
+) -> Tuple[List[Optional[Statistics]], bool]:
+    """The statistics of each layer, and whether all tokens were used."""
     observed = [_observed(cache) for cache in caches]
     tokens, begin = _tokens(model), time.monotonic()
     for start in range(0, TOKENS, CHUNK):
         model(tokens[:, start : start + CHUNK], cache=observed)
         mx.eval([cache.state for cache in observed])
-        if time.monotonic() - begin > ENOUGH:
+        # Clocks differ, and all parts of a model must do the same.
+        if time.monotonic() - begin > ENOUGH and not _distributed():
             break
     found = [
         None if attention is None else _summary(attention, *_seen(cache))
         for attention, cache in zip(attentions, observed)
     ]
     mx.eval([x for statistics in found if statistics for x in statistics if x is not None])
-    return [statistics if statistics and statistics.usable() else None for statistics in found]
+    whole = start + CHUNK >= TOKENS
+    return [one if one and one.usable() else None for one in found], whole
 
 
 def _tokens(model: nn.Module) -> mx.array:
-    """Random tokens, (1, TOKENS), without the rare ones at both ends of a vocabulary."""
-    kinds = nn.Embedding, nn.QuantizedEmbedding
-    sizes = [m.weight.shape[0] for _, m in model.named_modules() if isinstance(m, kinds)]
+    """Random tokens, (1, TOKENS)."""
+    embeddings = (m for _, m in model.named_modules() if isinstance(m, calibration_file.EMBEDDINGS))
+    sizes = [module.weight.shape[0] for module in embeddings]
     if not sizes:
         raise ValueError("it has no embedding of tokens")
-    size = max(sizes)
-    chosen = np.random.default_rng(SEED).integers(size // 100, max(size * 9 // 10, 1), TOKENS)
+    # Positions may be embedded, too: a token that is too large would be read from anywhere.
+    size = min(getattr(getattr(model, "args", None), "vocab_size", min(sizes)), max(sizes))
+    chosen = np.random.default_rng(SEED).integers(0, size, TOKENS)
     return mx.array(chosen.astype(np.int32))[None]
 
 
@@ -133,15 +141,14 @@ def _summary(
     if keys is None or queries is None:
         return None
     keys, queries = (x.astype(mx.float32) for x in (keys, queries))
-    mean = None
     try:
-        keys = RotaryTable(_rope_of(attention), keys.shape[-1]).turned_back(keys)
+        rope = _rope_of(attention)
+        turned_back = RotaryTable(rope, keys.shape[-1]).turned_back(keys)[0, :, SKIPPED:]
+        mean, square = mx.mean(turned_back, axis=1), mx.var(turned_back, axis=1)
+        KeyBias(mean, rope)
     except (TypeError, ValueError):
         # Its angles depend on more than the position: no mean is the same for all positions.
-        square = mx.mean(keys[0, :, SKIPPED:] ** 2, axis=1)
-    else:
-        mean = mx.mean(keys[0, :, SKIPPED:], axis=1)
-        square = mx.var(keys[0, :, SKIPPED:], axis=1)
+        mean, square = None, mx.mean(keys[0, :, SKIPPED:] ** 2, axis=1)
     return Statistics(mean, square, mx.mean(queries[0, :, SKIPPED:] ** 2, axis=1))
 
 

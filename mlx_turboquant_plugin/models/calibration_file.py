@@ -18,6 +18,9 @@ from ..log import logger
 
 FORMAT = "turboquant-statistics/1"
 FOLDER = "mlx_turboquant"
+EMBEDDINGS = nn.Embedding, nn.QuantizedEmbedding
+# Of a matrix, for the fingerprint.
+ROWS = 8
 
 
 class Statistics(NamedTuple):
@@ -43,27 +46,33 @@ class Statistics(NamedTuple):
 
 
 def fingerprint(model: nn.Module, attentions: Sequence[Optional[nn.Module]]) -> str:
-    """What tells a model from others: all shapes and dtypes, and some of its keys' weights."""
+    """What tells a model from others: all shapes and dtypes, and what its keys depend on most.
+
+    Of the attentions all vectors (biases, norms) and some rows of all matrices count, of the
+    other weights some rows of the embeddings.
+    """
     digest = hashlib.sha256(FORMAT.encode())
     for name, x in tree_flatten(model.parameters()):
         digest.update(f"{name} {x.shape} {x.dtype};".encode())
-    for attention in attentions:
-        for name, x in tree_flatten(attention.parameters()) if attention else ():
-            if name.endswith("weight") and x.ndim > 1:
-                digest.update(bytes(x[:1].view(mx.uint8)))
+    modules = [module for _, module in model.named_modules() if isinstance(module, EMBEDDINGS)]
+    for module in (*modules, *filter(None, attentions)):
+        for _, x in tree_flatten(module.parameters()):
+            some = x.flatten() if x.ndim < 2 else x[:: max(1, x.shape[0] // ROWS)]
+            digest.update(bytes(mx.contiguous(some).view(mx.uint8)))
     return digest.hexdigest()[:32]
 
 
 def load(key: str, count: int) -> Optional[List[Optional[Statistics]]]:
     """The statistics of the ``count`` layers of the model with this fingerprint, or None."""
-    path = _path(key)
     try:
+        path = _path(key)
+        if not os.path.exists(path):
+            return None
         arrays, metadata = mx.load(str(path), return_metadata=True)
         found = [_layer(arrays, index) for index in range(count)]
         mx.eval(arrays)
-    except Exception as error:  # MLX raises several kinds for a damaged file.
-        if path.exists():
-            logger.info("%s is not used: %s", path, error)
+    except Exception as error:  # No home, or a damaged file: MLX raises several kinds.
+        logger.info("statistics are not read: %s", error)
         return None
     fits = metadata.get("format") == FORMAT and metadata.get("layers") == str(count)
     if not fits or not all(one.usable() for one in found if one is not None):
@@ -79,7 +88,6 @@ def _layer(arrays, index: int) -> Optional[Statistics]:
 
 def save(key: str, statistics: Sequence[Optional[Statistics]]) -> None:
     """Keep what was measured, whole or not at all."""
-    path = _path(key)
     arrays = {
         f"{index}.{name}": x
         for index, one in enumerate(statistics)
@@ -88,6 +96,7 @@ def save(key: str, statistics: Sequence[Optional[Statistics]]) -> None:
     }
     metadata = {"format": FORMAT, "layers": str(len(statistics))}
     try:
+        path = _path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".safetensors")
         os.close(handle)
@@ -98,7 +107,7 @@ def save(key: str, statistics: Sequence[Optional[Statistics]]) -> None:
             os.unlink(name)
             raise
     except Exception as error:  # A read-only or full disk costs the repetition only.
-        logger.info("%s is not written: %s", path, error)
+        logger.info("statistics are not kept: %s", error)
 
 
 def _path(key: str) -> Path:

@@ -68,13 +68,14 @@ def known_layer(
     reference, layer = _layers.get(id(attention), (None, None))
     known = reference is not None and reference() is attention
     if known:
-        norm, statistics = norm or layer.norm, statistics or layer.statistics
+        norm = norm or layer.norm
+        same = all(a is b for a, b in zip(layer.weights, replaceable(attention)))
+        statistics = statistics or (layer.statistics if same else None)
         if layer.configuration is in_force():
             settings = settings or layer.settings
     settings = settings or _general()
-    same = known and norm is layer.norm and statistics is layer.statistics
-    if same and settings == layer.settings:
-        if all(a is b for a, b in zip(layer.weights, replaceable(attention))):
+    if known and same and norm is layer.norm and settings == layer.settings:
+        if statistics is layer.statistics:
             if layer.configuration is not in_force():
                 layer = replace(layer, configuration=in_force())
                 _layers[id(attention)] = reference, layer
@@ -116,7 +117,7 @@ def _read_layer(
     spec = CodecSpec(
         head_dim,
         value_dim,
-        "exact" if exact else _key_codec(settings, head_dim),
+        "exact" if exact else key_codec(settings, head_dim),
         settings.key_bits,
         "exact" if exact else settings.value_codec,
         settings.value_bits,
@@ -162,8 +163,8 @@ def _head_dims(
     return dims
 
 
-def _key_codec(settings: Settings, head_dim: int) -> str:
-    """4 bits are 5 and 3 where keys can be cut in two."""
+def key_codec(settings: Settings, head_dim: int) -> str:
+    """What the codec of the settings comes to: 4 bits are 5 and 3 where keys can be cut in two."""
     if (settings.key_codec, settings.key_bits) == ("lloyd-max", 4) and head_dim % 16 == 0:
         return SEGMENTED
     return settings.key_codec
@@ -181,6 +182,9 @@ def _rms_and_bias(
     of the keys, where there are any."""
     heads, kv_heads = family.head_counts(attention)
     rope = getattr(attention, family.rope, None)
+    shapes = (kv_heads, head_dim), (heads, head_dim)
+    if statistics is not None and tuple(x.shape for x in statistics[1:]) != shapes:
+        statistics = None
     if statistics is not None and (statistics.mean is not None or family.dims):
         mean = statistics.mean
         rms = tuple(map(mx.sqrt, statistics[1:]))

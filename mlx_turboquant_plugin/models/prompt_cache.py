@@ -81,9 +81,10 @@ def compress(model: Any, caches: List[Any]) -> List[Any]:
     count = len(layers) - len(reasons)
     if count == 0:
         return _leave(identity, caches, reasons[0] if reasons else "it has no layers")
-    text = f"{_name(identity)}: {count} of {len(layers)} layers compressed, {_bits(chosen)}"
+    text = f"{_name(identity)}: {count} of {len(layers)} layers compressed, "
+    text += _bits(chosen, compressed)
     if chosen.bypass != "identity" and not any(known):
-        text += "; keys go by the weights alone, since the model could not be run by itself"
+        text += "; keys go by the weights alone, since it could not be measured"
     if reasons:
         text += f"; the others not: {reasons[0]}"
     if identity not in _reports:
@@ -170,13 +171,14 @@ def _name(identity: settings.ModelIdentity) -> str:
     return f"{identity.type} ({where})" if where else identity.type
 
 
-def _bits(chosen: settings.Settings) -> str:
+def _bits(chosen: settings.Settings, caches: List[Any]) -> str:
     if chosen.bypass:
         return f"bypass {chosen.bypass}"
-    cut = (chosen.key_codec, chosen.key_bits) == ("lloyd-max", 4)
+    parts = (one for cache in caches for one in getattr(cache, "caches", [cache]))
+    codecs = {one.codec.spec.key_codec for one in parts if isinstance(one, CompressedKVCache)}
     prompts = "read what decoding reads" if chosen.invariant else "read their own chunk exactly"
     return (
-        f"keys {chosen.key_bits} bits {'in segments of 5 and 3' if cut else chosen.key_codec}, "
+        f"keys {chosen.key_bits} bits {' and '.join(sorted(codecs))}, "
         f"values {chosen.value_bits} bits {chosen.value_codec}, "
         f"window {chosen.window}, sinks {chosen.sinks}, prompts {prompts}"
     )

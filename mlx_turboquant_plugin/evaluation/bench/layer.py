@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Callable, List, Mapping, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
@@ -13,7 +14,9 @@ from ... import settings
 from ...attention.dispatch import attend
 from ...attention.kernels import resolve_kernel
 from ...cache import BatchCompressedKVCache, CompressedKVCache, Visibility
+from ...codecs.key_bias import KeyBias
 from ...codecs.kv_codec import CodecSpec, KVCodec
+from ...models.layer import key_codec
 from ..runs import kv_bytes, table_bytes
 from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, ROUND
 from .measurement import Results, Sample, Situation, filled, quantized_group, too_large
@@ -45,9 +48,14 @@ class LayerBench:
         self.layer, self.layers, self.kv_bits, self.chain = layer, layers, kv_bits, chain
         dim, [chosen] = layer.head_dim, chosen.for_layers(1)
         spec = CodecSpec(
-            dim, dim, chosen.key_codec, chosen.key_bits, chosen.value_codec, chosen.value_bits
+            dim,
+            dim,
+            key_codec(chosen, dim),
+            chosen.key_bits,
+            chosen.value_codec,
+            chosen.value_bits,
         )
-        self._codec = KVCodec(spec)
+        self._codec = _like_a_models(spec, layer.kv_heads)
         self._visibility = Visibility(chosen.window, chosen.sinks, chosen.invariant)
         self._kernel = resolve_kernel(chosen.kernel)
 
@@ -132,6 +140,16 @@ class LayerBench:
             group = quantized_group(self.layer.head_dim)
             return QuantizedKVCache(group_size=group, bits=self.kv_bits)
         return KVCache()
+
+
+def _like_a_models(spec: CodecSpec, kv_heads: int) -> KVCodec:
+    """A codec with all that a model's keys come with; what the numbers are takes no time."""
+    shape = kv_heads, spec.head_dim
+    order = mx.argsort(mx.random.normal(shape), axis=-1).astype(mx.int32)
+    balance = mx.exp(0.3 * mx.random.normal((kv_heads, 1, spec.head_dim)))
+    mx.eval(order, balance)
+    bias = KeyBias(mx.random.normal(shape), nn.RoPE(spec.head_dim))
+    return KVCodec(spec, balance, bias, order if spec.segments > 1 else None)
 
 
 def _one_call(caches: List[Any], query: mx.array, token: mx.array) -> Callable[[], float]:
