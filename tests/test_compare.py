@@ -14,6 +14,7 @@ import tiny_models
 from mlx_turboquant_plugin import settings
 from mlx_turboquant_plugin.cli import main
 from mlx_turboquant_plugin.codecs import packing
+from mlx_turboquant_plugin.codecs.segmented import Segmented
 from mlx_turboquant_plugin.evaluation import free_running, memory
 from mlx_turboquant_plugin.evaluation.arguments import write
 from mlx_turboquant_plugin.evaluation.arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
@@ -95,7 +96,13 @@ def test_swapped_bits_are_flagged(monkeypatch):
     def swapped(codes, bits):
         return pack((codes & 12) | ((codes & 1) << 1) | ((codes >> 1) & 1), bits)
 
+    def swapped_keys(self, x):
+        codes, scales = encode(self, x)
+        return (codes & 0xCF) | ((codes & 0x10) << 1) | ((codes & 0x20) >> 1), scales
+
+    encode = Segmented.encode
     monkeypatch.setattr(packing, "pack", swapped)
+    monkeypatch.setattr(Segmented, "encode", swapped_keys)
     damaged = summarise(compared(model, texts, SMALL))
     assert verdict(healthy, 1.0).word in ("same", "none")
     assert verdict(damaged, 1.0).word in ("costs", "broken")
@@ -163,7 +170,7 @@ def test_report_as_json(report):
     assert list(by_name) == ["default", "small", "identity", "mlx-lm-4bit", "mlx-lm-8bit"]
     assert abs(by_name["identity"]["summary"]["kl"]["estimate"]) < 1e-6
     assert by_name["identity"]["free"] == {"same_for": 6, "agreement": 1.0}
-    assert by_name["default"]["bits"] == "4/3" and by_name["small"]["bits"] == "3/2"
+    assert by_name["default"]["bits"] == "4/4" and by_name["small"]["bits"] == "4/2"
     kl = {name: r["summary"]["kl"]["estimate"] for name, r in by_name.items()}
     assert kl["mlx-lm-8bit"] < kl["mlx-lm-4bit"]
     assert len(found["kl_by_layer"]) == 4 and max(found["kl_by_layer"]) > 0
@@ -191,7 +198,7 @@ def test_table_and_refusal(capsys):
     )
     out = capsys.readouterr()
     assert code == 0 and out.err == ""
-    [row] = re.findall(r"^small +3/2 .*$", out.out, re.MULTILINE)
+    [row] = re.findall(r"^small +4/2 .*$", out.out, re.MULTILINE)
     assert "[too few windows]" in row and row.count("x") == 3
     assert re.search(r"^small +no verdict +5 more windows are needed", out.out, re.MULTILINE)
     assert "greedy" not in out.out

@@ -113,7 +113,7 @@ def test_a_batch_padded_on_the_left():
         ours = []
         for path, invariant in WAYS:
             ours.append(BatchCompressedKVCache(left))
-            ours[-1].bind(LOSSLESS, "", kernel_of(path), invariant)
+            ours[-1].bind(LOSSLESS, "", kernel_of(path), invariant, None)
         caches = Caches(BatchKVCache(left), ours)
         masks = own(caches, count, None, 20)
         if count > max(left):

@@ -153,5 +153,5 @@ def test_a_gpu_compiles_few_kernels(monkeypatch):
         maker.cache_clear()
     mx.enable_compile()
     names = [name for name, *_ in compiled]
-    assert names.count("split") + names.count("metal_decode") <= 55
+    assert names.count("split") + names.count("metal_decode") <= 60
     assert names.count("encode") + names.count("metal_dequantize") <= 130

@@ -70,8 +70,8 @@ LLOYD_MAX = [(("lloyd-max", k), ("lloyd-max", v)) for k, v in product((2, 3, 4),
 AFFINE = [(("affine", bits), ("affine", bits)) for bits in (2, 3, 4, 8)]
 MIXED = [(("lloyd-max", 3), ("affine", 4)), (("affine", 4), ("lloyd-max", 3))]
 SEGMENTED = ("segmented", 4)
-CUT = [(SEGMENTED, ("lloyd-max", bits)) for bits in (2, 3, 4)]
-CODECS = (*AFFINE, *LLOYD_MAX, *MIXED, *CUT)
+CUT = [(SEGMENTED, ("lloyd-max", bits)) for bits in (2, 4)]
+CODECS = (*CUT, *AFFINE, *LLOYD_MAX, *MIXED)
 GROUPS = (*range(1, 9), 12, 16)
 ROPES = ("halves", "traditional", "partial")
 
@@ -151,7 +151,7 @@ def _decoding() -> Iterator[Share]:
         case(64, groups=2, lengths=(length,), keys=("lloyd-max", 3), extras=length < 4000)
         for length in lengths
     )
-    yield 5, (
+    yield 11, (
         case(dim, groups=2, extras=True, rope=rope, count=count, keys=SEGMENTED, lengths=(270,))
         for rope, dim, count in product(ROPES, DIMS, (1, 4))
     )
