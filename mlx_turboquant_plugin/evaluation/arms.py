@@ -100,6 +100,12 @@ class Run:
         other.caches = copy.deepcopy(self.caches)
         return other
 
+    def read(self, tokens: mx.array, chunk: int) -> mx.array:
+        """Read ``tokens`` (L,), ``chunk`` at a time; the logits of the last chunk."""
+        for start in range(0, tokens.size, chunk):
+            logits = self(tokens[start : start + chunk])
+        return logits
+
     def __call__(self, inputs: mx.array) -> mx.array:
         """Logits (N, vocabulary) of the next tokens ``inputs`` (N,)."""
         with self.arm.on():

@@ -26,6 +26,8 @@ from .page import page
 from .report import Report, Result, lines
 from .runs import coded_tokens, load_model, prompt_cache
 from .statistics import BROKEN_CHANGE, SAME_CHANGE, SAME_KL, SAME_TOP1, summarise, verdict
+from .task_results import run_tasks
+from .tasks import DEEPEST, Prompt, depth, prompts
 from .teacher_forcing import Divergence, lockstep
 
 # Positions that one point of a curve by position stands for.
@@ -56,6 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--generate", type=at_least(0), metavar="N", default=256,
         help="tokens to generate greedily (256); 0 leaves it out",
+    )
+    parser.add_argument(
+        "--tasks", type=at_least(0), metavar="N", default=0,
+        help="retrieval and tracking with known answers: prompts of each task and length (0)",
+    )
+    parser.add_argument(
+        "--task-lengths", type=at_least(1), nargs="+", metavar="N", default=[1024, 2048],
+        help="tokens of these prompts (1024 2048)",
+    )
+    parser.add_argument(
+        "--depths", type=depth, nargs="+", metavar="SHARE", default=[0.0, 0.25, 0.5, 0.75],
+        help=f"where in a prompt the answer is, taken in turn, 0 to {DEEPEST} (0 0.25 0.5 0.75)",
     )
     parser.add_argument(
         "--json", type=output_file, metavar="FILE", help="write everything that was measured"
@@ -93,10 +107,11 @@ def compare(args: argparse.Namespace) -> Report:
     lengths = sorted({*LENGTHS, args.length})
     sizes = {arm.name: bytes_by_length(arm, model, shapes, dtype, lengths) for arm in arms}
     model.set_dtype(mx.float32)
+    asked = list(prompts(tokenizer, args.tasks, args.task_lengths, args.depths))
     layers = range(len(shapes) if args.json or args.html else 0)
     layer_arm = PRESET_ARMS["default" if "default" in args.presets else args.presets[0]]
     prompt = mx.array(windows[0][: -(-args.length // 2)])
-    with _progress(args, len(arms), len(layers)) as progress:
+    with _progress(args, len(arms), len(layers), asked) as progress:
         generations = {
             arm.name: generate(arm, model, prompt, args.generate, progress)
             for arm in ([EXACT, *arms] if args.generate else [])
@@ -117,6 +132,7 @@ def compare(args: argparse.Namespace) -> Report:
                 # Only the last caches are looked at.
                 for past in [exact[index - 1], *(done[index - 1] for done in runs.values())]:
                     past.caches = []
+        tasks = run_tasks(asked, arms, model, args.chunk, progress) if asked else None
     spoken = generations.get(EXACT.name)
     at = lengths.index(args.length)
     bf16 = [bf16_bytes(shapes, length) for length in lengths]
@@ -154,6 +170,7 @@ def compare(args: argparse.Namespace) -> Report:
         bf16_by_length=bf16,
         layer_arm=layer_arm.name,
         kl_by_layer=by_layer,
+        tasks=tasks,
     )
 
 
@@ -168,13 +185,17 @@ def applicable(arms: Sequence[Arm], shapes: Sequence[Any]):
     ]
 
 
-def _progress(args: argparse.Namespace, arms: int, layers: int) -> Any:
+def _progress(
+    args: argparse.Namespace, arms: int, layers: int, asked: Sequence[Prompt]
+) -> Any:
     """A progress bar over tokens on a terminal's stderr; calling it adds to what is done."""
 
     class Bar(tqdm):
         __call__ = tqdm.update
 
-    total = (arms + 1) * (args.windows * args.length + args.generate) + layers * args.length
+    contexts = sum(prompt.context.size for prompt in asked)
+    total = (arms + 1) * (args.windows * args.length + args.generate + contexts)
+    total += layers * args.length
     return Bar(total=total, unit=" tokens", unit_scale=True, disable=None, leave=False)
 
 

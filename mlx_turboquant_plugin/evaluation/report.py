@@ -1,10 +1,13 @@
 """What ``mlx_turboquant compare`` found, and how a terminal shows it."""
 
 from dataclasses import dataclass
-from typing import Callable, Iterator, List, Optional, Sequence
+from typing import Callable, Iterator, List, Optional
 
+from . import task_results
 from .free_running import Agreement
 from .statistics import Interval, Summary, Verdict
+from .tables import Column, table
+from .task_results import TaskReport
 
 # Besides the length of the windows, sizes are shown at these, in tokens.
 SHOWN_LENGTHS = (8192, 32768)
@@ -52,6 +55,7 @@ class Report:
         kl_by_layer: mean KL with one layer compressed at a time, by ``layer_arm``, in the
             first window; empty if it was not asked for.
         bf16_by_length: bytes of an uncompressed KVCache at ``lengths``.
+        tasks: None if they were not asked for.
     """
 
     model: str
@@ -73,6 +77,7 @@ class Report:
     bf16_by_length: List[int]
     layer_arm: str
     kl_by_layer: List[float]
+    tasks: Optional[TaskReport]
 
     def smaller(self, result: Result, length: int) -> float:
         """How many times smaller a cache of ``length`` tokens, one of ``lengths``, becomes."""
@@ -92,21 +97,21 @@ def lines(report: Report) -> Iterator[str]:
     )
     yield from report.left_out
     yield ""
-    columns: List[tuple] = [
-        ("arm", "<", lambda r: r.name),
-        ("bits", ">", lambda r: r.bits),
-        ("mean KL", ">", lambda r: f"{r.summary.kl.estimate:.1e}"),
-        ("99% KL", ">", lambda r: f"{r.summary.kl_p99:.1e}"),
-        ("top-1", ">", lambda r: f"{r.summary.top1.estimate:.2%}"),
-        ("ppl", ">", lambda r: f"{r.summary.perplexity:.4f}"),
-        ("change [95% interval]", ">", lambda r: _change(r.summary.change)),
-        ("tokens/s", ">", lambda r: f"{r.tokens_per_second:.0f}"),
+    columns: List[Column] = [
+        Column("arm", "<", lambda r: r.name),
+        Column("bits", ">", lambda r: r.bits),
+        Column("mean KL", ">", lambda r: f"{r.summary.kl.estimate:.1e}"),
+        Column("99% KL", ">", lambda r: f"{r.summary.kl_p99:.1e}"),
+        Column("top-1", ">", lambda r: f"{r.summary.top1.estimate:.2%}"),
+        Column("ppl", ">", lambda r: f"{r.summary.perplexity:.4f}"),
+        Column("change [95% interval]", ">", lambda r: _change(r.summary.change)),
+        Column("tokens/s", ">", lambda r: f"{r.tokens_per_second:.0f}"),
     ]
     columns += [
-        (f"smaller at {length}" if not index else str(length), ">", _smaller(report, length))
+        Column(f"smaller at {length}" if not index else str(length), ">", _smaller(report, length))
         for index, length in enumerate(sorted({report.length, *SHOWN_LENGTHS}))
     ]
-    yield from _table(columns, report.results)
+    yield from table(columns, report.results)
     yield (
         f"exact: perplexity {report.exact_perplexity:.4f}, "
         f"{report.exact_tokens_per_second:.0f} tokens/s"
@@ -123,14 +128,17 @@ def lines(report: Report) -> Iterator[str]:
             ("same places", ">", lambda r: f"{r.free.agreement:.0%}"),
             ("tokens/s", ">", lambda r: f"{r.decode_tokens_per_second:.1f}"),
         ]
-        yield from _table(columns, report.results)
+        yield from table(columns, report.results)
         yield ""
     columns = [
-        ("arm", "<", lambda r: r.name),
-        ("verdict", "<", lambda r: "no verdict" if r.verdict.word == "none" else r.verdict.word),
-        ("because", "<", lambda r: r.verdict.reason),
+        Column("arm", "<", lambda r: r.name),
+        Column("verdict", "<", lambda r: "no verdict" if r.verdict.word == "none" else r.verdict.word),
+        Column("because", "<", lambda r: r.verdict.reason),
     ]
-    yield from _table(columns, report.results)
+    yield from table(columns, report.results)
+    if report.tasks:
+        yield ""
+        yield from task_results.lines(report.tasks)
 
 
 def _smaller(report: Report, length: int) -> Callable[[Result], str]:
@@ -141,13 +149,3 @@ def _change(change: Interval) -> str:
     if change.low is None:
         return f"{change.estimate:+z.2%} [too few windows]"
     return f"{change.estimate:+z.2%} [{change.low:+z.2%}, {change.high:+z.2%}]"
-
-
-def _table(columns: Sequence[tuple], rows: Sequence[Result]) -> Iterator[str]:
-    """Lines of a table; a column is a title, how to align it, and what to read from a row."""
-    shown = [[title, *(str(read(row)) for row in rows)] for title, _, read in columns]
-    widths = [max(map(len, cells)) for cells in shown]
-    for line in zip(*shown):
-        yield "  ".join(
-            f"{cell:{align}{width}}" for cell, (_, align, _), width in zip(line, columns, widths)
-        ).rstrip()

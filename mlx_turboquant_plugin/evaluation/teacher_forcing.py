@@ -107,16 +107,17 @@ def lockstep(
     for start in range(0, tokens.size, chunk):
         inputs = tokens[start : start + chunk]
         targets = tokens[start + 1 : start + 1 + chunk]
-        p = _log_probabilities(exact(inputs))
+        p = log_probabilities(exact(inputs))
         mx.eval(p)
         progress(inputs.size)
         for run, done in zip(runs, parts):
-            done.append(_compare(p, _log_probabilities(run(inputs)), targets))
+            done.append(_compare(p, log_probabilities(run(inputs)), targets))
             progress(inputs.size)
     return [join(done) for done in parts]
 
 
-def _log_probabilities(logits: mx.array) -> mx.array:
+def log_probabilities(logits: mx.array) -> mx.array:
+    """Natural logarithms in float32, (N, vocabulary), from logits of any dtype."""
     logits = logits.astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
