@@ -19,7 +19,8 @@ from mlx_turboquant_plugin.evaluation.arguments import write
 from mlx_turboquant_plugin.evaluation.arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
 from mlx_turboquant_plugin.evaluation.runs import compressed, compressed_prompt_cache
 from mlx_turboquant_plugin.evaluation.statistics import summarise, verdict
-from mlx_turboquant_plugin.evaluation.teacher_forcing import lockstep
+from mlx_turboquant_plugin.evaluation.teacher_forcing import Divergence, lockstep
+from mlx_turboquant_plugin.evaluation.worst_tokens import CONTEXT, WORST, worst_tokens
 from mlx_turboquant_plugin.models import prompt_cache
 from mlx_turboquant_plugin.settings import SettingsError
 
@@ -53,6 +54,32 @@ def test_divergence_is_what_numpy_makes_of_the_logits():
     following = np.array(text[1:])
     for nlls, x in ((found.exact_nlls, p), (found.nlls, q)):
         np.testing.assert_allclose(nlls, -x[np.arange(len(following)), following], atol=1e-4)
+
+
+def test_worst_tokens_are_those_with_the_largest_kl():
+    model, tokenizer = tiny.load("tiny-llama")
+    texts = windows(tokenizer, 2)
+    parts = compared(model, texts, SMALL)
+    found = worst_tokens(tokenizer, [np.array(text) for text in texts], parts)
+    kls = np.concatenate([part.kls for part in parts])
+    np.testing.assert_array_equal([token.kl for token in found], np.sort(kls)[: -WORST - 1 : -1])
+    for token in found:
+        text, part = texts[token.window].tolist(), parts[token.window]
+        assert token.kl == part.kls[token.position]
+        assert token.context == tokenizer.decode(text[: token.position + 1][-CONTEXT:])
+        assert token.exact == tokenizer.decode([int(part.exact_choices[token.position])])
+        assert token.said == tokenizer.decode([int(part.choices[token.position])])
+        if token.text is not None:
+            assert token.text == tokenizer.decode([text[token.position + 1]])
+            assert -np.log(token.probability) == pytest.approx(part.nlls[token.position])
+
+
+def test_the_last_token_of_a_window_has_no_next():
+    _, tokenizer = tiny.load("tiny-llama")
+    part = Divergence(np.array([0.0, 1.0]), *np.array([[3, 4], [3, 5]]), *np.ones((2, 1)))
+    last = worst_tokens(tokenizer, [np.array([0, 7])], [part])[0]
+    assert (last.position, last.text, last.probability) == (1, None, None)
+    assert last.exact == tokenizer.decode([4]) and last.said == tokenizer.decode([5])
 
 
 def test_arms_side_by_side_are_what_they_are_alone():
@@ -163,11 +190,12 @@ def test_report_as_json(report):
     assert list(by_name) == ["default", "small", "identity", "mlx-lm-4bit", "mlx-lm-8bit"]
     assert abs(by_name["identity"]["summary"]["kl"]["estimate"]) < 1e-6
     assert by_name["identity"]["free"] == {"same_for": 6, "agreement": 1.0}
-    assert by_name["default"]["bits"] == "4/3" and by_name["small"]["bits"] == "3/2"
+    assert by_name["default"]["bits"] == "4/3" and by_name["small"]["bits"] == "4/2"
     kl = {name: r["summary"]["kl"]["estimate"] for name, r in by_name.items()}
     assert kl["mlx-lm-8bit"] < kl["mlx-lm-4bit"]
     assert len(found["kl_by_layer"]) == 4 and max(found["kl_by_layer"]) > 0
     assert all(r["verdict"]["word"] == "none" for r in found["results"])
+    assert by_name["identity"]["worst"] == [] and len(by_name["small"]["worst"]) == WORST
     assert by_name["mlx-lm-4bit"]["kv_ratio"] == pytest.approx(16 / 4.5)
 
 
@@ -191,7 +219,7 @@ def test_table_and_refusal(capsys):
     )
     out = capsys.readouterr()
     assert code == 0 and out.err == ""
-    [row] = re.findall(r"^small +3/2 .*$", out.out, re.MULTILINE)
+    [row] = re.findall(r"^small +4/2 .*$", out.out, re.MULTILINE)
     assert "[too few windows]" in row and row.count("x") == 3
     assert re.search(r"^small +no verdict +5 more windows are needed", out.out, re.MULTILINE)
     assert "greedy" not in out.out

@@ -20,7 +20,8 @@ from mlx_turboquant_plugin.evaluation.teacher_forcing import Divergence
 def window(rng, size=100, growth=0.0, noise=0.0, kl=1e-4, top1=1.0):
     exact = rng.exponential(3.0, size)
     nlls = exact + growth + noise * rng.standard_normal()
-    return Divergence(np.full(size, kl), np.arange(size) < top1 * size, exact, nlls)
+    others = np.arange(size) >= top1 * size
+    return Divergence(np.full(size, kl), np.zeros(size), others.astype(float), exact, nlls)
 
 
 def summary(change, kl=(1e-4, 1e-4, 1e-4), top1=(0.99, 0.99, 0.99), windows=8):
@@ -74,7 +75,7 @@ def test_sides_are_paired():
     windows = []
     for _ in range(8):
         exact = rng.exponential(3.0, 50) + 3 * rng.random()
-        windows.append(Divergence(np.zeros(50), np.ones(50, bool), exact, exact + 0.01))
+        windows.append(Divergence(np.zeros(50), np.zeros(50), np.zeros(50), exact, exact + 0.01))
     found = summarise(windows)
     assert found.change.estimate == pytest.approx(math.expm1(0.01))
     assert found.change.high - found.change.low < 1e-9

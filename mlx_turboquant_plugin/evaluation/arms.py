@@ -41,6 +41,12 @@ class Arm:
             return nullcontext()
         return compressed(**{"invariant": True, **self.settings})
 
+    @property
+    def codes(self) -> bool:
+        """Whether keys and values are stored in fewer bits."""
+        ours = self.settings is not None and self.settings.get("bypass") != "identity"
+        return ours or self.mlx_lm_bits is not None
+
     def caches(self, model: nn.Module) -> List[Any]:
         """Empty caches, one for each layer of ``model``; inside ``on()``.
 

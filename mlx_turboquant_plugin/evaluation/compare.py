@@ -29,6 +29,7 @@ from .statistics import BROKEN_CHANGE, SAME_CHANGE, SAME_KL, SAME_TOP1, summaris
 from .task_results import run_tasks
 from .tasks import DEEPEST, Prompt, depth, prompts
 from .teacher_forcing import Divergence, lockstep
+from .worst_tokens import worst_tokens
 
 # Positions that one point of a curve by position stands for.
 BIN = 64
@@ -148,6 +149,7 @@ def compare(args: argparse.Namespace) -> Report:
                 kv_bytes_per_token=sizes[arm.name][at] / args.length,
                 kv_ratio=bf16[at] / sizes[arm.name][at],
                 bytes_by_length=sizes[arm.name],
+                worst=worst_tokens(tokenizer, windows, found[arm.name]) if arm.codes else [],
             )
         )
     return Report(

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Callable, Iterator, List, Optional
 
-from . import task_results
+from . import task_results, worst_tokens
 from .free_running import Agreement
 from .statistics import Interval, Summary, Verdict
 from .tables import Column, table
 from .task_results import TaskReport
+from .worst_tokens import WorstToken
 
 # Besides the length of the windows, sizes are shown at these, in tokens.
 SHOWN_LENGTHS = (8192, 32768)
@@ -29,6 +30,7 @@ class Result:
         kl_by_position: mean KL of each 64 positions, over the windows.
         bytes_by_length: of all layers, at the report's ``lengths``.
         kl_by_window, change_by_window: what the intervals are made from.
+        worst: the tokens with the largest KL; none if nothing is coded.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Result:
     bytes_by_length: List[int]
     kl_by_window: List[float]
     change_by_window: List[float]
+    worst: List[WorstToken]
 
 
 @dataclass(frozen=True)
@@ -123,10 +126,10 @@ def lines(report: Report) -> Iterator[str]:
             f"exact at {report.exact_decode_tokens_per_second:.1f} tokens/s"
         )
         columns = [
-            ("arm", "<", lambda r: r.name),
-            ("same for", ">", lambda r: r.free.same_for),
-            ("same places", ">", lambda r: f"{r.free.agreement:.0%}"),
-            ("tokens/s", ">", lambda r: f"{r.decode_tokens_per_second:.1f}"),
+            Column("arm", "<", lambda r: r.name),
+            Column("same for", ">", lambda r: r.free.same_for),
+            Column("same places", ">", lambda r: f"{r.free.agreement:.0%}"),
+            Column("tokens/s", ">", lambda r: f"{r.decode_tokens_per_second:.1f}"),
         ]
         yield from table(columns, report.results)
         yield ""
@@ -136,6 +139,10 @@ def lines(report: Report) -> Iterator[str]:
         Column("because", "<", lambda r: r.verdict.reason),
     ]
     yield from table(columns, report.results)
+    worst = [(result.name, token) for result in report.results for token in result.worst]
+    if worst:
+        yield ""
+        yield from worst_tokens.lines(worst)
     if report.tasks:
         yield ""
         yield from task_results.lines(report.tasks)

@@ -22,18 +22,24 @@ class Divergence:
 
     Attributes:
         kls: KL(exact || run) of each position, nats, float64 (N,).
-        agrees: whether both runs rank the same token first, bool (N,).
+        exact_choices, choices: the token ids that the exact run and this one rank first, (N,).
         exact_nlls, nlls: negative log-likelihoods of the tokens of the text in the exact
             run and in this one, nats, float64 (P,), P = the positions with a next token.
     """
 
     kls: np.ndarray
-    agrees: np.ndarray
+    exact_choices: np.ndarray
+    choices: np.ndarray
     exact_nlls: np.ndarray
     nlls: np.ndarray
 
     def __add__(self, other: "Divergence") -> "Divergence":
         return join([self, other])
+
+    @property
+    def agrees(self) -> np.ndarray:
+        """Whether both runs rank the same token first, bool (N,)."""
+        return self.exact_choices == self.choices
 
     @property
     def positions(self) -> int:
@@ -65,7 +71,7 @@ def join(parts: Sequence[Divergence]) -> Divergence:
     """The divergence over the positions of all ``parts``, in their order."""
     fields = (
         np.concatenate([getattr(part, name) for part in parts])
-        for name in ("kls", "agrees", "exact_nlls", "nlls")
+        for name in ("kls", "exact_choices", "choices", "exact_nlls", "nlls")
     )
     return Divergence(*fields)
 
@@ -126,8 +132,10 @@ def _compare(p: mx.array, q: mx.array, targets: mx.array) -> Divergence:
     """Compare log probabilities (N, vocabulary); ``targets`` may lack the last position's."""
     rows = mx.arange(targets.size)
     kls = mx.sum(mx.exp(p) * (p - q), axis=-1)
-    agrees = mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)
+    choices = [mx.argmax(x, axis=-1) for x in (p, q)]
     exact_nlls, nlls = (-x[rows, targets] for x in (p, q))
-    mx.eval(kls, agrees, exact_nlls, nlls)
+    mx.eval(kls, choices, exact_nlls, nlls)
     exact_nlls, nlls = (np.array(x, dtype=np.float64) for x in (exact_nlls, nlls))
-    return Divergence(np.array(kls, dtype=np.float64), np.array(agrees), exact_nlls, nlls)
+    return Divergence(
+        np.array(kls, dtype=np.float64), *(np.array(x) for x in choices), exact_nlls, nlls
+    )
