@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any, Dict, List, Sequence
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from ..activation import disable
 from ..cache import CompressedKVCache
+from ..reporting import status
 from ..rules import PRESETS
 from .arguments import add_text_arguments, at_least, output_file, read_windows, write
 from .arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
@@ -25,7 +27,7 @@ from .memory import bf16_bytes, bytes_by_length, layer_shapes
 from .page import page
 from .report import Report, Result, lines
 from .runs import coded_tokens, load_model, prompt_cache
-from .statistics import BROKEN_CHANGE, SAME_CHANGE, SAME_KL, SAME_TOP1, summarise, verdict
+from .statistics import RULE, summarise, verdict
 from .task_results import run_tasks
 from .tasks import DEEPEST, Prompt, depth, prompts
 from .teacher_forcing import Divergence, lockstep
@@ -40,12 +42,7 @@ MLX_LM_GROUP = 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
     add_text_arguments(parser, windows=6)
-    parser.epilog = (
-        f"Verdicts. same: perplexity within {SAME_CHANGE:.1%}, mean KL within {SAME_KL:g} nats and "
-        f"top-1 agreement from {SAME_TOP1:.0%} up, each with its whole 95% interval. costs: one of "
-        f"them surely worse. broken: perplexity surely grows by more than {BROKEN_CHANGE:.0%}. no "
-        "verdict: the sample is too small to tell."
-    )
+    parser.epilog = f"Verdicts. {RULE}"
     parser.add_argument(
         "--presets", nargs="+", metavar="NAME", choices=list(PRESETS), default=list(PRESETS),
         help=f"some of {', '.join(PRESETS)} (all)",
@@ -135,24 +132,32 @@ def compare(args: argparse.Namespace) -> Report:
                     past.caches = []
         tasks = run_tasks(asked, arms, model, args.chunk, progress) if asked else None
     spoken = generations.get(EXACT.name)
+    state = status()
     at = lengths.index(args.length)
-    bf16 = [bf16_bytes(shapes, length) for length in lengths]
+    sizes[EXACT.name] = [bf16_bytes(shapes, length) for length in lengths]
+    runs[EXACT.name] = exact
+    found[EXACT.name] = [part.of_exact() for part in found[arms[0].name]]
     results = []
-    for arm in arms:
-        said = generations.get(arm.name)
+    for arm in (EXACT, *arms):
+        said, size = generations.get(arm.name), sizes[arm.name]
         results.append(
             _result(
                 runs[arm.name],
                 found[arm.name],
                 free=said and agreement(spoken.tokens, said.tokens),
                 decode_tokens_per_second=said and said.speed,
-                kv_bytes_per_token=sizes[arm.name][at] / args.length,
-                kv_ratio=bf16[at] / sizes[arm.name][at],
-                bytes_by_length=sizes[arm.name],
+                kv_bytes_per_token=size[at] / args.length,
+                kv_ratio=sizes[EXACT.name][at] / size[at],
+                bytes_by_length=size,
                 worst=worst_tokens(tokenizer, windows, found[arm.name]) if arm.codes else [],
+                text=said and tokenizer.decode(said.tokens),
             )
         )
     return Report(
+        date=datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
+        command_line=args.command_line,
+        device=state.device,
+        versions=state.versions,
         model=args.model,
         source=args.tokens or args.text or "Python's manual (pydoc_data.topics)",
         windows=args.windows,
@@ -162,14 +167,11 @@ def compare(args: argparse.Namespace) -> Report:
         prompt=prompt.size,
         quality_dtype="float32",
         kv_bytes_dtype=str(dtype).removeprefix("mlx.core."),
-        exact_perplexity=results[0].summary.exact_perplexity,
-        exact_tokens_per_second=_speed(exact),
-        exact_decode_tokens_per_second=spoken and spoken.speed,
+        exact=results[0],
         left_out=left_out,
-        results=results,
+        results=results[1:],
         bin=BIN,
         lengths=lengths,
-        bf16_by_length=bf16,
         layer_arm=layer_arm.name,
         kl_by_layer=by_layer,
         tasks=tasks,
@@ -209,7 +211,7 @@ def _result(runs: Sequence[Run], windows: Sequence[Divergence], **others: Any) -
     arm, caches = runs[0].arm, runs[-1].caches
     summary = summarise(windows)
     kls = np.mean([window.kls for window in windows], axis=0)
-    bits, coded = str(arm.mlx_lm_bits), 1.0
+    bits, coded = str(arm.mlx_lm_bits or 16), 1.0
     ours = [cache for cache in caches if isinstance(cache, CompressedKVCache)]
     if ours:
         spec, visibility = ours[0].codec.spec, ours[0].visibility

@@ -33,6 +33,12 @@ class Divergence:
     exact_nlls: np.ndarray
     nlls: np.ndarray
 
+    def of_exact(self) -> "Divergence":
+        """The exact run from itself."""
+        kls = np.zeros_like(self.kls)
+        choices, nlls = self.exact_choices, self.exact_nlls
+        return Divergence(kls, choices, choices, nlls, nlls)
+
     def __add__(self, other: "Divergence") -> "Divergence":
         return join([self, other])
 
