@@ -243,6 +243,7 @@ def test_the_exact_run_is_a_row(report):
     assert (exact["name"], exact["bits"], exact["kv_ratio"]) == ("exact", "16", 1.0)
     assert exact["summary"]["kl"]["estimate"] == exact["summary"]["change"]["estimate"] == 0
     assert exact["summary"]["top1"]["estimate"] == 1
+    assert exact["coded_tokens"] == 0 and exact["worst"] == []
     assert exact["tokens_per_second"] > 0 and exact["decode_tokens_per_second"] > 0
 
 

@@ -223,7 +223,7 @@ def _result(runs: Sequence[Run], windows: Sequence[Divergence], **others: Any) -
         bits=bits,
         summary=summary,
         verdict=verdict(summary, coded),
-        coded_tokens=coded_tokens(caches) if ours else caches[0].offset,
+        coded_tokens=caches[0].offset if arm.mlx_lm_bits else coded_tokens(caches),
         tokens_per_second=_speed(runs),
         kl_by_position=[float(kls[i : i + BIN].mean()) for i in range(0, len(kls), BIN)],
         kl_by_window=[window.kl for window in windows],
