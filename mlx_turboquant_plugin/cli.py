@@ -6,6 +6,7 @@ the one that is asked for is imported.
 
 import argparse
 import logging
+import shlex
 import sys
 from importlib import import_module
 from typing import List, Optional
@@ -48,6 +49,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             command_module.add_arguments(command)
             command.set_defaults(run=command_module.run)
     args = parser.parse_args(argv)
+    args.command_line = shlex.join([parser.prog, *argv])
     try:
         return args.run(args)
     except SettingsError as error:

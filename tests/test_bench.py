@@ -7,6 +7,7 @@ import matplotlib.image
 import mlx.core as mx
 import pytest
 import tiny
+from bench_runs import SHORT, failing, measure, run  # noqa: F401
 from mlx_lm.models import qwen3
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
@@ -16,40 +17,17 @@ from mlx_turboquant_plugin import cli
 from mlx_turboquant_plugin.attention import fused
 from mlx_turboquant_plugin.cache import BatchCompressedKVCache, CompressedKVCache
 from mlx_turboquant_plugin.evaluation.bench import command, measurement, model, prompts, shapes
-from mlx_turboquant_plugin.evaluation.bench.measurement import Results, Sample, Situation, Timing
+from mlx_turboquant_plugin.evaluation.bench.measurement import Results
 from mlx_turboquant_plugin.evaluation.bench.model import ModelBench
 from mlx_turboquant_plugin.evaluation.runs import compressed, compressed_prompt_cache, table_bytes
 from mlx_turboquant_plugin.kernels import fused_kernels
 
-SMALL = ["--rounds", "1", "--layers", "1", "--heads", "4", "2", "--head-dim", "64"]
 KINDS = {
     "KVCache": KVCache,
     "BatchKVCache": BatchKVCache,
     "QuantizedKVCache": QuantizedKVCache,
     "compressed": CompressedKVCache,
 }
-
-
-def run(*arguments):
-    return cli.main(["bench", *SMALL, *map(str, arguments)])
-
-
-@pytest.fixture
-def measure(tmp_path):
-    """Run the command; returns its JSON and {(part, tokens, batch, dtype, cache): figures}."""
-
-    def measure(*arguments):
-        file = tmp_path / "bench.json"
-        assert run(*arguments, "--json", file) == 0
-        report = json.loads(file.read_text())
-        rows = {
-            (m["part"], m["tokens"], m["batch"], m["dtype"], m["cache"]): m
-            for m in report["measurements"]
-        }
-        assert len(rows) == len(report["measurements"])
-        return report, rows
-
-    return measure
 
 
 def test_every_part_with_table_json_and_plot(measure, tmp_path, capsys):
@@ -270,65 +248,6 @@ def test_other_errors_are_not_hidden(measure, monkeypatch):
         measure("--parts", "layer", "--lengths", 300, "--dtypes", "float32")
 
 
-def test_turns():
-    order = []
-
-    def arm(name, seconds):
-        def turn():
-            order.append(name)
-            return Sample(seconds, 100, len(order))
-
-        return turn
-
-    ticks, results = [], Results([], [])
-    arms = {"KVCache": arm("a", 1.0), "QuantizedKVCache": arm("q", 20.0), "compressed": arm("b", 2.0)}
-    situation = Situation(results, "decode", 300, 1, mx.float32, 1)
-    situation.take_turns(arms, 6, lambda: ticks.append(1))
-    assert "".join(order) == "aqb" + "ab" * 4 + "aqb"
-    assert len(ticks) == 6
-    timings = {m.cache: m.seconds for m in results.measurements}
-    assert list(timings) == list(arms)
-    assert timings["compressed"] == Timing(2.0, 2.0, 2.0, 2.0, 6)
-    assert timings["QuantizedKVCache"].count == 2
-    assert [m.peak_bytes for m in results.measurements] == [12, 13, 14]
-
-
-def failing(at, error):
-    """An arm that raises ``error`` in turn ``at``."""
-    turns = []
-
-    def turn():
-        turns.append(1)
-        if len(turns) == at:
-            raise error
-        return Sample(1.0, 100)
-
-    return turn
-
-
-@pytest.mark.parametrize("at", [1, 2])
-def test_turns_go_on_without_a_cache_of_mlx_lm_that_fails(at):
-    results = Results([], [])
-    situation = Situation(results, "decode", 300, 1, mx.float32, 1)
-    arms = {"KVCache": failing(at, MemoryError("too much")), "compressed": failing(0, None)}
-    situation.take_turns(arms, 3, lambda: None)
-    assert [(x.cache, x.reason) for x in results.skipped] == [("KVCache", "MemoryError: too much")]
-    counts = {m.cache: m.seconds.count for m in results.measurements}
-    assert counts == ({"compressed": 3} if at == 1 else {"KVCache": 1, "compressed": 3})
-
-
-def test_a_turn_of_ours_that_fails_takes_no_earlier_one_along():
-    results = Results([], [])
-    situation = Situation(results, "decode", 300, 1, mx.float32, 1)
-    arms = {"KVCache": failing(0, None), "compressed": failing(2, MemoryError("too much"))}
-    with pytest.raises(MemoryError):
-        situation.take_turns(arms, 3, lambda: None)
-    assert [m.seconds.count for m in results.measurements] == [2, 1]
-
-
-SHORT = ["--parts", "prefill", "--prompts", 200, "--chunk", 64]
-
-
 def test_a_batch_of_ragged_prompts_is_processed_to_its_first_tokens(measure, monkeypatch):
     """As the server does it: rows of the lengths that are said, all of them to the end."""
     assert prompts.lengths(8192, 8) == [1024 * row for row in range(1, 9)]
@@ -454,8 +373,3 @@ def test_random_models_of_a_shape(shape, monkeypatch):
         assert 15 < middle < 30 and min(first, last) > 200
     else:
         assert biases == [None] * 3
-
-
-def test_timing():
-    assert Timing.of([3.0]) == Timing(3.0, 3.0, 3.0, 3.0, 1)
-    assert Timing.of([1.0, 2.0, 3.0, 4.0, 10.0]) == Timing(3.0, 2.0, 4.0, 4.0, 5)

@@ -1,5 +1,6 @@
 """The command ``mlx_turboquant compare``, and what it is made of."""
 
+import html
 import json
 import re
 from xml.etree import ElementTree
@@ -15,13 +16,15 @@ from mlx_turboquant_plugin import settings
 from mlx_turboquant_plugin.cli import main
 from mlx_turboquant_plugin.codecs import packing
 from mlx_turboquant_plugin.codecs.segmented import Segmented
-from mlx_turboquant_plugin.evaluation import free_running, memory
+from mlx_turboquant_plugin.evaluation import free_running, memory, plots
 from mlx_turboquant_plugin.evaluation.arguments import write
 from mlx_turboquant_plugin.evaluation.arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
 from mlx_turboquant_plugin.evaluation.runs import compressed, compressed_prompt_cache
-from mlx_turboquant_plugin.evaluation.statistics import summarise, verdict
-from mlx_turboquant_plugin.evaluation.teacher_forcing import lockstep
+from mlx_turboquant_plugin.evaluation.statistics import RULE, summarise, verdict
+from mlx_turboquant_plugin.evaluation.teacher_forcing import Divergence, lockstep
+from mlx_turboquant_plugin.evaluation.worst_tokens import CONTEXT, WORST, worst_tokens
 from mlx_turboquant_plugin.models import prompt_cache
+from mlx_turboquant_plugin.rules import PRESETS
 from mlx_turboquant_plugin.settings import SettingsError
 
 # A small window, so that short texts read codes.
@@ -54,6 +57,32 @@ def test_divergence_is_what_numpy_makes_of_the_logits():
     following = np.array(text[1:])
     for nlls, x in ((found.exact_nlls, p), (found.nlls, q)):
         np.testing.assert_allclose(nlls, -x[np.arange(len(following)), following], atol=1e-4)
+
+
+def test_worst_tokens_are_those_with_the_largest_kl():
+    model, tokenizer = tiny.load("tiny-llama")
+    texts = windows(tokenizer, 2)
+    parts = compared(model, texts, SMALL)
+    found = worst_tokens(tokenizer, [np.array(text) for text in texts], parts)
+    kls = np.concatenate([part.kls for part in parts])
+    np.testing.assert_array_equal([token.kl for token in found], np.sort(kls)[: -WORST - 1 : -1])
+    for token in found:
+        text, part = texts[token.window].tolist(), parts[token.window]
+        assert token.kl == part.kls[token.position]
+        assert token.context == tokenizer.decode(text[: token.position + 1][-CONTEXT:])
+        assert token.exact == tokenizer.decode([int(part.exact_choices[token.position])])
+        assert token.said == tokenizer.decode([int(part.choices[token.position])])
+        if token.text is not None:
+            assert token.text == tokenizer.decode([text[token.position + 1]])
+            assert -np.log(token.probability) == pytest.approx(part.nlls[token.position])
+
+
+def test_the_last_token_of_a_window_has_no_next():
+    _, tokenizer = tiny.load("tiny-llama")
+    part = Divergence(np.array([0.0, 1.0]), *np.array([[3, 4], [3, 5]]), *np.ones((2, 1)))
+    last = worst_tokens(tokenizer, [np.array([0, 7])], [part])[0]
+    assert (last.position, last.text, last.probability) == (1, None, None)
+    assert last.exact == tokenizer.decode([4]) and last.said == tokenizer.decode([5])
 
 
 def test_arms_side_by_side_are_what_they_are_alone():
@@ -170,11 +199,14 @@ def test_report_as_json(report):
     assert list(by_name) == ["default", "small", "identity", "mlx-lm-4bit", "mlx-lm-8bit"]
     assert abs(by_name["identity"]["summary"]["kl"]["estimate"]) < 1e-6
     assert by_name["identity"]["free"] == {"same_for": 6, "agreement": 1.0}
-    assert by_name["default"]["bits"] == "4/4" and by_name["small"]["bits"] == "4/2"
+    for name in ("default", "small"):
+        bits = PRESETS[name]
+        assert by_name[name]["bits"] == f"{bits['key_bits']}/{bits['value_bits']}"
     kl = {name: r["summary"]["kl"]["estimate"] for name, r in by_name.items()}
     assert kl["mlx-lm-8bit"] < kl["mlx-lm-4bit"]
     assert len(found["kl_by_layer"]) == 4 and max(found["kl_by_layer"]) > 0
     assert all(r["verdict"]["word"] == "none" for r in found["results"])
+    assert by_name["identity"]["worst"] == [] and len(by_name["small"]["worst"]) == WORST
     assert by_name["mlx-lm-4bit"]["kv_ratio"] == pytest.approx(16 / 4.5)
 
 
@@ -188,7 +220,46 @@ def test_page_needs_nothing_else(report):
         for mark in ElementTree.fromstring(chart).iter():
             numbers = [float(mark.get(name, 0)) for name in ("x", "y", "cx", "cy")]
             assert all(-1 <= number <= 700 for number in numbers)
-    assert all(f"<td>{name}</td>" in page for name in ("default", "small", "mlx-lm-4bit"))
+    assert all(f"<td>{name}</td>" in page for name in ("exact", "default", "small", "mlx-lm-4bit"))
+
+
+def test_page_says_how_it_was_made(report):
+    page = (report / "report.html").read_text()
+    found = json.loads((report / "report.json").read_text())
+    assert found["device"] and found["versions"]["mlx"]
+    for said in (found["date"], found["device"], f"mlx {found['versions']['mlx']}"):
+        assert html.escape(said) in page
+    assert found["command_line"].startswith("mlx_turboquant compare --model ")
+    assert html.escape(found["command_line"]) in page
+    heads = re.findall(r"<th>(.*?)</th>", page)
+    assert {"smaller at 256", "smaller at 8k", "read, tokens/s", "generated, tokens/s"} <= {*heads}
+    assert html.escape(RULE) in page
+
+
+def test_page_has_the_texts(report):
+    page = (report / "report.html").read_text()
+    found = json.loads((report / "report.json").read_text())
+    texts = [r["text"] for r in (found["exact"], *found["results"])]
+    shown = re.findall(r"<pre>(.*?)<mark>(.*?)</mark></pre>", page, re.DOTALL)
+    assert [html.unescape(same + other) for same, other in shown] == texts
+    assert shown[0][1] == "" and found["exact"]["text"]
+
+
+def test_the_exact_run_is_a_row(report):
+    exact = json.loads((report / "report.json").read_text())["exact"]
+    assert (exact["name"], exact["bits"], exact["kv_ratio"]) == ("exact", "16", 1.0)
+    assert exact["summary"]["kl"]["estimate"] == exact["summary"]["change"]["estimate"] == 0
+    assert exact["summary"]["top1"]["estimate"] == 1
+    assert exact["coded_tokens"] == 0 and exact["worst"] == []
+    assert exact["tokens_per_second"] > 0 and exact["decode_tokens_per_second"] > 0
+
+
+def test_intervals_of_the_kl_are_bars():
+    x, y = plots.linear("x", 0, 10), plots.decades("y", 1e-4, 1e-2)
+    chart = plots.scatter("t", x, y, [plots.Point("a", 0, 5, 1e-3, rise=(1e-4, 1e-2))])
+    [bar] = re.findall(r'<g class="s0"><line x1="(.*?)" x2="(.*?)" y1="(.*?)" y2="(.*?)"/>', chart)
+    x1, x2, low, high = map(float, bar)
+    assert x1 == x2 and low - high == plots.HEIGHT - plots.TOP - plots.BOTTOM
 
 
 def test_table_and_refusal(capsys):
@@ -198,6 +269,7 @@ def test_table_and_refusal(capsys):
     )
     out = capsys.readouterr()
     assert code == 0 and out.err == ""
+    assert re.search(r"^exact +16 .* 1\.00x", out.out, re.MULTILINE)
     [row] = re.findall(r"^small +4/2 .*$", out.out, re.MULTILINE)
     assert "[too few windows]" in row and row.count("x") == 3
     assert re.search(r"^small +no verdict +5 more windows are needed", out.out, re.MULTILINE)

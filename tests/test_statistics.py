@@ -20,10 +20,11 @@ from mlx_turboquant_plugin.evaluation.teacher_forcing import Divergence
 def window(rng, size=100, growth=0.0, noise=0.0, kl=1e-4, top1=1.0):
     exact = rng.exponential(3.0, size)
     nlls = exact + growth + noise * rng.standard_normal()
-    return Divergence(np.full(size, kl), np.arange(size) < top1 * size, exact, nlls)
+    others = np.arange(size) >= top1 * size
+    return Divergence(np.full(size, kl), np.zeros(size), others.astype(float), exact, nlls)
 
 
-def summary(change, kl=(1e-4, 1e-4, 1e-4), top1=(0.99, 0.99, 0.99), windows=8):
+def summary(change, kl=(1e-4, 1e-4, 1e-4), top1=(0.99, 0.99, 0.99), windows=8, least=0.0):
     low, estimate, high = change
     return Summary(
         windows,
@@ -33,6 +34,7 @@ def summary(change, kl=(1e-4, 1e-4, 1e-4), top1=(0.99, 0.99, 0.99), windows=8):
         Interval(estimate, low, high),
         20.0,
         20.0,
+        least,
     )
 
 
@@ -74,7 +76,7 @@ def test_sides_are_paired():
     windows = []
     for _ in range(8):
         exact = rng.exponential(3.0, 50) + 3 * rng.random()
-        windows.append(Divergence(np.zeros(50), np.ones(50, bool), exact, exact + 0.01))
+        windows.append(Divergence(np.zeros(50), np.zeros(50), np.zeros(50), exact, exact + 0.01))
     found = summarise(windows)
     assert found.change.estimate == pytest.approx(math.expm1(0.01))
     assert found.change.high - found.change.low < 1e-9
@@ -98,6 +100,17 @@ def test_too_few_windows_have_neither_interval_nor_verdict():
 def test_no_verdict_when_hardly_anything_reads_codes():
     refused = verdict(summary((0, 0, 0)), 0.3)
     assert refused.word == "none" and "--length" in refused.reason
+
+
+def test_what_grows_in_every_window_is_broken_however_few_there_are():
+    rng = np.random.default_rng(7)
+    few = [window(rng, growth=growth) for growth in (math.log(1.98), math.log(1.12))]
+    found = summarise(few)
+    assert found.change.low is None and found.least_change == pytest.approx(0.12)
+    broken = verdict(found, 1.0)
+    assert broken.word == "broken" and "12% or more in every window" in broken.reason
+    assert verdict(summarise([*few, window(rng, growth=0.01)]), 1.0).word == "none"
+    assert verdict(summary((0.0, 0.5, 1.0), least=0.09), 1.0).word == "none"
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,12 @@ class Arm:
             return nullcontext()
         return compressed(**{"invariant": True, **self.settings})
 
+    @property
+    def codes(self) -> bool:
+        """Whether keys and values are stored in fewer bits."""
+        ours = self.settings is not None and self.settings.get("bypass") != "identity"
+        return ours or self.mlx_lm_bits is not None
+
     def caches(self, model: nn.Module) -> List[Any]:
         """Empty caches, one for each layer of ``model``; inside ``on()``.
 
@@ -99,6 +105,12 @@ class Run:
         other = Run(self.arm, self._model)
         other.caches = copy.deepcopy(self.caches)
         return other
+
+    def read(self, tokens: mx.array, chunk: int) -> mx.array:
+        """Read ``tokens`` (L,), ``chunk`` at a time; the logits of the last chunk."""
+        for start in range(0, tokens.size, chunk):
+            logits = self(tokens[start : start + chunk])
+        return logits
 
     def __call__(self, inputs: mx.array) -> mx.array:
         """Logits (N, vocabulary) of the next tokens ``inputs`` (N,)."""

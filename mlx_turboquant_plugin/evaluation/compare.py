@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any, Dict, List, Sequence
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from ..activation import disable
 from ..cache import CompressedKVCache
+from ..reporting import status
 from ..rules import PRESETS
 from .arguments import add_text_arguments, at_least, output_file, read_windows, write
 from .arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
@@ -25,8 +27,11 @@ from .memory import bf16_bytes, bytes_by_length, layer_shapes
 from .page import page
 from .report import Report, Result, lines
 from .runs import coded_tokens, load_model, prompt_cache
-from .statistics import BROKEN_CHANGE, SAME_CHANGE, SAME_KL, SAME_TOP1, summarise, verdict
+from .statistics import RULE, summarise, verdict
+from .task_results import run_tasks
+from .tasks import DEEPEST, Prompt, depth, prompts
 from .teacher_forcing import Divergence, lockstep
+from .worst_tokens import worst_tokens
 
 # Positions that one point of a curve by position stands for.
 BIN = 64
@@ -37,12 +42,7 @@ MLX_LM_GROUP = 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
     add_text_arguments(parser, windows=6)
-    parser.epilog = (
-        f"Verdicts. same: perplexity within {SAME_CHANGE:.1%}, mean KL within {SAME_KL:g} nats and "
-        f"top-1 agreement from {SAME_TOP1:.0%} up, each with its whole 95% interval. costs: one of "
-        f"them surely worse. broken: perplexity surely grows by more than {BROKEN_CHANGE:.0%}. no "
-        "verdict: the sample is too small to tell."
-    )
+    parser.epilog = f"Verdicts. {RULE}"
     parser.add_argument(
         "--presets", nargs="+", metavar="NAME", choices=list(PRESETS), default=list(PRESETS),
         help=f"some of {', '.join(PRESETS)} (all)",
@@ -56,6 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--generate", type=at_least(0), metavar="N", default=256,
         help="tokens to generate greedily (256); 0 leaves it out",
+    )
+    parser.add_argument(
+        "--tasks", type=at_least(0), metavar="N", default=0,
+        help="retrieval and tracking with known answers: prompts of each task and length (0)",
+    )
+    parser.add_argument(
+        "--task-lengths", type=at_least(1), nargs="+", metavar="N", default=[1024, 2048],
+        help="tokens of these prompts (1024 2048)",
+    )
+    parser.add_argument(
+        "--depths", type=depth, nargs="+", metavar="SHARE", default=[0.0, 0.25, 0.5, 0.75],
+        help=f"where in a prompt the answer is, taken in turn, 0 to {DEEPEST} (0 0.25 0.5 0.75)",
     )
     parser.add_argument(
         "--json", type=output_file, metavar="FILE", help="write everything that was measured"
@@ -93,10 +105,11 @@ def compare(args: argparse.Namespace) -> Report:
     lengths = sorted({*LENGTHS, args.length})
     sizes = {arm.name: bytes_by_length(arm, model, shapes, dtype, lengths) for arm in arms}
     model.set_dtype(mx.float32)
+    asked = list(prompts(tokenizer, args.tasks, args.task_lengths, args.depths))
     layers = range(len(shapes) if args.json or args.html else 0)
     layer_arm = PRESET_ARMS["default" if "default" in args.presets else args.presets[0]]
     prompt = mx.array(windows[0][: -(-args.length // 2)])
-    with _progress(args, len(arms), len(layers)) as progress:
+    with _progress(args, len(arms), len(layers), asked) as progress:
         generations = {
             arm.name: generate(arm, model, prompt, args.generate, progress)
             for arm in ([EXACT, *arms] if args.generate else [])
@@ -117,24 +130,34 @@ def compare(args: argparse.Namespace) -> Report:
                 # Only the last caches are looked at.
                 for past in [exact[index - 1], *(done[index - 1] for done in runs.values())]:
                     past.caches = []
+        tasks = run_tasks(asked, arms, model, args.chunk, progress) if asked else None
     spoken = generations.get(EXACT.name)
+    state = status()
     at = lengths.index(args.length)
-    bf16 = [bf16_bytes(shapes, length) for length in lengths]
+    sizes[EXACT.name] = [bf16_bytes(shapes, length) for length in lengths]
+    runs[EXACT.name] = exact
+    found[EXACT.name] = [part.of_exact() for part in found[arms[0].name]]
     results = []
-    for arm in arms:
-        said = generations.get(arm.name)
+    for arm in (EXACT, *arms):
+        said, size = generations.get(arm.name), sizes[arm.name]
         results.append(
             _result(
                 runs[arm.name],
                 found[arm.name],
                 free=said and agreement(spoken.tokens, said.tokens),
                 decode_tokens_per_second=said and said.speed,
-                kv_bytes_per_token=sizes[arm.name][at] / args.length,
-                kv_ratio=bf16[at] / sizes[arm.name][at],
-                bytes_by_length=sizes[arm.name],
+                kv_bytes_per_token=size[at] / args.length,
+                kv_ratio=sizes[EXACT.name][at] / size[at],
+                bytes_by_length=size,
+                worst=worst_tokens(tokenizer, windows, found[arm.name]) if arm.codes else [],
+                text=said and tokenizer.decode(said.tokens),
             )
         )
     return Report(
+        date=datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
+        command_line=args.command_line,
+        device=state.device,
+        versions=state.versions,
         model=args.model,
         source=args.tokens or args.text or "Python's manual (pydoc_data.topics)",
         windows=args.windows,
@@ -144,16 +167,14 @@ def compare(args: argparse.Namespace) -> Report:
         prompt=prompt.size,
         quality_dtype="float32",
         kv_bytes_dtype=str(dtype).removeprefix("mlx.core."),
-        exact_perplexity=results[0].summary.exact_perplexity,
-        exact_tokens_per_second=_speed(exact),
-        exact_decode_tokens_per_second=spoken and spoken.speed,
+        exact=results[0],
         left_out=left_out,
-        results=results,
+        results=results[1:],
         bin=BIN,
         lengths=lengths,
-        bf16_by_length=bf16,
         layer_arm=layer_arm.name,
         kl_by_layer=by_layer,
+        tasks=tasks,
     )
 
 
@@ -168,13 +189,17 @@ def applicable(arms: Sequence[Arm], shapes: Sequence[Any]):
     ]
 
 
-def _progress(args: argparse.Namespace, arms: int, layers: int) -> Any:
+def _progress(
+    args: argparse.Namespace, arms: int, layers: int, asked: Sequence[Prompt]
+) -> Any:
     """A progress bar over tokens on a terminal's stderr; calling it adds to what is done."""
 
     class Bar(tqdm):
         __call__ = tqdm.update
 
-    total = (arms + 1) * (args.windows * args.length + args.generate) + layers * args.length
+    contexts = sum(prompt.context.size for prompt in asked)
+    total = (arms + 1) * (args.windows * args.length + args.generate + contexts)
+    total += layers * args.length
     return Bar(total=total, unit=" tokens", unit_scale=True, disable=None, leave=False)
 
 
@@ -186,7 +211,7 @@ def _result(runs: Sequence[Run], windows: Sequence[Divergence], **others: Any) -
     arm, caches = runs[0].arm, runs[-1].caches
     summary = summarise(windows)
     kls = np.mean([window.kls for window in windows], axis=0)
-    bits, coded = str(arm.mlx_lm_bits), 1.0
+    bits, coded = str(arm.mlx_lm_bits or 16), 1.0
     ours = [cache for cache in caches if isinstance(cache, CompressedKVCache)]
     if ours:
         spec, visibility = ours[0].codec.spec, ours[0].visibility
@@ -198,7 +223,7 @@ def _result(runs: Sequence[Run], windows: Sequence[Divergence], **others: Any) -
         bits=bits,
         summary=summary,
         verdict=verdict(summary, coded),
-        coded_tokens=coded_tokens(caches) if ours else caches[0].offset,
+        coded_tokens=caches[0].offset if arm.mlx_lm_bits else coded_tokens(caches),
         tokens_per_second=_speed(runs),
         kl_by_position=[float(kls[i : i + BIN].mean()) for i in range(0, len(kls), BIN)],
         kl_by_window=[window.kl for window in windows],

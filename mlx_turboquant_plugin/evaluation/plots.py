@@ -71,13 +71,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Point:
-    """A labelled dot; ``span`` is a horizontal bar through it."""
+    """A labelled dot; ``span`` is a horizontal bar through it, ``rise`` a vertical one."""
 
     name: str
     series: int
     x: float
     y: float
     span: Optional[Tuple[float, float]] = None
+    rise: Optional[Tuple[float, float]] = None
 
 
 def line_chart(title: str, x: Axis, y: Axis, lines: Sequence[Line]) -> str:
@@ -107,6 +108,9 @@ def scatter(title: str, x: Axis, y: Axis, points: Sequence[Point]) -> str:
         if point.span:
             low, high = (_x(x, end) for end in point.span)
             bar = f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{py:.1f}" y2="{py:.1f}"/>'
+        if point.rise:
+            low, high = (_y(y, end) for end in point.rise)
+            bar += f'<line x1="{px:.1f}" x2="{px:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
         right = px > WIDTH * 0.75
         in_the_way = any(0 < a - px < 80 and -25 < b - py < 5 for a, b in places)
         above = py > TOP + 20 and not in_the_way

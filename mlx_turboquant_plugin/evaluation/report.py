@@ -1,10 +1,14 @@
 """What ``mlx_turboquant compare`` found, and how a terminal shows it."""
 
 from dataclasses import dataclass
-from typing import Callable, Iterator, List, Optional, Sequence
+from typing import Callable, Dict, Iterator, List, Optional
 
+from . import task_results, worst_tokens
 from .free_running import Agreement
 from .statistics import Interval, Summary, Verdict
+from .tables import Column, table
+from .task_results import TaskReport
+from .worst_tokens import WorstToken
 
 # Besides the length of the windows, sizes are shown at these, in tokens.
 SHOWN_LENGTHS = (8192, 32768)
@@ -26,6 +30,8 @@ class Result:
         kl_by_position: mean KL of each 64 positions, over the windows.
         bytes_by_length: of all layers, at the report's ``lengths``.
         kl_by_window, change_by_window: what the intervals are made from.
+        worst: the tokens with the largest KL; none if nothing is coded.
+        text: what it generated, None without generation.
     """
 
     name: str
@@ -42,6 +48,8 @@ class Result:
     bytes_by_length: List[int]
     kl_by_window: List[float]
     change_by_window: List[float]
+    worst: List[WorstToken]
+    text: Optional[str]
 
 
 @dataclass(frozen=True)
@@ -49,11 +57,19 @@ class Report:
     """A whole comparison.
 
     Attributes:
+        date: when it was finished, with the zone.
+        command_line: what was asked for.
+        device, versions: as in :class:`Status`.
+        exact: the exact run as an arm, with the sizes of a KVCache in bfloat16.
         kl_by_layer: mean KL with one layer compressed at a time, by ``layer_arm``, in the
             first window; empty if it was not asked for.
-        bf16_by_length: bytes of an uncompressed KVCache at ``lengths``.
+        tasks: None if they were not asked for.
     """
 
+    date: str
+    command_line: str
+    device: Optional[str]
+    versions: Dict[str, Optional[str]]
     model: str
     source: str
     windows: int
@@ -63,25 +79,30 @@ class Report:
     prompt: int
     quality_dtype: str
     kv_bytes_dtype: str
-    exact_perplexity: float
-    exact_tokens_per_second: float
-    exact_decode_tokens_per_second: Optional[float]
+    exact: Result
     left_out: List[str]
     results: List[Result]
     bin: int
     lengths: List[int]
-    bf16_by_length: List[int]
     layer_arm: str
     kl_by_layer: List[float]
+    tasks: Optional[TaskReport]
+
+    @property
+    def rows(self) -> List[Result]:
+        """The exact run and all arms."""
+        return [self.exact, *self.results]
 
     def smaller(self, result: Result, length: int) -> float:
         """How many times smaller a cache of ``length`` tokens, one of ``lengths``, becomes."""
         at = self.lengths.index(length)
-        return self.bf16_by_length[at] / result.bytes_by_length[at]
+        return self.exact.bytes_by_length[at] / result.bytes_by_length[at]
 
 
 def lines(report: Report) -> Iterator[str]:
     """The lines of the tables for a terminal."""
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    yield f"{report.date}, {report.device}; {versions}"
     yield (
         f"{report.model}: {report.windows} x {report.length} tokens of {report.source}, "
         f"in chunks of {report.chunk}, weights in {report.quality_dtype}"
@@ -92,62 +113,53 @@ def lines(report: Report) -> Iterator[str]:
     )
     yield from report.left_out
     yield ""
-    columns: List[tuple] = [
-        ("arm", "<", lambda r: r.name),
-        ("bits", ">", lambda r: r.bits),
-        ("mean KL", ">", lambda r: f"{r.summary.kl.estimate:.1e}"),
-        ("99% KL", ">", lambda r: f"{r.summary.kl_p99:.1e}"),
-        ("top-1", ">", lambda r: f"{r.summary.top1.estimate:.2%}"),
-        ("ppl", ">", lambda r: f"{r.summary.perplexity:.4f}"),
-        ("change [95% interval]", ">", lambda r: _change(r.summary.change)),
-        ("tokens/s", ">", lambda r: f"{r.tokens_per_second:.0f}"),
+    columns: List[Column] = [
+        Column("arm", "<", lambda r: r.name),
+        Column("bits", ">", lambda r: r.bits),
+        Column("mean KL", ">", lambda r: f"{r.summary.kl.estimate:.1e}"),
+        Column("99% KL", ">", lambda r: f"{r.summary.kl_p99:.1e}"),
+        Column("top-1", ">", lambda r: f"{r.summary.top1.estimate:.2%}"),
+        Column("ppl", ">", lambda r: f"{r.summary.perplexity:.4f}"),
+        Column("change [95% interval]", ">", lambda r: change_in_words(r.summary.change)),
+        Column("read, tokens/s", ">", lambda r: f"{r.tokens_per_second:.0f}"),
     ]
     columns += [
-        (f"smaller at {length}" if not index else str(length), ">", _smaller(report, length))
+        Column(f"smaller at {length}" if not index else str(length), ">", _smaller(report, length))
         for index, length in enumerate(sorted({report.length, *SHOWN_LENGTHS}))
     ]
-    yield from _table(columns, report.results)
-    yield (
-        f"exact: perplexity {report.exact_perplexity:.4f}, "
-        f"{report.exact_tokens_per_second:.0f} tokens/s"
-    )
+    yield from table(columns, report.rows)
     yield ""
     if report.generated:
-        yield (
-            f"greedy generation of {report.generated} tokens after {report.prompt}: "
-            f"exact at {report.exact_decode_tokens_per_second:.1f} tokens/s"
-        )
+        yield f"greedy generation of {report.generated} tokens after {report.prompt}"
         columns = [
-            ("arm", "<", lambda r: r.name),
-            ("same for", ">", lambda r: r.free.same_for),
-            ("same places", ">", lambda r: f"{r.free.agreement:.0%}"),
-            ("tokens/s", ">", lambda r: f"{r.decode_tokens_per_second:.1f}"),
+            Column("arm", "<", lambda r: r.name),
+            Column("same for", ">", lambda r: r.free.same_for),
+            Column("same places", ">", lambda r: f"{r.free.agreement:.0%}"),
+            Column("generated, tokens/s", ">", lambda r: f"{r.decode_tokens_per_second:.1f}"),
         ]
-        yield from _table(columns, report.results)
+        yield from table(columns, report.rows)
         yield ""
     columns = [
-        ("arm", "<", lambda r: r.name),
-        ("verdict", "<", lambda r: "no verdict" if r.verdict.word == "none" else r.verdict.word),
-        ("because", "<", lambda r: r.verdict.reason),
+        Column("arm", "<", lambda r: r.name),
+        Column("verdict", "<", lambda r: "no verdict" if r.verdict.word == "none" else r.verdict.word),
+        Column("because", "<", lambda r: r.verdict.reason),
     ]
-    yield from _table(columns, report.results)
+    yield from table(columns, report.results)
+    worst = [(result.name, token) for result in report.results for token in result.worst]
+    if worst:
+        yield ""
+        yield from worst_tokens.lines(worst)
+    if report.tasks:
+        yield ""
+        yield from task_results.lines(report.tasks)
 
 
 def _smaller(report: Report, length: int) -> Callable[[Result], str]:
     return lambda r: f"{report.smaller(r, length):.2f}x"
 
 
-def _change(change: Interval) -> str:
+def change_in_words(change: Interval) -> str:
+    """A change of perplexity and its interval."""
     if change.low is None:
         return f"{change.estimate:+z.2%} [too few windows]"
     return f"{change.estimate:+z.2%} [{change.low:+z.2%}, {change.high:+z.2%}]"
-
-
-def _table(columns: Sequence[tuple], rows: Sequence[Result]) -> Iterator[str]:
-    """Lines of a table; a column is a title, how to align it, and what to read from a row."""
-    shown = [[title, *(str(read(row)) for row in rows)] for title, _, read in columns]
-    widths = [max(map(len, cells)) for cells in shown]
-    for line in zip(*shown):
-        yield "  ".join(
-            f"{cell:{align}{width}}" for cell, (_, align, _), width in zip(line, columns, widths)
-        ).rstrip()

@@ -19,13 +19,22 @@ DRAWS = 20_000
 # below 5% from here on.
 FEWEST_WINDOWS = 6
 # The share of positions that must read codes, or the text is too short to matter.
-LEAST_CODED = 0.5
+LEAST_CODED = 0.7
 
 # Within these a run is called the same as the exact one, and beyond BROKEN useless.
 SAME_KL = 1.5e-3
 SAME_TOP1 = 0.98
 SAME_CHANGE = 0.003
 BROKEN_CHANGE = 0.10
+
+# What :func:`verdict` goes by, in words.
+RULE = (
+    f"same: perplexity within {SAME_CHANGE:.1%}, mean KL within {SAME_KL:g} nats and top-1 agreement "
+    f"from {SAME_TOP1:.0%} up, each with its whole 95% interval. costs: one of them surely worse. "
+    f"broken: perplexity grows by more than {BROKEN_CHANGE:.0%}, with its whole interval or in every "
+    "window. no verdict: the sample is too small to tell, as it is with fewer than "
+    f"{FEWEST_WINDOWS} windows, or where fewer than {LEAST_CODED:.0%} of the positions read codes."
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class Summary:
         top1: share of positions at which both runs rank the same token first.
         change: of the perplexity, relative: 0.01 is one per cent.
         exact_perplexity, perplexity: per token.
+        least_change: the change of the window whose perplexity grew least.
     """
 
     windows: int
@@ -57,6 +67,7 @@ class Summary:
     change: Interval
     exact_perplexity: float
     perplexity: float
+    least_change: float
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,7 @@ def summarise(windows: Sequence[Divergence]) -> Summary:
         interval(growth, math.expm1),
         whole.exact_perplexity,
         whole.perplexity,
+        min(w.perplexity / w.exact_perplexity for w in windows) - 1,
     )
 
 
@@ -134,6 +146,9 @@ def verdict(summary: Summary, coded: float) -> Verdict:
     Args:
         coded: the share of positions that read any codes.
     """
+    if summary.least_change > BROKEN_CHANGE:
+        # No choice of text makes so much of nothing: this needs no interval.
+        return Verdict("broken", f"perplexity grows by {summary.least_change:.0%} or more in every window")
     if summary.windows < FEWEST_WINDOWS:
         missing = FEWEST_WINDOWS - summary.windows
         return Verdict("none", f"{missing} more windows are needed: --windows {FEWEST_WINDOWS}")

@@ -22,18 +22,30 @@ class Divergence:
 
     Attributes:
         kls: KL(exact || run) of each position, nats, float64 (N,).
-        agrees: whether both runs rank the same token first, bool (N,).
+        exact_choices, choices: the token ids that the exact run and this one rank first, (N,).
         exact_nlls, nlls: negative log-likelihoods of the tokens of the text in the exact
             run and in this one, nats, float64 (P,), P = the positions with a next token.
     """
 
     kls: np.ndarray
-    agrees: np.ndarray
+    exact_choices: np.ndarray
+    choices: np.ndarray
     exact_nlls: np.ndarray
     nlls: np.ndarray
 
+    def of_exact(self) -> "Divergence":
+        """The exact run from itself."""
+        kls = np.zeros_like(self.kls)
+        choices, nlls = self.exact_choices, self.exact_nlls
+        return Divergence(kls, choices, choices, nlls, nlls)
+
     def __add__(self, other: "Divergence") -> "Divergence":
         return join([self, other])
+
+    @property
+    def agrees(self) -> np.ndarray:
+        """Whether both runs rank the same token first, bool (N,)."""
+        return self.exact_choices == self.choices
 
     @property
     def positions(self) -> int:
@@ -65,7 +77,7 @@ def join(parts: Sequence[Divergence]) -> Divergence:
     """The divergence over the positions of all ``parts``, in their order."""
     fields = (
         np.concatenate([getattr(part, name) for part in parts])
-        for name in ("kls", "agrees", "exact_nlls", "nlls")
+        for name in ("kls", "exact_choices", "choices", "exact_nlls", "nlls")
     )
     return Divergence(*fields)
 
@@ -107,16 +119,17 @@ def lockstep(
     for start in range(0, tokens.size, chunk):
         inputs = tokens[start : start + chunk]
         targets = tokens[start + 1 : start + 1 + chunk]
-        p = _log_probabilities(exact(inputs))
+        p = log_probabilities(exact(inputs))
         mx.eval(p)
         progress(inputs.size)
         for run, done in zip(runs, parts):
-            done.append(_compare(p, _log_probabilities(run(inputs)), targets))
+            done.append(_compare(p, log_probabilities(run(inputs)), targets))
             progress(inputs.size)
     return [join(done) for done in parts]
 
 
-def _log_probabilities(logits: mx.array) -> mx.array:
+def log_probabilities(logits: mx.array) -> mx.array:
+    """Natural logarithms in float32, (N, vocabulary), from logits of any dtype."""
     logits = logits.astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
@@ -125,8 +138,10 @@ def _compare(p: mx.array, q: mx.array, targets: mx.array) -> Divergence:
     """Compare log probabilities (N, vocabulary); ``targets`` may lack the last position's."""
     rows = mx.arange(targets.size)
     kls = mx.sum(mx.exp(p) * (p - q), axis=-1)
-    agrees = mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)
+    choices = [mx.argmax(x, axis=-1) for x in (p, q)]
     exact_nlls, nlls = (-x[rows, targets] for x in (p, q))
-    mx.eval(kls, agrees, exact_nlls, nlls)
+    mx.eval(kls, choices, exact_nlls, nlls)
     exact_nlls, nlls = (np.array(x, dtype=np.float64) for x in (exact_nlls, nlls))
-    return Divergence(np.array(kls, dtype=np.float64), np.array(agrees), exact_nlls, nlls)
+    return Divergence(
+        np.array(kls, dtype=np.float64), *(np.array(x) for x in choices), exact_nlls, nlls
+    )

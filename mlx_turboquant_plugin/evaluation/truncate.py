@@ -117,12 +117,12 @@ def cut(
     """
     arm = PRESET_ARMS[preset]
     uncut = Run(arm, model)
-    _read(uncut, tokens[:at], chunk)
+    uncut.read(tokens[:at], chunk)
     rest = tokens[at : at + CONTINUED]
     for removed in remove:
         reference, other = uncut.fork(), Run(arm, model)
         # The tokens that go are others than those that take their place.
-        _read(other, mx.concatenate([tokens[:at], tokens[at : at + removed][::-1]]), chunk)
+        other.read(mx.concatenate([tokens[:at], tokens[at : at + removed][::-1]]), chunk)
         for cache in other.caches:
             cache.trim(removed)
         recoded = _recoded(reference.caches, other.caches)
@@ -132,11 +132,6 @@ def cut(
         if same >= SAME_CODES and (part.kl <= SAME_KL or recoded):
             outcome = "equal" if part.kl <= SAME_KL else "explained"
         yield Cut(at, removed, recoded, part.kl, part.top1, same, outcome)
-
-
-def _read(run: Run, tokens: mx.array, chunk: int) -> None:
-    for start in range(0, tokens.size, chunk):
-        run(tokens[start : start + chunk])
 
 
 def _places(length: int, removed: int) -> List[int]:

@@ -1,7 +1,6 @@
 """The command line of ``mlx_turboquant bench``."""
 
 import argparse
-import json
 import sys
 from functools import partial
 from typing import Any, Callable, Dict, List, NamedTuple
@@ -14,14 +13,15 @@ from ...activation import disable
 from ...attention.kernels import resolve_kernel
 from ...reporting import status
 from ...rules import KERNELS, SettingsError
-from ..arguments import at_least, output_file, write
+from ..arguments import at_least, output_file
 from ..demo import MODEL
 from ..runs import load_model
 from . import plot
 from .layer import Layer, LayerBench
 from .measurement import ROUND, Results, dtype_name
 from .model import ModelBench
-from .report import as_json, lines
+from .report import lines
+from .saved import resume, save
 from .shapes import SHAPES, random_model
 
 PARTS = ("layer", "decode", "prefill")
@@ -96,7 +96,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernel", choices=KERNELS,
         help="of the compressed cache (default: what TURBOQUANT_KERNEL says, or auto)",
     )
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE",
+        help="write all figures, those of each situation as soon as it is measured",
+    )
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="go on with what --json holds from an earlier run with the same arguments",
+    )
     parser.add_argument(
         "--plot", type=output_file, metavar="FILE", help="draw speed and memory, a PNG"
     )
@@ -135,10 +142,13 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (QUICK if args.quick else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    notes, results = _notes(args, chosen), Results([], [])
+    notes = _notes(args, chosen)
+    if args.resume and not args.json:
+        raise SettingsError("--resume needs --json FILE, from which it goes on: name it")
+    results = resume(args.json, notes) if args.resume else Results()
     interrupted = False
     try:
-        _measure(args, chosen, overrides, results)
+        _measure(args, chosen, overrides, notes, results)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -154,7 +164,7 @@ def _show(args: argparse.Namespace, notes: Dict[str, Any], results: Results) -> 
     notes["fallbacks"] = status().fallbacks
     sys.stdout.write("\n".join(lines(notes, results)) + "\n")
     if args.json:
-        write(args.json, json.dumps(as_json(notes, results), indent=2) + "\n")
+        save(args.json, notes, results)
     if args.plot:
         plot.draw(args.plot, notes, results)
 
@@ -171,9 +181,10 @@ def _measure(
     args: argparse.Namespace,
     chosen: settings.Settings,
     overrides: Dict[str, Any],
+    notes: Dict[str, Any],
     results: Results,
 ) -> None:
-    jobs = []
+    jobs: List[Job] = []
     if {"decode", "prefill"} & set(args.parts):
         model = random_model(args.shape) if args.shape else load_model(args.model)[0]
         if args.model_dtype:
@@ -182,11 +193,16 @@ def _measure(
         jobs += _model_jobs(args, ModelBench(model, args.kv_bits, overrides), results)
     if "layer" in args.parts:
         jobs += _layer_jobs(args, chosen, results)
+    jobs = [job for job in jobs if job.title not in results.done]
     # Without a terminal there is nobody to watch.
     with tqdm(total=sum(job.ticks for job in jobs), unit="turn", disable=None) as bar:
         for job in jobs:
             bar.set_description(job.title)
             job.run(bar.update)
+            results.finish(job.title)
+            if args.json and (args.json.is_file() or not args.json.exists()):
+                # A process that is killed shows nothing in the end. No pipe is written twice.
+                save(args.json, notes, results)
 
 
 def _layer_jobs(
@@ -250,6 +266,8 @@ def _notes(args: argparse.Namespace, chosen: settings.Settings) -> Dict[str, Any
         "layers": args.layers,
         "model": f"random weights, {args.shape}" if args.shape else args.model,
         "chunk": args.chunk,
+        "model_dtype": args.model_dtype,
+        "rounds": args.rounds,
     }
 
 

@@ -1,8 +1,9 @@
 """What is measured, and taking turns."""
 
+import re
 import statistics
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, TypeVar
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 import mlx.core as mx
 
@@ -22,6 +23,9 @@ SLOW = 4
 
 # How much of the memory that MLX may use is filled.
 ROOM = 0.9
+
+# How MLX says that a device lacks an operation.
+UNSUPPORTED = re.compile(r"no (\w+ )?implementation|not (yet )?(implemented|supported)|NYI", re.I)
 
 T = TypeVar("T")
 
@@ -106,10 +110,22 @@ class Skipped:
 
 @dataclass
 class Results:
-    """All that one run has found so far."""
+    """All that one run has found so far.
 
-    measurements: List[Measurement]
-    skipped: List[Skipped]
+    Attributes:
+        done: the titles of the jobs that came to their end.
+        kept: how many of ``measurements`` and of ``skipped`` are from these.
+    """
+
+    measurements: List[Measurement] = field(default_factory=list)
+    skipped: List[Skipped] = field(default_factory=list)
+    done: List[str] = field(default_factory=list)
+    kept: Tuple[int, int] = (0, 0)
+
+    def finish(self, title: str) -> None:
+        """Note that a job has come to its end."""
+        self.done.append(title)
+        self.kept = len(self.measurements), len(self.skipped)
 
 
 class NotMeasured(Exception):
@@ -141,8 +157,7 @@ class Situation:
         except Exception as error:
             if cache == COMPRESSED:
                 raise
-            known = isinstance(error, NotMeasured)
-            self.skip(cache, str(error) if known else f"{type(error).__name__}: {error}")
+            self.skip(cache, _reason(error))
             return None
 
     def attempt_all(self, runs: Mapping[str, Callable[[], T]]) -> Dict[str, T]:
@@ -193,6 +208,16 @@ class Situation:
         if sample.peak_bytes is not None:
             found.peak_bytes = max(sample.peak_bytes, found.peak_bytes or 0)
         return found
+
+
+def _reason(error: Exception) -> str:
+    """Why a cache of mlx-lm's was not measured."""
+    if isinstance(error, NotMeasured):
+        return str(error)
+    text = f"{type(error).__name__}: {error}"
+    if UNSUPPORTED.search(text):
+        return f"MLX can't run it on {mx.default_device()}: {text}"
+    return text
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

@@ -29,7 +29,6 @@ def as_json(notes: Dict[str, Any], results: Results) -> Dict[str, Any]:
     """Everything, as what :mod:`json` can write: seconds and bytes."""
     report = {"notes": notes, **asdict(results)}
     for row, m in zip(report["measurements"], results.measurements):
-        del row["samples"]
         row["seconds"] = m.seconds and asdict(m.seconds)
     return report
 

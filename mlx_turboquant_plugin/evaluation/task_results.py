@@ -1,0 +1,187 @@
+"""How each arm's answers to the tasks compare with the exact run's."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Callable, Dict, Iterator, List, Sequence
+
+import mlx.nn as nn
+import numpy as np
+
+from .answering import ORIGINS, Answer, answer
+from .arms import EXACT, Arm
+from .paired import Paired, paired
+from .statistics import Interval, interval
+from .tables import Column, table
+from .tasks import TASKS, Prompt
+
+NOTE = (
+    "likeliest: the right answer is more probable than all wrong ones; greedy: it is what greedy "
+    "generation gives; difference of the shares with Tango's 95% interval; p: McNemar's exact test, "
+    "not adjusted for the number of rows; log p: change of the right answer's log-probability, nats"
+)
+ORIGIN_NOTE = (
+    "cache: the context was read, or loaded from a file, or reached by trimming what had been read "
+    "after it; each beside the exact run's answers after reading"
+)
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One arm's answers to one task, from caches of one origin, beside the exact run's.
+
+    Attributes:
+        origin: of the cache, see :mod:`answering`.
+        likeliest, greedy: right answers, judged as in :class:`Answer`.
+        nats: mean change of the right answer's log-probability.
+    """
+
+    task: str
+    arm: str
+    origin: str
+    likeliest: Paired
+    greedy: Paired
+    nats: Interval
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Right greedy answers of ``arm`` to one task at one length and depth, of ``count``."""
+
+    task: str
+    arm: str
+    length: int
+    depth: float
+    right: int
+    count: int
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """All tasks.
+
+    Attributes:
+        results: a row for each task, arm and origin of the cache.
+        cells: after reading, the exact run's too.
+        answers: each single answer, as plain data.
+    """
+
+    results: List[TaskResult]
+    cells: List[Cell]
+    answers: List[Dict[str, Any]]
+
+
+def run_tasks(
+    prompts: Sequence[Prompt],
+    arms: Sequence[Arm],
+    model: nn.Module,
+    chunk: int,
+    progress: Callable[[int], Any],
+) -> TaskReport:
+    """Let the exact run and ``arms`` answer every prompt."""
+    names = [EXACT.name, *(arm.name for arm in arms)]
+    found = [
+        {arm.name: answer(arm, model, prompt, chunk, progress) for arm in (EXACT, *arms)}
+        for prompt in prompts
+    ]
+    asked = [task for task in TASKS if any(prompt.task == task for prompt in prompts)]
+    results = [
+        _result(task, name, origin, [f for f, p in zip(found, prompts) if p.task == task])
+        for task in asked
+        for name in names[1:]
+        for origin in ORIGINS
+    ]
+    places = dict.fromkeys((p.task, p.length, p.depth) for p in prompts)
+    cells = [
+        _cell(place, name, [f[name]["read"] for f, p in zip(found, prompts) if _place(p) == place])
+        for place in places
+        for name in names
+    ]
+    answers = [
+        {"task": p.task, "length": p.length, "depth": p.depth, "arm": name, "cache": origin, **asdict(one)}
+        for f, p in zip(found, prompts)
+        for name, by_origin in f.items()
+        for origin, one in by_origin.items()
+    ]
+    return TaskReport(results, cells, answers)
+
+
+def _place(prompt: Prompt) -> tuple:
+    return prompt.task, prompt.length, prompt.depth
+
+
+def _result(
+    task: str, name: str, origin: str, found: Sequence[Dict[str, Dict[str, Answer]]]
+) -> TaskResult:
+    ours = [answers[name][origin] for answers in found]
+    exact = [answers[EXACT.name]["read"] for answers in found]
+    changes = np.array([(a.nats - b.nats, 1) for a, b in zip(ours, exact)], dtype=np.float64)
+    return TaskResult(
+        task,
+        name,
+        origin,
+        paired([a.likeliest for a in ours], [b.likeliest for b in exact]),
+        paired([a.greedy for a in ours], [b.greedy for b in exact]),
+        interval(changes),
+    )
+
+
+def _cell(place: tuple, name: str, answers: Sequence[Answer]) -> Cell:
+    task, length, depth = place
+    return Cell(task, name, length, depth, sum(one.greedy for one in answers), len(answers))
+
+
+COLUMNS = [
+    Column("task", "<", lambda r: r.task),
+    Column("arm", "<", lambda r: r.arm),
+    Column("cache", "<", lambda r: r.origin),
+    Column("likeliest", ">", lambda r: _counts(r.likeliest)),
+    Column("difference [95%]", ">", lambda r: _difference(r.likeliest)),
+    Column("p", ">", lambda r: f"{r.likeliest.p:.2g}"),
+    Column("greedy", ">", lambda r: _counts(r.greedy)),
+    Column("difference [95%]", ">", lambda r: _difference(r.greedy)),
+    Column("p", ">", lambda r: f"{r.greedy.p:.2g}"),
+    Column("log p [95%]", ">", lambda r: _nats(r.nats)),
+]
+
+
+def lines(report: TaskReport) -> Iterator[str]:
+    """The lines of the table for a terminal."""
+    yield "tasks: right answers, and the exact run's of how many"
+    yield from table(COLUMNS, report.results)
+    yield from (NOTE, ORIGIN_NOTE)
+    passkeys = [cell for cell in report.cells if cell.task == "passkey"]
+    yield ""
+    yield "right greedy answers to passkey by length and depth, after reading"
+    yield from table(*by_place(passkeys))
+
+
+def by_place(cells: Sequence[Cell]) -> tuple:
+    """Columns, one for each length and depth, and rows, one for each arm, of a table."""
+    places = dict.fromkeys((cell.length, cell.depth) for cell in cells)
+    rows: Dict[str, Dict[tuple, Cell]] = {}
+    for cell in cells:
+        rows.setdefault(cell.arm, {})[cell.length, cell.depth] = cell
+    columns = [Column("arm", "<", lambda row: next(iter(row.values())).arm)]
+    columns += [
+        Column(
+            f"{length} at {depth:.0%}",
+            ">",
+            lambda row, place=(length, depth): f"{row[place].right}/{row[place].count}",
+        )
+        for length, depth in places
+    ]
+    return columns, list(rows.values())
+
+
+def _counts(p: Paired) -> str:
+    return f"{p.right}, {p.exact_right} of {p.count}"
+
+
+def _difference(p: Paired) -> str:
+    d = p.difference
+    return f"{d.estimate:+z.0%} [{d.low:+z.0%}, {d.high:+z.0%}]"
+
+
+def _nats(change: Interval) -> str:
+    if change.low is None:
+        return f"{change.estimate:+z.3f} [too few]"
+    return f"{change.estimate:+z.3f} [{change.low:+z.3f}, {change.high:+z.3f}]"
