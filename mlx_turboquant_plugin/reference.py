@@ -24,11 +24,19 @@ POSITIVE_LEVELS = {
     4: np.array([5.5, 16.5, 28.5, 40.5, 54.5, 70.5, 90.5, 119.5]) / 43.6528,
 }
 LEVELS = {bits: np.concatenate([-half[::-1], half]) for bits, half in POSITIVE_LEVELS.items()}
-# Those of 5 bits are uniform (table II of the same), a sixteenth of a step off the middle.
-LEVELS[5] = 0.1881 * (np.arange(32) - 15.5 + 1 / 16)
 
-# The bits of the two segments of a key.
-SEGMENTS = (5, 3)
+# The uniform quantisers of segments (the best steps of table II of the same) have the middles
+# of 2^bits equal parts of the numbers from 0 to 256, less 127.5, as levels at size 1, but for a
+# factor: so the sizes to be tried begin elsewhere, in steps.
+UNIFORM_STEPS = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041}
+FACTOR = 2**-5.5
+UNIFORM_LEVELS = {
+    bits: FACTOR * ((np.arange(2**bits) + 0.5) * 2 ** (8 - bits) - 127.5)
+    for bits in UNIFORM_STEPS
+}
+UNIFORM_SHIFTS = {
+    bits: 12 * np.log2(step / (FACTOR * 2 ** (8 - bits))) for bits, step in UNIFORM_STEPS.items()
+}
 
 # The sizes a vector can be stored with, 1/12 octave apart.
 SIZES = 2.0 ** (np.arange(256) / 12 - 13)
@@ -74,7 +82,7 @@ def rotation(dim, seed=SEED):
     return signs(dim, seed)[:, None] * spread
 
 
-def quantize(x, bits):
+def quantize(x, bits, uniform=False):
     """TurboQuant-MSE of rotated vectors (arXiv 2504.19874, section 3.1) with a size per vector.
 
     The size is the one of five near the root mean square with the least
@@ -82,18 +90,22 @@ def quantize(x, bits):
 
     Args:
         x: (..., D).
+        uniform: whether levels are those of segments.
 
     Returns:
         Codes (..., D), the indices of levels, and sizes (..., 1), indices of SIZES; ints.
     """
     x = np.asarray(x, np.float64)
+    levels, shift = LEVELS.get(bits), 0
+    if uniform:
+        levels, shift = UNIFORM_LEVELS[bits], UNIFORM_SHIFTS[bits]
     norm = np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-20)
-    start = np.round(12 * (np.log2(norm / np.sqrt(x.shape[-1])) + 13)).astype(int)
+    start = np.round(12 * (np.log2(norm / np.sqrt(x.shape[-1])) + 13) + shift).astype(int)
     tried = []
     for step in STEPS:
         size = np.clip(start + step, 0, 255)
-        codes = np.abs((x / SIZES[size])[..., None] - LEVELS[bits]).argmin(axis=-1)
-        error = x - dequantize(codes, size, bits)
+        codes = np.abs((x / SIZES[size])[..., None] - levels).argmin(axis=-1)
+        error = x - levels[codes] * SIZES[size]
         along = np.sum(error * x / norm, axis=-1)
         tried.append((np.sum(error**2, axis=-1) + ALONG * along**2, codes, size))
     costs, codes, sizes = map(np.stack, zip(*tried))
@@ -101,9 +113,9 @@ def quantize(x, bits):
     return tuple(np.take_along_axis(choice, best, axis=0)[0] for choice in (codes, sizes))
 
 
-def dequantize(codes, sizes, bits):
+def dequantize(codes, sizes, bits, uniform=False):
     """The rotated vectors (..., D) of what :func:`quantize` returns."""
-    return LEVELS[bits][codes] * SIZES[sizes]
+    return (UNIFORM_LEVELS if uniform else LEVELS)[bits][codes] * SIZES[sizes]
 
 
 def rope(x, positions, base=10000.0, traditional=False, dims=None):
@@ -141,23 +153,31 @@ def decode_keys(codes, sizes, bits, rotated_bias=0.0, balance=1.0):
     return x * balance + rotated_bias
 
 
-def encode_segments(keys, order, rotated_bias=0.0, balance=1.0):
+def encode_segments(keys, order, first_bits, rotated_bias=0.0, balance=1.0):
     """Codes and sizes of both segments of keys (B, H, T, D): two pairs, see :func:`quantize`.
 
     Args:
         order: (H, D), which channels come first.
+        first_bits: (H,), the bits of the first segment of each head; the second has the
+            rest of 8.
     """
     x = np.take_along_axis((keys - rotated_bias) / balance, order[None, :, None], axis=-1)
-    halves = np.split(x, 2, axis=-1)
-    return [quantize(half @ rotation(half.shape[-1]), b) for half, b in zip(halves, SEGMENTS)]
+    halves = [half @ rotation(half.shape[-1]) for half in np.split(x, 2, axis=-1)]
+    pairs = []
+    for half, bits in zip(halves, (first_bits, 8 - first_bits)):
+        heads = [quantize(half[:, h], bits[h], uniform=True) for h in range(len(bits))]
+        pairs.append(tuple(np.stack(x, axis=1) for x in zip(*heads)))
+    return pairs
 
 
-def decode_segments(segments, order, rotated_bias=0.0, balance=1.0):
+def decode_segments(segments, order, first_bits, rotated_bias=0.0, balance=1.0):
     """Undo :func:`encode_segments`."""
-    halves = [
-        dequantize(codes, sizes, b) @ rotation(codes.shape[-1]).T
-        for (codes, sizes), b in zip(segments, SEGMENTS)
-    ]
+    halves = []
+    for (codes, sizes), bits in zip(segments, (first_bits, 8 - first_bits)):
+        heads = [
+            dequantize(codes[:, h], sizes[:, h], bits[h], uniform=True) for h in range(len(bits))
+        ]
+        halves.append(np.stack(heads, axis=1) @ rotation(codes.shape[-1]).T)
     back = np.argsort(order, axis=-1)[None, :, None]
     x = np.take_along_axis(np.concatenate(halves, axis=-1), back, axis=-1)
     return x * balance + rotated_bias

@@ -6,6 +6,7 @@ from typing import Tuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from layouts import layout
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from mlx_turboquant_plugin.attention import dequantized, dispatch
@@ -92,16 +93,16 @@ def random(case: Case, count: int):
 def codec_of(case: Case) -> KVCodec:
     """The codec of a case, the same each time."""
     mx.random.seed(case.dim)
-    balance = bias = order = None
+    balance = bias = cut = None
     if case.rope:
         balance = mx.exp(0.3 * mx.random.normal((HEADS, 1, case.dim)))
         rotary = case.dim // 2 if case.rope == "partial" else case.dim
         rope = nn.RoPE(rotary, traditional=case.rope == "traditional")
         bias = KeyBias(10 * mx.random.normal((HEADS, case.dim)), rope)
         if case.keys == SEGMENTED:
-            order = mx.argsort(mx.random.normal((HEADS, case.dim)), axis=-1).astype(mx.int32)
+            cut = layout(HEADS, case.dim)
     spec = CodecSpec(case.dim, case.value_dim, *case.keys, *case.values)
-    return KVCodec(spec, balance, bias, order)
+    return KVCodec(spec, balance, bias, cut)
 
 
 def view_of(case: Case, kernel: str):

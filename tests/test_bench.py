@@ -98,7 +98,7 @@ def test_tables_are_counted_once():
     rotations = codecs[0].key_rotation.array, codecs[0].value_rotation.array
     shared = sum(array.nbytes for array in (*rotary.arrays, *rotations))
     own = sum(
-        x.nbytes for codec in codecs for x in (codec.balance, codec.order, *codec.bias.arrays)
+        x.nbytes for codec in codecs for x in (codec.balance, codec.layout, *codec.bias.arrays)
     )
     assert table_bytes(caches) == shared + own
     assert table_bytes([KVCache()]) == 0

@@ -168,7 +168,6 @@ def test_lloyd_max_is_the_oracles(bits, dim):
 @every_lloyd_max
 def test_head_dims_do_not_mix_within_a_process(bits):
     for dims in ((64, 128), (128, 64)):
-        lloyd_max.encoder.cache_clear()
         for dim in dims:
             check_against_oracle(various(dim), bits)
 

@@ -309,7 +309,7 @@ class CompressedKVCache(_BaseCache):
             bias = self.codec.bias
             if bias is None and self.bias is not None:
                 bias = place(self.bias)
-            codec = KVCodec(self.codec.spec, self.codec.balance, bias, self.codec.order)
+            codec = KVCodec(self.codec.spec, self.codec.balance, bias, self.codec.layout)
         self.codec = codec
         self.bias = _bias_of(codec)
         self.fingerprint = fingerprint

@@ -5,15 +5,17 @@ import json
 from typing import TYPE_CHECKING, Any, Optional
 
 import mlx.core as mx
+import numpy as np
 
 from ..codecs.kv_codec import CodecSpec, KVCodec
+from ..codecs.segmented import FIRST_BITS
 from .visibility import Ring, Visibility
 
 if TYPE_CHECKING:
     from .compressed import CompressedKVCache
 
 FORMAT = "turboquant-kv/2"
-# The same without the order of the channels and the key bias; read if none was left out.
+# The same without the layout of the channels and the key bias; read if none was left out.
 OLD_FORMAT, OLD_PARTS = "turboquant-kv/1", 9
 REMEDY = "make the prompt cache again with this version and model"
 
@@ -22,7 +24,7 @@ def to_state(cache: "CompressedKVCache") -> tuple:
     """What mlx-lm saves and evaluates: strings, the offset and arrays.
 
     (format, description, fingerprint, offset, keys, values, key codes, value codes,
-    balance, order, bias); the description is JSON: the codec, the window, the sinks, a
+    balance, layout, bias); the description is JSON: the codec, the window, the sinks, a
     checksum of the rotations, the first position that has codes, and for rotating caches
     how many tokens they hold.
     """
@@ -42,7 +44,7 @@ def to_state(cache: "CompressedKVCache") -> tuple:
         cache.key_codes,
         cache.value_codes,
         cache.codec and cache.codec.balance,
-        cache.codec and cache.codec.order,
+        cache.codec and cache.codec.layout,
         cache.bias,
     )
 
@@ -62,7 +64,7 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
     if len(state) != expected:
         raise ValueError(f"prompt cache: {len(state)} parts, expected {expected}: {REMEDY}")
     _, description, fingerprint, offset, keys, values, key_codes, value_codes, *known = state
-    balance, order, bias = (*known, None, None)[:3]
+    balance, layout, bias = (*known, None, None)[:3]
     try:
         parts = json.loads(description)
         cache.__init__(**parts["ring"])
@@ -70,7 +72,7 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
         if parts["codec"] is None:
             return
         visibility, first_coded = Visibility(**parts["visibility"]), int(parts["first_coded"])
-        codec = KVCodec(CodecSpec(**parts["codec"]), balance, None, order)
+        codec = KVCodec(CodecSpec(**parts["codec"]), balance, None, layout)
         checksum, left_out = parts["rotation"], parts.get("biased", False)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"prompt cache: unreadable description ({error!r}): {REMEDY}") from error
@@ -154,22 +156,28 @@ def _check_arrays(cache: "CompressedKVCache") -> None:
             shape[0], shape[axis] = batch, count
             fits = fits and list(array.shape) == shape and array.dtype == expected.dtype
         _require(fits, "its codes do not have the shapes of its description")
-    dims = heads, spec.head_dim
+    dim = spec.head_dim
     for name, x, shape in (
-        ("balance", cache.codec.balance, (heads, 1, spec.head_dim)),
-        ("order", cache.codec.order, dims),
-        ("bias", cache.bias, dims),
+        ("balance", cache.codec.balance, (heads, 1, dim)),
+        ("layout", cache.codec.layout, (heads, dim + 1)),
+        ("bias", cache.bias, (heads, dim)),
     ):
         _require(
             x is None or x.shape == shape,
             f"its key {name} does not have the shape of its description",
         )
-    order = cache.codec.order
     _require(
-        order is None
-        or (order.dtype == mx.int32 and (mx.sort(order) == mx.arange(dims[1])).all().item()),
-        "its key order is no permutation of the channels",
+        cache.codec.layout is None or _is_layout(cache.codec.layout, spec),
+        "its key layout is no order of the channels and bits of their first segment",
     )
+
+
+def _is_layout(layout: mx.array, spec: CodecSpec) -> bool:
+    if layout.dtype != mx.int32 or spec.segments == 1:
+        return False
+    order, first_bits = np.split(np.array(layout), [-1], axis=-1)
+    channels = np.arange(spec.head_dim)
+    return (np.sort(order) == channels).all() and np.isin(first_bits, FIRST_BITS).all()
 
 
 def _require(condition: bool, problem: str) -> None:

@@ -25,10 +25,13 @@ ALL = slice(None)
 STEP = {mx.cpu: 2**16, mx.gpu: 2**23}
 
 
-def key_quantizer(name: str, bits: int):
-    """The quantiser of rotated keys called ``name``: segmented, lloyd-max, affine or exact."""
+def key_quantizer(name: str, bits: int, first_bits: Optional[mx.array] = None):
+    """The quantiser of rotated keys called ``name``: segmented, lloyd-max, affine or exact.
+
+    ``first_bits`` are for :class:`Segmented`.
+    """
     if name == SEGMENTED:
-        return Segmented()
+        return Segmented(first_bits)
     return {"lloyd-max": LloydMax, "affine": VectorAffine, "exact": _exact}[name](bits)
 
 
@@ -74,8 +77,8 @@ class KVCodec:
         spec: bits, quantisers, dimensions.
         balance: (H, 1, D) fp32, or None: queries are multiplied by it and keys divided.
         bias: the layer's key bias, or None.
-        order: (H, D) int32, or None: the channels of each KV head in the order in which they
-            are cut into segments.
+        layout: (H, D + 1) int32, or None: the channels of each KV head in the order in which
+            they are cut into segments, and last the bits of the first segment.
     """
 
     def __init__(
@@ -83,13 +86,14 @@ class KVCodec:
         spec: CodecSpec,
         balance: Optional[mx.array] = None,
         bias: Optional[KeyBias] = None,
-        order: Optional[mx.array] = None,
+        layout: Optional[mx.array] = None,
     ):
         self.spec = spec
         self.balance = balance
         self.bias = bias
-        self.order = order
-        self.keys = key_quantizer(spec.key_codec, spec.key_bits)
+        self.layout = layout
+        first_bits = None if layout is None else layout[:, -1]
+        self.keys = key_quantizer(spec.key_codec, spec.key_bits, first_bits)
         self.values = value_quantizer(spec.value_codec, spec.value_bits, spec.value_dim)
         self.key_rotation = Rotation(spec.head_dim // spec.segments, spec.seed)
         self.value_rotation = Rotation(spec.value_dim, spec.seed)
@@ -101,14 +105,14 @@ class KVCodec:
             self.spec == other.spec
             and _equal(own, bias)
             and _equal(self.balance, other.balance)
-            and _equal(self.order, other.order)
+            and _equal(self.layout, other.layout)
         )
 
     @property
     def tables(self) -> Tuple[mx.array, ...]:
         """What it keeps besides any codes. Layers share the rotations and the rotary table."""
         tables = [self.key_rotation.array, self.value_rotation.array]
-        tables += [x for x in (self.balance, self.order) if x is not None]
+        tables += [x for x in (self.balance, self.layout) if x is not None]
         if self.bias is not None:
             tables += [*self.bias.arrays, *self.bias.table.arrays]
         return tuple(tables)
@@ -158,8 +162,8 @@ class KVCodec:
         """The keys, fp32 (B, H, T, D), that ``codes`` stand for."""
         x = self.keys.decode(tuple(mx.swapaxes(plane, -1, -2) for plane in codes))
         x = Rotation.inverse(self._cut(x), self.key_rotation.array).flatten(-2)
-        if self.order is not None:
-            x = _chosen(x, mx.argsort(self.order, axis=-1))
+        if self.layout is not None:
+            x = _chosen(x, mx.argsort(self.layout[:, :-1], axis=-1))
         if self.balance is not None:
             x = x * self.balance
         if self.bias is not None:
@@ -168,7 +172,7 @@ class KVCodec:
 
     def sorted(self, x: mx.array) -> mx.array:
         """Keys or queries (B, H, T, D) with their channels in the order of the segments."""
-        return x if self.order is None else _chosen(x, self.order)
+        return x if self.layout is None else _chosen(x, self.layout[:, :-1])
 
     def _cut(self, x: mx.array) -> mx.array:
         return x.reshape(*x.shape[:-1], self.spec.segments, -1)

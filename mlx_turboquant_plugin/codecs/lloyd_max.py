@@ -8,7 +8,7 @@ N(0, 1) (Lloyd 1957, Max 1960), and one scale per vector is stored.
 import functools
 import math
 from dataclasses import dataclass
-from typing import Callable, Tuple
+from typing import Any, Callable, Tuple
 
 import mlx.core as mx
 
@@ -49,12 +49,6 @@ CODEBOOKS = {
     ),
 }
 
-# 5 bits are uniform: the level of a code is the byte 8 code + 4. 0.1881 is the best step for
-# N(0, 1) (Max 1960, table II); the grid lies a sixteenth of a step off the middle, so that all
-# levels are bytes less OFFSET.
-UNIFORM_BITS, STEP = 5, 8
-UNIFORM_UNIT = STEP / 0.1881
-
 # A scale is a power of 2^(1/12): 8 bits from 1.2e-4 to 310, 3% off at most.
 STEPS_PER_OCTAVE = 12
 LOWEST_OCTAVE = -13
@@ -83,7 +77,7 @@ class LloydMax:
 
     def encode(self, x: mx.array) -> Tuple[mx.array, ...]:
         """The codes of rotated vectors ``x``, fp32 (..., T, D)."""
-        codes, scale = encoder(self.bits, x.shape[-1])(x)
+        codes, scale = searched(x, _coder(self.bits))
         return (*packing.pack(codes, self.bits), scale)
 
     def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
@@ -137,19 +131,12 @@ def size_of(scale: mx.array) -> mx.array:
     return exp2(below) * 2.0 ** (LOWEST_OCTAVE + OCTAVES)
 
 
-def unit_of(bits: int) -> float:
-    """What levels of 2, 3, 4 or 5 bits, as bytes, are divided by to suit N(0, 1)."""
-    return UNIFORM_UNIT if bits == UNIFORM_BITS else CODEBOOKS[bits].unit
-
-
 def level_bytes(codes: mx.array, bits: int) -> mx.array:
     """Levels of ``codes`` as bytes: 128 + (u (b + (j (a j + d) >> shift)) >> 8).
 
     With u = 2 code - (2^bits - 1), odd, and j = (u^2 - 1) / 8. In 16 bits, where eight
     numbers at a time fit the registers of every processor.
     """
-    if bits == UNIFORM_BITS:
-        return codes * STEP + STEP // 2
     a, d, shift, b = CODEBOOKS[bits].curve
     u = codes.astype(mx.int16) * 2 - (2**bits - 1)
     j = (u * u) >> 3
@@ -164,9 +151,6 @@ def _levels(bits: int) -> Callable:
 
 def _nearest(z: mx.array, bits: int) -> mx.array:
     """Codes of the levels nearest to ``z``: thresholds lie half-way between levels."""
-    if bits == UNIFORM_BITS:
-        codes = mx.floor((z * UNIFORM_UNIT + OFFSET) * (1 / STEP))
-        return mx.clip(codes, 0, 2**bits - 1).astype(mx.uint8)
     book = CODEBOOKS[bits]
     size = mx.abs(z) * book.unit
     above = [
@@ -177,31 +161,43 @@ def _nearest(z: mx.array, bits: int) -> mx.array:
     return mx.where(z < 0, half - 1 - magnitude, half + magnitude).astype(mx.uint8)
 
 
-@functools.lru_cache(maxsize=None)
-def encoder(bits: int, dim: int) -> Callable:
-    """The function from x (..., T, dim) to codes (..., T, dim) and scales (..., T, 1)."""
+def _coder(bits: int) -> Callable:
+    """What :func:`searched` is given for the codebook of ``bits``."""
+    unit = CODEBOOKS[bits].unit
 
-    def encode(x):
-        rms = mx.maximum(mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True)), 1e-20)
-        norm = rms * math.sqrt(dim)
-        start = mx.round((mx.log2(rms) - LOWEST_OCTAVE) * STEPS_PER_OCTAVE)
-        best = None
-        for step in SEARCH:
-            scale = mx.clip(start + step, 0, 255).astype(mx.uint8)
-            size = size_of(scale)
-            codes = _nearest(x / size, bits)
-            levels = (level_bytes(codes, bits).astype(mx.float32) - OFFSET) / unit_of(bits)
-            missing = x - levels * size
-            along = mx.sum(missing * x, axis=-1, keepdims=True) / norm
-            error = mx.sum(missing * missing, axis=-1, keepdims=True) + ALONG * along * along
-            found = error, codes, scale
-            if best is None:
-                best = found
-            else:
-                better = error < best[0]
-                best = tuple(mx.where(better, new, old) for new, old in zip(found, best))
-        return best[1:]
+    def coded(x, size):
+        codes = _nearest(x / size, bits)
+        return codes, (level_bytes(codes, bits).astype(mx.float32) - OFFSET) / unit * size
 
+    return coded
+
+
+def searched(x: mx.array, coded: Callable, shift: Any = 0) -> Tuple[mx.array, mx.array]:
+    """Codes of ``x``, fp32 (..., T, D), with the scale near the root mean square that loses least.
+
+    Args:
+        coded: from x and sizes (..., T, 1) to codes and to what they stand for.
+        shift: by how many steps the search begins above the root mean square.
+
+    Returns:
+        Codes (..., T, D) and scales (..., T, 1), uint8.
+    """
+    rms = mx.maximum(mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True)), 1e-20)
+    norm = rms * math.sqrt(x.shape[-1])
+    start = mx.round((mx.log2(rms) - LOWEST_OCTAVE) * STEPS_PER_OCTAVE + shift)
+    best = None
     # Not compiled: encoding is rare, and MLX would take half a minute for it on a CPU, and NVRTC
     # two minutes.
-    return encode
+    for step in SEARCH:
+        scale = mx.clip(start + step, 0, 255).astype(mx.uint8)
+        codes, values = coded(x, size_of(scale))
+        missing = x - values
+        along = mx.sum(missing * x, axis=-1, keepdims=True) / norm
+        error = mx.sum(missing * missing, axis=-1, keepdims=True) + ALONG * along * along
+        found = error, codes, scale
+        if best is None:
+            best = found
+        else:
+            better = error < best[0]
+            best = tuple(mx.where(better, new, old) for new, old in zip(found, best))
+    return best[1:]

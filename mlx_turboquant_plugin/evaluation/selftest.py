@@ -79,6 +79,7 @@ from ..attention.fused import MAX_QUERIES, fallbacks
 from ..attention.kernels import available_kernels, resolve_kernel
 from ..cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
 from ..codecs.key_bias import KeyBias
+from ..codecs.segmented import FIRST_BITS, USUAL_BITS
 from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
 from ..kernels import FUSED, fused_kernels
 from . import stored
@@ -146,7 +147,7 @@ class _Layer:
         dim, rope = tested.dim, tested.rope
         rotary = dim // 2 if rope == "partial" else dim
         self.rope = {"traditional": rope == "traditional", "dims": rotary}
-        self.bias = self.balance = self.order = None
+        self.bias = self.balance = self.layout = None
         codec_parts = None, None, None
         if tested.extras:
             size = PROMPT_BIAS_SIZE if self.is_prompt else BIAS_SIZE
@@ -154,11 +155,13 @@ class _Layer:
             self.balance = np.exp(0.3 * self._normal(KV_HEADS, 1, dim))
             rope_module = nn.RoPE(rotary, traditional=rope == "traditional")
             if tested.segmented:
-                self.order = self.random.permuted([np.arange(dim, dtype=np.int32)] * KV_HEADS, axis=1)
+                order = self.random.permuted([np.arange(dim)] * KV_HEADS, axis=1)
+                first_bits = self.random.permutation(FIRST_BITS)[:KV_HEADS, None]
+                self.layout = np.concatenate([order, first_bits], axis=1).astype(np.int32)
             codec_parts = (
                 mx.array(self.balance),
                 KeyBias(mx.array(self.bias), rope_module),
-                None if self.order is None else mx.array(self.order),
+                None if self.layout is None else mx.array(self.layout),
             )
         spec = CodecSpec(dim, tested.value_dim, *tested.keys, *tested.values)
         self.codec = KVCodec(spec, *codec_parts)
@@ -279,19 +282,33 @@ class _Layer:
             bias = np.zeros_like(keys) + self._rotated_bias(some)
             keys, decoded_keys = ((x - bias) / balance for x in (keys, decoded_keys))
             turned = np.linalg.norm(bias / balance, axis=-1) * some
-            if self.order is not None:
-                order = self.order[None, :, None]
-                keys, decoded_keys = (
-                    np.take_along_axis(x, order, axis=-1) for x in (keys, decoded_keys)
-                )
-            halves = 2 if self.case.segmented else 1
-            bits = reference.SEGMENTS if self.case.segmented else self.case.keys[1:]
-            parts = zip(*(np.split(x, halves, axis=-1) for x in (keys, decoded_keys)), bits)
             shares += [
-                *(self._share(self.case.keys[0], b, x, y, turned) for x, y, b in parts),
+                self._share(*self.case.keys, keys, decoded_keys, turned)
+                if not self.case.segmented
+                else self._share_of_segments(keys, decoded_keys, turned),
                 self._share(*self.case.values, values, decoded_values, np.zeros_like(turned)),
             ]
         return max(shares)
+
+    def _share_of_segments(self, x: np.ndarray, decoded: np.ndarray, turned: np.ndarray) -> float:
+        order, first_bits = self._cut
+        x, decoded = (
+            np.split(np.take_along_axis(y, order[None, :, None], axis=-1), 2, axis=-1)
+            for y in (x, decoded)
+        )
+        shares = [
+            self._share("segmented", bits[h], *(y[:, h] for y in (*parts, turned)))
+            for *parts, bits in zip(x, decoded, (first_bits, 8 - first_bits))
+            for h in range(KV_HEADS)
+        ]
+        return max(shares)
+
+    @property
+    def _cut(self) -> Tuple[np.ndarray, np.ndarray]:
+        """The order of the channels, (H, D), and the bits of the first segment, (H,)."""
+        if self.layout is None:
+            return np.array([range(self.case.dim)] * KV_HEADS), np.array([USUAL_BITS] * KV_HEADS)
+        return self.layout[:, :-1], self.layout[:, -1]
 
     def _share(
         self, codec: str, bits: int, x: np.ndarray, decoded: np.ndarray, turned: np.ndarray
@@ -304,7 +321,7 @@ class _Layer:
         inexact = ROUNDOFF["float32"] * (64 + turned / length)
         if mx.default_device().type == mx.gpu and self.kernel not in FUSED:
             inexact = inexact + 4 * TF32_ROUNDOFF
-        most = 1.2 * stored.least_loss(x, bits, inexact)
+        most = 1.2 * stored.least_loss(x, bits, inexact, codec == "segmented")
         most = most + (1 + reference.ALONG) ** 0.5 * inexact * length
         return (stored.loss(x, decoded) / most).max()
 
@@ -348,9 +365,9 @@ class _Layer:
     def _decode_keys(self, codes: Codes, positions: range) -> np.ndarray:
         arrays = [np.array(x).swapaxes(-1, -2) for x in codes]
         if self.case.segmented:
-            order = np.arange(self.case.dim)[None] if self.order is None else self.order
             known = self._rotated_bias(positions), 1.0 if self.balance is None else self.balance
-            return reference.decode_segments(stored.segments(arrays), order, *known)
+            segments = stored.segments(arrays, self._cut[1])
+            return reference.decode_segments(segments, *self._cut, *known)
         x = stored.levels(arrays, *self.case.keys) @ reference.rotation(self.case.dim).T
         if self.balance is not None:
             x = x * self.balance

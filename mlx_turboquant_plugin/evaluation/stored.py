@@ -23,11 +23,13 @@ def levels(arrays: Sequence[np.ndarray], codec: str, bits: int) -> np.ndarray:
     return reference.dequantize(_unpack(planes, bits), sizes, bits)
 
 
-def segments(arrays: Sequence[np.ndarray]) -> Sequence[Tuple[np.ndarray, np.ndarray]]:
+def segments(
+    arrays: Sequence[np.ndarray], first_bits: np.ndarray
+) -> Sequence[Tuple[np.ndarray, np.ndarray]]:
     """Codes and sizes of both segments of keys, see :func:`reference.encode_segments`."""
     packed, sizes = (x.astype(int) for x in arrays)
-    low = reference.SEGMENTS[1]
-    return [(packed >> low, sizes[..., :1]), (packed % 2**low, sizes[..., 1:])]
+    place = 2 ** (8 - first_bits)[:, None, None]
+    return [(packed // place, sizes[..., :1]), (packed % place, sizes[..., 1:])]
 
 
 def _unpack(planes: Sequence[np.ndarray], bits: int) -> np.ndarray:
@@ -55,7 +57,7 @@ def loss(x: np.ndarray, decoded: np.ndarray) -> np.ndarray:
     return np.sqrt(np.sum(error**2, axis=-1) + reference.ALONG * along**2)
 
 
-def least_loss(x: np.ndarray, bits: int, inexact: np.ndarray) -> np.ndarray:
+def least_loss(x: np.ndarray, bits: int, inexact: np.ndarray, uniform: bool) -> np.ndarray:
     """The loss (..., T) of the codes that ``reference.py`` makes.
 
     Where a vector's root mean square lies between two sizes, other sizes are searched by
@@ -63,7 +65,8 @@ def least_loss(x: np.ndarray, bits: int, inexact: np.ndarray) -> np.ndarray:
 
     Args:
         inexact: (..., T), by what part of itself a vector's length may be off.
+        uniform: see :func:`reference.quantize`.
     """
     near = (x * (1 + sign * inexact[..., None]) for sign in (-1, 1))
-    codes = (reference.quantize(y, bits) for y in near)
-    return np.maximum(*(loss(x, reference.dequantize(*found, bits)) for found in codes))
+    codes = (reference.quantize(y, bits, uniform) for y in near)
+    return np.maximum(*(loss(x, reference.dequantize(*found, bits, uniform)) for found in codes))

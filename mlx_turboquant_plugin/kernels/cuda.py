@@ -45,7 +45,7 @@ def attend(problem: "Problem") -> mx.array:
     attention = _attention(
         codec.spec,
         codec.balance is not None,
-        codec.order is not None,
+        codec.layout is not None,
         None if codec.bias is None else pair_layout(codec.bias.table),
         problem.scale,
         problem.sinks,
@@ -60,7 +60,7 @@ def attend(problem: "Problem") -> mx.array:
     )
     inputs = [queries, *tokens, *problem.key_codes, *problem.value_codes, problem.bounds]
     inputs.append(codec.key_rotation.array)
-    inputs += [x for x in (codec.balance, codec.order) if x is not None]
+    inputs += [x for x in (codec.balance, codec.layout) if x is not None]
     if codec.bias is not None:
         tile = _tile(codec.spec, queries.shape[1] // tokens[0].shape[1] * queries.shape[2])[1]
         end = problem.first_coded + coded

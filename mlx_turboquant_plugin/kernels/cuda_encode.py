@@ -90,7 +90,7 @@ def _encode(codec: KVCodec, sides: Sequence[_Side], start: int, part: slice) -> 
         template=[
             *template,
             ("BALANCED", known is not None and known.balance is not None),
-            ("SORTED", known is not None and known.order is not None),
+            ("SORTED", known is not None and known.layout is not None),
             ("BIASED", known is not None and known.bias is not None),
             ("UNIT", 1 if before % 16 or total % 16 else 16),
         ],

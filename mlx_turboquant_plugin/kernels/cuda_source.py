@@ -8,7 +8,7 @@ from typing import Any, Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.lloyd_max import CODEBOOKS, OFFSET, STEP, UNIFORM_BITS, UNIFORM_UNIT
+from ..codecs.lloyd_max import CODEBOOKS
 from . import metal, nvrtc
 
 # Threads of a block in split.cu, merge.cu and encode.cu, and in dequantize.metal.
@@ -108,10 +108,4 @@ def _levels() -> str:
             f"    constexpr float levels[] = {{{', '.join(f'{x}f' for x in book.levels)}}};\n"
             "    return levels[i];\n  }\n};"
         )
-    text.append(
-        f"template <> struct LEVELS<{UNIFORM_BITS}> {{\n"
-        "  static constexpr bool UNIFORM = true;\n"
-        f"  static constexpr float unit = {UNIFORM_UNIT}f, step = {float(STEP)}f;\n"
-        f"  static constexpr float lowest = {STEP / 2 - OFFSET}f, offset = lowest + 128;\n}};"
-    )
     return "\n".join(text)

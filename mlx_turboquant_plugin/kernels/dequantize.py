@@ -148,7 +148,7 @@ def lay_out(kernel: str, codec: KVCodec, tokens: Tokens, places: Places) -> Tupl
             ("KEY_AFFINE", spec.key_codec == "affine"),
             ("VALUE_AFFINE", spec.value_codec == "affine"),
             ("BALANCED", codec.balance is not None),
-            ("SORTED", codec.order is not None),
+            ("SORTED", codec.layout is not None),
             ("BIASED", codec.bias is not None),
         ],
         grid=(2 * _groups(places) * DEQUANTIZE_THREADS, batch * heads, 1),

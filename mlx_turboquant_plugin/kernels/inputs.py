@@ -6,17 +6,16 @@ from typing import NamedTuple, Optional, Sequence, Tuple
 import mlx.core as mx
 import numpy as np
 
-from ..codecs import segmented
 from ..codecs.key_bias import BLOCK, RotaryTable
-from ..codecs.kv_codec import SEGMENTED, Codes, KVCodec
-from ..codecs.lloyd_max import CODEBOOKS, OFFSET, STEP, UNIFORM_UNIT
+from ..codecs.kv_codec import Codes, KVCodec
+from ..codecs.lloyd_max import CODEBOOKS
 from ..codecs.rotation import Rotation
 
 # MLX puts smaller arrays into another address space.
 DEVICE_SIZE = 8
 
 # The names of what :func:`model_arrays` gives.
-MODEL = "levels balance bias fine coarse_cos coarse_sin order"
+MODEL = "levels balance bias fine coarse_cos coarse_sin layout"
 
 
 class PairLayout(NamedTuple):
@@ -56,36 +55,33 @@ def model_arrays(
 ) -> Tuple[PairLayout, Sequence[mx.array]]:
     """The layout of the rotary pairs, and the inputs that ``MODEL`` names.
 
-    The levels stand for what is missing, whole numbers for an order, and are not read there.
+    The levels stand for what is missing, whole numbers for a layout, and are not read there.
 
     Args:
         codec: of keys; None where there are only values.
         end: one more than the last position whose angles are needed.
     """
-    balance, order, bias = (codec.balance, codec.order, codec.bias) if codec else [None] * 3
+    balance, layout, bias = (codec.balance, codec.layout, codec.bias) if codec else [None] * 3
     if balance is None:
         balance = levels
-    if order is None:
-        order = int_array(*[0] * DEVICE_SIZE)
+    if layout is None:
+        layout = int_array(*[0] * DEVICE_SIZE)
     if bias is None:
-        return PairLayout(), (levels, balance, *[levels] * 4, order)
+        return PairLayout(), (levels, balance, *[levels] * 4, layout)
     table = bias.table
     table.blocks((end - 1) // BLOCK + 1)
-    return pair_layout(table), (levels, balance, bias.bias, table.fine, *table.coarse, order)
+    return pair_layout(table), (levels, balance, bias.bias, table.fine, *table.coarse, layout)
 
 
 @functools.lru_cache(maxsize=None)
 def level_array(*codecs: Tuple[str, int]) -> mx.array:
     """The levels of codecs and bits, 16 places each, for vectors of unit mean square.
 
-    For "segmented": those of the second segment, the lowest of the first and their distance.
+    "segmented" and "affine" have none.
     """
     levels = np.zeros((len(codecs), 16), np.float32)
     for row, (codec, bits) in zip(levels, codecs):
-        if codec == SEGMENTED:
-            bits = segmented.BITS[1]
-            row[2**bits : 2**bits + 2] = (STEP / 2 - OFFSET) / UNIFORM_UNIT, STEP / UNIFORM_UNIT
-        if codec in (SEGMENTED, "lloyd-max"):
+        if codec == "lloyd-max":
             half = np.array(CODEBOOKS[bits].levels) / CODEBOOKS[bits].unit
             row[: 2**bits] = np.concatenate([-half[::-1], half])
     return mx.array(levels)

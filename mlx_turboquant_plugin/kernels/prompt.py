@@ -69,7 +69,7 @@ def run_pass(kernel: str, codec: KVCodec, tokens: Tokens, plan: Plan) -> Pass:
         kernel,
         codec.spec,
         codec.balance is not None,
-        codec.order is not None,
+        codec.layout is not None,
         bias and bias.table,
         tokens.older and tokens.older[0].shape[2],
         tuple(shape),
@@ -79,7 +79,7 @@ def run_pass(kernel: str, codec: KVCodec, tokens: Tokens, plan: Plan) -> Pass:
         tokens.first_coded,
         plan,
     )
-    known = [x for x in (codec.balance, codec.order, bias and bias.bias) if x is not None]
+    known = [x for x in (codec.balance, codec.layout, bias and bias.bias) if x is not None]
     return Pass(*run(tokens.older or (), tokens.newer, tokens.key_codes, tokens.value_codes, known))
 
 

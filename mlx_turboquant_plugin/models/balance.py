@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..codecs.segmented import ERRORS, FIRST_BITS
 from .projections import Projection
 
 
@@ -63,22 +64,29 @@ def balance(key_rms: mx.array, query_rms: mx.array, rope: Any) -> mx.array:
     return mx.exp(log_s - mx.mean(log_s, axis=-1, keepdims=True))[:, None]
 
 
-def order(key_rms: mx.array, query_rms: mx.array, rope: Any) -> mx.array:
-    """The channels of each KV head by what their errors cost the scores, the dearest first.
+def layout(key_rms: mx.array, query_rms: mx.array, rope: Any) -> mx.array:
+    """How the keys of each KV head are cut in two segments, see :attr:`KVCodec.layout`.
 
     With balanced keys the noise of a score is about the sum of sqrt(q_c^2 k_c^2) times the
-    noise of a channel's code, for unit mean square.
+    noise of a channel's code, for unit mean square. Channels are sorted by that, the dearest
+    first; a rotated segment's is what the mean of its channels makes, and the bits are those
+    with which that of both is least.
 
     Args:
         As of :func:`balance`.
 
     Returns:
-        int32 (H, D).
+        int32 (H, D + 1).
     """
     keys, queries = _squares(key_rms, query_rms, rope)
     # By way of NumPy, whose sort keeps equal channels, those of a pair, side by side.
-    cost = np.array(keys * queries)
-    return mx.array(np.argsort(-cost, axis=-1, kind="stable").astype(np.int32))
+    cost = np.sqrt(np.array(keys * queries))
+    order = np.argsort(-cost, axis=-1, kind="stable")
+    halves = np.split(np.take_along_axis(cost, order, axis=-1), 2, axis=-1)
+    first, second = (np.mean(half, axis=-1) ** 2 for half in halves)
+    noise = [first * ERRORS[bits] + second * ERRORS[8 - bits] for bits in FIRST_BITS]
+    bits = np.array(FIRST_BITS)[np.argmin(noise, axis=0)]
+    return mx.array(np.concatenate([order, bits[:, None]], axis=-1).astype(np.int32))
 
 
 def _floored(square: mx.array) -> mx.array:

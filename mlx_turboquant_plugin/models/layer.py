@@ -17,7 +17,7 @@ from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
 from ..rules import PRESETS
 from ..settings import Configuration, Settings, in_force
-from .balance import balance, norm_rms, order, projection_rms
+from .balance import balance, layout, norm_rms, projection_rms
 from .calibration_file import Statistics
 from .family import Family, family_of
 from .projections import Projection, base_linear
@@ -129,11 +129,11 @@ def _read_layer(
     )
     rope = None if family.dims else getattr(attention, family.rope, None)
     factors = balance(*rms, rope) if rms and settings.balance else None
-    channels = order(*rms, rope) if rms and spec.segments > 1 else None
-    mx.eval([x for x in (factors, channels) if x is not None])
+    cut = layout(*rms, rope) if rms and spec.segments > 1 else None
+    mx.eval([x for x in (factors, cut) if x is not None])
     linear = projections[min(1, len(projections) - 1)].linear
     return Layer(
-        KVCodec(spec, factors, bias, channels),
+        KVCodec(spec, factors, bias, cut),
         Visibility(settings.window, settings.sinks, settings.invariant),
         BRIDGE if settings.bypass == BRIDGE else resolve_kernel(settings.kernel),
         f"{zlib.crc32(bytes(linear.weight[:1].view(mx.uint8))):08x}",

@@ -5,6 +5,7 @@ import dequantized
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from layouts import layout
 
 from mlx_turboquant_plugin.attention import dispatch
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
@@ -89,10 +90,10 @@ def codec(dim, bits, balanced=False, biased=False, keys="lloyd-max"):
     """A codec of two heads; segments of sorted keys."""
     balance = mx.exp(0.3 * mx.random.normal((2, 1, dim))) if balanced else None
     bias = KeyBias(10 * mx.random.normal((2, dim)), nn.RoPE(dim)) if biased else None
-    order = None
+    cut = None
     if keys == SEGMENTED:
-        order = mx.argsort(mx.random.normal((2, dim)), axis=-1).astype(mx.int32)
-    return KVCodec(CodecSpec(dim, dim, keys, bits, value_bits=bits), balance, bias, order)
+        cut = layout(2, dim)
+    return KVCodec(CodecSpec(dim, dim, keys, bits, value_bits=bits), balance, bias, cut)
 
 
 def check_codes(one, keys, values, start):

@@ -6,6 +6,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import tiny
+from layouts import layout
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import scaled_dot_product_attention
 
@@ -256,12 +257,12 @@ def are_like(ours, expected):
 @one_run
 def test_segmented_codes_are_those_of_the_codec(dim, length, emulated):
     mx.random.seed(dim)
-    order = bias = balance = None
+    cut = bias = balance = None
     if dim != 192:
-        order = mx.argsort(mx.random.normal((2, dim)), axis=-1).astype(mx.int32)
+        cut = layout(2, dim)
         bias = KeyBias(10 * mx.random.normal((2, dim)), nn.RoPE(dim // 2, traditional=dim == 80))
         balance = mx.exp(0.3 * mx.random.normal((2, 1, dim)))
-    one = KVCodec(CodecSpec(dim, dim, "segmented", 4), balance, bias, order)
+    one = KVCodec(CodecSpec(dim, dim, "segmented", 4), balance, bias, cut)
     sizes = mx.exp(mx.random.normal((2, 2, length, 1)))
     x = sizes * mx.random.normal((2, 2, length, dim))
     are_like(metal.encode_keys(one, x, 1000), one.encode_keys(x, 1000))
