@@ -69,9 +69,11 @@ def test_statistics_are_those_of_the_keys_and_queries_of_the_pass():
     for layer, one in zip(model.layers, found):
         attention = layer.self_attn
         keys, queries = seen[id(attention)]
-        assert keys.shape[2] == queries.shape[2] == calibration.TOKENS
+        count = keys.shape[2]
+        assert count == queries.shape[2] == calibration._tokens(model).shape[1] > 16
         turned = mx.stack(
-            [attention.rope(one.mean[None, :, None], offset=t)[0, :, 0] for t in range(64)], axis=1
+            [attention.rope(one.mean[None, :, None], offset=t)[0, :, 0] for t in range(count)],
+            axis=1,
         )
         rest = keys[0, :, 4:].astype(mx.float32) - turned[:, 4:]
         # The mean is what leaves the least; and it is most of what there is, with such biases.
@@ -235,20 +237,25 @@ def test_no_home_and_no_right_to_read_cost_the_repetition_only(passes, monkeypat
     assert len(passes) == 2
 
 
-def test_parts_of_a_distributed_model_do_not_go_by_their_clocks(monkeypatch):
-    monkeypatch.setattr(calibration, "ENOUGH", -1)
+def test_a_cpu_reads_fewer_tokens_of_a_large_model(monkeypatch):
     model = model_of()
-    caches = [KVCache() for _ in model.layers]
-    attentions = [layer.self_attn for layer in model.layers]
-    assert not calibration._measure(model, attentions, caches)[1]
+    weights = calibration.get_total_parameters(model)
+    monkeypatch.setattr(calibration, "CPU_WORK", 40 * weights)
+    assert calibration._tokens(model).shape == (1, 40)
+    monkeypatch.setattr(calibration, "CPU_WORK", weights)
+    assert calibration._tokens(model).shape == (1, calibration.FEWEST)
+    # Parts of a model may have different shares of the weights.
     monkeypatch.setenv("MLX_RANK", "0")
-    assert calibration._measure(model, attentions, caches)[1]
+    assert calibration._tokens(model).shape == (1, calibration.TOKENS)
 
 
-def test_a_hurried_pass_is_not_kept(passes, monkeypatch, folder):
-    monkeypatch.setattr(calibration, "ENOUGH", -1)
-    assert all(measured(model_of()))
-    assert not folder.exists()
+def test_statistics_of_fewer_tokens_are_others(passes, monkeypatch):
+    model = model_of()
+    measured(model)
+    monkeypatch.setattr(calibration, "CPU_WORK", 0)
+    forget()
+    measured(model)
+    assert len(passes) == 2
 
 
 def test_tokens_are_those_of_the_vocabulary_where_positions_are_embedded_too():

@@ -45,13 +45,15 @@ class Statistics(NamedTuple):
         )
 
 
-def fingerprint(model: nn.Module, attentions: Sequence[Optional[nn.Module]]) -> str:
-    """What tells a model from others: all shapes and dtypes, and what its keys depend on most.
+def fingerprint(
+    model: nn.Module, attentions: Sequence[Optional[nn.Module]], tokens: mx.array
+) -> str:
+    """What tells statistics from others: the tokens and the model.
 
-    Of the attentions all vectors (biases, norms) and some rows of all matrices count, of the
+    Of the model all shapes and dtypes count, and what its keys depend on most: of the attentions all vectors (biases, norms) and some rows of all matrices count, of the
     other weights some rows of the embeddings.
     """
-    digest = hashlib.sha256(FORMAT.encode())
+    digest = hashlib.sha256(FORMAT.encode() + bytes(tokens.view(mx.uint8)))
     for name, x in tree_flatten(model.parameters()):
         digest.update(f"{name} {x.shape} {x.dtype};".encode())
     modules = [module for _, module in model.named_modules() if isinstance(module, EMBEDDINGS)]
