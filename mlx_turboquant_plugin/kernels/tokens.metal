@@ -119,19 +119,19 @@ METAL_FUNC void decode_segment(
   float y[COUNT];
   UNROLL
   for (int j = 0; j < COUNT; j++) {
-    const int i = 32 * j + lane, c = s * SEGMENT + i;
+    const int i = 32 * j + lane;
     y[j] = 0;
     if (i < SEGMENT) {
       const size_t vector = size_t(kv_index) * places.coded + index;
       if (AFFINE) {
-        const size_t at = vector * Stored::SCALES + c / Stored::GROUP;
-        y[j] = float(Stored::code(codes, c)) * float(arrays.scales[at]) + float(arrays.zeros[at]);
+        const size_t at = vector * Stored::SCALES + i / Stored::GROUP;
+        y[j] = float(Stored::code(codes, i)) * float(arrays.scales[at]) + float(arrays.zeros[at]);
       } else {
         // Those of several segments are channel-major.
         const size_t at = (size_t(kv_index) * Stored::SEGMENTS + s) * places.coded + index;
         y[j] = size_of(uint(arrays.scales[at]));
         y[j] *= Stored::SEGMENTS == 1
-            ? level<false>(known_levels, Stored::code(codes, c))
+            ? level<false>(known_levels, Stored::code(codes, i))
             : segment_level(segment_levels.four(codes[i], s), 0) * known_levels[WIDTH];
       }
     }

@@ -272,6 +272,11 @@ def test_segmented_codes_are_those_of_the_codec(dim, length, emulated):
 @one_run
 def test_codes_of_extremes(x, emulated):
     one = codec()
-    x = mx.broadcast_to(mx.array(x), (1, 2, 3, 64))
-    for ours, expected in zip(metal.encode_values(one, x), one.encode_values(x)):
+    cut = KVCodec(CodecSpec(64, 64, "segmented", 4), layout=layout(3, 64))
+    x = mx.broadcast_to(mx.array(x), (1, 3, 3, 64))
+    pairs = [
+        *zip(metal.encode_values(one, x), one.encode_values(x)),
+        *zip(metal.encode_keys(cut, x, 0), cut.encode_keys(x, 0)),
+    ]
+    for ours, expected in pairs:
         np.testing.assert_array_equal(np.array(ours), np.array(expected))
