@@ -37,7 +37,8 @@ METAL_FUNC void load_wide(device const T* from, thread float (&to)[COUNT]) {
 }
 
 // Queries as codes are multiplied by them, [channel][row]: times the balance, sorted, and their
-// segments rotated. All threads take part. `scratch`: D * ROWS numbers.
+// segments rotated. `order`: of the channels, if SORTED. All threads take part. `scratch`:
+// D * ROWS numbers.
 template <int D, int SEGMENTS, int ROWS, int SIMDS, bool BALANCED, bool SORTED, typename T>
 METAL_FUNC void rotate_queries(
     device const T* queries, int present, float scale, device const float* balance,
@@ -156,10 +157,11 @@ METAL_FUNC void add_bias(
 //     their own for both would be too many registers.
 template <int D, int BITS, int SEGMENTS, bool AFFINE, int ROWS>
 METAL_FUNC void multiply_keys(
-    threadgroup const float* queries, threadgroup const float* levels, Planes planes,
+    threadgroup const float* queries, threadgroup const float* levels,
+    thread const SegmentLevels& segment_levels, Planes planes,
     thread const float (&sizes)[SEGMENTS][4], int stride, int count,
     thread float (&products)[4][ROWS]) {
-  using Byte = Fields<BITS, SEGMENTS>;
+  using Byte = Fields<BITS>;
   constexpr int FIELDS = Byte::COUNT;
   constexpr int BYTES = D / FIELDS;
   // Loads that are under way at once.
@@ -178,20 +180,22 @@ METAL_FUNC void multiply_keys(
     for (int d = 0; d < DEPTH; d++) {
       UNROLL
       for (int field = 0; field < FIELDS; field++) {
-        const int segment = field * SEGMENTS / FIELDS;
+        // If there are two segments.
+        const uint four = segment_levels.four(low[d], field % 2);
         float q[ROWS];
         load_rows<ROWS>(queries + (field * BYTES + start + d) * ROWS, q);
         UNROLL
         for (int k = 0; k < 4; k++) {
-          uint code;
-          if (BITS == 3) {
-            code = ((field < 4 ? low[d] : upper[d]) >> (8 * k + 2 * (field % 4))) & 3;
+          float x;
+          if (SEGMENTS == 2) {
+            x = segment_level(four, k) * sizes[field % SEGMENTS][k];
+          } else if (BITS == 3) {
+            uint code = ((field < 4 ? low[d] : upper[d]) >> (8 * k + 2 * (field % 4))) & 3;
             code |= ((high[d] >> (8 * k + field)) & 1) << 2;
+            x = level<AFFINE>(levels, code);
           } else {
-            code = Byte::code(low[d] >> (8 * k), field);
+            x = level<AFFINE>(levels, Byte::code(low[d] >> (8 * k), field));
           }
-          float x = level<SEGMENTS, AFFINE>(levels, code, segment);
-          x *= SEGMENTS == 1 ? 1.0f : sizes[segment][k];
           UNROLL
           for (int r = 0; r < ROWS; r++) {
             products[k][r] += q[r] * x;
@@ -208,8 +212,9 @@ METAL_FUNC void multiply_keys(
 template <int D, int BITS, int SEGMENTS, bool AFFINE, int ROWS, typename Scale>
 METAL_FUNC void score_codes(
     threadgroup const float* queries, threadgroup const float* query_sums,
-    threadgroup const float* levels, Planes planes, device const Scale* scales,
-    device const Scale* zeros, int stride, int count, thread float (&scores)[4][ROWS]) {
+    threadgroup const float* levels, thread const SegmentLevels& segment_levels, Planes planes,
+    device const Scale* scales, device const Scale* zeros, int stride, int count,
+    thread float (&scores)[4][ROWS]) {
   float sizes[SEGMENTS][4];
   UNROLL
   for (int k = 0; k < 4; k++) {
@@ -217,10 +222,11 @@ METAL_FUNC void score_codes(
     for (int s = 0; s < SEGMENTS; s++) {
       const Scale scale = k < count ? scales[s * stride + k] : Scale(0);
       sizes[s][k] = AFFINE ? float(scale) : size_of(uint(scale));
+      sizes[s][k] *= SEGMENTS == 1 ? 1.0f : levels[WIDTH];
     }
   }
   multiply_keys<D, BITS, SEGMENTS, AFFINE>(
-      queries, levels, planes, sizes, stride, count, scores);
+      queries, levels, segment_levels, planes, sizes, stride, count, scores);
   UNROLL
   for (int k = 0; k < 4; k++) {
     const float size = SEGMENTS == 1 ? sizes[0][k] : 1.0f;
@@ -328,9 +334,9 @@ METAL_FUNC void load_values(
       if (BITS == 3 && !AFFINE) {
         code = ((codes[u] >> (2 * field)) & 3) | ((codes[u] >> (8 + field)) & 1) << 2;
       } else {
-        code = Fields<BITS, 1>::code(codes[u], field);
+        code = Fields<BITS>::code(codes[u], field);
       }
-      float value = level<1, AFFINE>(levels, code, 0);
+      float value = level<AFFINE>(levels, code);
       x[u * Layout::FIELDS + field] = AFFINE ? value * scale + zero : value;
     }
   }

@@ -1,7 +1,8 @@
 // What the kernels share: rotations, the key bias, and what codes stand for.
 //
 // SEGMENTS is 2 where vectors are cut in two halves, which are rotated and scaled each by
-// itself, see codecs/segmented.py. SORTED: their channels are in an order of their own then.
+// itself, see codecs/segmented.py. SORTED: then each head has an order of its channels, and bits,
+// of its own.
 
 #ifndef UNROLL
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -136,38 +137,64 @@ struct Planes {
   device const uint8_t* high;
 };
 
-// What a byte of codes, or of their low bits, holds. Two segments share one: 5 bits of a
-// channel of the first above 3 of the second.
-template <int BITS, int SEGMENTS>
+// What a byte of codes, or of their low bits, holds.
+template <int BITS>
 struct Fields {
   static constant constexpr const int COUNT = BITS == 3 ? 8 : 8 / BITS;
 
-  static int shift(int field) { return SEGMENTS == 2 ? 3 - 3 * field : BITS * field; }
-  static uint code(uint byte, int field) {
-    const int bits = SEGMENTS == 1 ? BITS : field == 0 ? 5 : 3;
-    return (byte >> shift(field)) & ((1 << bits) - 1);
+  static uint code(uint byte, int field) { return (byte >> (BITS * field)) & ((1 << BITS) - 1); }
+};
+
+// The level of a code.
+template <bool AFFINE>
+METAL_FUNC float level(threadgroup const float* levels, uint code) {
+  return AFFINE ? float(code) : levels[code];
+}
+
+// The bits of the first segment of a KV head: all eight where there is no second one. Unsorted
+// heads have those that `layout` begins with.
+template <int D, int SEGMENTS, bool SORTED>
+METAL_FUNC int first_bits_of(device const int* layout, int kv_head) {
+  return SEGMENTS == 1 ? 8 : layout[SORTED ? kv_head * (D + 1) + D : 0];
+}
+
+// The place in `levels` of what a step of a segment's levels stands for at size 1.
+constant constexpr int WIDTH = 0;
+
+// The levels of segments are bytes less this.
+constant constexpr float OFFSET = 127.5f;
+
+// Levels of two segments whose codes share a byte, the first above the second. A level begins
+// with the code and goes on with a one and zeros.
+struct SegmentLevels {
+  int first_bits;
+  uint mask[2], middle[2];
+
+  explicit SegmentLevels(int bits_of_first) : first_bits(bits_of_first) {
+    UNROLL
+    for (int s = 0; s < 2; s++) {
+      const int bits = s == 0 ? first_bits : 8 - first_bits;
+      mask[s] = 0x01010101u * (256u - (256u >> bits));
+      middle[s] = 0x01010101u * (128u >> bits);
+    }
+  }
+
+  // Of four bytes of codes, as bytes.
+  uint four(uint codes, int segment) const {
+    return ((segment == 0 ? codes : codes << first_bits) & mask[segment]) | middle[segment];
   }
 };
 
-// Among the levels of two segments come those of 3 bits first, then the lowest of 5 bits and
-// how far they lie apart.
-constant constexpr int LOWEST = 8;
-constant constexpr int APART = 9;
-
-// The level of a code of the segment.
-template <int SEGMENTS, bool AFFINE>
-METAL_FUNC float level(threadgroup const float* levels, uint code, int segment) {
-  if (SEGMENTS == 2 && segment == 0) {
-    return levels[LOWEST] + levels[APART] * float(code);
-  }
-  return AFFINE ? float(code) : levels[code];
+// Level k of four.
+METAL_FUNC float segment_level(uint four, int k) {
+  return float((four >> (8 * k)) & 255) - OFFSET;
 }
 
 // How the codes of a vector lie in threadgroup memory: its bytes, plane after plane. GROUPED:
 // as mx.quantize packs them, by groups of channels that have a scale and a zero point each.
 template <int D, int BITS, int CUT, bool GROUPED>
 struct StoredVector {
-  using Byte = Fields<BITS, CUT>;
+  using Byte = Fields<BITS>;
   static constant constexpr const int DIM = D;
   static constant constexpr const int SEGMENTS = CUT;
   static constant constexpr const int SEGMENT = D / CUT;
@@ -180,7 +207,7 @@ struct StoredVector {
   // Vectors start in other banks of memory than their neighbours.
   static constant constexpr const int PITCH = PLANES * BYTES + 4;
 
-  // The code of channel c.
+  // The code of channel c of the only segment.
   static uint code(threadgroup const uint8_t* bytes, int c) {
     if (GROUPED) {
       const int byte = c * BITS / 8, shift = c * BITS % 8;

@@ -86,8 +86,8 @@ if (exact) {
   }
 } else {
   rotate_queries<DK, KEY_SEGMENTS, ROWS, SIMDS, BALANCED, SORTED>(
-      queries + query_offset, present, scale[0], balance + kv_head * DK, order + kv_head * DK,
-      key_rotation, q, all_scratch, thread_index);
+      queries + query_offset, present, scale[0], balance + kv_head * DK,
+      layout + kv_head * (DK + 1), key_rotation, q, all_scratch, thread_index);
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -200,6 +200,7 @@ if (exact) {
 } else {
   constexpr int KEY_BYTES = KEY_BITS == 3 ? DK / 8 : DK * KEY_BITS / 8;
   const size_t first_code = size_t(kv_index) * code_count;
+  const SegmentLevels segment_levels(first_bits_of<DK, KEY_SEGMENTS, SORTED>(layout, kv_head));
   for (int start = (codes_from / TILE + (split - exact_splits) * SIMDS + simd) * TILE;
        start < codes_to; start += (splits - exact_splits) * SIMDS * TILE) {
     const int own = start + 4 * lane;
@@ -211,8 +212,8 @@ if (exact) {
       Planes planes = {k0 + at, k1 + at, k2 + at};
       const size_t scales = first_code * KEY_SEGMENTS + own;
       score_codes<DK, KEY_BITS, KEY_SEGMENTS, KEY_AFFINE>(
-          q, query_sums, key_levels, planes, key_scale + scales, key_zero + scales, code_count,
-          own_count, weights);
+          q, query_sums, key_levels, segment_levels, planes, key_scale + scales,
+          key_zero + scales, code_count, own_count, weights);
     }
     if (BIASED) {
       add_bias(

@@ -21,7 +21,7 @@ if (group < key_groups) {
       (device const uint8_t*)k0, (device const uint8_t*)k1, (device const uint8_t*)k2};
   const Arrays<KT, KEY_SCALE> arrays = {
       older_keys, newer_keys, planes, key_scale, key_zero, key_rotation, levels,
-      balance, bias, fine, coarse_cos, coarse_sin, order, keys, kept_keys};
+      balance, bias, fine, coarse_cos, coarse_sin, layout, keys, kept_keys};
   lay_out<KeyStored, KEY_AFFINE, true, BALANCED, SORTED, BIASED>(
       arrays, known, tile, known_levels, all_scratch, group, kv_index, thread_index);
 } else {
@@ -30,7 +30,7 @@ if (group < key_groups) {
       (device const uint8_t*)v0, (device const uint8_t*)v1, (device const uint8_t*)v2};
   const Arrays<VT, VALUE_SCALE> arrays = {
       older_values, newer_values, planes, value_scale, value_zero, value_rotation, levels + 16,
-      balance, bias, fine, coarse_cos, coarse_sin, order, values, kept_values};
+      balance, bias, fine, coarse_cos, coarse_sin, layout, values, kept_values};
   lay_out<ValueStored, VALUE_AFFINE, false, false, false, false>(
       arrays, known, tile, known_levels, all_scratch, group - key_groups, kv_index,
       thread_index);

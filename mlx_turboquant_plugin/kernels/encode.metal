@@ -11,7 +11,7 @@ constexpr int TOKENS = 32;
 constexpr int SEGMENT = D / SEGMENTS;
 constexpr bool FAST_ROTATION = (SEGMENT & (SEGMENT - 1)) == 0;
 constexpr int COUNT = (SEGMENT + 31) / 32;
-using Byte = Fields<BITS, SEGMENTS>;
+using Byte = Fields<BITS>;
 constexpr int BYTES = D / Byte::COUNT;
 
 threadgroup uint8_t codes[TOKENS * D];
@@ -29,8 +29,10 @@ const int count = min(TOKENS, length - first);
 const size_t first_vector = size_t(kv_index) * length + first;
 const int start = places[0];
 const int rotary = places[1], between = places[2], distance = places[3];
-// Of the only segment, or of the last one.
-const LloydMax<SEGMENTS == 1 ? BITS : 3> quantizer(levels);
+device const int* order = layout + kv_head * (D + 1);
+const int first_bits = first_bits_of<D, SEGMENTS, SORTED>(layout, kv_head);
+// Of the only segment.
+const LloydMax<BITS> quantizer(levels);
 
 for (int token = simd; token < count; token += SIMDS) {
   UNROLL
@@ -41,8 +43,8 @@ for (int token = simd; token < count; token += SIMDS) {
       const int i = 32 * j + lane;
       y[j] = 0;
       if (i < SEGMENT) {
-        const int place = kv_head * D + s * SEGMENT + i;
-        const int c = SORTED ? order[place] : place - kv_head * D;
+        const int place = s * SEGMENT + i;
+        const int c = SORTED ? order[place] : place;
         y[j] = float(x[(first_vector + token) * D + c]);
         if (BIASED) {
           y[j] -= rotated_bias(
@@ -56,9 +58,12 @@ for (int token = simd; token < count; token += SIMDS) {
     }
     rotate_vector<SEGMENT>(y, rotation, scratch, lane);
     threadgroup uint8_t* own_codes = codes + token * D + s * SEGMENT;
-    const uint8_t scale = s < SEGMENTS - 1
-        ? quantize<SEGMENT, SEARCHED, ALONG>(y, Uniform(levels), own_codes, lane)
-        : quantize<SEGMENT, SEARCHED, ALONG>(y, quantizer, own_codes, lane);
+    const int bits = s == 0 ? first_bits : 8 - first_bits;
+    // The shift of so many bits is in their place among the levels.
+    const uint8_t scale = SEGMENTS == 1
+        ? quantize<SEGMENT, SEARCHED, ALONG>(y, quantizer, 0.0f, own_codes, lane)
+        : quantize<SEGMENT, SEARCHED, ALONG>(
+              y, Uniform(levels, bits), levels[bits], own_codes, lane);
     if (lane == 0) {
       scales[(size_t(kv_index) * SEGMENTS + s) * length + first + token] = scale;
     }
@@ -86,7 +91,8 @@ for (int i = thread_index; i < TOKENS * BYTES; i += THREADS) {
     high[at] = high_bits;
 #else
     for (int field = 0; field < Byte::COUNT; field++) {
-      packed |= uint(fields[field * BYTES]) << Byte::shift(field);
+      const int segment_shift = field == 0 ? 8 - first_bits : 0;
+      packed |= uint(fields[field * BYTES]) << (SEGMENTS == 1 ? BITS * field : segment_shift);
     }
 #endif
     low[at] = packed & 255;

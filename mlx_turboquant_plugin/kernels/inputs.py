@@ -7,9 +7,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..codecs.key_bias import BLOCK, RotaryTable
-from ..codecs.kv_codec import Codes, KVCodec
+from ..codecs.kv_codec import SEGMENTED, Codes, KVCodec
 from ..codecs.lloyd_max import CODEBOOKS
 from ..codecs.rotation import Rotation
+from ..codecs.segmented import SHIFTS, UNIT, USUAL_BITS
 
 # MLX puts smaller arrays into another address space.
 DEVICE_SIZE = 8
@@ -55,7 +56,8 @@ def model_arrays(
 ) -> Tuple[PairLayout, Sequence[mx.array]]:
     """The layout of the rotary pairs, and the inputs that ``MODEL`` names.
 
-    The levels stand for what is missing, whole numbers for a layout, and are not read there.
+    The levels stand for what is missing and are not read there. In place of a layout are the
+    usual bits of first segments.
 
     Args:
         codec: of keys; None where there are only values.
@@ -65,7 +67,7 @@ def model_arrays(
     if balance is None:
         balance = levels
     if layout is None:
-        layout = int_array(*[0] * DEVICE_SIZE)
+        layout = int_array(*[USUAL_BITS] * DEVICE_SIZE)
     if bias is None:
         return PairLayout(), (levels, balance, *[levels] * 4, layout)
     table = bias.table
@@ -77,13 +79,17 @@ def model_arrays(
 def level_array(*codecs: Tuple[str, int]) -> mx.array:
     """The levels of codecs and bits, 16 places each, for vectors of unit mean square.
 
-    "segmented" and "affine" have none.
+    "segmented" has what a step of its levels stands for, and for each number of bits its
+    shift, in the place of that number; "affine" has none.
     """
     levels = np.zeros((len(codecs), 16), np.float32)
     for row, (codec, bits) in zip(levels, codecs):
         if codec == "lloyd-max":
             half = np.array(CODEBOOKS[bits].levels) / CODEBOOKS[bits].unit
             row[: 2**bits] = np.concatenate([-half[::-1], half])
+        elif codec == SEGMENTED:
+            row[0] = 1 / UNIT
+            row[list(SHIFTS)] = list(SHIFTS.values())
     return mx.array(levels)
 
 

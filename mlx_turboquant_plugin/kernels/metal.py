@@ -73,8 +73,8 @@ def attend(problem: "Problem", compiled: Optional[Callable[..., Any]] = None) ->
     exact_splits, code_splits = _splits(exact, coded, batch * kv_heads * chunks)
     splits = exact_splits + code_splits
     levels = level_array((spec.key_codec, spec.key_bits), (spec.value_codec, spec.value_bits))
-    layout, model = model_arrays(levels, codec, problem.first_coded + coded)
-    sizes = int_array(problem.first_coded, problem.sinks, exact_splits, coded, *layout)
+    rotary, model = model_arrays(levels, codec, problem.first_coded + coded)
+    sizes = int_array(problem.first_coded, problem.sinks, exact_splits, coded, *rotary)
     (partial,) = compiled(*DECODE)(
         inputs=[
             problem.queries,
@@ -158,10 +158,10 @@ def _encode(codec: KVCodec, x: mx.array, is_keys: bool, start: int = 0) -> Codes
     if is_keys:
         name, bits, rotation = spec.key_codec, spec.key_bits, codec.key_rotation
         segments, known = spec.segments, codec
-    layout, model = model_arrays(level_array((name, bits)), known, start + length)
+    rotary, model = model_arrays(level_array((name, bits)), known, start + length)
     widths = [dim // 8] * 3 if bits == 3 else [dim * bits // 8]
     codes = kernel(*(ENCODE_3_BITS if bits == 3 else ENCODE))(
-        inputs=[x, rotation.array, *model, int_array(start, *layout)],
+        inputs=[x, rotation.array, *model, int_array(start, *rotary)],
         template=[
             ("D", dim),
             ("BITS", bits),

@@ -110,8 +110,8 @@ def _traced(
 
     def run(older, newer, key_codes, value_codes, known):
         arrays = iter(known)
-        balance, order = (next(arrays) if is_there else None for is_there in (balanced, ordered))
-        codec = KVCodec(spec, balance, table and _Bias(next(arrays), table), order)
+        balance, layout = (next(arrays) if is_there else None for is_there in (balanced, ordered))
+        codec = KVCodec(spec, balance, table and _Bias(next(arrays), table), layout)
         tokens = Tokens(older or None, newer, key_codes, value_codes, first_coded)
         (keys, values), kept = lay_out(kernel, codec, tokens, plan.places)
         codes = coder.encode(codec, keys, values, plan.start, (key_codes, value_codes), part)

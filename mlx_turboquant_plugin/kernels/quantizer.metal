@@ -51,24 +51,27 @@ struct LloydMax {
   }
 };
 
-// The quantiser of 5 bits, see level().
+// The quantiser of segments with so many bits: levels are the middles of equal parts of the
+// bytes.
 struct Uniform {
-  float lowest, apart;
+  float width, count, part;
 
-  explicit Uniform(device const float* levels) : lowest(levels[LOWEST]), apart(levels[APART]) {}
+  Uniform(device const float* levels, int bits)
+      : width(levels[WIDTH]), count(float(1 << bits)), part(float(256 >> bits)) {}
 
   int code(float x, float size) const {
-    return int(clamp(floor((x / size - lowest) / apart + 0.5f), 0.0f, 31.0f));
+    return int(clamp(floor((x / (size * width) + OFFSET) / part), 0.0f, count - 1.0f));
   }
   float nearest(float x, float size) const {
-    return (lowest + apart * float(code(x, size))) * size;
+    return ((float(code(x, size)) + 0.5f) * part - OFFSET) * (size * width);
   }
 };
 
-// Writes D codes, and returns their scale: that near the root mean square which loses least.
+// Writes D codes, and returns their scale: that which loses least, near the one that is `shift`
+// steps above the root mean square.
 template <int D, int SEARCHED, int ALONG, typename Quantizer, int COUNT>
 METAL_FUNC uint8_t quantize(
-    thread const float (&y)[COUNT], thread const Quantizer& quantizer,
+    thread const float (&y)[COUNT], thread const Quantizer& quantizer, float shift,
     threadgroup uint8_t* codes, int lane) {
   float square = 0;
   UNROLL
@@ -77,7 +80,7 @@ METAL_FUNC uint8_t quantize(
   }
   const float rms = max(sqrt(simd_sum(square) / D), 1e-20f);
   const float norm = rms * sqrt(float(D));
-  const int start = int(clamp(rint((log2(rms) + 13.0f) * 12.0f), -2.0f, 257.0f));
+  const int start = int(clamp(rint((log2(rms) + 13.0f) * 12.0f + shift), -2.0f, 257.0f));
   float least = 0;
   int scale = 0;
   for (int k = 0; k < SEARCHED; k++) {

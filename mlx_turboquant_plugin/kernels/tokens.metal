@@ -1,7 +1,7 @@
 // Keys or values of one layer side by side, as MLX's own attention takes them: the sinks,
 // tokens from their codes, then exact ones, with zeros before and after; and those exact
 // tokens that a cache keeps. Codes become levels, are rotated back, multiplied by the balance,
-// and get the key bias, in places that the order of sorted channels tells.
+// and get the key bias, in places that the layout of sorted channels tells.
 //
 // A threadgroup serves 64 tokens of one (sequence, KV head): the first ones tiles of codes,
 // aligned to multiples of 64, the others all other tokens. A simdgroup takes a token, a lane
@@ -53,7 +53,7 @@ struct Arrays {
   device const float* fine;
   device const float* coarse_cos;
   device const float* coarse_sin;
-  device const int* order;
+  device const int* layout;
   device T* out;   // (B, H, total, D)
   device T* kept;  // (B, H, sinks + kept, D)
 };
@@ -111,23 +111,28 @@ METAL_FUNC void decode_segment(
     threadgroup const uint8_t* codes, threadgroup const float* known_levels,
     threadgroup float* scratch, int index, int kv_index, int s, device T* to, int lane) {
   constexpr int SEGMENT = Stored::SEGMENT, COUNT = (SEGMENT + 31) / 32;
-  const int first = kv_index % places.heads * Stored::DIM;
+  const int kv_head = kv_index % places.heads;
+  const int first = kv_head * Stored::DIM;
+  device const int* order = arrays.layout + kv_head * (Stored::DIM + 1);
+  const SegmentLevels segment_levels(
+      first_bits_of<Stored::DIM, Stored::SEGMENTS, SORTED>(arrays.layout, kv_head));
   float y[COUNT];
   UNROLL
   for (int j = 0; j < COUNT; j++) {
-    const int i = 32 * j + lane, c = s * SEGMENT + i;
+    const int i = 32 * j + lane;
     y[j] = 0;
     if (i < SEGMENT) {
-      const uint code = Stored::code(codes, c);
       const size_t vector = size_t(kv_index) * places.coded + index;
       if (AFFINE) {
-        const size_t at = vector * Stored::SCALES + c / Stored::GROUP;
-        y[j] = float(code) * float(arrays.scales[at]) + float(arrays.zeros[at]);
+        const size_t at = vector * Stored::SCALES + i / Stored::GROUP;
+        y[j] = float(Stored::code(codes, i)) * float(arrays.scales[at]) + float(arrays.zeros[at]);
       } else {
         // Those of several segments are channel-major.
         const size_t at = (size_t(kv_index) * Stored::SEGMENTS + s) * places.coded + index;
-        const float size = size_of(uint(arrays.scales[at]));
-        y[j] = level<Stored::SEGMENTS, false>(known_levels, code, s) * size;
+        y[j] = size_of(uint(arrays.scales[at]));
+        y[j] *= Stored::SEGMENTS == 1
+            ? level<false>(known_levels, Stored::code(codes, i))
+            : segment_level(segment_levels.four(codes[i], s), 0) * known_levels[WIDTH];
       }
     }
   }
@@ -136,8 +141,8 @@ METAL_FUNC void decode_segment(
   for (int j = 0; j < COUNT; j++) {
     const int i = 32 * j + lane;
     if (i < SEGMENT) {
-      const int place = first + s * SEGMENT + i;
-      const int c = SORTED ? arrays.order[place] : place - first;
+      const int place = s * SEGMENT + i;
+      const int c = SORTED ? order[place] : place;
       if (BALANCED) {
         y[j] *= arrays.balance[first + c];
       }

@@ -259,12 +259,12 @@ def test_segmented_codes_are_those_of_the_codec(dim, length, emulated):
     mx.random.seed(dim)
     cut = bias = balance = None
     if dim != 192:
-        cut = layout(2, dim)
-        bias = KeyBias(10 * mx.random.normal((2, dim)), nn.RoPE(dim // 2, traditional=dim == 80))
-        balance = mx.exp(0.3 * mx.random.normal((2, 1, dim)))
+        cut = layout(3, dim)
+        bias = KeyBias(10 * mx.random.normal((3, dim)), nn.RoPE(dim // 2, traditional=dim == 80))
+        balance = mx.exp(0.3 * mx.random.normal((3, 1, dim)))
     one = KVCodec(CodecSpec(dim, dim, "segmented", 4), balance, bias, cut)
-    sizes = mx.exp(mx.random.normal((2, 2, length, 1)))
-    x = sizes * mx.random.normal((2, 2, length, dim))
+    sizes = mx.exp(mx.random.normal((2, 3, length, 1)))
+    x = sizes * mx.random.normal((2, 3, length, dim))
     are_like(metal.encode_keys(one, x, 1000), one.encode_keys(x, 1000))
 
 
@@ -272,6 +272,11 @@ def test_segmented_codes_are_those_of_the_codec(dim, length, emulated):
 @one_run
 def test_codes_of_extremes(x, emulated):
     one = codec()
-    x = mx.broadcast_to(mx.array(x), (1, 2, 3, 64))
-    for ours, expected in zip(metal.encode_values(one, x), one.encode_values(x)):
+    cut = KVCodec(CodecSpec(64, 64, "segmented", 4), layout=layout(3, 64))
+    x = mx.broadcast_to(mx.array(x), (1, 3, 3, 64))
+    pairs = [
+        *zip(metal.encode_values(one, x), one.encode_values(x)),
+        *zip(metal.encode_keys(cut, x, 0), cut.encode_keys(x, 0)),
+    ]
+    for ours, expected in pairs:
         np.testing.assert_array_equal(np.array(ours), np.array(expected))
