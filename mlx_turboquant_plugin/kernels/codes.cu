@@ -37,14 +37,14 @@ struct Layout {
   static constexpr int TABLES = BITS == 4 ? 2 : 1;
 };
 
-// The bits of the first segment of head h. The other has the rest of a byte: as far as channels
-// go, that is the layout of 4 bits. layout: that of KVCodec, (H, DIM + 1), or not read.
+// The bits of codes of the first segment in head h; those of the second have the rest of the
+// byte. Channels lie as those of 4 bits do. layout: that of KVCodec, (H, DIM + 1), or not read.
 template <int DIM, bool SORTED>
 __device__ inline int first_bits_of(const int* layout, int h) {
   return SORTED ? layout[h * (DIM + 1) + DIM] : SEGMENTED::usual_bits;
 }
 
-// Bytes are levels when `offset` is added to them, and suit N(0, 1) when divided by `unit`.
+// What signed bytes stand for at size 1: (byte + offset) / unit.
 struct Bytes {
   float unit, offset;
 };
@@ -87,8 +87,8 @@ struct Levels {
   }
 };
 
-// Two segments need no table, since levels are uniform: masked, packed bytes are levels but for
-// an offset and, of the second segment, whose codes are the lower bits, a power of two.
+// Two segments need no table, since levels are uniform: what a mask leaves of packed bytes are
+// levels but for an offset and, in the second segment, whose codes are the lower bits, a factor.
 template <int BITS>
 struct Levels<BITS, 2> {
   using Memory = unsigned;

@@ -108,14 +108,13 @@ def _levels() -> str:
             f"    constexpr float levels[] = {{{', '.join(f'{x}f' for x in book.levels)}}};\n"
             "    return levels[i];\n  }\n};"
         )
-    fewest = min(SHIFTS)
-    shifts = ", ".join(f"{SHIFTS[bits]}f" for bits in sorted(SHIFTS))
+    # Chosen in registers, where a table would be in memory.
+    shifts = "".join(f"bits == {bits} ? {shift}f : " for bits, shift in SHIFTS.items())
     text.append(
         "struct SEGMENTED {\n"
         f"  static constexpr int usual_bits = {USUAL_BITS};\n"
         f"  static constexpr float unit = {UNIT}f, offset = {OFFSET}f;\n"
         "  __device__ static float shift(int bits) {\n"
-        f"    constexpr float shifts[] = {{{shifts}}};\n"
-        f"    return shifts[bits - {fewest}];\n  }}\n}};"
+        f"    return {shifts}0.0f;\n  }}\n}};"
     )
     return "\n".join(text)

@@ -11,8 +11,8 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// Quantisers: how far, in steps, their scale is from the root mean square, the unit of their
-// levels, and the code of the level nearest to x, in that unit, with this level.
+// A quantiser: by how many steps the search for a scale begins above the root mean square, the
+// unit of levels, and the code of the level nearest to x, in that unit, with the level.
 template <int BITS>
 struct LloydMax {
   using L = LEVELS<BITS>;
@@ -33,7 +33,7 @@ struct LloydMax {
   }
 };
 
-// That of a segment: levels are the middles of equal parts of all bytes.
+// That of a segment: levels are the middles of equal parts of the bytes.
 struct Uniform {
   static constexpr float unit = SEGMENTED::unit;
   float shift, count;
@@ -135,17 +135,18 @@ __device__ inline void copy_codes(
 
 // x: the first of `length` tokens of this head, (length, DIM), which there are the codes of
 // `before` others before. `start`: the position of the first. rotation: see rotate().
-// balance: (H, 1, DIM), layout: (H, DIM + 1), bias: (H, DIM), or not read. planes: (B, H, bytes, T) if
-// CHANNEL_MAJOR, (B, H, T, bytes) otherwise. scales: (B, H, SEGMENTS, T). `vectors` and
-// `codes`: shared memory of ENCODED times DIM and DIM + 4: so the same byte of all tokens is in
-// 32 banks.
+// balance: (H, 1, DIM), layout: (H, DIM + 1), bias: (H, DIM), or not read. planes:
+// (B, H, bytes, T) if CHANNEL_MAJOR, (B, H, T, bytes) otherwise. scales: (B, H, SEGMENTS, T).
+// `vectors` and `codes`: shared memory of ENCODED times DIM and DIM + 4: so the same byte of all
+// tokens is in 32 banks.
 template <
     int DIM, int BITS, int SEGMENTS, bool CHANNEL_MAJOR, bool BALANCED, bool SORTED, bool BIASED,
     typename X, int PLANES>
 __device__ inline void encode_vectors(
     const X* x, int length, int before, int start, const float* rotation, const float* balance,
     const int* layout, const float* bias, const RotaryPairs& rotary,
-    unsigned char* const (&planes)[PLANES], unsigned char* scales, float* vectors, unsigned char* codes, int block) {
+    unsigned char* const (&planes)[PLANES], unsigned char* scales, float* vectors,
+    unsigned char* codes, int block) {
   constexpr int FIELDS = Layout<DIM, BITS>::FIELDS, BYTES = Layout<DIM, BITS>::ROWS;
   constexpr int PART = DIM / SEGMENTS;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -168,6 +169,7 @@ __device__ inline void encode_vectors(
     if constexpr (SEGMENTS == 1) {
       rotate_and_encode<DIM>(vector, rotation, LloydMax<BITS>(), own, scale);
     } else {
+#pragma unroll
       for (int s = 0; s < SEGMENTS; s++) {
         Uniform quantizer(s == 0 ? first_bits : 8 - first_bits);
         rotate_and_encode<PART>(

@@ -22,7 +22,8 @@ struct Keys {
     float unit, offset;
   };
 
-  Scale scale[NT][SEGMENTS];
+  // Of row c, and four rows on of the next; in shared memory, as registers are scarce.
+  const Scale (*scale)[SEGMENTS];
   unsigned factor[NT][STEPS][2];
   LevelsOfCodes levels;
   unsigned key[K::PLANES][GROUPS][4][WORDS], size[SEGMENTS][WORDS];
@@ -43,10 +44,9 @@ struct Keys {
       const typename LevelsOfCodes::Memory& table) {
     levels.read(table);
     int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+    scale = scales + c;
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) {
-#pragma unroll
-      for (int s = 0; s < SEGMENTS; s++) scale[nt][s] = scales[4 * nt + c][s];
       const float* x = query[4 * nt + g / 2];
 #pragma unroll
       for (int i = 0; i < STEPS * 2; i++) {
@@ -117,7 +117,8 @@ struct Keys {
           for (int nt = 0; nt < NT; nt++) {
             auto& x = product[s][nt];
             float whole = float(256 * x[2 * i] + x[2 * i + 1]);
-            score[nt][token] += (whole + scale[nt][s].offset) * (scale[nt][s].unit * width);
+            const Scale& own = scale[4 * nt][s];
+            score[nt][token] += (whole + own.offset) * (own.unit * width);
           }
         }
       }
