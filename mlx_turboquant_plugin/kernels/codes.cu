@@ -1,8 +1,9 @@
-// Codes to levels, and levels to products. LEVELS is made from the codebooks by cuda.py.
+// Codes to levels, and levels to products. LEVELS and SEGMENTED are made from the codecs by
+// cuda_source.py.
 //
-// A level is a signed byte and LEVELS::offset, a half but for 5 bits. Products are sums of bytes, exact in int32, by
-// mma.m16n8k32; queries and weights take part as 15 bits in two bytes, which fill two of
-// the eight columns.
+// A level is a signed byte and something more, a half where there are no segments. Products are
+// sums of bytes, exact in int32, by mma.m16n8k32; queries and weights take part as 15 bits in two
+// bytes, which fill two of the eight columns.
 
 // All lanes of a warp.
 constexpr unsigned ALL = 0xFFFFFFFFu;
@@ -36,12 +37,17 @@ struct Layout {
   static constexpr int TABLES = BITS == 4 ? 2 : 1;
 };
 
-// Two segments of 4 bits on average have a code of 5 and one of 3 bits in a byte, see
-// codecs/segmented.py: its fields are those of 4 bits.
-template <int BITS, int SEGMENTS>
-__device__ constexpr int segment_bits(int segment) {
-  return SEGMENTS == 1 ? BITS : segment == 0 ? 5 : 3;
+// The bits of codes of the first segment in head h; those of the second have the rest of the
+// byte. Channels lie as those of 4 bits do. layout: that of KVCodec, (H, DIM + 1), or not read.
+template <int DIM, bool SORTED>
+__device__ inline int first_bits_of(const int* layout, int h) {
+  return SORTED ? layout[h * (DIM + 1) + DIM] : SEGMENTED::usual_bits;
 }
+
+// What signed bytes stand for at size 1: (byte + offset) / unit.
+struct Bytes {
+  float unit, offset;
+};
 
 // Nibble word `2 half + odd` (3 bits) or `half + odd` (2 bits) of bytes at the same place
 // of all planes.
@@ -62,13 +68,15 @@ __device__ inline unsigned nibbles(const unsigned (&byte)[BITS == 3 ? 3 : 1], in
 // Halves of the tables of look_up(), in registers. The compiler would move constants there
 // before each use, a tenth of all instructions, and so it would what is known to be the same
 // for all threads: these are made with a `zero` that it does not know, by way of shared memory.
-template <int BITS>
+template <int BITS, int SEGMENTS = 1>
 struct Levels {
   using Memory = unsigned[BITS == 4 ? 2 : 1];
 
   Memory half;
 
-  static __device__ void write(Memory& to, int zero) {
+  static __device__ Bytes bytes(int, int) { return {LEVELS<BITS>::unit, 0.5f}; }
+
+  static __device__ void write(Memory& to, int zero, int = 0) {
     for (unsigned i = 0; i < sizeof(to) / sizeof(unsigned); i++) {
       to[i] = LEVELS<BITS>::words[2 * i] ^ zero;
     }
@@ -77,6 +85,30 @@ struct Levels {
 #pragma unroll
     for (unsigned i = 0; i < sizeof(from) / sizeof(unsigned); i++) half[i] = from[i];
   }
+};
+
+// Two segments need no table, since levels are uniform: what a mask leaves of packed bytes are
+// levels but for an offset and, in the second segment, whose codes are the lower bits, a factor.
+template <int BITS>
+struct Levels<BITS, 2> {
+  using Memory = unsigned;
+
+  // The bits of the first segment in each byte of a word.
+  Memory upper;
+
+  static __device__ Bytes bytes(int segment, int first_bits) {
+    float apart = 1 << first_bits;
+    if (segment == 0) return {SEGMENTED::unit, 128 - SEGMENTED::offset + 128 / apart};
+    return {SEGMENTED::unit / apart, 0.5f - SEGMENTED::offset / apart};
+  }
+
+  static __device__ void write(Memory& to, int zero, int first_bits) {
+    to = 0x01010101u * (0x100 - (0x100 >> first_bits)) ^ zero;
+  }
+  __device__ void read(const Memory& from) { upper = from; }
+
+  __device__ unsigned first(unsigned packed) const { return (packed & upper) ^ 0x80808080u; }
+  __device__ unsigned second(unsigned packed) const { return packed & ~upper; }
 };
 
 // The levels of the four codes in the lower and of those in the upper half of `word`.

@@ -177,7 +177,7 @@ def _code_parts(problems: int, tiles: int) -> int:
 
 SPLIT_BODY = """
   auto p = problem(queries, keys, values, {kc_planes}, kc_size, {vc_planes}, vc_size);
-  p.bounds = bounds, p.rotation = rotation, p.balance = {balance}, p.order = {order};
+  p.bounds = bounds, p.rotation = rotation, p.balance = {balance}, p.layout = {layout};
   {bias}
   p.scale = SCALE, p.sinks = SINKS;
   p.heads = keys_shape[1], p.group = queries_shape[1] / p.heads, p.count = queries_shape[2];
@@ -244,12 +244,12 @@ def _split_kernel(
     inputs = ["queries", "keys", "values", *(["new_keys", "new_values"] if appends else [])]
     for side, names in planes.items():
         inputs += [*names, f"{side}_size"]
-    inputs += ["bounds", "rotation", *["balance"] * balanced, *["order"] * ordered]
+    inputs += ["bounds", "rotation", *["balance"] * balanced, *["layout"] * ordered]
     inputs += BIAS if bias else ()
     body = SPLIT_BODY.format(
         **{f"{side}_planes": "{" + ", ".join(names) + "}" for side, names in planes.items()},
         balance="balance" if balanced else "nullptr",
-        order="order" if ordered else "nullptr",
+        layout="layout" if ordered else "nullptr",
         bias=BIAS_BODY if bias else "",
         appended=APPENDED_BODY if appends else "",
     )

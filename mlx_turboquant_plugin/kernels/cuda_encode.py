@@ -129,7 +129,7 @@ SIDE_BODY = """
           DIM, BITS, SEGMENTS, {is_keys}, BALANCED && {is_keys}, SORTED && {is_keys},
           BIASED && {is_keys}>(
           {name} + (head * {name}_shape[2] + first) * DIM, length, before, start, {name}_rotation,
-          balance, order, bias, rotary, planes, {name}_scales, vectors, codes, block);
+          balance, layout, bias, rotary, planes, {name}_scales, vectors, codes, block);
       return;
     }}
     block -= encoding;

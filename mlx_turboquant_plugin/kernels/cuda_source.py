@@ -8,7 +8,8 @@ from typing import Any, Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.lloyd_max import CODEBOOKS
+from ..codecs.lloyd_max import CODEBOOKS, OFFSET
+from ..codecs.segmented import SHIFTS, UNIT, USUAL_BITS
 from . import metal, nvrtc
 
 # Threads of a block in split.cu, merge.cu and encode.cu, and in dequantize.metal.
@@ -91,7 +92,7 @@ def read(part: str) -> str:
 
 
 def _levels() -> str:
-    """The codebooks: tables for look_up() in codes.cu, and levels for encode.cu."""
+    """The codebooks, with tables for look_up() in codes.cu, and the numbers of segments."""
     text = ["template <int BITS> struct LEVELS;"]
     for bits, book in CODEBOOKS.items():
         upper = [math.floor(level) for level in book.levels]
@@ -101,11 +102,19 @@ def _levels() -> str:
         words = ", ".join(f"{word}u" for word in np.frombuffer(numbers, np.uint32))
         text.append(
             f"template <> struct LEVELS<{bits}> {{\n"
-            "  static constexpr bool UNIFORM = false;\n"
             f"  static constexpr unsigned words[4] = {{{words}}};\n"
-            f"  static constexpr float unit = {book.unit}f, offset = 0.5f;\n"
+            f"  static constexpr float unit = {book.unit}f;\n"
             "  __device__ static constexpr float positive(int i) {\n"
             f"    constexpr float levels[] = {{{', '.join(f'{x}f' for x in book.levels)}}};\n"
             "    return levels[i];\n  }\n};"
         )
+    # Chosen in registers, where a table would be in memory.
+    shifts = "".join(f"bits == {bits} ? {shift}f : " for bits, shift in SHIFTS.items())
+    text.append(
+        "struct SEGMENTED {\n"
+        f"  static constexpr int usual_bits = {USUAL_BITS};\n"
+        f"  static constexpr float unit = {UNIT}f, offset = {OFFSET}f;\n"
+        "  __device__ static float shift(int bits) {\n"
+        f"    return {shifts}0.0f;\n  }}\n}};"
+    )
     return "\n".join(text)

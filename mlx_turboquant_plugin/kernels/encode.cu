@@ -11,16 +11,14 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// The code of the level nearest to x, in units of levels, and that level.
+// A quantiser: by how many steps the search for a scale begins above the root mean square, the
+// unit of levels, and the code of the level nearest to x, in that unit, with the level.
 template <int BITS>
-__device__ inline int nearest(float x, float& level) {
+struct LloydMax {
   using L = LEVELS<BITS>;
-  if constexpr (L::UNIFORM) {
-    float code = floorf((x - L::lowest) / L::step + 0.5f);
-    code = fminf(fmaxf(code, 0), (1 << BITS) - 1);
-    level = code * L::step + L::lowest;
-    return int(code);
-  } else {
+  static constexpr float shift = 0, unit = L::unit;
+
+  __device__ int nearest(float x, float& level) const {
     constexpr int HALF = 1 << (BITS - 1);
     float size = fabsf(x), found = L::positive(0);
     int magnitude = 0;
@@ -33,11 +31,27 @@ __device__ inline int nearest(float x, float& level) {
     level = x < 0 ? -found : found;
     return x < 0 ? HALF - 1 - magnitude : HALF + magnitude;
   }
-}
+};
+
+// That of a segment: levels are the middles of equal parts of the bytes.
+struct Uniform {
+  static constexpr float unit = SEGMENTED::unit;
+  float shift, count;
+
+  __device__ explicit Uniform(int bits) : shift(SEGMENTED::shift(bits)), count(1 << bits) {}
+
+  __device__ int nearest(float x, float& level) const {
+    float code = floorf((x + SEGMENTED::offset) * (count / 256));
+    code = fminf(fmaxf(code, 0), count - 1);
+    level = (code + 0.5f) * (256 / count) - SEGMENTED::offset;
+    return int(code);
+  }
+};
 
 // The codes of a rotated vector, one in each byte; returns its scale.
-template <int DIM, int BITS>
-__device__ inline int encode_vector(const float* x, unsigned char* codes) {
+template <int DIM, typename Quantizer>
+__device__ inline int encode_vector(
+    const float* x, const Quantizer& quantizer, unsigned char* codes) {
   constexpr int N = (DIM + 31) / 32;
   int lane = threadIdx.x % 32;
   float own[N], squares = 0;
@@ -47,16 +61,16 @@ __device__ inline int encode_vector(const float* x, unsigned char* codes) {
     squares += own[i] * own[i];
   }
   float rms = fmaxf(sqrtf(warp_sum(squares) / DIM), 1e-20f);
-  float start = rintf((log2f(rms) + 13) * 12);
+  float start = rintf((log2f(rms) + 13) * 12 + quantizer.shift);
   float best = 0, best_scale = 0;
   for (int i = 0; i < 5; i++) {
     // 0, -1, 1, -2, 2
     float scale = fminf(fmaxf(start + (i % 2 ? -(i + 1) / 2 : i / 2), 0), 255);
-    float size = exp2f(scale / 12 - 13) / LEVELS<BITS>::unit, error = 0, along = 0;
+    float size = exp2f(scale / 12 - 13) / quantizer.unit, error = 0, along = 0;
 #pragma unroll
     for (int j = 0; j < N; j++) {
       float level;
-      nearest<BITS>(own[j] / size, level);
+      quantizer.nearest(own[j] / size, level);
       float missing = lane + 32 * j < DIM ? own[j] - level * size : 0;
       error += missing * missing;
       along += missing * own[j];
@@ -65,21 +79,22 @@ __device__ inline int encode_vector(const float* x, unsigned char* codes) {
     error = warp_sum(error) + 16 * along * along;
     if (i == 0 || error < best) best = error, best_scale = scale;
   }
-  float size = exp2f(best_scale / 12 - 13) / LEVELS<BITS>::unit;
+  float size = exp2f(best_scale / 12 - 13) / quantizer.unit;
 #pragma unroll
   for (int i = 0; i < N; i++) {
     float level;
-    int code = nearest<BITS>(own[i] / size, level);
+    int code = quantizer.nearest(own[i] / size, level);
     if (lane + 32 * i < DIM) codes[lane + 32 * i] = code;
   }
   return int(best_scale);
 }
 
-template <int DIM, int BITS>
+template <int DIM, typename Quantizer>
 __device__ inline void rotate_and_encode(
-    float* x, const float* rotation, unsigned char* codes, unsigned char* scale) {
+    float* x, const float* rotation, const Quantizer& quantizer, unsigned char* codes,
+    unsigned char* scale) {
   rotate<DIM>(x, rotation);
-  int found = encode_vector<DIM, BITS>(x, codes);
+  int found = encode_vector<DIM>(x, quantizer, codes);
   if (threadIdx.x % 32 == 0) *scale = found;
 }
 
@@ -120,27 +135,29 @@ __device__ inline void copy_codes(
 
 // x: the first of `length` tokens of this head, (length, DIM), which there are the codes of
 // `before` others before. `start`: the position of the first. rotation: see rotate().
-// balance: (H, 1, DIM), order and bias: (H, DIM), or not read. planes: (B, H, bytes, T) if
-// CHANNEL_MAJOR, (B, H, T, bytes) otherwise. scales: (B, H, SEGMENTS, T). `vectors` and
-// `codes`: shared memory of ENCODED times DIM and DIM + 4: so the same byte of all tokens is in
-// 32 banks.
+// balance: (H, 1, DIM), layout: (H, DIM + 1), bias: (H, DIM), or not read. planes:
+// (B, H, bytes, T) if CHANNEL_MAJOR, (B, H, T, bytes) otherwise. scales: (B, H, SEGMENTS, T).
+// `vectors` and `codes`: shared memory of ENCODED times DIM and DIM + 4: so the same byte of all
+// tokens is in 32 banks.
 template <
     int DIM, int BITS, int SEGMENTS, bool CHANNEL_MAJOR, bool BALANCED, bool SORTED, bool BIASED,
     typename X, int PLANES>
 __device__ inline void encode_vectors(
     const X* x, int length, int before, int start, const float* rotation, const float* balance,
-    const int* order, const float* bias, const RotaryPairs& rotary, unsigned char* const (&planes)[PLANES],
-    unsigned char* scales, float* vectors, unsigned char* codes, int block) {
+    const int* layout, const float* bias, const RotaryPairs& rotary,
+    unsigned char* const (&planes)[PLANES], unsigned char* scales, float* vectors,
+    unsigned char* codes, int block) {
   constexpr int FIELDS = Layout<DIM, BITS>::FIELDS, BYTES = Layout<DIM, BITS>::ROWS;
   constexpr int PART = DIM / SEGMENTS;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int h = blockIdx.y, first = block * ENCODED, token = first + warp;
+  int first_bits = first_bits_of<DIM, SORTED>(layout, h);
   long long head = (long long)blockIdx.z * gridDim.y + h, total = before + length;
   if (token < length) {
     float* vector = vectors + warp * DIM;
     for (int d = lane; d < DIM; d += 32) {
       int channel = d;
-      if constexpr (SORTED) channel = order[h * DIM + d];
+      if constexpr (SORTED) channel = layout[h * (DIM + 1) + d];
       float y = float(x[(long long)token * DIM + channel]);
       if constexpr (BIASED) y -= rotated_bias(bias + h * DIM, rotary, channel, start + token);
       if constexpr (BALANCED) y /= balance[h * DIM + channel];
@@ -149,10 +166,15 @@ __device__ inline void encode_vectors(
     __syncwarp();
     unsigned char* own = codes + warp * (DIM + 4);
     unsigned char* scale = scales + head * SEGMENTS * total + before + token;
-    rotate_and_encode<PART, segment_bits<BITS, SEGMENTS>(0)>(vector, rotation, own, scale);
-    if constexpr (SEGMENTS == 2) {
-      rotate_and_encode<PART, segment_bits<BITS, SEGMENTS>(1)>(
-          vector + PART, rotation, own + PART, scale + total);
+    if constexpr (SEGMENTS == 1) {
+      rotate_and_encode<DIM>(vector, rotation, LloydMax<BITS>(), own, scale);
+    } else {
+#pragma unroll
+      for (int s = 0; s < SEGMENTS; s++) {
+        Uniform quantizer(s == 0 ? first_bits : 8 - first_bits);
+        rotate_and_encode<PART>(
+            vector + s * PART, rotation, quantizer, own + s * PART, scale + s * total);
+      }
     }
   }
   __syncthreads();
@@ -167,7 +189,7 @@ __device__ inline void encode_vectors(
     for (int field = 0; field < FIELDS; field++) {
       unsigned code = codes[slot * (DIM + 4) + field * BYTES + byte];
       if constexpr (SEGMENTS == 2) {
-        packed |= field == 0 ? code << segment_bits<BITS, SEGMENTS>(1) : code;
+        packed |= field == 0 ? code << (8 - first_bits) : code;
       } else if constexpr (BITS == 3) {
         packed |= (code & 3) << (2 * field);
         high |= (code >> 2) << field;

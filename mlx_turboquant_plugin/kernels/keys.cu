@@ -15,25 +15,26 @@ struct Keys {
   static constexpr int GROUPS = (K::ROWS + 15) / 16, WORDS = TILE / 32, TOKENS = TILE / 8;
   static constexpr int STEPS = SEGMENTS == 1 ? GROUPS * K::KINDS : (GROUPS + 1) / 2 * SEGMENTS;
   static constexpr int PART = DIM / SEGMENTS;
-  // Of the last segment: those of 5 bits are the codes.
-  using LevelsOfCodes = Levels<segment_bits<BITS, SEGMENTS>(SEGMENTS - 1)>;
+  using LevelsOfCodes = Levels<BITS, SEGMENTS>;
 
   // How sums of a row's whole numbers become scores: see add_scores().
   struct Scale {
     float unit, offset;
   };
 
-  Scale scale[NT][SEGMENTS];
+  // Of row c, and four rows on of the next; in shared memory, as registers are scarce.
+  const Scale (*scale)[SEGMENTS];
   unsigned factor[NT][STEPS][2];
   LevelsOfCodes levels;
   unsigned key[K::PLANES][GROUPS][4][WORDS], size[SEGMENTS][WORDS];
 
   // A warp rotates the query x (DIM,), in shared memory, and makes it whole numbers.
   static __device__ void to_whole_numbers(
-      float* x, const float* rotation, Scale (&scale)[SEGMENTS]) {
-    part_to_whole_numbers<segment_bits<BITS, SEGMENTS>(0)>(x, rotation, scale[0]);
-    if constexpr (SEGMENTS == 2) {
-      part_to_whole_numbers<segment_bits<BITS, SEGMENTS>(1)>(x + PART, rotation, scale[1]);
+      float* x, const float* rotation, int first_bits, Scale (&scale)[SEGMENTS]) {
+#pragma unroll
+    for (int s = 0; s < SEGMENTS; s++) {
+      part_to_whole_numbers(
+          x + s * PART, rotation, LevelsOfCodes::bytes(s, first_bits), scale[s]);
     }
   }
 
@@ -43,10 +44,9 @@ struct Keys {
       const typename LevelsOfCodes::Memory& table) {
     levels.read(table);
     int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+    scale = scales + c;
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) {
-#pragma unroll
-      for (int s = 0; s < SEGMENTS; s++) scale[nt][s] = scales[4 * nt + c][s];
       const float* x = query[4 * nt + g / 2];
 #pragma unroll
       for (int i = 0; i < STEPS * 2; i++) {
@@ -117,7 +117,8 @@ struct Keys {
           for (int nt = 0; nt < NT; nt++) {
             auto& x = product[s][nt];
             float whole = float(256 * x[2 * i] + x[2 * i + 1]);
-            score[nt][token] += (whole + scale[nt][s].offset) * (scale[nt][s].unit * width);
+            const Scale& own = scale[4 * nt][s];
+            score[nt][token] += (whole + own.offset) * (own.unit * width);
           }
         }
       }
@@ -125,8 +126,8 @@ struct Keys {
   }
 
  private:
-  template <int LEVEL_BITS>
-  static __device__ void part_to_whole_numbers(float* x, const float* rotation, Scale& scale) {
+  static __device__ void part_to_whole_numbers(
+      float* x, const float* rotation, Bytes bytes, Scale& scale) {
     int lane = threadIdx.x % 32;
     rotate<PART>(x, rotation);
     float top = 1e-30f, sum = 0;
@@ -139,8 +140,7 @@ struct Keys {
     }
 #pragma unroll
     for (int bit = 1; bit < 32; bit *= 2) sum += __shfl_xor_sync(ALL, sum, bit);
-    using L = LEVELS<LEVEL_BITS>;
-    if (lane == 0) scale = {top / (WHOLE * L::unit), L::offset * sum};
+    if (lane == 0) scale = {top / (WHOLE * bytes.unit), bytes.offset * sum};
   }
 
   // Which byte of a key, and which field of it, is byte e of word i of a step's factor.
@@ -151,8 +151,7 @@ struct Keys {
       return step / K::KINDS * 16 + 4 * c + 2 * i + e / 2;
     } else {
       field = step % 2;
-      int group = step / 2 * 2 + (field == 0 ? i : e % 2);
-      return group * 16 + 4 * c + (field == 0 ? e : 2 * i + e / 2);
+      return (step / 2 * 2 + i) * 16 + 4 * c + e;
     }
   }
 
@@ -194,33 +193,23 @@ struct Keys {
   __device__ void multiply(int pair, int (&product)[2][NT][4]) const {
 #pragma unroll
     for (int step = 0; step < STEPS / 2; step++) {
-      // [group][token]; what is missing of the last step is multiplied by 0.
-      unsigned bytes[2][2];
+      // [2 group + token]; what is missing of the last step is multiplied by 0.
+      unsigned a[4], b[4];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         unsigned first, second;
         pick_pair(0, min(2 * step + i, GROUPS - 1), pair, first, second);
-        bytes[i][0] = pick(first, second, 0x5410);
-        bytes[i][1] = pick(first, second, 0x7632);
-      }
-      // 5 bits are levels as they are, but for the offset; 3 bits are looked up.
-      unsigned high[2][2], low[2][2][1];
+        unsigned token[2] = {pick(first, second, 0x5410), pick(first, second, 0x7632)};
 #pragma unroll
-      for (int token = 0; token < 2; token++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          high[i][token] = (bytes[i][token] & 0xF8F8F8F8u) ^ 0x80808080u;
+        for (int j = 0; j < 2; j++) {
+          a[2 * i + j] = levels.first(token[j]);
+          b[2 * i + j] = levels.second(token[j]);
         }
-        unsigned word = (bytes[0][token] & 0x07070707u) | (bytes[1][token] & 0x07070707u) << 4;
-        look_up<3>(levels, word, low[0][token], low[1][token]);
       }
 #pragma unroll
       for (int nt = 0; nt < NT; nt++) {
-        multiply_add(
-            product[0][nt], high[0][0], high[0][1], high[1][0], high[1][1], factor[nt][2 * step]);
-        multiply_add(
-            product[1][nt], low[0][0][0], low[0][1][0], low[1][0][0], low[1][1][0],
-            factor[nt][2 * step + 1]);
+        multiply_add(product[0][nt], a[0], a[1], a[2], a[3], factor[nt][2 * step]);
+        multiply_add(product[1][nt], b[0], b[1], b[2], b[3], factor[nt][2 * step + 1]);
       }
     }
   }

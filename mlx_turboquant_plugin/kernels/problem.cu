@@ -42,7 +42,7 @@ struct Problem {
   const int* bounds;              // (B, N, 4), see attention/fused.py
   const float* rotation;          // of the keys
   const float* balance;           // (H, 1, D) or not read
-  const int* order;               // (H, D) or not read
+  const int* layout;              // (H, D + 1), see KVCodec, or not read
   const float* bias;              // (H, D) or, as what follows, not read
   RotaryPairs rotary;             // of the bias, and the waves: see cuda_bias.py
   const unsigned* waves;
@@ -111,7 +111,7 @@ __device__ inline void balance_and_sort(const P& p, float* x, int h) {
 #pragma unroll
   for (int i = 0; i < N; i++) {
     int channel = min(lane + 32 * i, DIM - 1);
-    if constexpr (SORTED) channel = p.order[h * DIM + channel];
+    if constexpr (SORTED) channel = p.layout[h * (DIM + 1) + channel];
     own[i] = x[channel];
     if constexpr (BALANCED) own[i] *= p.balance[h * DIM + channel];
   }

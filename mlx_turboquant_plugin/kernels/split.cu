@@ -156,6 +156,7 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   int h = blockIdx.y / chunks, chunk = blockIdx.y % chunks, b = blockIdx.z;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   int last_row = p.group * p.count - 1;
+  int first_bits = first_bits_of<DIM, SORTED>(p.layout, h);
 
   // Groups of tiles, one for each warp, are not cut: together they read whole lines of keys.
   Seen seen(p, b);
@@ -182,11 +183,11 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
     __syncwarp();
     if constexpr (BIASED) bias.template begin_row<DIM>(r, x, p.bias + h * DIM, p.rotary);
     if constexpr (BALANCED || SORTED) balance_and_sort<DIM, BALANCED, SORTED>(p, x, h);
-    TileKeys::to_whole_numbers(x, p.rotation, scale[r]);
+    TileKeys::to_whole_numbers(x, p.rotation, first_bits, scale[r]);
   }
   if constexpr (BIASED) wait_for_copies();
   if (threadIdx.x == 0) {
-    TileKeys::LevelsOfCodes::write(key_levels, p.coded >> 31);
+    TileKeys::LevelsOfCodes::write(key_levels, p.coded >> 31, first_bits);
     TileValues::LevelsOfCodes::write(value_levels, p.coded >> 31);
   }
   __syncthreads();

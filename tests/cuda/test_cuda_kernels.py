@@ -10,6 +10,7 @@ from layouts import layout
 from mlx_turboquant_plugin.attention import dispatch
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
+from mlx_turboquant_plugin.codecs.segmented import FIRST_BITS
 from mlx_turboquant_plugin.evaluation.cases import QUICK
 from mlx_turboquant_plugin.evaluation.selftest import check
 from mlx_turboquant_plugin.kernels import cuda, cuda_encode, cuda_portable, cuda_source
@@ -86,13 +87,11 @@ def vectors(*shape, dtype=mx.float32):
     return (mx.exp(mx.random.normal((*shape[:-1], 1))) * mx.random.normal(shape)).astype(dtype)
 
 
-def codec(dim, bits, balanced=False, biased=False, keys="lloyd-max"):
-    """A codec of two heads; segments of sorted keys."""
-    balance = mx.exp(0.3 * mx.random.normal((2, 1, dim))) if balanced else None
-    bias = KeyBias(10 * mx.random.normal((2, dim)), nn.RoPE(dim)) if biased else None
-    cut = None
-    if keys == SEGMENTED:
-        cut = layout(2, dim)
+def codec(dim, bits, balanced=False, biased=False, keys="lloyd-max", heads=2):
+    """Segments are those of sorted keys."""
+    balance = mx.exp(0.3 * mx.random.normal((heads, 1, dim))) if balanced else None
+    bias = KeyBias(10 * mx.random.normal((heads, dim)), nn.RoPE(dim)) if biased else None
+    cut = layout(heads, dim) if keys == SEGMENTED else None
     return KVCodec(CodecSpec(dim, dim, keys, bits, value_bits=bits), balance, bias, cut)
 
 
@@ -120,9 +119,10 @@ def test_codes_are_those_of_the_codec(dim, bits, emulated):
 @pytest.mark.parametrize("dim", [32, 48, 64, 80, 128, 256])
 def test_codes_of_segments(dim, emulated):
     mx.random.seed(dim)
-    one = codec(dim, 4, balanced=True, biased=dim % 64 == 0, keys=SEGMENTED)
+    heads = len(FIRST_BITS)
+    one = codec(dim, 4, balanced=True, biased=dim % 64 == 0, keys=SEGMENTED, heads=heads)
     for batch, length, start in ((2, 1, 5), (1, 32, 96), (2, 33, 1000)):
-        check_codes(one, *(vectors(batch, 2, length, dim) for _ in range(2)), start)
+        check_codes(one, *(vectors(batch, heads, length, dim) for _ in range(2)), start)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
@@ -158,13 +158,14 @@ def test_codes_of_parts_of_arrays(layout, emulated):
 
 
 @pytest.mark.parametrize("x", [0.0, 1e-30, 1e30, [3.0] + 63 * [0.0]], ids=str)
+@pytest.mark.parametrize("bits, keys", [(3, "lloyd-max"), (4, SEGMENTED)])
 @one_run
-def test_codes_of_extremes(x, emulated):
-    one = codec(64, 3)
-    x = mx.broadcast_to(mx.array(x), (1, 2, 3, 64))
-    _, ours = cuda.encode(one, x, x, 0)
-    for plane, expected in zip(ours, one.encode_values(x)):
-        assert mx.array_equal(plane, expected)
+def test_codes_of_extremes(x, bits, keys, emulated):
+    one = codec(64, bits, keys=keys, heads=3)
+    x = mx.broadcast_to(mx.array(x), (1, 3, 3, 64))
+    for ours, expected in zip(cuda.encode(one, x, x, 0), one.encode(x, x, 0)):
+        for plane, right in zip(ours, expected):
+            assert mx.array_equal(plane, right)
 
 
 @pytest.mark.parametrize("before, length", [(32, 32), (64, 96), (37, 32), (32, 5), (300, 1)])
