@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from layouts import layout
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache, save_prompt_cache
 
@@ -292,10 +293,10 @@ def described(**changes):
         (6, lambda codes: tuple(x.astype(mx.uint32) for x in codes), "its codes do not have"),
         (7, lambda codes: tuple(x[:, :, :-1] for x in codes), "its codes do not have the shapes"),
         (8, lambda _: mx.ones((3, 1, 64)), "its key balance does not have the shape"),
-        (9, lambda cut: mx.where(mx.arange(65) < 64, 0, cut), "its key layout is no order"),
-        (9, lambda cut: mx.where(mx.arange(65) < 64, cut, 7), "its key layout is no order"),
-        (9, lambda cut: cut.astype(mx.float32), "its key layout is no order"),
-        (9, lambda cut: cut[:, 1:], "its key layout does not have the shape"),
+        (9, lambda _: mx.zeros((2, 65), mx.int32) + 5, "its key layout is no order"),
+        (9, lambda _: layout(2, 64) + mx.where(mx.arange(65) < 64, 0, 3), "its key layout is no"),
+        (9, lambda _: layout(2, 64).astype(mx.float32), "its key layout is no order"),
+        (9, lambda _: layout(2, 64)[:, 1:], "its key layout does not have the shape"),
         (10, lambda _: mx.ones((3, 64)), "its key bias does not have the shape"),
     ],
 )

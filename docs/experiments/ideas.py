@@ -13,9 +13,9 @@ from mlx_turboquant_plugin.evaluation.runs import compressed
 
 ARMS = {
     "bias and balance": lambda i, c: c,
-    "no balance": lambda i, c: KVCodec(c.spec, None, c.bias),
-    "no bias": lambda i, c: KVCodec(c.spec, c.balance, None),
-    "neither": lambda i, c: KVCodec(c.spec, None, None),
+    "no balance": lambda i, c: KVCodec(c.spec, None, c.bias, c.layout),
+    "no bias": lambda i, c: KVCodec(c.spec, c.balance, None, c.layout),
+    "neither": lambda i, c: KVCodec(c.spec, None, None, c.layout),
 }
 REPEATS = 40
 

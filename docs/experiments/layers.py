@@ -12,7 +12,7 @@ from itertools import product
 
 from common import load, measure
 
-from mlx_turboquant_plugin.codecs.kv_codec import KVCodec
+from mlx_turboquant_plugin.codecs.kv_codec import SEGMENTED, KVCodec
 
 # Mean squared error of the codebooks for N(0, 1).
 DISTORTION = {2: 0.1175, 3: 0.03454, 4: 0.009497}
@@ -24,8 +24,9 @@ def bits(choice):
 
     def change(index, codec):
         key_bits, value_bits = choice[index]
-        spec = codec.spec._replace(key_bits=key_bits, value_bits=value_bits)
-        return KVCodec(spec, codec.balance, codec.bias)
+        name = SEGMENTED if key_bits == 4 else "lloyd-max"
+        spec = codec.spec._replace(key_codec=name, key_bits=key_bits, value_bits=value_bits)
+        return KVCodec(spec, codec.balance, codec.bias, codec.layout)
 
     return change
 
@@ -36,7 +37,7 @@ def alone(layer, side):
 
     def change(index, codec):
         exact = {other: "exact"} if index == layer else {"key_codec": "exact", "value_codec": "exact"}
-        return KVCodec(codec.spec._replace(**exact), codec.balance, codec.bias)
+        return KVCodec(codec.spec._replace(**exact), codec.balance, codec.bias, codec.layout)
 
     return change
 

@@ -16,6 +16,7 @@ from ...attention.kernels import resolve_kernel
 from ...cache import BatchCompressedKVCache, CompressedKVCache, Visibility
 from ...codecs.key_bias import KeyBias
 from ...codecs.kv_codec import CodecSpec, KVCodec
+from ...models.balance import layout
 from ...models.layer import key_codec
 from ..runs import kv_bytes, table_bytes
 from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, ROUND
@@ -145,11 +146,11 @@ class LayerBench:
 def _like_a_models(spec: CodecSpec, kv_heads: int) -> KVCodec:
     """A codec with all that a model's keys come with; what the numbers are takes no time."""
     shape = kv_heads, spec.head_dim
-    order = mx.argsort(mx.random.normal(shape), axis=-1).astype(mx.int32)
     balance = mx.exp(0.3 * mx.random.normal((kv_heads, 1, spec.head_dim)))
-    mx.eval(order, balance)
+    mx.eval(balance)
     bias = KeyBias(mx.random.normal(shape), nn.RoPE(spec.head_dim))
-    return KVCodec(spec, balance, bias, order if spec.segments > 1 else None)
+    rms = [mx.exp(mx.random.normal(shape)) for _ in range(2)]
+    return KVCodec(spec, balance, bias, layout(*rms, None) if spec.segments > 1 else None)
 
 
 def _one_call(caches: List[Any], query: mx.array, token: mx.array) -> Callable[[], float]:
