@@ -63,7 +63,7 @@ def test_on_as_text(status):
     assert done.stdout.startswith("TurboQuant is active\n")
     lines = [line.split() for line in done.stdout.splitlines()]
     assert ["mlx_lm.models.greeting", "applied"] in lines
-    assert ["value_bits", "2", "(preset", "small)"] in lines
+    assert ["value_bits", "3", "(preset", "small)"] in lines
 
 
 @pytest.mark.parametrize(

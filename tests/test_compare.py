@@ -270,7 +270,7 @@ def test_table_and_refusal(capsys):
     out = capsys.readouterr()
     assert code == 0 and out.err == ""
     assert re.search(r"^exact +16 .* 1\.00x", out.out, re.MULTILINE)
-    [row] = re.findall(r"^small +4/2 .*$", out.out, re.MULTILINE)
+    [row] = re.findall(r"^small +4/3 .*$", out.out, re.MULTILINE)
     assert "[too few windows]" in row and row.count("x") == 3
     assert re.search(r"^small +no verdict +5 more windows are needed", out.out, re.MULTILINE)
     assert "greedy" not in out.out

@@ -92,11 +92,15 @@ class KVCodec:
         self.balance = balance
         self.bias = bias
         self.layout = layout
-        first_bits = None if layout is None else layout[:, -1]
-        self.keys = key_quantizer(spec.key_codec, spec.key_bits, first_bits)
         self.values = value_quantizer(spec.value_codec, spec.value_bits, spec.value_dim)
         self.key_rotation = Rotation(spec.head_dim // spec.segments, spec.seed)
         self.value_rotation = Rotation(spec.value_dim, spec.seed)
+
+    @functools.cached_property
+    def keys(self):
+        """The quantiser of rotated keys."""
+        first_bits = None if self.layout is None else self.layout[:, -1]
+        return key_quantizer(self.spec.key_codec, self.spec.key_bits, first_bits)
 
     def makes_the_codes_of(self, other: "KVCodec", bias: Optional[mx.array]) -> bool:
         """Whether codes made by ``other``, which leave out a key bias (H, D), are its own."""
