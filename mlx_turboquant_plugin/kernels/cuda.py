@@ -71,7 +71,7 @@ def attend(problem: "Problem") -> mx.array:
     return out
 
 
-# All layers ask for the same, until there are more codes.
+# All layers ask for the same, until there are more codes. MLX keeps traces by thread.
 @cached_per_thread(maxsize=64)
 def _attention(
     spec: CodecSpec,
