@@ -15,6 +15,7 @@ from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 
 HEADS = 2
+SEGMENTED = ("segmented", 4)
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Case:
         dim, value_dim: head dims.
         keys, values: codec and bits.
         chunks: what comes one after the other; the last is the pass that is looked at.
-        rope: None for no key bias and no balance, or the layout of the rotary pairs.
+        rope: None for no key bias and no balance, or the layout of the rotary pairs. With them,
+            the channels of segmented keys are sorted.
         ring: ``max_kv_size``, or 0.
         left, right: zeros around.
         sinks: how many first tokens stay exact.
@@ -59,6 +61,11 @@ CASES = [
     Case(112, 64, ("affine", 3), ("affine", 3), batch=2),
     Case(64, 112, ("affine", 8), ("affine", 2)),
     Case(96, 128, ("affine", 2), ("affine", 8), rope="partial", chunks=(40, 200, 1)),
+    Case(keys=SEGMENTED, rope="halves", values=("lloyd-max", 4)),
+    Case(80, 96, SEGMENTED, ("affine", 4), rope="traditional", batch=2, chunks=(97, 33, 61)),
+    Case(128, 128, SEGMENTED, dtype="float16", rope="partial", chunks=(300, 20), trim=151),
+    Case(32, 256, SEGMENTED, dtype="bfloat16", rope="halves", left=3, right=70),
+    Case(256, 40, SEGMENTED),
     Case(rope="halves", dtype="bfloat16", chunks=(97, 33, 61), strided=True),
     Case(rope="partial", invariant=True, chunks=(97, 150), left=60),
     Case(chunks=(200, 9), ring=120),
@@ -85,14 +92,16 @@ def random(case: Case, count: int):
 def codec_of(case: Case) -> KVCodec:
     """The codec of a case, the same each time."""
     mx.random.seed(case.dim)
-    balance = bias = None
+    balance = bias = order = None
     if case.rope:
         balance = mx.exp(0.3 * mx.random.normal((HEADS, 1, case.dim)))
         rotary = case.dim // 2 if case.rope == "partial" else case.dim
         rope = nn.RoPE(rotary, traditional=case.rope == "traditional")
         bias = KeyBias(10 * mx.random.normal((HEADS, case.dim)), rope)
+        if case.keys == SEGMENTED:
+            order = mx.argsort(mx.random.normal((HEADS, case.dim)), axis=-1).astype(mx.int32)
     spec = CodecSpec(case.dim, case.value_dim, *case.keys, *case.values)
-    return KVCodec(spec, balance, bias)
+    return KVCodec(spec, balance, bias, order)
 
 
 def view_of(case: Case, kernel: str):
@@ -135,6 +144,9 @@ PASSES = [
     ((96, 64, 40, 1, 31, 17), {"rope": "halves", "strided": True}),
     ((95, 1, 64, 300), {"dim": 80, "value_dim": 96, "rope": "partial"}),
     ((97, 150, 9, 55), {"batch": 2, "dtype": "bfloat16"}),
+    ((95, 1, 64, 40), {"keys": SEGMENTED, "rope": "halves", "strided": True}),
+    ((97, 33, 100), {"dim": 80, "keys": SEGMENTED, "rope": "partial", "batch": 2}),
+    ((150, 40), {"keys": SEGMENTED}),
 ]
 
 

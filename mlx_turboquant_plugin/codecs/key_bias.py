@@ -11,7 +11,7 @@ over the rotary pairs (1, 2) with the angles theta_f of the model's own rope obj
 """
 
 import weakref
-from typing import Any, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import mlx.core as mx
 import numpy as np
@@ -46,6 +46,7 @@ class RotaryTable:
         fine: cosines and then sines at the first BLOCK positions, fp32 (2 F, BLOCK).
         even, odd: the cosines, and the sines, at the positions 0 to BLOCK / 2.
         middle: (cos, sin) at the position BLOCK / 2, (F,).
+        derived: what kernels have made of it for themselves.
 
     Raises:
         ValueError: the rope object is not one rotation per position (its angles
@@ -54,6 +55,7 @@ class RotaryTable:
 
     def __init__(self, rope: Any, head_dim: int):
         self.head_dim = head_dim
+        self.derived: Dict[Any, Tuple[mx.array, ...]] = {}
         self._rope = rope if rope is not None else (lambda x, offset: x)
         with mx.stream(SETUP):
             self._set_up(rope)
@@ -80,7 +82,8 @@ class RotaryTable:
     @property
     def arrays(self) -> Tuple[mx.array, ...]:
         fixed = self.first, self.second, self.fine, self.even, self.odd, *self.middle
-        return *fixed, *self.coarse
+        derived = (x for arrays in self.derived.values() for x in arrays)
+        return *fixed, *self.coarse, *derived
 
     def blocks(self, count: int) -> Tuple[mx.array, mx.array]:
         """(cos, sin), fp32 (count, F), at the positions 0, BLOCK, 2 BLOCK, ..."""

@@ -159,6 +159,7 @@ def _decoding() -> Iterator[Share]:
         case(lengths=lengths, groups=4, keys=SEGMENTED, values=("lloyd-max", 4), extras=True)
         for lengths in ((4100,), (16500,), (129,) * 5, (700, 50))
     )
+    yield 1, [case(64, groups=16, lengths=(640,), keys=SEGMENTED, extras=True, ring=333)]
     yield 1, _batches(1, (4, 5))
     yield 7, (
         case(dim, groups=2, extras=True, rope=rope, lengths=(500,))

@@ -38,8 +38,7 @@ METAL_FUNC void load_wide(device const T* from, thread float (&to)[COUNT]) {
 
 // Queries as codes are multiplied by them, [channel][row]: times the balance, sorted, and their
 // segments rotated. All threads take part. `scratch`: D * ROWS numbers.
-template <
-    int D, int SEGMENTS, int ROWS, int SIMDS, bool BALANCED, bool SORTED, typename T>
+template <int D, int SEGMENTS, int ROWS, int SIMDS, bool BALANCED, bool SORTED, typename T>
 METAL_FUNC void rotate_queries(
     device const T* queries, int present, float scale, device const float* balance,
     device const int* order, device const float* rotation, threadgroup float* rotated,
@@ -151,17 +150,15 @@ METAL_FUNC void add_bias(
 }
 
 // Products of all rows with four neighbouring channel-major vectors, of which `count`
-// are there: products[s][k][r] = sum over the channels c of segment s of queries[c][r] * level of channel
-//   c of vector k.
+// are there: products[k][r] = sum over c of queries[c][r] * level of channel c of vector k.
 //   planes: of the first of these vectors; byte i of a vector is `stride` * i further.
+//   sizes: of the vectors' segments. Levels are multiplied by them if there are two: sums of
+//     their own for both would be too many registers.
 template <int D, int BITS, int SEGMENTS, bool AFFINE, int ROWS>
 METAL_FUNC void multiply_keys(
-    threadgroup const float* queries,
-    threadgroup const float* levels,
-    Planes planes,
-    int stride,
-    int count,
-    thread float (&products)[SEGMENTS][4][ROWS]) {
+    threadgroup const float* queries, threadgroup const float* levels, Planes planes,
+    thread const float (&sizes)[SEGMENTS][4], int stride, int count,
+    thread float (&products)[4][ROWS]) {
   using Byte = Fields<BITS, SEGMENTS>;
   constexpr int FIELDS = Byte::COUNT;
   constexpr int BYTES = D / FIELDS;
@@ -193,10 +190,11 @@ METAL_FUNC void multiply_keys(
           } else {
             code = Byte::code(low[d] >> (8 * k), field);
           }
-          const float x = level<SEGMENTS, AFFINE>(levels, code, segment);
+          float x = level<SEGMENTS, AFFINE>(levels, code, segment);
+          x *= SEGMENTS == 1 ? 1.0f : sizes[segment][k];
           UNROLL
           for (int r = 0; r < ROWS; r++) {
-            products[segment][k][r] += q[r] * x;
+            products[k][r] += q[r] * x;
           }
         }
       }
@@ -212,23 +210,24 @@ METAL_FUNC void score_codes(
     threadgroup const float* queries, threadgroup const float* query_sums,
     threadgroup const float* levels, Planes planes, device const Scale* scales,
     device const Scale* zeros, int stride, int count, thread float (&scores)[4][ROWS]) {
-  float products[SEGMENTS][4][ROWS] = {{{0}}};
-  multiply_keys<D, BITS, SEGMENTS, AFFINE, ROWS>(
-      queries, levels, planes, stride, count, products);
-  for (int k = 0; k < count; k++) {
-    const float zero = AFFINE ? float(zeros[k]) : 0.0f;
-    UNROLL
-    for (int r = 0; r < ROWS; r++) {
-      scores[k][r] = AFFINE ? query_sums[r] * zero : 0.0f;
-    }
+  float sizes[SEGMENTS][4];
+  UNROLL
+  for (int k = 0; k < 4; k++) {
     UNROLL
     for (int s = 0; s < SEGMENTS; s++) {
-      const Scale scale = scales[s * stride + k];
-      const float size = AFFINE ? float(scale) : size_of(uint(scale));
-      UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        scores[k][r] += products[s][k][r] * size;
-      }
+      const Scale scale = k < count ? scales[s * stride + k] : Scale(0);
+      sizes[s][k] = AFFINE ? float(scale) : size_of(uint(scale));
+    }
+  }
+  multiply_keys<D, BITS, SEGMENTS, AFFINE>(
+      queries, levels, planes, sizes, stride, count, scores);
+  UNROLL
+  for (int k = 0; k < 4; k++) {
+    const float size = SEGMENTS == 1 ? sizes[0][k] : 1.0f;
+    const float zero = AFFINE && k < count ? float(zeros[k]) : 0.0f;
+    UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      scores[k][r] = scores[k][r] * size + (AFFINE ? query_sums[r] * zero : 0.0f);
     }
   }
 }

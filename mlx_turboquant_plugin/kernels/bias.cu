@@ -76,7 +76,7 @@ struct BiasMemory {
     if (lane == 0) unit[r] = top, rest[r] = sum;
   }
 
-  // The scores of this lane's tokens of a tile with the rows c, 4 + c, ...: as in attend_codes().
+  // The scores of this lane's tokens of a tile with its rows: those of Keys.
   template <int NT>
   __device__ void scores(
       const RotaryPairs& rotary, int first_coded, int tile, Scratch& turned,

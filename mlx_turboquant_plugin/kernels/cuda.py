@@ -8,9 +8,10 @@ import mlx.core as mx
 from ..codecs.kv_codec import CodecSpec
 from ..per_thread import cached_per_thread
 from . import cuda_portable, cuda_source
-from .cuda_bias import BIAS, BiasLayout, bias_arrays, bias_layout
+from .cuda_bias import BIAS, bias_arrays
 from .cuda_encode import encode
 from .cuda_source import BLOCKS, MERGE_THREADS, SPLIT_THREADS
+from .inputs import PairLayout, pair_layout
 
 if TYPE_CHECKING:
     from ..attention.fused import Problem
@@ -45,7 +46,7 @@ def attend(problem: "Problem") -> mx.array:
         codec.spec,
         codec.balance is not None,
         codec.order is not None,
-        None if codec.bias is None else bias_layout(codec.bias),
+        None if codec.bias is None else pair_layout(codec.bias.table),
         problem.scale,
         problem.sinks,
         queries.shape,
@@ -76,7 +77,7 @@ def _attention(
     spec: CodecSpec,
     balanced: bool,
     ordered: bool,
-    bias: Optional[BiasLayout],
+    bias: Optional[PairLayout],
     scale: float,
     sinks: int,
     queries: Tuple[int, ...],
@@ -230,7 +231,7 @@ def _split_kernel(
     whole_tiles: bool,
     balanced: bool,
     ordered: bool,
-    bias: Optional[BiasLayout],
+    bias: Optional[PairLayout],
     scale: float,
     sinks: int,
     appends: bool,
@@ -252,7 +253,7 @@ def _split_kernel(
         bias=BIAS_BODY if bias else "",
         appended=APPENDED_BODY if appends else "",
     )
-    pairs, between, distance = bias or (0, 0, 0)
+    pairs, between, distance = bias or PairLayout()
     numbers = {
         "DIM": spec.head_dim,
         "VALUE_DIM": spec.value_dim,

@@ -1,28 +1,15 @@
 """What ``bias.cu`` needs to know of rotary positions."""
 
-from typing import List, NamedTuple, Tuple
-from weakref import WeakKeyDictionary
+from typing import List, Tuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..codecs.key_bias import BLOCK, KeyBias, RotaryTable
-from .inputs import int_array, pair_layout
+from .inputs import int_array
 
 # The inputs of a kernel that :func:`bias_arrays` gives.
 BIAS = ("bias", "middles", "coarse_cos", "coarse_sin", "waves", "first_coded")
-
-
-class BiasLayout(NamedTuple):
-    """Where the channels of the rotary pairs are, see :func:`pair_layout`."""
-
-    pairs: int
-    between: int
-    distance: int
-
-
-def bias_layout(bias: KeyBias) -> BiasLayout:
-    return BiasLayout(*pair_layout(bias.table))
 
 
 def bias_arrays(bias: KeyBias, first_coded: int, end: int, tile: int) -> List[mx.array]:
@@ -41,11 +28,8 @@ def bias_arrays(bias: KeyBias, first_coded: int, end: int, tile: int) -> List[mx
     return [bias.bias, middles, *table.coarse, waves, int_array(first_coded)]
 
 
-_made: "WeakKeyDictionary[RotaryTable, dict]" = WeakKeyDictionary()
-
-
 def _tables(table: RotaryTable, tile: int) -> Tuple[mx.array, mx.array]:
-    made = _made.setdefault(table, {})
+    made = table.derived
     if tile not in made:
         made[tile] = _middles(table), _waves(table, tile)
         mx.eval(made[tile])

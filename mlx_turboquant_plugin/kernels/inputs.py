@@ -1,7 +1,7 @@
 """Inputs that the Metal kernels, and their like on NVIDIA GPUs, share."""
 
 import functools
-from typing import Optional, Sequence, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +17,20 @@ DEVICE_SIZE = 8
 
 # The names of what :func:`model_arrays` gives.
 MODEL = "levels balance bias fine coarse_cos coarse_sin order"
+
+
+class PairLayout(NamedTuple):
+    """Where the channels of rotary pairs are.
+
+    Attributes:
+        pairs: how many there are.
+        between, distance: the distances of the first channels of two pairs and of the channels
+            of a pair.
+    """
+
+    pairs: int = 0
+    between: int = 0
+    distance: int = 0
 
 
 def code_arrays(codes: Codes, codec: str, heads: int, axis: int) -> Sequence[mx.array]:
@@ -39,7 +53,7 @@ def code_arrays(codes: Codes, codec: str, heads: int, axis: int) -> Sequence[mx.
 
 def model_arrays(
     levels: mx.array, codec: Optional[KVCodec], end: int
-) -> Tuple[Tuple[int, int, int], Sequence[mx.array]]:
+) -> Tuple[PairLayout, Sequence[mx.array]]:
     """The layout of the rotary pairs, and the inputs that ``MODEL`` names.
 
     The levels stand for what is missing, whole numbers for an order, and are not read there.
@@ -54,7 +68,7 @@ def model_arrays(
     if order is None:
         order = int_array(*[0] * DEVICE_SIZE)
     if bias is None:
-        return (0, 0, 0), (levels, balance, *[levels] * 4, order)
+        return PairLayout(), (levels, balance, *[levels] * 4, order)
     table = bias.table
     table.blocks((end - 1) // BLOCK + 1)
     return pair_layout(table), (levels, balance, bias.bias, table.fine, *table.coarse, order)
@@ -85,11 +99,10 @@ def inverse_array(rotation: Rotation) -> mx.array:
     return array
 
 
-def pair_layout(table: RotaryTable) -> Tuple[int, int, int]:
-    """The number of rotary pairs, and the distance of the first channels of two pairs and of the
-    channels of a pair."""
+def pair_layout(table: RotaryTable) -> PairLayout:
+    """Where the pairs are that ``table`` has the angles of."""
     pairs = table.dims // 2
-    return (pairs, 2, 1) if table.traditional else (pairs, 1, pairs)
+    return PairLayout(pairs, 2, 1) if table.traditional else PairLayout(pairs, 1, pairs)
 
 
 # All layers ask for the same. By way of NumPy, since lazy arrays must not be shared by threads.

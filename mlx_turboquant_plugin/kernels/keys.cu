@@ -18,7 +18,7 @@ struct Keys {
   // Of the last segment: those of 5 bits are the codes.
   using LevelsOfCodes = Levels<segment_bits<BITS, SEGMENTS>(SEGMENTS - 1)>;
 
-  // How a row's whole numbers become scores: see scores().
+  // How sums of a row's whole numbers become scores: see add_scores().
   struct Scale {
     float unit, offset;
   };

@@ -1,9 +1,9 @@
 """Launches the Metal kernels: attention of a few queries in two launches, coding in one.
 
 ``decode.metal`` makes partial sums over splits of the tokens, ``merge.metal`` the
-attention from them; ``encode.metal`` makes codes. What comes before each says
-:func:`parts`. A kernel is compiled once for head dims, bits, dtypes and numbers of queries; lengths are looked up
-while it runs.
+attention from them; ``encode.metal`` makes codes. What comes before each, :func:`parts`
+says. A kernel is compiled once for head dims, bits, dtypes and numbers of queries; lengths
+are looked up while it runs.
 
 MLX's operations make the codes of a layer in about 240 launches (104 to 139 for 4-bit keys,
 132 for 3-bit values, by the graph of MLX 0.32.4), again for each 32 tokens that are

@@ -96,44 +96,40 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 
 inline void prefetch_line(const void*) {}
 
-// The element k (0 to 3) of a register of four signed bytes.
-inline int signed_byte(unsigned word, int k) { return int8_t(word >> (8 * k)); }
-
-// PTX ISA, "Matrix Fragments for mma.m16n8k32": lane 4 g + c holds rows g and g + 8 of a,
-// column g of b and columns 2 c and 2 c + 1 of the sum.
-inline void multiply_add(
-    int (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, const unsigned (&b)[2]) {
+// PTX ISA, "Matrix Fragments for mma.m16n8k32" and "mma.m16n8k16": lane 4 g + c holds rows g and
+// g + 8 of a, column g of b and columns 2 c and 2 c + 1 of the sum. element(word, k): of those
+// that a register holds.
+template <int K, typename T, typename Element>
+void multiply_fragments(T (&sum)[4], const emulator::Words& own, Element element) {
+  constexpr int HALF = K / 2, EACH = K / 8;
   int g = emulator::lane() / 4, c = emulator::lane() % 4;
-  auto all = emulator::meet_warp({a0, a1, a2, a3, b[0], b[1]});
+  auto all = emulator::meet_warp(own);
   for (int i = 0; i < 4; i++) {
     int column = 2 * c + i % 2;
-    for (int k = 0; k < 32; k++) {
-      int a = signed_byte(all[4 * g + k % 16 / 4][i / 2 + k / 16 * 2], k % 4);
-      int other = signed_byte(all[4 * column + k % 16 / 4][4 + k / 16], k % 4);
-      sum[i] += a * other;
+    for (int k = 0; k < K; k++) {
+      T a = element(all[4 * g + k % HALF / EACH][i / 2 + k / HALF * 2], k % EACH);
+      sum[i] += a * element(all[4 * column + k % HALF / EACH][4 + k / HALF], k % EACH);
     }
   }
 }
 
+inline void multiply_add(
+    int (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, const unsigned (&b)[2]) {
+  auto byte = [](unsigned word, int k) { return int(int8_t(word >> (8 * k))); };
+  multiply_fragments<32>(sum, {a0, a1, a2, a3, b[0], b[1]}, byte);
+}
+
 inline unsigned pack_halves(float lower, float upper) {
-  return emulator::bits<uint16_t>(_Float16(lower)) | unsigned(emulator::bits<uint16_t>(_Float16(upper))) << 16;
+  auto word = [](float x) { return unsigned(emulator::bits<uint16_t>(_Float16(x))); };
+  return word(lower) | word(upper) << 16;
 }
 inline float lower_half(unsigned word) { return emulator::bits<_Float16>(uint16_t(word)); }
 inline float upper_half(unsigned word) { return lower_half(word >> 16); }
 
-// The same for m16n8k16 and two halves in a register.
 inline void multiply_add(
     float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, const unsigned (&b)[2]) {
-  int g = emulator::lane() / 4, c = emulator::lane() % 4;
-  auto all = emulator::meet_warp({a0, a1, a2, a3, b[0], b[1]});
-  for (int i = 0; i < 4; i++) {
-    int column = 2 * c + i % 2;
-    for (int k = 0; k < 16; k++) {
-      unsigned a = all[4 * g + k % 8 / 2][i / 2 + k / 8 * 2];
-      unsigned other = all[4 * column + k % 8 / 2][4 + k / 8];
-      sum[i] += lower_half(a >> (k % 2 * 16)) * lower_half(other >> (k % 2 * 16));
-    }
-  }
+  auto half = [](unsigned word, int k) { return lower_half(word >> (16 * k)); };
+  multiply_fragments<16>(sum, {a0, a1, a2, a3, b[0], b[1]}, half);
 }
 
 inline void copy_words(void* to, const void* from) {

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
-from mlx_turboquant_plugin.kernels.cuda_bias import BIAS, bias_arrays, bias_layout
+from mlx_turboquant_plugin.kernels.cuda_bias import BIAS, bias_arrays
+from mlx_turboquant_plugin.kernels.inputs import pair_layout
 
 pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="needs g++ 12 or clang (apt-get install g++)"
@@ -48,9 +49,8 @@ def test_scores_of_hundreds_are_exact_to_thousandths(dims, traditional, rows_of_
         mx.array(20 * random.standard_normal((1, dim)).astype(np.float32)),
         nn.RoPE(dims, traditional=traditional),
     )
-    layout = bias_layout(bias)
     numbers = {"DIM": dim, "NT": rows_of_tiles, "TILE": tile}
-    numbers |= {name.upper(): x for name, x in layout._asdict().items()}
+    numbers |= {name.upper(): x for name, x in pair_layout(bias.table)._asdict().items()}
     kernel = cuda_emulator.EmulatedKernel("split", ("queries", *BIAS), ("scores",), BODY)
     # Blocks of angles, which tiles of the last cross, do not fit exactly: the rope rounds them.
     for first, most in ((0, 2e-4), (128, 2e-4), (7, 4e-3), (100, 4e-3)):
@@ -65,3 +65,10 @@ def test_scores_of_hundreds_are_exact_to_thousandths(dims, traditional, rows_of_
         expected = queries.astype(np.float64) @ np.array(bias.rotated(first, tokens))[0].T
         assert 250 < np.abs(expected).max() < 1000
         assert np.abs(scores - expected).max() < most
+
+
+def test_steps_get_the_same_arrays():
+    """Or MLX would trace the launches again."""
+    bias = KeyBias(mx.ones((2, 64)), nn.RoPE(64))
+    arrays = zip(*(bias_arrays(bias, 0, end, 64) for end in (320, 352)))
+    assert all(before is after for before, after in arrays)

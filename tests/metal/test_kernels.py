@@ -195,6 +195,7 @@ def test_whole_buffers_are_passed(chunk):
         (CodecSpec(64, 64, key_codec="exact"), mx.float32, "the exact codec"),
         (CodecSpec(16, 64), mx.float32, "head dim of 16"),
         (CodecSpec(64, 320), mx.float32, "head dim of 320"),
+        (CodecSpec(40, 64, "segmented"), mx.float32, "a multiple of 16"),
     ],
 )
 def test_what_is_not_supported_is_named(spec, dtype, named):
@@ -239,11 +240,31 @@ def test_codes_are_those_of_the_codec(dim, bits, start, length, emulated):
         (metal.encode_keys(one, x, start), one.encode_keys(x, start)),
         (metal.encode_values(one, x), one.encode_values(x)),
     ):
-        assert len(ours) == len(expected)
-        for plane, other in zip(ours, expected):
-            assert plane.dtype == other.dtype and plane.shape == other.shape
-            # A code can flip at a threshold by rounding, and with a size all codes of a vector.
-            assert mx.mean(plane != other).item() < 0.01
+        are_like(ours, expected)
+
+
+def are_like(ours, expected):
+    assert len(ours) == len(expected)
+    for plane, other in zip(ours, expected):
+        assert plane.dtype == other.dtype and plane.shape == other.shape
+        # A code can flip at a threshold by rounding, and with a size all codes of a vector.
+        assert mx.mean(plane != other).item() < 0.01
+
+
+@pytest.mark.parametrize("dim", [32, 48, 64, 80, 128, 192, 256])
+@pytest.mark.parametrize("length", [45, 7])
+@one_run
+def test_segmented_codes_are_those_of_the_codec(dim, length, emulated):
+    mx.random.seed(dim)
+    order = bias = balance = None
+    if dim != 192:
+        order = mx.argsort(mx.random.normal((2, dim)), axis=-1).astype(mx.int32)
+        bias = KeyBias(10 * mx.random.normal((2, dim)), nn.RoPE(dim // 2, traditional=dim == 80))
+        balance = mx.exp(0.3 * mx.random.normal((2, 1, dim)))
+    one = KVCodec(CodecSpec(dim, dim, "segmented", 4), balance, bias, order)
+    sizes = mx.exp(mx.random.normal((2, 2, length, 1)))
+    x = sizes * mx.random.normal((2, 2, length, dim))
+    are_like(metal.encode_keys(one, x, 1000), one.encode_keys(x, 1000))
 
 
 @pytest.mark.parametrize("x", [0.0, 1e-30, 1e30, [3.0] + 63 * [0.0]], ids=str)
