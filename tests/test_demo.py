@@ -14,7 +14,7 @@ def test_it_compresses_whatever_the_environment_bypasses(monkeypatch, capsys):
     prompt = tiny.TEXT.read_text("utf-8")[:2000]
     assert main(["demo", "--max-tokens", "2", "--prompt", prompt]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "4 of 4 layers compressed, keys 4 bits lloyd-max, values 3 bits" in lines[0]
+    assert "4 of 4 layers compressed, keys 4 bits in segments of 5 and 3, values 4 bits" in lines[0]
     assert ", 2 generated; " in lines[1] and "; 0 of the" not in lines[1]
     [size] = [line.split() for line in lines if line.startswith("KV cache, bytes")]
     assert float(size[-1]) > 1.3
