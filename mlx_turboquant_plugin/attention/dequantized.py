@@ -39,22 +39,19 @@ def attend_dequantized(
             first query sees.
         learned_sinks: (H_q,), or None.
     """
-    if view.laid_out is not None and not isinstance(mask, mx.array):
-        # In the order of time, and each once: a causal mask is all they need.
+    if view.laid_out is not None:
+        # In the order of time, and each once: the mask for mlx-lm's own cache is that for them.
         keys, values = view.laid_out
-        out = original(
-            queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks
-        )
-        return _paced(out, keys, values, view)
-    layout = layout_of(view)
-    row = Row.of(view, layout)
-    if layout.repeats or view.forgets:
-        if not view.is_prompt:
-            total = _in_steps(layout.total)
-            layout = layout._replace(left=total - layout.total, total=total)
-            row = row._replace(layout=layout)
-        mask = combined_mask([row], queries.shape[2], mask, [None], queries.dtype)
-    keys, values = laid_out(view, layout, view.slot(layout.exact.start))
+    else:
+        layout = layout_of(view)
+        row = Row.of(view, layout)
+        if layout.repeats or view.forgets:
+            if not view.is_prompt:
+                total = _in_steps(layout.total)
+                layout = layout._replace(left=total - layout.total, total=total)
+                row = row._replace(layout=layout)
+            mask = combined_mask([row], queries.shape[2], mask, [None], queries.dtype)
+        keys, values = laid_out(view, layout, view.slot(layout.exact.start))
     out = original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
     return _paced(out, keys, values, view)
 

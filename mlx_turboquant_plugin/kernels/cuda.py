@@ -1,12 +1,12 @@
 """The fused attention kernel for NVIDIA GPUs (compute capability 8.0 and later), and the encoder."""
 
 import functools
-import threading
 from typing import TYPE_CHECKING, Callable, Dict, Tuple
 
 import mlx.core as mx
 
 from ..codecs.kv_codec import CodecSpec
+from ..per_thread import cached_per_thread
 from . import cuda_portable, cuda_source
 from .cuda_encode import encode
 from .cuda_source import BLOCKS, MERGE_THREADS, SPLIT_THREADS
@@ -41,7 +41,6 @@ def attend(problem: "Problem") -> mx.array:
         appended = exact.count - (tokens[0].shape[2] - drop)
     coded = problem.key_codes[-1].shape[-1]
     attention = _attention(
-        threading.get_ident(),
         codec.spec,
         codec.balance is not None,
         codec.bias is not None,
@@ -70,10 +69,9 @@ def attend(problem: "Problem") -> mx.array:
     return out
 
 
-# All layers ask for the same, until there are more codes.
-@functools.lru_cache(maxsize=64)
+# All layers ask for the same, until there are more codes. MLX keeps traces by thread.
+@cached_per_thread(maxsize=64)
 def _attention(
-    thread: int,
     spec: CodecSpec,
     balanced: bool,
     biased: bool,
@@ -94,8 +92,6 @@ def _attention(
     takes longer than the launch.
 
     Args:
-        thread: the one that calls it. MLX keeps traces by thread, and forgets only those of
-            the last one that called a function.
         queries: (B, H_q, N, D), the shape of the queries.
         heads: H.
         exact: E, the exact tokens with those that are ``appended``.
