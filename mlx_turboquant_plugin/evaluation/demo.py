@@ -13,7 +13,7 @@ from ..activation import disable
 from ..reporting import Status, status
 from . import smollm2
 from .arguments import at_least
-from .generation import Generation, common, generate, kv_row, side_by_side
+from .generation import Generation, generate, table, texts
 from .question import ask
 from .runs import compressed, compressed_prompt_cache, load_model, prompt_cache
 from .teacher_forcing import Divergence, diverge
@@ -25,7 +25,6 @@ TOY = (
     f"{smollm2.INSTALL}"
 )
 CHUNK = 128
-SHOWN_CHARACTERS = 160
 # Tokens: another block is encoded in that time.
 WARM_UP = 40
 CONTINUATION, ANSWER = 150, 16
@@ -99,31 +98,13 @@ def _lines(
         )
     yield f"kernel: {snapshot.kernel_in_words}"
     yield ""
-    yield f"uncompressed: {_short(exact.text)}"
-    yield f"compressed:   {_short(ours.text)}"
-    same = common(exact.tokens, ours.tokens)
-    yield f"the same for {same} of {len(exact.tokens)} tokens; after a close choice texts part"
+    yield from texts(exact, ours)
     yield ""
-    yield from side_by_side(
-        [
-            ("prompt, tokens/s", f"{exact.prompt_speed:.0f}", f"{ours.prompt_speed:.0f}", ""),
-            ("generation, tokens/s", f"{exact.speed:.1f}", f"{ours.speed:.1f}", ""),
-            kv_row(exact, ours),
-            (
-                "peak memory, bytes",
-                f"{exact.peak_bytes:,}",
-                f"{ours.peak_bytes:,}",
-                "  beyond the weights",
-            ),
-        ]
-    )
+    peaks = (f"{run.peak_bytes:,}" for run in (exact, ours))
+    row = ("peak memory, bytes", *peaks, "  beyond the weights")
+    yield from table(exact, ours, "prompt", "generation", row)
     yield ""
     yield (
         f"agreement, both fed the {forced.positions} tokens of the uncompressed run (in float32): "
         f"the same next token is likeliest at {forced.top1:.2%} of them, mean KL {forced.kl:.1e} nats"
     )
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= SHOWN_CHARACTERS else line[:SHOWN_CHARACTERS] + " ..."

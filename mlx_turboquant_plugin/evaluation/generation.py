@@ -1,13 +1,15 @@
 """One generation with mlx-lm, and two of them side by side."""
 
 from dataclasses import dataclass
-from typing import Any, Iterator, List, Sequence, Tuple
+from typing import Any, Iterator, List, Tuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import stream_generate
 
 from .runs import coded_tokens, kv_bytes
+
+SHOWN_CHARACTERS = 160
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,39 @@ def generate(
     )
 
 
-def side_by_side(rows: Sequence[Tuple[str, str, str, str]]) -> Iterator[str]:
-    """A table of both runs: title, uncompressed, compressed, and a note."""
-    for title, a, b, note in [("", "uncompressed", "compressed", ""), *rows]:
-        yield f"{title:22} {a:>13} {b:>13}{note}"
+def texts(exact: Generation, ours: Generation) -> Iterator[str]:
+    """What both runs wrote, and how long it is the same."""
+    yield f"uncompressed: {_short(exact.text)}"
+    yield f"compressed:   {_short(ours.text)}"
+    same = common(exact.tokens, ours.tokens)
+    yield f"the same for {same} of {len(exact.tokens)} tokens; after a close choice texts part"
 
 
-def kv_row(exact: Generation, ours: Generation) -> Tuple[str, str, str, str]:
-    """The row of that table about the memory of the caches."""
+def table(
+    exact: Generation, ours: Generation, read: str, written: str, row: Tuple[str, str, str, str]
+) -> Iterator[str]:
+    """Speed and memory of both runs.
+
+    Args:
+        read, written: what the prompt and the generation are called.
+        row: another one: title, uncompressed, compressed, and a note.
+    """
     ratio = f"  uncompressed / compressed = {exact.kv_bytes / ours.kv_bytes:.2f}"
-    return "KV cache, bytes", f"{exact.kv_bytes:,}", f"{ours.kv_bytes:,}", ratio
+    for title, a, b, note in (
+        ("", "uncompressed", "compressed", ""),
+        (f"{read}, tokens/s", f"{exact.prompt_speed:.1f}", f"{ours.prompt_speed:.1f}", ""),
+        (f"{written}, tokens/s", f"{exact.speed:.1f}", f"{ours.speed:.1f}", ""),
+        ("KV cache, bytes", f"{exact.kv_bytes:,}", f"{ours.kv_bytes:,}", ratio),
+        row,
+    ):
+        yield f"{title:22} {a:>13} {b:>13}{note}"
 
 
 def common(a: List[int], b: List[int]) -> int:
     """How many tokens two lists begin with in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= SHOWN_CHARACTERS else line[:SHOWN_CHARACTERS] + " ..."

@@ -28,7 +28,7 @@ CONTROL_TOKEN = 3
 def convert(source: Path, folder: Path) -> None:
     """Write config.json, the weights in bfloat16 and the tokenizer into an existing ``folder``.
 
-    Quantised weights are dequantised: on a CPU MLX multiplies by them more slowly.
+    Quantised weights are dequantised: on a CPU MLX multiplies prompts by them at half the speed.
 
     Raises:
         RuntimeError: ``source`` is no GGUF file, or is cut short.
@@ -98,9 +98,9 @@ def _tokenizer(metadata: Dict[str, Any]) -> PreTrainedTokenizerFast:
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    pairs = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pairs])
     tokenizer.decoder = decoders.ByteLevel()
     kinds = metadata["tokenizer.ggml.token_type"].tolist()
     tokenizer.add_special_tokens(

@@ -1,4 +1,4 @@
-"""The demo on a real model: a document is read once, then asked about with and without compression."""
+"""The demo on a real model: a document is read once, and asked about uncompressed and compressed."""
 
 from typing import Any, Iterator, List
 
@@ -8,12 +8,13 @@ from mlx_lm.models.cache import KVCache
 
 from ..cache import CompressedKVCache
 from ..reporting import Status, status
-from .generation import Generation, common, generate, kv_row, side_by_side
+from .generation import Generation, common, generate, table, texts
 from .runs import compressed, compressed_prompt_cache, prompt_cache
 
 QUESTION = "What did the town grow rich from?"
 # A CPU reads some 15 tokens of this model a second; the answer is in these.
 PARAGRAPHS_ON_CPU = 3
+CHUNK = 64
 
 
 def ask(model: nn.Module, tokenizer: Any, document: str, max_tokens: int) -> Iterator[str]:
@@ -31,9 +32,7 @@ def ask(model: nn.Module, tokenizer: Any, document: str, max_tokens: int) -> Ite
     start = common(prompt, _chat(tokenizer, f"{document}\n\n"))
     with compressed(bypass=None):
         compressed_prompt_cache(model)
-    caches = prompt_cache(model)
-    model(mx.array(prompt[:start])[None], cache=caches)
-    mx.eval([cache.state for cache in caches])
+    caches = _read(model, mx.array(prompt[:start])[None])
     with compressed(bypass=None):
         ours_caches = _copied(caches, compressed_prompt_cache(model))
         ours = generate(model, tokenizer, prompt[start:], max_tokens, ours_caches)
@@ -45,6 +44,18 @@ def ask(model: nn.Module, tokenizer: Any, document: str, max_tokens: int) -> Ite
 def _chat(tokenizer: Any, text: str) -> List[int]:
     messages = [{"role": "user", "content": text}]
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+
+def _read(model: nn.Module, tokens: mx.array) -> List[KVCache]:
+    """Uncompressed caches that hold ``tokens`` (1, L)."""
+    caches = prompt_cache(model)
+    # On a CPU a stream is one thread: two chunks follow each other through the layers.
+    streams = [mx.new_stream(mx.default_device()) for _ in range(2)]
+    for index, start in enumerate(range(0, tokens.shape[1], CHUNK)):
+        with mx.stream(streams[index % 2]):
+            model(tokens[:, start : start + CHUNK], cache=caches)
+    mx.eval([cache.state for cache in caches])
+    return caches
 
 
 def _copied(caches: List[KVCache], empty: List[Any]) -> List[Any]:
@@ -77,23 +88,10 @@ def _lines(
     yield f"a document of {read} tokens, read once for both; {ours.coded} of them are compressed"
     yield ""
     yield f"question:     {QUESTION}"
-    yield f"uncompressed: {' '.join(exact.text.split())}"
-    yield f"compressed:   {' '.join(ours.text.split())}"
-    same = common(exact.tokens, ours.tokens)
-    yield f"the same for {same} of {len(exact.tokens)} tokens; after a close choice texts part"
+    yield from texts(exact, ours)
     yield ""
-    yield from side_by_side(
-        [
-            ("question, tokens/s", f"{exact.prompt_speed:.1f}", f"{ours.prompt_speed:.1f}", ""),
-            ("answer, tokens/s", f"{exact.speed:.1f}", f"{ours.speed:.1f}", ""),
-            kv_row(exact, ours),
-            (
-                "one more token, bytes",
-                f"{token:,.0f}",
-                f"{code:,.0f}",
-                f"  uncompressed / compressed = {token / code:.2f}",
-            ),
-        ]
-    )
+    ratio = f"  uncompressed / compressed = {token / code:.2f}"
+    row = ("one more token, bytes", f"{token:,.0f}", f"{code:,.0f}", ratio)
+    yield from table(exact, ours, "question", "answer", row)
     yield ""
     yield "the first and the newest tokens stay exact, so that the longer a text, the more is saved"

