@@ -211,7 +211,7 @@ def test_a_planted_mean_and_unequal_channels_cost_little(monkeypatch):
     for old in (False, True):
         if old:
             # What the codec was before.
-            monkeypatch.setattr(layer_module, "statistics_for", lambda attention: None)
+            monkeypatch.setattr(layer_module, "statistics_for", lambda attention: (True, None))
             monkeypatch.setattr(layer_module, "key_codec", lambda chosen, dim: chosen.key_codec)
         model = planted()
         mlx_turboquant_plugin.disable()

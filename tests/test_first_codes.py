@@ -99,24 +99,42 @@ def test_making_caches_evaluates_no_weight(kind):
     assert mx.get_active_memory() - before > (200e6 if kind != "quantised" else 50e6)
 
 
-def test_a_chat_that_never_exceeds_the_window_is_never_measured(passes, tmp_path):
+def test_a_chat_that_never_exceeds_the_window_is_never_measured(passes):
     model = tiny_models.build("qwen2")
     _, caches = tiny.logits(model, tokens(SHORT))
-    path = str(tmp_path / "cache.safetensors")
-    save_prompt_cache(path, caches)
-    loaded = load_prompt_cache(path)
-    batch = [BatchCompressedKVCache.merge([one, other]) for one, other in zip(caches, loaded)]
-    for made in (caches, loaded, batch):
+    restored = [CompressedKVCache.from_state(cache.state) for cache in caches]
+    batch = [BatchCompressedKVCache.merge([one, other]) for one, other in zip(caches, restored)]
+    for made in (caches, restored, batch):
         count = 2 if made is batch else 1
         for _ in range(3):
             mx.eval(model(mx.ones((count, 1), mx.int32), cache=made), [c.state for c in made])
     assert passes == []
-    assert not any(map(learned, [*caches, *loaded, *(row for b in batch for row in b.rows)]))
+    assert not any(map(learned, [*caches, *restored, *(row for b in batch for row in b.rows)]))
     # All rows have one codec still, so they are packed.
     assert all(len({id(row.codec) for row in b.rows}) == 1 for b in batch)
     model(tokens(LONG), cache=caches)
     assert len(passes) == 1
     assert all(map(learned, caches))
+
+
+def test_a_short_cache_is_saved_with_what_its_codes_will_need(passes, tmp_path):
+    model = tiny_models.build("qwen2")
+    path = str(tmp_path / "cache.safetensors")
+    _, caches = tiny.logits(model, tokens(SHORT))
+    save_prompt_cache(path, caches)
+    assert len(passes) == 1
+    tiny.logits(model, tokens(LONG), caches)
+    # As in a process that has made no cache of this model.
+    for table in (calibration._measured, calibration._expected, layer_module._layers):
+        table.clear()
+    loaded = load_prompt_cache(path)
+    tiny.logits(model, tokens(LONG), loaded)
+    assert len(passes) == 1
+    for ours, theirs in zip(caches, loaded):
+        pairs = zip((*ours.key_codes, *ours.value_codes), (*theirs.key_codes, *theirs.value_codes))
+        assert ours.coded > 0 and all(mx.array_equal(a, b) for a, b in pairs)
+    # The weights, which were all that was known of the layer, are not for the next cache.
+    assert mx.array_equal(make_prompt_cache(model)[0].codec.bias.bias, caches[0].codec.bias.bias)
 
 
 def test_what_is_learned_in_the_middle_of_a_prompt_is_what_is_learned_before():
@@ -214,7 +232,7 @@ def test_weights_are_read_a_few_rows_at_a_time(quantised):
 
 
 def test_a_norms_new_weight_makes_another_layer(monkeypatch):
-    monkeypatch.setattr(layer_module, "statistics_for", lambda attention: None)
+    monkeypatch.setattr(layer_module, "statistics_for", lambda attention: (True, None))
     model = tiny_models.build("qwen2")
     old = make_prompt_cache(model)[0].codec
     assert old.balance is not None

@@ -251,6 +251,11 @@ class CompressedKVCache(_BaseCache):
         return self.codec and self.codec.bias and self.codec.bias.bias
 
     @property
+    def informed(self) -> bool:
+        """Whether it knows anything of its layer by now."""
+        return self.unplaced_bias is not None or (self.codec is not None and self.codec.informed)
+
+    @property
     def keys(self) -> Optional[mx.array]:
         return self.exact_tokens.keys
 
@@ -302,8 +307,8 @@ class CompressedKVCache(_BaseCache):
     ):
         """Adopt what is known about the attention module that uses this cache.
 
-        A cache that holds codes keeps the codec that it has, and one that was filled by this
-        very layer what was chosen then.
+        A cache that holds codes keeps the codec that it has. So does one that was filled by this
+        very layer, but that it learns of it what it has not learned so far.
 
         Args:
             fingerprint: what :attr:`fingerprint` becomes; read only if the cache is filled.
@@ -314,7 +319,7 @@ class CompressedKVCache(_BaseCache):
         """
         if not self.empty():
             saved.check_fits(self, codec, fingerprint)
-            if self.key_codes:
+            if self.key_codes or (self.fingerprint and self.informed):
                 codec = self._kept(codec, place)
             elif self.fingerprint:
                 codec = codec.with_spec(self.codec.spec)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.kv_codec import CodecSpec, KVCodec
+from ..codecs.kv_codec import CodecSpec, KVCodec, key_quantizer
 from ..codecs.segmented import FIRST_BITS
 from .visibility import Ring, Visibility
 
@@ -26,11 +26,11 @@ def to_state(cache: "CompressedKVCache") -> tuple:
     (format, description, fingerprint, offset, keys, values, key codes, value codes,
     balance, layout, bias); the description is JSON: the codec, the window, the sinks, a
     checksum of the rotations, the first position that has codes, and for rotating caches
-    how many tokens they hold. Balance, layout and bias are those of the codes: None without any.
+    how many tokens they hold. Balance, layout and bias are None if no codes needed them so far.
     """
     codec = cache.codec
     known = None, None, None
-    if cache.key_codes:
+    if cache.informed:
         known = codec.balance, codec.layout, cache.bias
     return (
         FORMAT,
@@ -75,6 +75,8 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
             return
         visibility, first_coded = Visibility(**parts["visibility"]), int(parts["first_coded"])
         codec = KVCodec(CodecSpec(**parts["codec"]), balance, None, layout)
+        # Made when it is asked for; here it tells whether there is one of that name.
+        key_quantizer(codec.spec.key_codec, codec.spec.key_bits)
         checksum, left_out = parts["rotation"], parts.get("biased", False)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"prompt cache: unreadable description ({error!r}): {REMEDY}") from error

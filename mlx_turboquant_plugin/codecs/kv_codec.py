@@ -130,6 +130,16 @@ class KVCodec:
     def _known(self) -> Knowledge:
         return self._given if self._learn is None else self._learn(self.spec)
 
+    def learn(self) -> None:
+        """Learn now what the first codes will need."""
+        self._known  # Kept from now on.
+
+    @property
+    def informed(self) -> bool:
+        """Whether it knows anything of its layer by now."""
+        known = self._given if self._learn is None else vars(self).get("_known", Knowledge())
+        return any(x is not None for x in known)
+
     @property
     def balance(self) -> Optional[mx.array]:
         return self._known.balance
@@ -150,10 +160,9 @@ class KVCodec:
 
     def makes_the_codes_of(self, other: "KVCodec", bias: Optional[mx.array]) -> bool:
         """Whether codes made by ``other``, which leave out a key bias (H, D), are its own."""
-        own = None if self.bias is None else self.bias.bias
         return (
             self.spec == other.spec
-            and _equal(own, bias)
+            and _equal(self.bias and self.bias.bias, bias)
             and _equal(self.balance, other.balance)
             and _equal(self.layout, other.layout)
         )

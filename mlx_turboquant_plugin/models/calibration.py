@@ -62,15 +62,15 @@ class Calibration:
         for reference in self._attentions:
             _keep(_expected, reference(), self)
 
-    def statistics(self, attention: nn.Module) -> Optional[Statistics]:
-        """Those of one of the model's attentions, measured if they are not known."""
+    def statistics(self, attention: nn.Module) -> Tuple[bool, Optional[Statistics]]:
+        """Those of one of the model's attentions, see :func:`statistics_for`."""
         with _lock:
-            model = self._model()
-            # Whoever switched compression off gets none of its passes.
-            if model is not None and patching.active():
+            known, model = _known(attention), self._model()
+            # Queries are observed by what switching compression off has put back.
+            if not known[0] and model is not None and patching.active():
                 statistics_of(model, layers_of(model), self._caches)
-            known, statistics = _known(attention)
-            return statistics if known else None
+                known = _known(attention)
+            return known
 
     @property
     def failed(self) -> bool:
@@ -80,11 +80,11 @@ class Calibration:
         return bool(attentions) and all(found and one is None for found, one in known)
 
 
-def statistics_for(attention: nn.Module) -> Optional[Statistics]:
-    """Statistics of one attention, if its model can be measured; see :class:`Calibration`."""
+def statistics_for(attention: nn.Module) -> Tuple[bool, Optional[Statistics]]:
+    """Whether an attention has been measured, maybe just now, and what was found."""
     reference, calibration = _expected.get(id(attention), (None, None))
     if reference is None or reference() is not attention:
-        return None
+        return False, None
     return calibration.statistics(attention)
 
 
@@ -128,7 +128,7 @@ def _loaded_or_measured(
     model: nn.Module, attentions: Sequence[Any], caches: Sequence[Any]
 ) -> List[Optional[Statistics]]:
     tokens = _tokens(model)
-    if _distributed():
+    if distributed():
         return _measure(model, attentions, caches, tokens)
     fingerprint = calibration_file.fingerprint(model, attentions, tokens)
     found = calibration_file.load(fingerprint, len(attentions))
@@ -154,7 +154,7 @@ def _leaves(attention: nn.Module) -> Tuple[mx.array, ...]:
     return tuple(x for _, x in tree_flatten(attention.parameters()))
 
 
-def _distributed() -> bool:
+def distributed() -> bool:
     """Whether other processes run parts of the model: then all must do the same."""
     return not {"MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}.isdisjoint(os.environ)
 
@@ -193,7 +193,7 @@ def _tokens(model: nn.Module) -> mx.array:
 
 def _count(model: nn.Module) -> int:
     # All parts of a model must do the same, whatever share of the weights they have.
-    if mx.default_device().type == mx.gpu or _distributed():
+    if mx.default_device().type == mx.gpu or distributed():
         return TOKENS
     return min(TOKENS, max(FEWEST, int(CPU_WORK / get_total_parameters(model))))
 

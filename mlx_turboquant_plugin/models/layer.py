@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .. import compiling, patching
+from .. import compiling
 from ..attention.dispatch import BRIDGE
 from ..attention.kernels import resolve_kernel
 from ..cache import Visibility
@@ -185,9 +185,9 @@ def _learn(
         return Knowledge()
     statistics = None
     if spec.key_codec != "exact":
-        statistics = statistics_for(attention)
-        if statistics is None and not patching.active():
-            # Nothing could be measured now: codecs to come may learn more.
+        measured, statistics = statistics_for(attention)
+        if not measured:
+            # Codecs to come may learn more.
             _layers.pop(id(attention), None)
     family = family_of(attention)
     norm = norm_found and norm_found()

@@ -13,7 +13,7 @@ from ..cache.observed import ObservedKVCache
 from ..log import log_once, logger
 from . import table, upstream
 from .attention import bind
-from .calibration import Calibration
+from .calibration import Calibration, distributed
 from .family import attention_of, layers_of
 from .identity import identity_of
 from .layer import known_layer
@@ -47,6 +47,19 @@ def check_saved(file: str) -> None:
             "TURBOQUANT=1",
             file,
         )
+
+
+def inform(caches: List[Any]) -> None:
+    """Have caches learn what their codes will need: whoever loads them may not have the model.
+
+    Not where other processes run parts of the model, which may save nothing now.
+    """
+    if distributed():
+        return
+    for cache in caches:
+        for one in getattr(cache, "caches", [cache]):
+            if isinstance(one, CompressedKVCache) and not one.empty():
+                one.codec.learn()
 
 
 def report() -> List[str]:
