@@ -69,12 +69,12 @@ def status() -> Status:
         error = str(bad)
     device = kernels = kernel = compiler = None
     if "mlx.core" in sys.modules:
-        from .attention.kernels import available_kernels, resolve_kernel
+        from .attention.kernels import available_kernels, kernel_of
         from .compiling import uncompiled
 
         device, kernels, compiler = _device(), available_kernels(), uncompiled()
         try:
-            kernel = configuration and resolve_kernel(configuration.general.kernel)
+            kernel = configuration and kernel_of(configuration.general)
         except settings.SettingsError as bad:
             error = str(bad)
     prompt_cache = sys.modules.get(f"{__package__}.models.prompt_cache")

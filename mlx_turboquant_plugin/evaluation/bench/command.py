@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from ... import compiling, settings
 from ...activation import disable
-from ...attention.kernels import resolve_kernel
+from ...attention.fused import fallbacks_heard
+from ...attention.kernels import kernel_of, resolve_kernel
 from ...reporting import status
 from ...rules import KERNELS, SettingsError
 from ..arguments import at_least, output_file
@@ -33,8 +34,6 @@ FULL = {
 }
 QUICK = {"lengths": [1024, 4096], "prompts": [8192] if GPU else [1024]}
 CHUNK = 2048 if GPU else 512
-# What a shell says of a program that Ctrl-C ended.
-INTERRUPTED = 130
 DTYPES = {dtype_name(dtype): dtype for dtype in (mx.float32, mx.float16, mx.bfloat16)}
 
 
@@ -117,11 +116,12 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print.
 
     Returns:
-        0, or 130 after Ctrl-C, when what was measured until then is shown, as it is before
-        an error is raised. Bad settings and models that can't be measured are raised as
-        SettingsError.
+        0. Before Ctrl-C or an error is passed on, what was measured until then is shown. Bad
+        settings and models that can't be measured are raised as SettingsError.
     """
-    overrides = {"kernel": args.kernel} if args.kernel else {}
+    overrides = {}
+    if args.kernel:
+        overrides["kernel"] = resolve_kernel(args.kernel, "--kernel")
     chosen = settings.load(overrides=overrides).general
     if chosen.bypass:
         raise SettingsError(
@@ -146,27 +146,24 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and not args.json:
         raise SettingsError("--resume needs --json FILE, from which it goes on: name it")
     results = resume(args.json, notes) if args.resume else Results()
-    interrupted = False
-    try:
-        _measure(args, chosen, overrides, notes, results)
-    except KeyboardInterrupt:
-        interrupted = True
-    finally:
-        # Whatever has failed, what was measured before counts.
-        if results.measurements or results.skipped:
-            _show(args, notes, results)
-    if interrupted:
-        sys.stdout.write("interrupted: this is what was measured until then\n")
-    return INTERRUPTED if interrupted else 0
+    with fallbacks_heard() as notes["fallbacks"]:
+        try:
+            _measure(args, chosen, overrides, notes, results)
+        finally:
+            # Whatever has failed, what was measured before counts.
+            if results.measurements or results.skipped:
+                _show(args, notes, results)
+    return 0
 
 
 def _show(args: argparse.Namespace, notes: Dict[str, Any], results: Results) -> None:
-    notes["fallbacks"] = status().fallbacks
-    sys.stdout.write("\n".join(lines(notes, results)) + "\n")
-    if args.json:
-        save(args.json, notes, results)
-    if args.plot:
-        plot.draw(args.plot, notes, results)
+    try:
+        sys.stdout.write("\n".join(lines(notes, results)) + "\n")
+    finally:
+        if args.json:
+            save(args.json, notes, results)
+        if args.plot:
+            plot.draw(args.plot, notes, results)
 
 
 class Job(NamedTuple):
@@ -256,7 +253,7 @@ def _notes(args: argparse.Namespace, chosen: settings.Settings) -> Dict[str, Any
     return {
         "versions": state.versions,
         "device": state.device,
-        "kernel": resolve_kernel(chosen.kernel),
+        "kernel": kernel_of(chosen),
         "key_bits": chosen.key_bits,
         "value_bits": chosen.value_bits,
         "window": chosen.window,
