@@ -6,14 +6,13 @@ the one that is asked for is imported.
 
 import argparse
 import io
-import logging
 import os
 import shlex
 import sys
 from importlib import import_module
 from typing import List, Optional
 
-from . import __version__
+from . import __version__, log
 from .rules import SettingsError
 
 # Subcommand -> module, what it does.
@@ -26,6 +25,8 @@ COMMANDS = {
     "bench": ("evaluation.bench", "measure speed and memory against mlx-lm's own KV cache"),
     "selftest": ("evaluation.selftest", "check the kernels of this device"),
 }
+# The module that says how far they are.
+PROGRESS = f"{__package__}.evaluation.progress"
 BAD_SETTINGS = 2
 # What a shell says of a program that Ctrl-C, or a closed pipe, has ended.
 INTERRUPTED, CLOSED = 130, 141
@@ -56,7 +57,7 @@ def _outcome(argv: List[str]) -> int:
     try:
         return _run(argv)
     except SettingsError as error:
-        logging.getLogger(__package__).error("%s", error)
+        log.logger.error("%s", error)
         return BAD_SETTINGS
     except KeyboardInterrupt:
         sys.stdout.write("interrupted: this is what was measured until then\n")
@@ -78,7 +79,8 @@ def _run(argv: List[str]) -> int:
             command.set_defaults(run=command_module.run)
     args = parser.parse_args(argv)
     args.command_line = shlex.join([parser.prog, *argv])
-    return args.run(args)
+    with log.shown(PROGRESS):
+        return args.run(args)
 
 
 def _check_working_directory() -> None:

@@ -16,7 +16,7 @@ from ..reporting import Status, status
 from .arguments import at_least
 from .runs import coded_tokens, compressed, compressed_prompt_cache, kv_bytes, load_model
 from .runs import prompt_cache
-from .teacher_forcing import Divergence, diverge
+from .teacher_forcing import diverge
 
 MODEL = Path(__file__).parents[1] / "demo_model"
 PROMPT = Path(__file__).with_name("demo_prompt.txt")
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         with compressed(bypass=None):
             ours = _generate(model, tokenizer, prompt, count, compressed_prompt_cache(model))
             snapshot = status()
+    sys.stdout.write("\n".join(_generated(snapshot, len(prompt), exact, ours)) + "\n")
     # In bfloat16 rounding alone would flip a close choice now and then.
     model.set_dtype(mx.float32)
     tokens = mx.array([*prompt, *exact.tokens])
@@ -81,7 +82,10 @@ def run(args: argparse.Namespace) -> int:
     # What decoding reads: a prompt's own tokens would be exact, and flatter the codes.
     with compressed(bypass=None, invariant=True):
         forced = diverge(model, tokens, CHUNK, exact_cache, compressed_prompt_cache(model))
-    sys.stdout.write("\n".join(_lines(snapshot, len(prompt), exact, ours, forced)) + "\n")
+    sys.stdout.write(
+        f"\nagreement, both fed the {forced.positions} tokens of the uncompressed run (in float32): the "
+        f"same next token is likeliest at {forced.top1:.2%} of them, mean KL {forced.kl:.1e} nats\n"
+    )
     return 0
 
 
@@ -109,8 +113,8 @@ def _generate(
     )
 
 
-def _lines(
-    snapshot: Status, prompt: int, exact: Generation, ours: Generation, forced: Divergence
+def _generated(
+    snapshot: Status, prompt: int, exact: Generation, ours: Generation
 ) -> Iterator[str]:
     yield snapshot.models[-1]
     yield (
@@ -147,11 +151,6 @@ def _lines(
         ),
     ):
         yield f"{title:22} {a:>13} {b:>13}{note}"
-    yield ""
-    yield (
-        f"agreement, both fed the {forced.positions} tokens of the uncompressed run (in float32): "
-        f"the same next token is likeliest at {forced.top1:.2%} of them, mean KL {forced.kl:.1e} nats"
-    )
 
 
 def _common(a: List[int], b: List[int]) -> int:

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, Callable, Dict, List, NamedTuple
 
 import mlx.core as mx
-from tqdm import tqdm
 
 from ... import compiling, settings
 from ...activation import disable
@@ -16,6 +15,7 @@ from ...reporting import status
 from ...rules import KERNELS, SettingsError
 from ..arguments import at_least, output_file
 from ..demo import MODEL
+from ..progress import progress
 from ..runs import load_model
 from . import plot
 from .layer import Layer, LayerBench
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the compressed cache (default: what TURBOQUANT_KERNEL says, or auto)",
     )
     parser.add_argument(
-        "--json", type=output_file, metavar="FILE",
+        "--json", type=output_file("json"), metavar="FILE",
         help="write all figures, those of each situation as soon as it is measured",
     )
     parser.add_argument(
@@ -104,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on with what --json holds from an earlier run with the same arguments",
     )
     parser.add_argument(
-        "--plot", type=output_file, metavar="FILE", help="draw speed and memory, a PNG"
+        "--plot", type=output_file("png"), metavar="FILE", help="draw speed and memory, a PNG"
     )
 
 
@@ -191,10 +191,9 @@ def _measure(
     if "layer" in args.parts:
         jobs += _layer_jobs(args, chosen, results)
     jobs = [job for job in jobs if job.title not in results.done]
-    # Without a terminal there is nobody to watch.
-    with tqdm(total=sum(job.ticks for job in jobs), unit="turn", disable=None) as bar:
+    with progress(sum(job.ticks for job in jobs), " turns") as bar:
         for job in jobs:
-            bar.set_description(job.title)
+            bar.set_description(job.title, refresh=False)
             job.run(bar.update)
             results.finish(job.title)
             if args.json and (args.json.is_file() or not args.json.exists()):
