@@ -48,6 +48,13 @@ def check_saved(file: str) -> None:
         )
 
 
+def refuse_kv_bits(caches: List[Any], bits: int) -> None:
+    """Say, once, that mlx-lm's own quantisation is left out where ``caches`` are compressed."""
+    ours = next((cache for cache in caches if isinstance(cache, CompressedKVCache)), None)
+    if ours is not None:
+        ours.to_quantized(bits=bits)
+
+
 def report() -> List[str]:
     """One line about each model that a cache was made for: compressed how, or why not."""
     return list(_reports.values())
