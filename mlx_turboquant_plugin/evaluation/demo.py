@@ -16,7 +16,7 @@ from .arguments import at_least
 from .generation import Generation, generate, table, texts
 from .question import ask
 from .runs import compressed, compressed_prompt_cache, load_model, prompt_cache
-from .teacher_forcing import Divergence, diverge
+from .teacher_forcing import diverge
 
 MODEL = Path(__file__).parents[1] / "demo_model"
 PROMPT = Path(__file__).with_name("demo_prompt.txt")
@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
         lines = _continued(args.model or str(MODEL), args.prompt, args.max_tokens or CONTINUATION)
         if args.model is None:
             lines = chain(lines, ["", TOY])
-    sys.stdout.write("\n".join(lines) + "\n")
+    for line in lines:
+        sys.stdout.write(line + "\n")
     return 0
 
 
@@ -73,6 +74,7 @@ def _continued(path: str, text: Optional[str], max_tokens: int) -> Iterator[str]
         with compressed(bypass=None):
             ours = generate(model, tokenizer, prompt, count, compressed_prompt_cache(model))
             snapshot = status()
+    yield from _generated(snapshot, len(prompt), exact, ours)
     # In bfloat16 rounding alone would flip a close choice now and then.
     model.set_dtype(mx.float32)
     tokens = mx.array([*prompt, *exact.tokens])
@@ -80,11 +82,15 @@ def _continued(path: str, text: Optional[str], max_tokens: int) -> Iterator[str]
     # What decoding reads: a prompt's own tokens would be exact, and flatter the codes.
     with compressed(bypass=None, invariant=True):
         forced = diverge(model, tokens, CHUNK, exact_cache, compressed_prompt_cache(model))
-    return _lines(snapshot, len(prompt), exact, ours, forced)
+    yield ""
+    yield (
+        f"agreement, both fed the {forced.positions} tokens of the uncompressed run (in float32): "
+        f"the same next token is likeliest at {forced.top1:.2%} of them, mean KL {forced.kl:.1e} nats"
+    )
 
 
-def _lines(
-    snapshot: Status, prompt: int, exact: Generation, ours: Generation, forced: Divergence
+def _generated(
+    snapshot: Status, prompt: int, exact: Generation, ours: Generation
 ) -> Iterator[str]:
     yield snapshot.models[-1]
     yield (
@@ -103,8 +109,3 @@ def _lines(
     peaks = (f"{run.peak_bytes:,}" for run in (exact, ours))
     row = ("peak memory, bytes", *peaks, "  beyond the weights")
     yield from table(exact, ours, "prompt", "generation", row)
-    yield ""
-    yield (
-        f"agreement, both fed the {forced.positions} tokens of the uncompressed run (in float32): "
-        f"the same next token is likeliest at {forced.top1:.2%} of them, mean KL {forced.kl:.1e} nats"
-    )

@@ -62,6 +62,13 @@ def inform(caches: List[Any]) -> None:
                 one.codec.learn()
 
 
+def refuse_kv_bits(caches: List[Any], bits: int) -> None:
+    """Say, once, that mlx-lm's own quantisation is left out where ``caches`` are compressed."""
+    ours = next((cache for cache in caches if isinstance(cache, CompressedKVCache)), None)
+    if ours is not None:
+        ours.to_quantized(bits=bits)
+
+
 def report() -> List[str]:
     """One line about each model that a cache was made for: compressed how, or why not."""
     return [
