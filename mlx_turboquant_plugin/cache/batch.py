@@ -15,6 +15,7 @@ from ..per_thread import cached_per_thread
 from .compressed import CompressedKVCache
 from .packed import PackedRows
 from .rotating import RotatingCompressedKVCache
+from .transaction import AllOrNothing
 from .view import View
 
 
@@ -234,11 +235,17 @@ class BatchCompressedKVCache(_BaseCache):
         return self.rows[idx].detached()
 
     def trim(self, n: int) -> int:
-        """Forget the last ``n`` tokens of every row, at most all of the longest row."""
+        """Forget the last ``n`` tokens of every row, at most all of the longest row.
+
+        Raises:
+            ValueError: see :meth:`CompressedKVCache.trim`.
+        """
         n = max(0, min(self._index, n))
-        for row in self.rows:
-            row.trim(n)
-        self._index -= n
+        rows = self.rows
+        with AllOrNothing(self, *rows):
+            for row in rows:
+                row.trim(n)
+            self._index -= n
         return n
 
     def is_trimmable(self) -> bool:
@@ -269,7 +276,15 @@ class BatchCompressedKVCache(_BaseCache):
 
     @property
     def offset(self) -> mx.array:
-        return _positions(self._index, tuple(self._left_padding))
+        # An array of one's own: arithmetic in place changes it.
+        return mx.array(_positions(self._index, tuple(self._left_padding)))
+
+    @offset.setter
+    def offset(self, v: mx.array):
+        raise AttributeError(
+            "the offset of a BatchCompressedKVCache can't be set, since its rows go by their "
+            "tokens: use trim(n), which all rows share"
+        )
 
     @property
     def left_padding(self) -> mx.array:

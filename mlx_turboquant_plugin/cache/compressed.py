@@ -15,6 +15,7 @@ from ..log import log_once
 from . import state as saved
 from .exact import ExactTokens
 from .passes import plan_pass
+from .trimming import checked_offset, rewind
 from .view import View
 from .visibility import BLOCK, ROLLBACK, Ring, Visibility
 
@@ -43,7 +44,7 @@ class CompressedKVCache(_BaseCache):
         bias: the key bias (H, D) that codes leave out, or None.
         key_codes, value_codes: the codes of the positions first_coded, ..., coded - 1,
             see :class:`KVCodec`.
-        offset: the number of tokens seen.
+        offset: the number of tokens seen; setting it to less trims.
     """
 
     ring: Optional[Ring] = None
@@ -67,14 +68,31 @@ class CompressedKVCache(_BaseCache):
         self.attention = None
         self.attending = False
         self.view: Optional[View] = None
-        self._clear()
+        self.hold(ExactTokens())
 
-    def _clear(self):
-        self.exact_tokens = ExactTokens()
-        self.key_codes: Codes = ()
-        self.value_codes: Codes = ()
-        self.first_coded = self.coded = 0
-        self.offset = 0
+    def hold(
+        self,
+        exact_tokens: ExactTokens,
+        key_codes: Codes = (),
+        value_codes: Codes = (),
+        first_coded: int = 0,
+        coded: int = 0,
+        offset: int = 0,
+    ) -> None:
+        """Replace the content by this; see the attributes."""
+        self.exact_tokens = exact_tokens
+        self.key_codes, self.value_codes = key_codes, value_codes
+        self.first_coded, self.coded = first_coded, coded
+        self._offset = offset
+
+    @property
+    def offset(self) -> int:
+        return self._offset
+
+    @offset.setter
+    def offset(self, v: int):
+        # Programs that know KVCache go back like that.
+        self.trim(self._offset - checked_offset(self, v))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Tuple[mx.array, mx.array]:
         """Append keys and values and return all that the cache holds.
@@ -119,7 +137,7 @@ class CompressedKVCache(_BaseCache):
         is_step = count <= ROLLBACK and not is_prompt
         drop = self._forgettable(start + count) if is_step else 0
         self.exact_tokens = self.exact_tokens.grown(keys, values, self._sinks(), drop)
-        self.offset += count
+        self._offset += count
         if is_prompt and self.ring is None and self._fuses(keys, values):
             view = self._pass(start, keys, values)
             if view is not None:
@@ -193,7 +211,7 @@ class CompressedKVCache(_BaseCache):
     def emptied(self) -> "CompressedKVCache":
         """An empty cache of the same layer."""
         other = copy.copy(self)
-        other._clear()
+        other.hold(ExactTokens())
         return other
 
     def detached(self) -> "CompressedKVCache":
@@ -321,32 +339,13 @@ class CompressedKVCache(_BaseCache):
 
         Up to 16 tokens leave no trace; a longer trim leaves up to a window of the
         newest remaining tokens as codes that would have been exact.
+
+        Raises:
+            ValueError: it is not trimmable and ``n`` is not 0; nothing is forgotten then.
         """
         n = max(0, min(self.offset, n))
-        if n == 0:
-            return 0
-        end = self.offset - n
-        if end == 0:
-            self._clear()
-            return n
-        exact_start = self.exact_start
-        exact = self._sinks() + max(0, end - exact_start) if end > self._sinks() else end
-        coded = min(self.coded, end, max(self.visibility.exact_from(end), exact_start))
-        self._keep_codes(coded if coded > self.visibility.sinks else 0)
-        self.exact_tokens = ExactTokens(
-            *(mx.contiguous(x[:, :, :exact]) for x in (self.keys, self.values))
-        )
-        self.offset = end
+        rewind(self, self.offset - n)
         return n
-
-    def _keep_codes(self, count: int):
-        if count == self.coded:
-            return
-        self.key_codes = tuple(mx.contiguous(x[..., :count]) for x in self.key_codes if count)
-        self.value_codes = tuple(
-            mx.contiguous(x[..., :count, :]) for x in self.value_codes if count
-        )
-        self.coded = count
 
     def is_trimmable(self) -> bool:
         return True

@@ -122,18 +122,19 @@ class PackedRows:
         return [row.newest_view() for row in self.rows()]
 
     def _row(self, index: int) -> CompressedKVCache:
-        row = self._model.emptied()
         own, sinks = slice(index, index + 1), self.visibility.sinks
-        row.offset, row.coded = self.lengths[index], self.coded[index]
-        tokens = row.offset - self.exact_start[index]
-        row.keys, row.values = (
+        length, coded = self.lengths[index], self.coded[index]
+        tokens = length - self.exact_start[index]
+        keys, values = (
             mx.concatenate([x[own, :, :sinks], x[own, :, x.shape[2] - tokens :]], axis=2)
             for x in (self.keys, self.values)
         )
-        row.key_codes = row.value_codes = ()
-        if row.coded:
-            row.key_codes = tuple(x[own, :, :, : row.coded] for x in self.key_codes)
-            row.value_codes = tuple(x[own, :, : row.coded] for x in self.value_codes)
+        key_codes = value_codes = ()
+        if coded:
+            key_codes = tuple(x[own, :, :, :coded] for x in self.key_codes)
+            value_codes = tuple(x[own, :, :coded] for x in self.value_codes)
+        row = self._model.emptied()
+        row.hold(ExactTokens(keys, values), key_codes, value_codes, 0, coded, length)
         return row
 
     @property

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..codecs.kv_codec import CodecSpec, KVCodec
 from ..codecs.segmented import FIRST_BITS
+from .exact import ExactTokens
 from .visibility import Ring, Visibility
 
 if TYPE_CHECKING:
@@ -81,10 +82,10 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
     cache.codec, cache.visibility, cache.bias = codec, visibility, bias
     if keys is None:
         return
-    cache.keys, cache.values, cache.offset = keys, values, offset
-    cache.key_codes, cache.value_codes = tuple(key_codes or ()), tuple(value_codes or ())
-    cache.first_coded = first_coded
-    cache.coded = first_coded + (cache.key_codes[0].shape[-1] if cache.key_codes else 0)
+    key_codes, value_codes = tuple(key_codes or ()), tuple(value_codes or ())
+    coded = first_coded + (key_codes[0].shape[-1] if key_codes else 0)
+    tokens = ExactTokens(keys, values)
+    cache.hold(tokens, key_codes, value_codes, first_coded, coded, offset)
     _check_arrays(cache)
 
 
