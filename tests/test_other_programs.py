@@ -118,3 +118,109 @@ def test_the_offset_of_a_batch_is_not_for_others(make):
     offset = batch.offset
     offset -= 1
     assert batch.offset.tolist() == before
+
+
+def test_arrays_are_replaced_only_by_the_same_tokens():
+    """As mlx-lm does to make a cache wait for other work, but not to put in tokens."""
+    for cache in (filled(plain()), filled(ring()), apart(), packed()):
+        before = cache.keys_and_values()
+        cache.keys = mx.depends(cache.keys, mx.zeros(1))
+        for keys in (cache.keys[:, :, :-1], cache.keys.astype(mx.float16), None):
+            with pytest.raises(ValueError, match="update_and_fetch"):
+                cache.keys = keys
+        assert same(cache.keys_and_values(), before)
+    with pytest.raises(ValueError, match="update_and_fetch"):
+        plain().keys = mx.zeros((1, HEADS, 8, DIM))
+
+
+def attributes(cache):
+    """All that a batch and its rows are, or a cache."""
+    parts = [cache, *cache.__dict__.get("_rows", []), cache.__dict__.get("_packed")]
+    return [dict(part.__dict__) for part in parts if part is not None]
+
+
+def rows_of(cache):
+    return 1 if isinstance(cache, CompressedKVCache) else len(cache.left_padding)
+
+
+def unfit(count, rows):
+    """Keys and values of ``count`` tokens that can't be appended, by what is wrong."""
+    keys, values = random(count, rows)
+    yield random(count, rows, dim=DIM * 2)
+    yield random(count, rows, heads=HEADS + 1)
+    yield random(count, rows + 1)
+    yield keys, random(count, rows + 1)[1]
+    yield keys, values[:, :, 1:]
+    yield keys, values[..., 1:]
+    yield keys[0], values[0]
+
+
+@ANY
+@pytest.mark.parametrize("count", [1, 5, 100])
+def test_what_does_not_fit_changes_nothing(make, count):
+    cache, other = make(), make()
+    rows = rows_of(cache)
+    for keys, values in unfit(count, rows):
+        before = attributes(cache)
+        with pytest.raises(ValueError, match="do not fit this cache"):
+            cache.update_and_fetch(keys, values)
+        assert attributes(cache) == before
+    more = random(count, rows, seed=5)
+    assert same(cache.update_and_fetch(*more), other.update_and_fetch(*more))
+
+
+@SINGLE
+def test_a_new_cache_does_not_keep_what_it_refused(make):
+    for cache in (make(), CompressedKVCache()):
+        keys, values = random(8)
+        with pytest.raises(ValueError, match="do not fit this cache"):
+            cache.update_and_fetch(random(8, dim=64)[0], values[:, :, 1:])
+        cache.update_and_fetch(keys, values)
+        assert cache.offset == 8
+
+
+@ANY
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_in_the_middle_changes_nothing(make, error, monkeypatch):
+    """Of a kernel, say, or Ctrl-C."""
+    cache, other = make(), make()
+    rows = rows_of(cache)
+    calls = []
+
+    def encode(self, end):
+        calls.append(end)
+        if len(calls) == rows:
+            raise error("in the middle")
+
+    for count in (100, 5):
+        calls.clear()
+        before = attributes(cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(CompressedKVCache, "encode", encode)
+            with pytest.raises(error, match="in the middle"):
+                cache.update_and_fetch(*random(count, rows))
+        if cache.__dict__.get("_packed") is None:
+            assert attributes(cache) == before
+        more = random(count, rows, seed=5)
+        assert same(cache.update_and_fetch(*more), other.update_and_fetch(*more))
+
+
+def test_a_batch_that_could_not_encode_goes_on(monkeypatch):
+    batch, other = packed((300, 200)), packed((300, 200))
+
+    def encode_ahead(self):
+        raise RuntimeError("in the middle")
+
+    # Until some row comes to the next block.
+    for step in range(200):
+        token = random(1, 2, seed=step)
+        with monkeypatch.context() as patch:
+            patch.setattr(CompressedKVCache, "encode_ahead", encode_ahead)
+            try:
+                fetched = batch.update_and_fetch(*token)
+            except RuntimeError:
+                break
+        assert same(fetched, other.update_and_fetch(*token))
+    assert step < 199
+    assert same(batch.update_and_fetch(*token), other.update_and_fetch(*token))
+    assert batch.offset.tolist() == other.offset.tolist()

@@ -15,6 +15,7 @@ from ..per_thread import cached_per_thread
 from .compressed import CompressedKVCache
 from .packed import PackedRows
 from .rotating import RotatingCompressedKVCache
+from .shapes import check_rows
 from .transaction import AllOrNothing
 from .view import View
 
@@ -114,7 +115,19 @@ class BatchCompressedKVCache(_BaseCache):
         Returns:
             Keys and values (B, H, T, D), left-padded with zeros, the codes dequantised.
             Inside a patched attention ``keys`` and ``values`` as given.
+
+        Raises:
+            ValueError: see :meth:`CompressedKVCache.append`; no row has changed then.
         """
+        check_rows(keys.shape, values.shape, len(self._left_padding))
+        packed = () if self._packed is None else (self._packed,)
+        with AllOrNothing(self, *self._rows, *packed):
+            self._append(keys, values)
+        if self.attending:
+            return keys, values
+        return (keys, values) if self.empty() else self.keys_and_values()
+
+    def _append(self, keys: mx.array, values: mx.array) -> None:
         count = keys.shape[2]
         if count == 1 and self._lengths is None and self._index >= max(self._left_padding):
             view = self._append_packed(keys, values)
@@ -123,9 +136,6 @@ class BatchCompressedKVCache(_BaseCache):
         if self.attending or self.hooked:
             self.view = BatchView(view, self._index, tuple(self._left_padding), self._window)
         self._index += count
-        if self.attending:
-            return keys, values
-        return (keys, values) if self.empty() else self.keys_and_values()
 
     def _parts(self, count: int) -> List[Tuple[int, int]]:
         """Which of the next ``count`` tokens belong to each row: padding is left and right."""

@@ -15,6 +15,8 @@ from ..log import log_once
 from . import state as saved
 from .exact import ExactTokens
 from .passes import plan_pass
+from .shapes import check_shapes
+from .transaction import AllOrNothing
 from .trimming import checked_offset, rewind
 from .view import View
 from .visibility import BLOCK, ROLLBACK, Ring, Visibility
@@ -124,12 +126,16 @@ class CompressedKVCache(_BaseCache):
 
         Raises:
             ValueError: keys and values are not of one length, or have other head dims than
-                the codec; nothing is appended then.
+                the codec. After any exception the cache is as before.
         """
+        with AllOrNothing(self):
+            return self._append(keys, values, is_prompt)
+
+    def _append(self, keys: mx.array, values: mx.array, is_prompt: Optional[bool]) -> View:
         start = self.offset
         if self.codec is None:
             self.codec = KVCodec(CodecSpec(keys.shape[-1], values.shape[-1]))
-        self._check_shapes(keys.shape, values.shape)
+        check_shapes(keys.shape, values.shape, self.codec.spec, self.exact_tokens.heads)
         count = keys.shape[2]
         if is_prompt is None:
             is_prompt = self.visibility.is_prompt(count)
@@ -146,14 +152,6 @@ class CompressedKVCache(_BaseCache):
         view = self._view(start, is_prompt)
         self._forget(is_step)
         return view
-
-    def _check_shapes(self, keys: Tuple[int, ...], values: Tuple[int, ...]) -> None:
-        dims = self.codec.spec.head_dim, self.codec.spec.value_dim
-        if keys[:-1] != values[:-1] or (keys[-1], values[-1]) != dims:
-            raise ValueError(
-                f"keys {keys} and values {values} do not fit this cache: it takes (B, H, N, "
-                f"{dims[0]}) and (B, H, N, {dims[1]})"
-            )
 
     def _fuses(self, keys: mx.array, values: mx.array) -> bool:
         """Whether fused kernels can make and read all that ``keys`` and ``values`` come to."""
@@ -265,7 +263,7 @@ class CompressedKVCache(_BaseCache):
 
     @keys.setter
     def keys(self, v: mx.array):
-        self.exact_tokens = ExactTokens(v, self.exact_tokens.values)
+        self.exact_tokens = self.exact_tokens.replaced(v, self.values)
 
     @property
     def values(self) -> Optional[mx.array]:
@@ -273,7 +271,7 @@ class CompressedKVCache(_BaseCache):
 
     @values.setter
     def values(self, v: mx.array):
-        self.exact_tokens = ExactTokens(self.exact_tokens.keys, v)
+        self.exact_tokens = self.exact_tokens.replaced(self.keys, v)
 
     def _view(self, start: int, is_prompt: bool = False) -> View:
         return View(

@@ -8,6 +8,7 @@ import mlx.core as mx
 from ..codecs.kv_codec import Codes, KVCodec
 from .compressed import CompressedKVCache
 from .exact import ExactTokens
+from .shapes import check_shapes
 from .view import View
 from .visibility import Visibility
 
@@ -79,7 +80,12 @@ class PackedRows:
         return self._model.kernel
 
     def append(self, keys: mx.array, values: mx.array) -> None:
-        """Append one token (B, H, 1, D) to every row."""
+        """Append one token (B, H, 1, D) to every row.
+
+        Raises:
+            ValueError: see :meth:`CompressedKVCache.append`.
+        """
+        check_shapes(keys.shape, values.shape, self.codec.spec, self.exact_tokens.heads)
         sinks = self.visibility.sinks
         drop = max(0, self.exact_tokens.count + 1 - sinks - self.visibility.most_exact)
         self.exact_tokens = self.exact_tokens.grown(keys, values, sinks, drop)
@@ -94,7 +100,7 @@ class PackedRows:
 
     @keys.setter
     def keys(self, v: mx.array):
-        self.exact_tokens = ExactTokens(v, self.exact_tokens.values)
+        self.exact_tokens = self.exact_tokens.replaced(v, self.values)
 
     @property
     def values(self) -> mx.array:

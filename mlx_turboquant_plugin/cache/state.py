@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.kv_codec import CodecSpec, KVCodec
+from ..codecs.kv_codec import CodecSpec, KVCodec, key_quantizer
 from ..codecs.segmented import FIRST_BITS
 from .exact import ExactTokens
 from .visibility import Ring, Visibility
@@ -73,7 +73,9 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
         if parts["codec"] is None:
             return
         visibility, first_coded = Visibility(**parts["visibility"]), int(parts["first_coded"])
-        codec = KVCodec(CodecSpec(**parts["codec"]), balance, None, layout)
+        spec = CodecSpec(**parts["codec"])
+        key_quantizer(spec.key_codec, spec.key_bits)
+        codec = KVCodec(spec, balance, None, layout)
         checksum, left_out = parts["rotation"], parts.get("biased", False)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"prompt cache: unreadable description ({error!r}): {REMEDY}") from error
