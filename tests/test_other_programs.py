@@ -4,7 +4,7 @@ import copy
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import KVCache, trim_prompt_cache
+from mlx_lm.models.cache import RotatingKVCache, trim_prompt_cache
 
 from mlx_turboquant_plugin.cache import (
     BatchCompressedKVCache,
@@ -224,3 +224,45 @@ def test_a_batch_that_could_not_encode_goes_on(monkeypatch):
     assert step < 199
     assert same(batch.update_and_fetch(*token), other.update_and_fetch(*token))
     assert batch.offset.tolist() == other.offset.tolist()
+
+
+@pytest.fixture(params=[0, 4, 32, 100])
+def rings(request):
+    """A ring that loses nothing, and mlx-lm's own."""
+    codec = KVCodec(CodecSpec(DIM, DIM, "exact", value_codec="exact"))
+    ours = RotatingCompressedKVCache(300, request.param, codec, VISIBILITY)
+    return ours, RotatingKVCache(300, request.param)
+
+
+def close(a, b):
+    """Whether keys and values are the same tokens: in which order a ring has them is its own."""
+    a, b = ([mx.sort(x, axis=2) for x in pair] for pair in (a, b))
+    return all(x.shape == y.shape and mx.allclose(x, y, atol=1e-4).item() for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("steps", [1, 290])
+@pytest.mark.parametrize("n", [1, 40, 150, 270, 289])
+def test_a_trimmed_ring_holds_what_was_before(rings, n, steps):
+    for cache in rings:
+        keys, values = random(290)
+        for first in range(0, 290, steps):
+            part = slice(None), slice(None), slice(first, first + steps)
+            cache.update_and_fetch(keys[part], values[part])
+        cache.trim(n)
+    ours, theirs = rings
+    assert ours.offset == theirs.offset == 290 - n
+    assert close(ours.keys_and_values(), theirs.keys_and_values())
+    for count in (1, 1, 30, 1):
+        more = random(count, seed=count)
+        assert close(ours.update_and_fetch(*more), theirs.update_and_fetch(*more))
+
+
+@pytest.mark.parametrize("length", [0, 10, 299, 300, 301, 500])
+def test_an_exact_ring_goes_on_like_the_compressed_one(rings, length):
+    ours = filled(rings[0], length) if length else rings[0]
+    exact = ours.to_exact()
+    assert type(exact) is RotatingKVCache
+    assert (exact.max_size, exact.keep, exact.offset) == (300, ours.keep, length)
+    for count in (1, 1, 30, 1):
+        more = random(count, seed=count)
+        assert close(ours.update_and_fetch(*more), exact.update_and_fetch(*more))
