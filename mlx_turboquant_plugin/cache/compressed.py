@@ -1,6 +1,5 @@
 """The compressed KV cache of one sequence."""
 
-import copy
 from typing import Any, Callable, List, Optional, Tuple
 
 import mlx.core as mx
@@ -12,7 +11,9 @@ from ..kernels import FUSED, STEADY, encoder
 from ..kernels.dequantize import Tokens
 from ..kernels.prompt import can_pass, run_pass
 from ..log import log_once
+from ..per_thread import release
 from . import state as saved
+from .copies import shared, unpickled
 from .exact import ExactTokens
 from .passes import plan_pass
 from .shapes import check_shapes
@@ -114,7 +115,7 @@ class CompressedKVCache(_BaseCache):
         if self.coded:
             self._check_codec()
         # Nobody pays for these but who evaluates them.
-        return view.keys_and_values()
+        return tuple(mx.depends(view.keys_and_values(), self.arrays))
 
     def append(
         self, keys: mx.array, values: mx.array, is_prompt: Optional[bool] = None
@@ -208,23 +209,24 @@ class CompressedKVCache(_BaseCache):
 
     def emptied(self) -> "CompressedKVCache":
         """An empty cache of the same layer."""
-        other = copy.copy(self)
+        other = shared(self)
         other.hold(ExactTokens())
         return other
 
     def detached(self) -> "CompressedKVCache":
         """The same cache in arrays of its own, not parts of larger ones."""
-        other = copy.copy(self)
+        other = shared(self)
         if not self.empty():
             other.exact_tokens = ExactTokens(_own(self.keys), _own(self.values))
             other.key_codes = tuple(map(_own, self.key_codes))
             other.value_codes = tuple(map(_own, self.value_codes))
+            release(other.arrays)
         return other
 
     def _check_codec(self):
         if self.bias is not None and self.codec.bias is None:
             raise ValueError(
-                "this cache was loaded from a file and leaves out a bias of the keys, turned as "
+                "this cache was saved or pickled and leaves out a bias of the keys, turned as "
                 "its model does: run that model, TURBOQUANT=1, before reading it"
             )
 
@@ -342,7 +344,9 @@ class CompressedKVCache(_BaseCache):
             ValueError: it is not trimmable and ``n`` is not 0; nothing is forgotten then.
         """
         n = max(0, min(self.offset, n))
-        rewind(self, self.offset - n)
+        with AllOrNothing(self):
+            rewind(self, self.offset - n)
+            release(self.arrays)
         return n
 
     def is_trimmable(self) -> bool:
@@ -357,10 +361,13 @@ class CompressedKVCache(_BaseCache):
     @property
     def nbytes(self) -> int:
         """Every byte of this cache: exact tokens, codes, scales and zero points."""
-        if self.empty():
-            return 0
-        arrays = (self.keys, self.values, *self.key_codes, *self.value_codes)
-        return sum(array.nbytes for array in arrays)
+        codes = (*self.key_codes, *self.value_codes)
+        return self.exact_tokens.nbytes + sum(array.nbytes for array in codes)
+
+    @property
+    def arrays(self) -> Tuple[mx.array, ...]:
+        """All arrays that it holds, exact tokens joined or not."""
+        return *self.exact_tokens.arrays, *self.key_codes, *self.value_codes
 
     @property
     def state(self):
@@ -397,6 +404,7 @@ class CompressedKVCache(_BaseCache):
         if not self.empty():
             cache.keys, cache.values = map(mx.contiguous, self.keys_and_values())
             cache.offset = self.offset
+            release((cache.keys, cache.values))
         return cache
 
     @classmethod
@@ -404,9 +412,13 @@ class CompressedKVCache(_BaseCache):
         """The caches of several sequences as the cache of a batch; mlx-lm's KVCaches, too."""
         return cls.batch_type.merge(caches)
 
+    __copy__ = shared
+
     def __deepcopy__(self, memo):
-        # Arrays are never written into, so a copy can share them.
-        return copy.copy(self)
+        return shared(self)
+
+    def __reduce__(self):
+        return unpickled, (type(self), self.state, self.visibility, self.kernel)
 
 
 def _bias_of(codec: Optional[KVCodec]) -> Optional[mx.array]:

@@ -93,6 +93,19 @@ class ExactTokens:
         return ExactTokens(keys, values)
 
     @property
+    def arrays(self) -> Tuple[mx.array, ...]:
+        """What it holds now, joined or not."""
+        if self._unjoined is not None:
+            return self._unjoined[:4]
+        return () if self._keys is None else (self._keys, self._values)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of keys and values, joined: reading joins nothing."""
+        arrays = self.arrays[:2]
+        return sum(x.nbytes // x.shape[2] * self.count for x in arrays if x.shape[2])
+
+    @property
     def unjoined(self) -> Optional[Unjoined]:
         """What is still to be joined, or None."""
         return self._unjoined

@@ -145,8 +145,13 @@ class PackedRows:
 
     @property
     def nbytes(self) -> int:
-        arrays = (self.keys, self.values, *self.key_codes, *self.value_codes)
-        return sum(array.nbytes for array in arrays)
+        codes = (*self.key_codes, *self.value_codes)
+        return self.exact_tokens.nbytes + sum(array.nbytes for array in codes)
+
+    @property
+    def arrays(self) -> Tuple[mx.array, ...]:
+        """All arrays that it holds, exact tokens joined or not."""
+        return *self.exact_tokens.arrays, *self.key_codes, *self.value_codes
 
 
 # All layers ask for the same.

@@ -6,6 +6,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 
 from ..codecs.kv_codec import KVCodec
+from ..per_thread import release
 from .compressed import CompressedKVCache
 from .visibility import BLOCK, Ring, Visibility
 
@@ -68,6 +69,7 @@ class RotatingCompressedKVCache(CompressedKVCache):
         if not self.empty():
             cache.keys, cache.values = map(mx.contiguous, self.keys_and_values())
             cache.offset, cache._idx = self.offset, cache.keys.shape[2]
+            release((cache.keys, cache.values))
         return cache
 
     def make_mask(

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..codecs.kv_codec import CodecSpec, KVCodec, key_quantizer
 from ..codecs.segmented import FIRST_BITS
+from ..per_thread import release
 from .exact import ExactTokens
 from .visibility import Ring, Visibility
 
@@ -89,6 +90,8 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
     tokens = ExactTokens(keys, values)
     cache.hold(tokens, key_codes, value_codes, first_coded, coded, offset)
     _check_arrays(cache)
+    known = (x for x in (balance, layout, bias) if x is not None)
+    release((*cache.arrays, *known))
 
 
 def check_fits(cache: "CompressedKVCache", codec: KVCodec, fingerprint: str) -> None:
