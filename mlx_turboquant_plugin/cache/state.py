@@ -9,6 +9,8 @@ import numpy as np
 
 from ..codecs.kv_codec import CodecSpec, KVCodec, key_quantizer
 from ..codecs.segmented import FIRST_BITS
+from ..per_thread import release
+from .exact import ExactTokens
 from .visibility import Ring, Visibility
 
 if TYPE_CHECKING:
@@ -74,9 +76,10 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
         if parts["codec"] is None:
             return
         visibility, first_coded = Visibility(**parts["visibility"]), int(parts["first_coded"])
-        codec = KVCodec(CodecSpec(**parts["codec"]), balance, None, layout)
+        spec = CodecSpec(**parts["codec"])
         # Made when it is asked for; here it tells whether there is one of that name.
-        key_quantizer(codec.spec.key_codec, codec.spec.key_bits)
+        key_quantizer(spec.key_codec, spec.key_bits)
+        codec = KVCodec(spec, balance, None, layout)
         checksum, left_out = parts["rotation"], parts.get("biased", False)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"prompt cache: unreadable description ({error!r}): {REMEDY}") from error
@@ -85,11 +88,13 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
     cache.codec, cache.visibility, cache.unplaced_bias = codec, visibility, bias
     if keys is None:
         return
-    cache.keys, cache.values, cache.offset = keys, values, offset
-    cache.key_codes, cache.value_codes = tuple(key_codes or ()), tuple(value_codes or ())
-    cache.first_coded = first_coded
-    cache.coded = first_coded + (cache.key_codes[0].shape[-1] if cache.key_codes else 0)
+    key_codes, value_codes = tuple(key_codes or ()), tuple(value_codes or ())
+    coded = first_coded + (key_codes[0].shape[-1] if key_codes else 0)
+    tokens = ExactTokens(keys, values)
+    cache.hold(tokens, key_codes, value_codes, first_coded, coded, offset)
     _check_arrays(cache)
+    known = (x for x in (balance, layout, bias) if x is not None)
+    release((*cache.arrays, *known))
 
 
 def check_fits(cache: "CompressedKVCache", codec: KVCodec, fingerprint: Any) -> None:
