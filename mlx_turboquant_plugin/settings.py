@@ -63,8 +63,7 @@ class Settings:
     Args:
         preset: the preset that bits and window started from.
         key_bits: bits per number of the compressed keys: one number, or one for each
-            layer of the model. With "lloyd-max", 4 are 5 for one half of the channels and 3 for
-            the other.
+            layer of the model. With "lloyd-max", 4 are a mean: see codecs/segmented.py.
         value_bits: the same for the compressed values.
         key_codec: "lloyd-max" or "affine".
         value_codec: "lloyd-max" or "affine".

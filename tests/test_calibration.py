@@ -302,3 +302,91 @@ def test_a_channel_that_was_silent_is_heard_later():
     keys[0, 3] = 0
     s = np.array(balance(keys, queries, None))
     assert s.min() > 0.9 * 1e-5**0.25
+
+
+def test_another_rope_is_another_model_and_a_mean_that_does_not_turn_is_left_out(passes, folder):
+    model = tiny_models.build("llama")
+    measured(model)
+    [path] = folder.iterdir()
+    forget()
+    dims = model.layers[0].self_attn.rope.dims
+    for layer in model.layers:
+        layer.self_attn.rope = nn.RoPE(dims, base=123.0)
+    measured(model)
+    assert len(passes) == 2 and len(list(folder.iterdir())) == 2
+
+    class Folding(nn.RoPE):
+        def __call__(self, x, offset=0):
+            far = isinstance(offset, int) and offset > 32768
+            return super().__call__(x, offset // 2 if far else offset)
+
+    # Measured with a rope whose mean turns, used with one whose does not.
+    for layer in model.layers:
+        layer.self_attn.rope = Folding(dims)
+    # With a bias it can't be compressed.
+    assert not isinstance(make_prompt_cache(model)[0], CompressedKVCache)
+    for layer in model.layers:
+        layer.self_attn.k_proj.pop("bias", None)
+    caches = make_prompt_cache(model)
+    model(mx.random.randint(0, 64, (1, 300)), cache=caches)
+    assert all(cache.codec.bias is None and cache.key_codes for cache in caches)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("0.key_square", None),
+        ("0.query_square", None),
+        ("0.mean", lambda x: x[:, :-2]),
+        ("0.mean", lambda x: x[:1]),
+        ("0.key_square", lambda x: -x),
+        ("0.query_square", lambda x: x.astype(mx.float16)),
+    ],
+)
+def test_a_file_that_does_not_fit_together_is_measured_again(name, change, passes, folder):
+    model = model_of()
+    measured(model)
+    [path] = folder.iterdir()
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    array = arrays.pop(name)
+    if change is not None:
+        arrays[name] = mx.contiguous(change(array))
+    mx.save_safetensors(str(path), arrays, metadata)
+    forget()
+    assert all(measured(model))
+    assert len(passes) == 2
+
+
+def test_what_is_not_of_the_attention_makes_another_model_too(passes):
+    model = tiny_models.build("llama")
+    measured(model)
+    forget()
+    mlp = model.layers[0].mlp
+    mlp.down_proj.weight = mlp.down_proj.weight * 1.1
+    measured(model)
+    forget()
+    norm = model.layers[0].input_layernorm
+    norm.weight = norm.weight * 5
+    measured(model)
+    assert len(passes) == 3
+
+
+def test_a_model_in_training_is_measured_without_dropout(passes):
+    model = tiny_models.build("llama")
+    model.train()
+    model.layers[0].mlp.eval()
+    seen = []
+    inner = type(model).__call__
+
+    def call(self, *args, **kwargs):
+        seen.append(self.training or self.layers[1].self_attn.training)
+        return inner(self, *args, **kwargs)
+
+    type(model).__call__ = call
+    try:
+        measured(model)
+    finally:
+        type(model).__call__ = inner
+    assert seen == [False]
+    assert model.training and model.layers[1].self_attn.training
+    assert not model.layers[0].mlp.training

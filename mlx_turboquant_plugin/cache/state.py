@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Optional
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.kv_codec import CodecSpec, KVCodec, key_quantizer
+from ..codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
 from ..codecs.segmented import FIRST_BITS
+from ..rules import CODEC_BITS, check
 from ..per_thread import release
 from .exact import ExactTokens
 from .visibility import Ring, Visibility
@@ -76,14 +77,15 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
         if parts["codec"] is None:
             return
         visibility, first_coded = Visibility(**parts["visibility"]), int(parts["first_coded"])
+        for name, value in parts["visibility"].items():
+            check(name, value, name)
         spec = CodecSpec(**parts["codec"])
-        # Made when it is asked for; here it tells whether there is one of that name.
-        key_quantizer(spec.key_codec, spec.key_bits)
+        _check_spec(spec)
         codec = KVCodec(spec, balance, None, layout)
-        checksum, left_out = parts["rotation"], parts.get("biased", False)
-    except (KeyError, TypeError, ValueError) as error:
+        left_out, same_rotation = parts.get("biased", False), parts["rotation"] == codec.checksum
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"prompt cache: unreadable description ({error!r}): {REMEDY}") from error
-    _require(checksum == codec.checksum, "its rotation is not the one that this version makes")
+    _require(same_rotation, "its rotation is not the one that this version makes")
     _require(not (left_out and key_codes), "an older version left its model's key bias out of it")
     cache.codec, cache.visibility, cache.unplaced_bias = codec, visibility, bias
     if keys is None:
@@ -176,10 +178,25 @@ def _check_arrays(cache: "CompressedKVCache") -> None:
             x is None or x.shape == shape,
             f"its key {name} does not have the shape of its description",
         )
+    for name, x in (("balance", cache.codec.balance), ("bias", cache.bias)):
+        _require(
+            x is None or (mx.issubdtype(x.dtype, mx.floating) and mx.isfinite(x).all().item()),
+            f"its key {name} is not made of numbers",
+        )
+    balance = cache.codec.balance
+    _require(balance is None or (balance > 0).all().item(), "its key balance is not positive")
     _require(
         cache.codec.layout is None or _is_layout(cache.codec.layout, spec),
         "its key layout is no order of the channels and bits of their first segment",
     )
+
+
+def _check_spec(spec: CodecSpec) -> None:
+    """Raise ValueError if there are no such codecs."""
+    for codec, bits in (spec.key_codec, spec.key_bits), (spec.value_codec, spec.value_bits):
+        allowed = {**CODEC_BITS, SEGMENTED: (4,)}.get(codec, (bits,) if codec == "exact" else ())
+        if bits not in allowed:
+            raise ValueError(f"{bits!r} bits of codec {codec!r}")
 
 
 def _is_layout(layout: mx.array, spec: CodecSpec) -> bool:

@@ -1,9 +1,9 @@
-"""The part of a key that is known exactly: the rotated bias of ``k_proj``.
+"""The part of a key that is known exactly: the rotated mean of a head's keys before RoPE.
 
-RoPE is linear, so key_t = R_t (W x_t) + R_t b. Qwen2-like models carry a bias b
-that is tens of times larger than the rest of the key; quantising it drowns
-everything else. Only r_t = key_t - R_t b is quantised, and a query's product with
-R_t b is added to its scores:
+RoPE is linear, so key_t = R_t (x_t - b) + R_t b, for any b: the mean of the x_t, or, where it was
+not measured, the bias of ``k_proj``. It is most of the energy of the keys, and with Qwen2-like
+models tens of times larger than the rest; quantising it drowns everything else. Only
+r_t = key_t - R_t b is quantised, and a query's product with R_t b is added to its scores:
 
     q . R_t b = sum_f cos(theta_f t) (q1 b1 + q2 b2) + sin(theta_f t) (q2 b1 - q1 b2)
 
@@ -148,7 +148,7 @@ class KeyBias:
     """One layer's key bias, rotated to any position.
 
     Args:
-        bias: (H, D), the k_proj bias of each KV head.
+        bias: (H, D), the mean, or the k_proj bias, of each KV head.
         rope: the layer's rope object, or None.
 
     Raises:

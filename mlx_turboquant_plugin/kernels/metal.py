@@ -5,9 +5,9 @@ attention from them; ``encode.metal`` makes codes. What comes before each, :func
 says. A kernel is compiled once for head dims, bits, dtypes and numbers of queries; lengths
 are looked up while it runs.
 
-MLX's operations make the codes of a layer in about 240 launches (104 to 139 for 4-bit keys,
-132 for 3-bit values, by the graph of MLX 0.32.4), again for each 32 tokens that are
-generated. That is why there is a kernel for it, which has not been timed.
+MLX's operations make the codes of a layer in about 240 launches (by the graph of MLX 0.32.4, for
+keys in one segment), again for each 32 tokens that are generated. That is why there is a kernel
+for it, which has not been timed.
 """
 
 import functools

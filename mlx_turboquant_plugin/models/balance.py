@@ -86,8 +86,7 @@ def layout(key_rms: mx.array, query_rms: mx.array, rope: Any) -> mx.array:
     Returns:
         int32 (H, D + 1).
     """
-    keys, queries = _squares(key_rms, query_rms, rope)
-    # By way of NumPy, whose sort keeps equal channels, those of a pair, side by side.
+    keys, queries = map(_floored, _squares(key_rms, query_rms, rope))
     cost = np.sqrt(np.array(keys * queries))
     order = np.argsort(-cost, axis=-1, kind="stable")
     halves = np.split(np.take_along_axis(cost, order, axis=-1), 2, axis=-1)

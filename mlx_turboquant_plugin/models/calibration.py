@@ -164,7 +164,14 @@ def _measure(
 ) -> List[Optional[Statistics]]:
     """The statistics of each layer."""
     observed = [_observed(cache) for cache in caches]
-    model(tokens, cache=observed)
+    modes = [(module, module.training) for _, module in model.named_modules()]
+    model.eval()  # Without dropout, which would take random numbers from others.
+    try:
+        model(tokens, cache=observed)
+    finally:
+        # Parents come first, and take their children with them.
+        for module, training in modes:
+            module.train(training)
     found = [
         None if attention is None else _summary(attention, *_seen(cache))
         for attention, cache in zip(attentions, observed)
@@ -185,8 +192,8 @@ def _tokens(model: nn.Module) -> mx.array:
         raise ValueError("it has no embedding of tokens")
     # Positions may be embedded, too: what is too large would be read from anywhere.
     args = getattr(model, "args", None)
-    size = min(getattr(args, "vocab_size", min(sizes)), max(sizes))
-    count = min(_count(model), getattr(args, "n_positions", TOKENS))
+    size = min(getattr(args, "vocab_size", None) or min(sizes), max(sizes))
+    count = min(_count(model), getattr(args, "n_positions", None) or TOKENS)
     chosen = np.random.default_rng(SEED).integers(0, size, count)
     return mx.array(chosen.astype(np.int32))[None]
 

@@ -6,16 +6,17 @@ measuring is repeated by the next process.
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 from typing import List, NamedTuple, Optional, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from ..cache_folder import cache_folder
 from ..log import logger
+from .family import family_of
 
 FORMAT = "turboquant-statistics/1"
 EMBEDDINGS = nn.Embedding, nn.QuantizedEmbedding
@@ -38,30 +39,47 @@ class Statistics(NamedTuple):
     query_square: mx.array
 
     def usable(self) -> bool:
-        """Whether all are numbers, and neither keys nor queries are all zeros."""
+        """Whether shapes and dtypes fit together, and all can be of keys and queries."""
         arrays = [x for x in self if x is not None]
-        return all(mx.isfinite(x).all().item() for x in arrays) and all(
-            x.sum().item() > 0 for x in arrays[-2:]
+        heads, dim = self.key_square.shape
+        query_heads, query_dim = self.query_square.shape
+        return (
+            (dim, query_heads % heads) == (query_dim, 0)
+            and (self.mean is None or self.mean.shape == (heads, dim))
+            and all(x.dtype == mx.float32 and mx.isfinite(x).all().item() for x in arrays)
+            and all((x >= 0).all().item() and x.sum().item() > 0 for x in self[1:])
         )
 
 
 def fingerprint(
     model: nn.Module, attentions: Sequence[Optional[nn.Module]], tokens: mx.array
 ) -> str:
-    """What tells statistics from others: the tokens and the model.
+    """What tells statistics from others: the tokens, the model, and how its keys turn.
 
-    Of the model all shapes and dtypes count, and what its keys depend on most: of the attentions all vectors (biases, norms) and some rows of all matrices count, of the
-    other weights some rows of the embeddings.
+    Of the model all shapes and dtypes count, all vectors (biases, norms), and some rows of all
+    matrices.
     """
     digest = hashlib.sha256(FORMAT.encode() + bytes(tokens.view(mx.uint8)))
+    parts = [_turned(attention) for attention in attentions if attention is not None]
     for name, x in tree_flatten(model.parameters()):
         digest.update(f"{name} {x.shape} {x.dtype};".encode())
-    modules = [module for _, module in model.named_modules() if isinstance(module, EMBEDDINGS)]
-    for module in (*modules, *filter(None, attentions)):
-        for _, x in tree_flatten(module.parameters()):
-            some = x.flatten() if x.ndim < 2 else x[:: max(1, x.shape[0] // ROWS)]
-            digest.update(bytes(mx.contiguous(some).view(mx.uint8)))
+        rows = x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x[None]
+        parts.append(mx.contiguous(rows[:: max(1, rows.shape[0] // ROWS)]).view(mx.uint8))
+    mx.eval(parts)
+    for part in parts:
+        digest.update(bytes(part))
     return digest.hexdigest()[:32]
+
+
+def _turned(attention: nn.Module) -> mx.array:
+    """What tells the rope of an attention from others."""
+    rope = getattr(attention, family_of(attention).rope, None)
+    dims = getattr(rope, "dims", getattr(rope, "dim", None))
+    name = mx.array(np.frombuffer(type(rope).__name__.encode(), np.uint8))
+    if not isinstance(dims, int):
+        return name
+    turned = [rope(mx.ones((1, 1, 2, dims)), offset=start).flatten() for start in (1, 10_000)]
+    return mx.concatenate([name, *(x.view(mx.uint8) for x in turned)])
 
 
 def load(key: str, count: int) -> Optional[List[Optional[Statistics]]]:
@@ -72,20 +90,18 @@ def load(key: str, count: int) -> Optional[List[Optional[Statistics]]]:
             return None
         arrays, metadata = mx.load(str(path), return_metadata=True)
         found = [_layer(arrays, index) for index in range(count)]
-        mx.eval(arrays)
+        fits = metadata.get("format") == FORMAT and metadata.get("layers") == str(count)
+        if not fits or not all(one.usable() for one in found if one is not None):
+            raise ValueError(f"{path} does not fit")
     except Exception as error:  # No home, or a damaged file: MLX raises several kinds.
         logger.info("statistics are not read: %s", error)
-        return None
-    fits = metadata.get("format") == FORMAT and metadata.get("layers") == str(count)
-    if not fits or not all(one.usable() for one in found if one is not None):
-        logger.info("%s is not used: it does not fit", path)
         return None
     return found
 
 
 def _layer(arrays, index: int) -> Optional[Statistics]:
     parts = [arrays.get(f"{index}.{name}") for name in Statistics._fields]
-    return None if parts[-1] is None else Statistics(*parts)
+    return Statistics(*parts) if any(x is not None for x in parts) else None
 
 
 def save(key: str, statistics: Sequence[Optional[Statistics]]) -> None:
@@ -100,14 +116,13 @@ def save(key: str, statistics: Sequence[Optional[Statistics]]) -> None:
     try:
         path = _path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".safetensors")
-        os.close(handle)
+        # A name of its own, and what rights new files have here.
+        written = path.with_name(f"{key}.{os.getpid()}.safetensors")
         try:
-            mx.save_safetensors(name, arrays, metadata)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+            mx.save_safetensors(str(written), arrays, metadata)
+            os.replace(written, path)
+        finally:
+            written.unlink(missing_ok=True)
     except Exception as error:  # A read-only or full disk costs the repetition only.
         logger.info("statistics are not kept: %s", error)
 

@@ -87,8 +87,8 @@ def known_layer(
     """The layer of an attention module, made again if its weights or settings changed.
 
     Args:
-        norm: the norm before it, None for the one it is known with; without one, and
-            without norms of its heads, its keys are not balanced.
+        norm: the norm before it, None for the one it is known with; without one, without norms
+            of its heads and without statistics, its keys are not balanced.
         settings: None stands for the settings it is known with, if they are still in force,
             or the general ones.
 
@@ -221,7 +221,7 @@ def _head_dims(
 
 
 def key_codec(settings: Settings, head_dim: int) -> str:
-    """What the codec of the settings comes to: 4 bits are 5 and 3 where keys can be cut in two."""
+    """What the codec of the settings comes to: keys of 4 bits are cut in two where they can be."""
     if (settings.key_codec, settings.key_bits) == ("lloyd-max", 4) and head_dim % 16 == 0:
         return SEGMENTED
     return settings.key_codec
@@ -242,9 +242,12 @@ def _rms_and_bias(
     if statistics is not None and tuple(x.shape for x in statistics[1:]) != shapes:
         statistics = None
     if statistics is not None and (statistics.mean is not None or family.dims):
-        mean = statistics.mean
         rms = tuple(map(mx.sqrt, statistics[1:]))
-        return rms, None if mean is None else KeyBias(mean, rope)
+        try:
+            return rms, None if statistics.mean is None else KeyBias(statistics.mean, rope)
+        except ValueError:
+            # The rope is another one than when this was measured; the weights have to do.
+            pass
     if family.dims:
         return None, None
     query_norm, key_norm = (getattr(attention, name, None) for name in family.head_norms)
