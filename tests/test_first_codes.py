@@ -87,9 +87,10 @@ def test_making_caches_evaluates_no_weight(kind):
     make_prompt_cache(tiny_models.build("qwen2"))  # What is imported and made once.
     model = lazy(kind)
     mx.reset_peak_memory()
-    before, start = mx.get_active_memory(), time.perf_counter()
+    # Of this process: others may keep the machine busy.
+    before, start = mx.get_active_memory(), time.process_time()
     caches = make_prompt_cache(model)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert all(isinstance(cache, CompressedKVCache) for cache in caches)
     assert mx.get_peak_memory() - before < 2**16
     assert seconds < 0.05
