@@ -155,6 +155,10 @@ def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Setti
         "exact" if exact else settings.value_codec,
         settings.value_bits,
     )
+    rope = _rope_of(family, attention)
+    if _has_bias(family, attention) and type(rope) not in (nn.RoPE, type(None)):
+        # Whether it could be taken out of the keys does not depend on what it is.
+        KeyBias(mx.ones((1, head_dim)), rope)
     if not compiling.problem() and not exact:
         compiling.prepare(json.dumps(spec))
     found = weakref.ref(attention), None if norm is None else weakref.ref(norm)
@@ -166,7 +170,7 @@ def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Setti
         Fingerprint(linear),
         settings,
         in_force(),
-        _rope_of(family, attention),
+        rope,
     )
 
 
@@ -201,6 +205,14 @@ def _learn(
 
 def _rope_of(family: Family, attention: nn.Module) -> Any:
     return None if family.dims else getattr(attention, family.rope, None)
+
+
+def _has_bias(family: Family, attention: nn.Module) -> bool:
+    """Whether keys have a bias that is the same for every token, but for RoPE."""
+    if family.dims or getattr(attention, family.head_norms[1], None) is not None:
+        # What a norm makes of a bias is not.
+        return False
+    return family.projections_of(attention)[1].bias() is not None
 
 
 def _head_dims(
@@ -253,11 +265,10 @@ def _rms_and_bias(
     query_norm, key_norm = (getattr(attention, name, None) for name in family.head_norms)
     bias = rms = None
     if key_norm is not None:
-        # What a norm makes of a bias is not the same for every token.
         rms = norm_rms(key_norm, kv_heads, head_dim), norm_rms(query_norm, heads, head_dim)
     else:
         queries, keys, *_ = family.projections_of(attention)
-        if keys.bias() is not None:
+        if _has_bias(family, attention):
             bias = KeyBias(keys.bias().reshape(kv_heads, -1), rope)
         if norm is not None:
             rms = (
