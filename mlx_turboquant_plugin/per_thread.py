@@ -1,8 +1,15 @@
-"""Caches of what must not be shared by threads: arrays that are not evaluated, and traces."""
+"""What must not be shared by threads: arrays that are not evaluated, and traces."""
 
 import functools
 import threading
-from typing import Callable
+from typing import Callable, Iterable
+
+import mlx.core as mx
+
+
+def release(arrays: Iterable[mx.array]) -> None:
+    """Have ``arrays`` evaluated, so that any thread can go on with them. Does not wait."""
+    mx.async_eval(list(arrays))
 
 
 def cached_per_thread(maxsize: int) -> Callable:

@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from ..cache import BatchCompressedKVCache, BatchView, CompressedKVCache, PackedRows, RowView, View
 from ..cache.observed import ObservedKVCache
+from ..cache.visibility import ROLLBACK
 from ..kernels import FUSED
 from .dequantized import attend_dequantized, attend_packed_dequantized, attend_rows_dequantized
 from .function import AttentionFunctions, attention_functions
@@ -50,7 +51,20 @@ def attend(
         cache = None if ours else cache
         return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
     if isinstance(view, BatchView):
-        return _attend_batch(original, queries, values, view, scale, mask, sinks)
+        out = _attend_batch(original, queries, values, view, scale, mask, sinks)
+        rotates = view.window is not None
+    else:
+        out = _attend_single(original, queries, view, scale, mask, sinks)
+        rotates = view.ring is not None
+    if queries.shape[2] > ROLLBACK or rotates:
+        # Some of what the cache holds now no query reads, and later another thread may want it.
+        out = mx.depends(out, cache.arrays)
+    return out
+
+
+def _attend_single(
+    original: Callable, queries: mx.array, view: View, scale: float, mask: Mask, sinks
+) -> mx.array:
     if view.ring is not None and view.knows(mask):
         mask = "causal" if queries.shape[2] > 1 else None
     else:

@@ -1,6 +1,5 @@
 """The compressed KV cache of a batch of sequences."""
 
-import copy
 import functools
 from dataclasses import dataclass, replace
 from typing import Any, List, Optional, Sequence, Tuple, Union
@@ -11,10 +10,13 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, _BaseCache
 
 from ..codecs.kv_codec import KVCodec
-from ..per_thread import cached_per_thread
+from ..per_thread import cached_per_thread, release
 from .compressed import CompressedKVCache
+from .copies import shared, unpickled_batch
 from .packed import PackedRows
 from .rotating import RotatingCompressedKVCache
+from .shapes import check_rows
+from .transaction import AllOrNothing
 from .view import View
 
 
@@ -101,6 +103,12 @@ class BatchCompressedKVCache(_BaseCache):
     def rows(self) -> List[CompressedKVCache]:
         """The cache of each sequence."""
         if self._packed is not None:
+            self._unpack()
+            release(self.arrays)
+        return self._rows
+
+    def _unpack(self) -> List[CompressedKVCache]:
+        if self._packed is not None:
             self._rows, self._packed = self._packed.rows(), None
         return self._rows
 
@@ -113,7 +121,21 @@ class BatchCompressedKVCache(_BaseCache):
         Returns:
             Keys and values (B, H, T, D), left-padded with zeros, the codes dequantised.
             Inside a patched attention ``keys`` and ``values`` as given.
+
+        Raises:
+            ValueError: see :meth:`CompressedKVCache.append`; no row has changed then.
         """
+        check_rows(keys.shape, values.shape, len(self._left_padding))
+        packed = () if self._packed is None else (self._packed,)
+        with AllOrNothing(self, *self._rows, *packed):
+            self._append(keys, values)
+        if self.attending:
+            return keys, values
+        if self.empty():
+            return keys, values
+        return tuple(mx.depends(self.keys_and_values(), self.arrays))
+
+    def _append(self, keys: mx.array, values: mx.array) -> None:
         count = keys.shape[2]
         if count == 1 and self._lengths is None and self._index >= max(self._left_padding):
             view = self._append_packed(keys, values)
@@ -122,9 +144,6 @@ class BatchCompressedKVCache(_BaseCache):
         if self.attending or self.hooked:
             self.view = BatchView(view, self._index, tuple(self._left_padding), self._window)
         self._index += count
-        if self.attending:
-            return keys, values
-        return (keys, values) if self.empty() else self.keys_and_values()
 
     def _parts(self, count: int) -> List[Tuple[int, int]]:
         """Which of the next ``count`` tokens belong to each row: padding is left and right."""
@@ -145,7 +164,7 @@ class BatchCompressedKVCache(_BaseCache):
             return self._append_rows(keys, values, [(0, 1)] * len(self._rows))
         self._packed.append(keys, values)
         if self._packed.needs_codes():
-            for row in self.rows:
+            for row in self._unpack():
                 row.encode_ahead()
             self._pack()
         return self._packed
@@ -158,7 +177,7 @@ class BatchCompressedKVCache(_BaseCache):
 
     def _append_rows(self, keys, values, parts) -> List[RowView]:
         views = []
-        for index, (row, (first, last)) in enumerate(zip(self.rows, parts)):
+        for index, (row, (first, last)) in enumerate(zip(self._unpack(), parts)):
             view = None
             if last > first:
                 own = (slice(index, index + 1), slice(None), slice(first, last))
@@ -234,11 +253,17 @@ class BatchCompressedKVCache(_BaseCache):
         return self.rows[idx].detached()
 
     def trim(self, n: int) -> int:
-        """Forget the last ``n`` tokens of every row, at most all of the longest row."""
+        """Forget the last ``n`` tokens of every row, at most all of the longest row.
+
+        Raises:
+            ValueError: see :meth:`CompressedKVCache.trim`.
+        """
         n = max(0, min(self._index, n))
-        for row in self.rows:
-            row.trim(n)
-        self._index -= n
+        rows = self.rows
+        with AllOrNothing(self, *rows):
+            for row in rows:
+                row.trim(n)
+            self._index -= n
         return n
 
     def is_trimmable(self) -> bool:
@@ -269,7 +294,15 @@ class BatchCompressedKVCache(_BaseCache):
 
     @property
     def offset(self) -> mx.array:
-        return _positions(self._index, tuple(self._left_padding))
+        # An array of one's own: arithmetic in place changes it.
+        return mx.array(_positions(self._index, tuple(self._left_padding)))
+
+    @offset.setter
+    def offset(self, v: mx.array):
+        raise AttributeError(
+            "the offset of a BatchCompressedKVCache can't be set, since its rows go by their "
+            "tokens: use trim(n), which all rows share"
+        )
 
     @property
     def left_padding(self) -> mx.array:
@@ -294,6 +327,12 @@ class BatchCompressedKVCache(_BaseCache):
         return sum(row.nbytes for row in self._rows)
 
     @property
+    def arrays(self) -> Tuple[mx.array, ...]:
+        """All arrays that it holds."""
+        holders = self._rows if self._packed is None else [self._packed]
+        return tuple(array for holder in holders for array in holder.arrays)
+
+    @property
     def state(self):
         rows = [(type(row).__name__, row.state) for row in self.rows]
         return self._index, self._left_padding, rows
@@ -305,11 +344,17 @@ class BatchCompressedKVCache(_BaseCache):
         self._index = index
         self._rows = [_KINDS[kind].from_state(state) for kind, state in rows]
 
+    __copy__ = shared
+
     def __deepcopy__(self, memo):
-        # Arrays are never written into, so copies can share them.
-        other = copy.copy(self)
-        other._rows = [copy.copy(row) for row in self.rows]
+        other = shared(self)
+        other._rows = list(map(shared, self._rows))
+        other._packed = self._packed and shared(self._packed)
         return other
+
+    def __reduce__(self):
+        place = self._index, self._left_padding, self._lengths
+        return unpickled_batch, (type(self), self.rows, *place)
 
 
 _KINDS = {kind.__name__: kind for kind in (CompressedKVCache, RotatingCompressedKVCache)}
@@ -317,7 +362,7 @@ _KINDS = {kind.__name__: kind for kind in (CompressedKVCache, RotatingCompressed
 
 def _row(cache: Any, model: CompressedKVCache) -> CompressedKVCache:
     if isinstance(cache, CompressedKVCache):
-        return copy.copy(cache)
+        return shared(cache)
     if type(cache) is not KVCache:
         raise TypeError(
             f"a {type(cache).__name__} can't join a batch of compressed caches: make the "
@@ -326,6 +371,7 @@ def _row(cache: Any, model: CompressedKVCache) -> CompressedKVCache:
     row = CompressedKVCache(model.codec, model.visibility, model.kernel)
     if not cache.empty():
         row.append(*cache.keys_and_values())
+        release(row.arrays)
     return row
 
 

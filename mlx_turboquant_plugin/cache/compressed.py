@@ -1,6 +1,5 @@
 """The compressed KV cache of one sequence."""
 
-import copy
 from typing import Any, Callable, List, Optional, Tuple
 
 import mlx.core as mx
@@ -12,9 +11,14 @@ from ..kernels import FUSED, STEADY, encoder
 from ..kernels.dequantize import Tokens
 from ..kernels.prompt import can_pass, run_pass
 from ..log import log_once
+from ..per_thread import release
 from . import state as saved
+from .copies import shared, unpickled
 from .exact import ExactTokens
 from .passes import plan_pass
+from .shapes import check_shapes
+from .transaction import AllOrNothing
+from .trimming import checked_offset, rewind
 from .view import View
 from .visibility import BLOCK, ROLLBACK, Ring, Visibility
 
@@ -40,10 +44,12 @@ class CompressedKVCache(_BaseCache):
     Attributes:
         exact_tokens: the sinks and the newest tokens as they are.
         keys, values: these, (B, H, E, D) in the model's dtype.
-        bias: the key bias (H, D) that codes leave out, or None.
+        unplaced_bias: that of a file, until it is known how the model's keys turn.
+        fingerprint: as a string it tells the layer that fills the cache from others; empty
+            where nobody knows.
         key_codes, value_codes: the codes of the positions first_coded, ..., coded - 1,
             see :class:`KVCodec`.
-        offset: the number of tokens seen.
+        offset: the number of tokens seen; setting it to less trims.
     """
 
     ring: Optional[Ring] = None
@@ -62,19 +68,36 @@ class CompressedKVCache(_BaseCache):
         self.codec = codec
         self.visibility = visibility
         self.kernel = kernel
-        self.bias = _bias_of(codec)
-        self.fingerprint = ""
+        self.unplaced_bias: Optional[mx.array] = None
+        self.fingerprint: Any = ""
         self.attention = None
         self.attending = False
         self.view: Optional[View] = None
-        self._clear()
+        self.hold(ExactTokens())
 
-    def _clear(self):
-        self.exact_tokens = ExactTokens()
-        self.key_codes: Codes = ()
-        self.value_codes: Codes = ()
-        self.first_coded = self.coded = 0
-        self.offset = 0
+    def hold(
+        self,
+        exact_tokens: ExactTokens,
+        key_codes: Codes = (),
+        value_codes: Codes = (),
+        first_coded: int = 0,
+        coded: int = 0,
+        offset: int = 0,
+    ) -> None:
+        """Replace the content by this; see the attributes."""
+        self.exact_tokens = exact_tokens
+        self.key_codes, self.value_codes = key_codes, value_codes
+        self.first_coded, self.coded = first_coded, coded
+        self._offset = offset
+
+    @property
+    def offset(self) -> int:
+        return self._offset
+
+    @offset.setter
+    def offset(self, v: int):
+        # Programs that know KVCache go back like that.
+        self.trim(self._offset - checked_offset(self, v))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Tuple[mx.array, mx.array]:
         """Append keys and values and return all that the cache holds.
@@ -94,7 +117,7 @@ class CompressedKVCache(_BaseCache):
         if self.coded:
             self._check_codec()
         # Nobody pays for these but who evaluates them.
-        return view.keys_and_values()
+        return tuple(mx.depends(view.keys_and_values(), self.arrays))
 
     def append(
         self, keys: mx.array, values: mx.array, is_prompt: Optional[bool] = None
@@ -106,12 +129,16 @@ class CompressedKVCache(_BaseCache):
 
         Raises:
             ValueError: keys and values are not of one length, or have other head dims than
-                the codec; nothing is appended then.
+                the codec. After any exception the cache is as before.
         """
+        with AllOrNothing(self):
+            return self._append(keys, values, is_prompt)
+
+    def _append(self, keys: mx.array, values: mx.array, is_prompt: Optional[bool]) -> View:
         start = self.offset
         if self.codec is None:
             self.codec = KVCodec(CodecSpec(keys.shape[-1], values.shape[-1]))
-        self._check_shapes(keys.shape, values.shape)
+        check_shapes(keys.shape, values.shape, self.codec.spec, self.exact_tokens.heads)
         count = keys.shape[2]
         if is_prompt is None:
             is_prompt = self.visibility.is_prompt(count)
@@ -119,7 +146,7 @@ class CompressedKVCache(_BaseCache):
         is_step = count <= ROLLBACK and not is_prompt
         drop = self._forgettable(start + count) if is_step else 0
         self.exact_tokens = self.exact_tokens.grown(keys, values, self._sinks(), drop)
-        self.offset += count
+        self._offset += count
         if is_prompt and self.ring is None and self._fuses(keys, values):
             view = self._pass(start, keys, values)
             if view is not None:
@@ -128,14 +155,6 @@ class CompressedKVCache(_BaseCache):
         view = self._view(start, is_prompt)
         self._forget(is_step)
         return view
-
-    def _check_shapes(self, keys: Tuple[int, ...], values: Tuple[int, ...]) -> None:
-        dims = self.codec.spec.head_dim, self.codec.spec.value_dim
-        if keys[:-1] != values[:-1] or (keys[-1], values[-1]) != dims:
-            raise ValueError(
-                f"keys {keys} and values {values} do not fit this cache: it takes (B, H, N, "
-                f"{dims[0]}) and (B, H, N, {dims[1]})"
-            )
 
     def _fuses(self, keys: mx.array, values: mx.array) -> bool:
         """Whether fused kernels can make and read all that ``keys`` and ``values`` come to."""
@@ -192,23 +211,24 @@ class CompressedKVCache(_BaseCache):
 
     def emptied(self) -> "CompressedKVCache":
         """An empty cache of the same layer."""
-        other = copy.copy(self)
-        other._clear()
+        other = shared(self)
+        other.hold(ExactTokens())
         return other
 
     def detached(self) -> "CompressedKVCache":
         """The same cache in arrays of its own, not parts of larger ones."""
-        other = copy.copy(self)
+        other = shared(self)
         if not self.empty():
             other.exact_tokens = ExactTokens(_own(self.keys), _own(self.values))
             other.key_codes = tuple(map(_own, self.key_codes))
             other.value_codes = tuple(map(_own, self.value_codes))
+            release(other.arrays)
         return other
 
     def _check_codec(self):
-        if self.bias is not None and self.codec.bias is None:
+        if self.unplaced_bias is not None:
             raise ValueError(
-                "this cache was loaded from a file and leaves out a bias of the keys, turned as "
+                "this cache was saved or pickled and leaves out a bias of the keys, turned as "
                 "its model does: run that model, TURBOQUANT=1, before reading it"
             )
 
@@ -242,12 +262,24 @@ class CompressedKVCache(_BaseCache):
         return self.offset - (self.exact_tokens.count - self._sinks())
 
     @property
+    def bias(self) -> Optional[mx.array]:
+        """The key bias (H, D) that the codes leave out, or None."""
+        if self.unplaced_bias is not None:
+            return self.unplaced_bias
+        return self.codec and self.codec.bias and self.codec.bias.bias
+
+    @property
+    def informed(self) -> bool:
+        """Whether it knows anything of its layer by now."""
+        return self.unplaced_bias is not None or (self.codec is not None and self.codec.informed)
+
+    @property
     def keys(self) -> Optional[mx.array]:
         return self.exact_tokens.keys
 
     @keys.setter
     def keys(self, v: mx.array):
-        self.exact_tokens = ExactTokens(v, self.exact_tokens.values)
+        self.exact_tokens = self.exact_tokens.replaced(v, self.values)
 
     @property
     def values(self) -> Optional[mx.array]:
@@ -255,7 +287,7 @@ class CompressedKVCache(_BaseCache):
 
     @values.setter
     def values(self, v: mx.array):
-        self.exact_tokens = ExactTokens(self.exact_tokens.keys, v)
+        self.exact_tokens = self.exact_tokens.replaced(self.keys, v)
 
     def _view(self, start: int, is_prompt: bool = False) -> View:
         return View(
@@ -286,16 +318,18 @@ class CompressedKVCache(_BaseCache):
     def bind(
         self,
         codec: KVCodec,
-        fingerprint: str,
+        fingerprint: Any,
         kernel: str,
         invariant: bool,
         place: Callable[[mx.array], KeyBias],
     ):
         """Adopt what is known about the attention module that uses this cache.
 
-        A cache that holds codes, or was saved, keeps the codec that it has.
+        A cache that holds codes keeps the codec that it has. So does one that was filled by this
+        very layer, but that it learns of it what it has not learned so far.
 
         Args:
+            fingerprint: what :attr:`fingerprint` becomes; read only if the cache is filled.
             place: from a key bias (H, D) to one that turns as this module's keys do.
 
         Raises:
@@ -303,50 +337,38 @@ class CompressedKVCache(_BaseCache):
         """
         if not self.empty():
             saved.check_fits(self, codec, fingerprint)
-        # Known: filled for this very layer, so what was chosen then still holds.
-        known = not self.empty() and self.fingerprint
-        if (self.coded or known) and not codec.makes_the_codes_of(self.codec, self.bias):
-            bias = self.codec.bias
-            if bias is None and self.bias is not None:
-                bias = place(self.bias)
-            codec = KVCodec(self.codec.spec, self.codec.balance, bias, self.codec.layout)
+            if self.key_codes or (self.fingerprint and self.informed):
+                codec = self._kept(codec, place)
+            elif self.fingerprint:
+                codec = codec.with_spec(self.codec.spec)
         self.codec = codec
-        self.bias = _bias_of(codec)
+        self.unplaced_bias = None
         self.fingerprint = fingerprint
         self.kernel = kernel
         self.visibility = self.visibility._replace(invariant=invariant)
+
+    def _kept(self, codec: KVCodec, place: Callable[[mx.array], KeyBias]) -> KVCodec:
+        """The codec that made the codes: ``codec`` if that makes the same."""
+        own = self.codec
+        if codec is own or codec.makes_the_codes_of(own, self.bias):
+            return codec
+        bias = own.bias if self.unplaced_bias is None else place(self.unplaced_bias)
+        return KVCodec(own.spec, own.balance, bias, own.layout)
 
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens (at most all of them) and return how many.
 
         Up to 16 tokens leave no trace; a longer trim leaves up to a window of the
         newest remaining tokens as codes that would have been exact.
+
+        Raises:
+            ValueError: it is not trimmable and ``n`` is not 0; nothing is forgotten then.
         """
         n = max(0, min(self.offset, n))
-        if n == 0:
-            return 0
-        end = self.offset - n
-        if end == 0:
-            self._clear()
-            return n
-        exact_start = self.exact_start
-        exact = self._sinks() + max(0, end - exact_start) if end > self._sinks() else end
-        coded = min(self.coded, end, max(self.visibility.exact_from(end), exact_start))
-        self._keep_codes(coded if coded > self.visibility.sinks else 0)
-        self.exact_tokens = ExactTokens(
-            *(mx.contiguous(x[:, :, :exact]) for x in (self.keys, self.values))
-        )
-        self.offset = end
+        with AllOrNothing(self):
+            rewind(self, self.offset - n)
+            release(self.arrays)
         return n
-
-    def _keep_codes(self, count: int):
-        if count == self.coded:
-            return
-        self.key_codes = tuple(mx.contiguous(x[..., :count]) for x in self.key_codes if count)
-        self.value_codes = tuple(
-            mx.contiguous(x[..., :count, :]) for x in self.value_codes if count
-        )
-        self.coded = count
 
     def is_trimmable(self) -> bool:
         return True
@@ -360,10 +382,13 @@ class CompressedKVCache(_BaseCache):
     @property
     def nbytes(self) -> int:
         """Every byte of this cache: exact tokens, codes, scales and zero points."""
-        if self.empty():
-            return 0
-        arrays = (self.keys, self.values, *self.key_codes, *self.value_codes)
-        return sum(array.nbytes for array in arrays)
+        codes = (*self.key_codes, *self.value_codes)
+        return self.exact_tokens.nbytes + sum(array.nbytes for array in codes)
+
+    @property
+    def arrays(self) -> Tuple[mx.array, ...]:
+        """All arrays that it holds, exact tokens joined or not."""
+        return *self.exact_tokens.arrays, *self.key_codes, *self.value_codes
 
     @property
     def state(self):
@@ -400,6 +425,7 @@ class CompressedKVCache(_BaseCache):
         if not self.empty():
             cache.keys, cache.values = map(mx.contiguous, self.keys_and_values())
             cache.offset = self.offset
+            release((cache.keys, cache.values))
         return cache
 
     @classmethod
@@ -407,13 +433,13 @@ class CompressedKVCache(_BaseCache):
         """The caches of several sequences as the cache of a batch; mlx-lm's KVCaches, too."""
         return cls.batch_type.merge(caches)
 
+    __copy__ = shared
+
     def __deepcopy__(self, memo):
-        # Arrays are never written into, so a copy can share them.
-        return copy.copy(self)
+        return shared(self)
 
-
-def _bias_of(codec: Optional[KVCodec]) -> Optional[mx.array]:
-    return None if codec is None or codec.bias is None else codec.bias.bias
+    def __reduce__(self):
+        return unpickled, (type(self), self.state, self.visibility, self.kernel)
 
 
 def _own(array: mx.array) -> mx.array:

@@ -29,15 +29,17 @@ class ExactTokens:
 
     Attributes:
         count: E, the number of tokens.
+        heads: (B, H), or None.
         dtypes: of the keys and of the values, or None.
     """
 
-    __slots__ = ("_keys", "_values", "_unjoined", "count", "dtypes")
+    __slots__ = ("_keys", "_values", "_unjoined", "count", "heads", "dtypes")
 
     def __init__(self, keys: Optional[mx.array] = None, values: Optional[mx.array] = None):
         self._keys, self._values = keys, values
         self._unjoined: Optional[Unjoined] = None
         self.count = 0 if keys is None else keys.shape[2]
+        self.heads = None if keys is None else keys.shape[:2]
         self.dtypes = _dtype(keys), _dtype(values)
 
     def grown(
@@ -49,7 +51,7 @@ class ExactTokens:
         grown = ExactTokens()
         grown._unjoined = Unjoined(*self._joined(), keys, values, sinks, drop)
         grown.count = self.count - drop + keys.shape[2]
-        grown.dtypes = self.dtypes
+        grown.heads, grown.dtypes = self.heads, self.dtypes
         if (keys.dtype, values.dtype) != self.dtypes:
             return ExactTokens(*grown._joined())
         return grown
@@ -74,6 +76,34 @@ class ExactTokens:
             return parts.keys, parts.values
         self._joined()
         return self._keys[:, :, :older], self._values[:, :, :older]
+
+    def replaced(self, keys: Optional[mx.array], values: Optional[mx.array]) -> "ExactTokens":
+        """The same tokens in other arrays, as ``mx.depends`` makes them.
+
+        Raises:
+            ValueError: they have another shape or dtype, or there are no tokens.
+        """
+        for old, new in zip(self._joined(), (keys, values)):
+            if _kind(old) != _kind(new):
+                raise ValueError(
+                    "the keys and values of a compressed cache are its exact tokens, and can only "
+                    f"be replaced by the same in other arrays: {_kind(new)} in place of "
+                    f"{_kind(old)}; append tokens with update_and_fetch, forget them with trim"
+                )
+        return ExactTokens(keys, values)
+
+    @property
+    def arrays(self) -> Tuple[mx.array, ...]:
+        """What it holds now, joined or not."""
+        if self._unjoined is not None:
+            return self._unjoined[:4]
+        return () if self._keys is None else (self._keys, self._values)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of keys and values, joined: reading joins nothing."""
+        arrays = self.arrays[:2]
+        return sum(x.nbytes // x.shape[2] * self.count for x in arrays if x.shape[2])
 
     @property
     def unjoined(self) -> Optional[Unjoined]:
@@ -104,6 +134,10 @@ class ExactTokens:
 
 def _dtype(x: Optional[mx.array]) -> Optional[mx.Dtype]:
     return None if x is None else x.dtype
+
+
+def _kind(x: Optional[mx.array]) -> str:
+    return "none" if x is None else f"{x.shape} {x.dtype}"
 
 
 def _concatenate(old: mx.array, new: mx.array, sinks: int, drop: int) -> mx.array:

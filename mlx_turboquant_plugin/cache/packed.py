@@ -8,6 +8,7 @@ import mlx.core as mx
 from ..codecs.kv_codec import Codes, KVCodec
 from .compressed import CompressedKVCache
 from .exact import ExactTokens
+from .shapes import check_shapes
 from .view import View
 from .visibility import Visibility
 
@@ -79,7 +80,12 @@ class PackedRows:
         return self._model.kernel
 
     def append(self, keys: mx.array, values: mx.array) -> None:
-        """Append one token (B, H, 1, D) to every row."""
+        """Append one token (B, H, 1, D) to every row.
+
+        Raises:
+            ValueError: see :meth:`CompressedKVCache.append`.
+        """
+        check_shapes(keys.shape, values.shape, self.codec.spec, self.exact_tokens.heads)
         sinks = self.visibility.sinks
         drop = max(0, self.exact_tokens.count + 1 - sinks - self.visibility.most_exact)
         self.exact_tokens = self.exact_tokens.grown(keys, values, sinks, drop)
@@ -94,7 +100,7 @@ class PackedRows:
 
     @keys.setter
     def keys(self, v: mx.array):
-        self.exact_tokens = ExactTokens(v, self.exact_tokens.values)
+        self.exact_tokens = self.exact_tokens.replaced(v, self.values)
 
     @property
     def values(self) -> mx.array:
@@ -122,24 +128,30 @@ class PackedRows:
         return [row.newest_view() for row in self.rows()]
 
     def _row(self, index: int) -> CompressedKVCache:
-        row = self._model.emptied()
         own, sinks = slice(index, index + 1), self.visibility.sinks
-        row.offset, row.coded = self.lengths[index], self.coded[index]
-        tokens = row.offset - self.exact_start[index]
-        row.keys, row.values = (
+        length, coded = self.lengths[index], self.coded[index]
+        tokens = length - self.exact_start[index]
+        keys, values = (
             mx.concatenate([x[own, :, :sinks], x[own, :, x.shape[2] - tokens :]], axis=2)
             for x in (self.keys, self.values)
         )
-        row.key_codes = row.value_codes = ()
-        if row.coded:
-            row.key_codes = tuple(x[own, :, :, : row.coded] for x in self.key_codes)
-            row.value_codes = tuple(x[own, :, : row.coded] for x in self.value_codes)
+        key_codes = value_codes = ()
+        if coded:
+            key_codes = tuple(x[own, :, :, :coded] for x in self.key_codes)
+            value_codes = tuple(x[own, :, :coded] for x in self.value_codes)
+        row = self._model.emptied()
+        row.hold(ExactTokens(keys, values), key_codes, value_codes, 0, coded, length)
         return row
 
     @property
     def nbytes(self) -> int:
-        arrays = (self.keys, self.values, *self.key_codes, *self.value_codes)
-        return sum(array.nbytes for array in arrays)
+        codes = (*self.key_codes, *self.value_codes)
+        return self.exact_tokens.nbytes + sum(array.nbytes for array in codes)
+
+    @property
+    def arrays(self) -> Tuple[mx.array, ...]:
+        """All arrays that it holds, exact tokens joined or not."""
+        return *self.exact_tokens.arrays, *self.key_codes, *self.value_codes
 
 
 # All layers ask for the same.

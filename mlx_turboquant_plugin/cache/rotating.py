@@ -3,8 +3,10 @@
 from typing import Optional
 
 import mlx.core as mx
+from mlx_lm.models.cache import RotatingKVCache
 
 from ..codecs.kv_codec import KVCodec
+from ..per_thread import release
 from .compressed import CompressedKVCache
 from .visibility import BLOCK, Ring, Visibility
 
@@ -60,6 +62,15 @@ class RotatingCompressedKVCache(CompressedKVCache):
 
     def size(self) -> int:
         return min(self.offset, self.max_size)
+
+    def to_exact(self) -> RotatingKVCache:
+        """mlx-lm's RotatingKVCache with the same tokens, the codes dequantised."""
+        cache = RotatingKVCache(self.max_size, self.keep)
+        if not self.empty():
+            cache.keys, cache.values = map(mx.contiguous, self.keys_and_values())
+            cache.offset, cache._idx = self.offset, cache.keys.shape[2]
+            release((cache.keys, cache.values))
+        return cache
 
     def make_mask(
         self, N: int, window_size: Optional[int] = None, return_array: bool = False

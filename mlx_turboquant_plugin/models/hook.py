@@ -11,7 +11,7 @@ from . import upstream
 
 
 def patch(module: ModuleType) -> None:
-    """Have prompt caches made and loaded by :mod:`prompt_cache`."""
+    """Have prompt caches made, saved and loaded by :mod:`prompt_cache`."""
     if upstream.available():
         from . import prompt_cache
 
@@ -19,6 +19,7 @@ def patch(module: ModuleType) -> None:
         return
     patching.wrap(module, "make_prompt_cache", _make_prompt_cache)
     patching.wrap(module, "load_prompt_cache", _load_prompt_cache)
+    patching.wrap(module, "save_prompt_cache", _save_prompt_cache)
 
 
 def patch_generate(module: ModuleType) -> None:
@@ -32,6 +33,13 @@ def _make_prompt_cache(wrapped, instance, args, kwargs):
 
     caches = wrapped(*args, **kwargs)
     return prompt_cache.compress(args[0] if args else kwargs["model"], caches)
+
+
+def _save_prompt_cache(wrapped, instance, args, kwargs):
+    from . import prompt_cache
+
+    prompt_cache.inform(args[1] if len(args) > 1 else kwargs["cache"])
+    return wrapped(*args, **kwargs)
 
 
 def _load_prompt_cache(wrapped, instance, args, kwargs):

@@ -1,0 +1,36 @@
+"""Copies of caches, which share their arrays, and pickles, which hold what files hold."""
+
+from typing import TYPE_CHECKING, Any, List, TypeVar
+
+from .visibility import Visibility
+
+if TYPE_CHECKING:
+    from .batch import BatchCompressedKVCache
+    from .compressed import CompressedKVCache
+
+Cache = TypeVar("Cache")
+
+
+def shared(cache: Cache) -> Cache:
+    """Another cache with the same attributes: arrays are never written into."""
+    other = object.__new__(type(cache))
+    other.__dict__.update(cache.__dict__)
+    return other
+
+
+def unpickled(kind: type, state: tuple, visibility: Visibility, kernel: str) -> "CompressedKVCache":
+    """A cache of ``kind`` as it was pickled, but for the layer that it served.
+
+    The model makes itself known to it again, as to one from a file.
+    """
+    cache = kind.from_state(state)
+    cache.visibility, cache.kernel = visibility, kernel
+    return cache
+
+
+def unpickled_batch(kind: type, rows: List[Any], *place: Any) -> "BatchCompressedKVCache":
+    """A batch of ``kind`` as it was pickled."""
+    batch = kind([0] * len(rows))
+    batch._rows = rows
+    batch._index, batch._left_padding, batch._lengths = place
+    return batch
