@@ -16,6 +16,7 @@ import mlx_turboquant_plugin
 from mlx_turboquant_plugin import cli
 from mlx_turboquant_plugin.attention import dispatch, fused
 from mlx_turboquant_plugin.cache import BatchCompressedKVCache, CompressedKVCache
+from mlx_turboquant_plugin.evaluation import progress
 from mlx_turboquant_plugin.evaluation.bench import command, measurement, model, prompts, shapes
 from mlx_turboquant_plugin.evaluation.bench.measurement import Results
 from mlx_turboquant_plugin.evaluation.bench.model import ModelBench
@@ -30,7 +31,8 @@ KINDS = {
 }
 
 
-def test_every_part_with_table_json_and_plot(measure, tmp_path, capsys):
+def test_every_part_with_table_json_and_plot(measure, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PAUSE", 3600)
     plot = tmp_path / "bench.png"
     report, rows = measure(
         "--lengths", 300, 600, "--batch", 1, 2, "--prompts", 400, "--chunk", 128,

@@ -192,7 +192,7 @@ def test_ctrl_c_leaves_the_generations_of_the_demo(monkeypatch, capsys):
 
 def test_progress_without_a_terminal(monkeypatch, capsys):
     def run(args):
-        with progress.progress(20, " turns") as bar:
+        with progress.progress(20, "turns") as bar:
             for _ in range(20):
                 bar.update()
         return 0
@@ -203,5 +203,5 @@ def test_progress_without_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(progress, "PAUSE", 0)
     assert cli.main(["status"]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"[-0-9]+ [:,0-9]+ +5%.* 1\.00/20\.0 .*turns.*", lines[1])
+    assert re.fullmatch(r"[-0-9]+ [:,0-9]+ +5% 1/20 .* turns.*", lines[1])
     assert "\r" not in "".join(lines)

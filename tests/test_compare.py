@@ -16,7 +16,7 @@ from mlx_turboquant_plugin import settings
 from mlx_turboquant_plugin.cli import main
 from mlx_turboquant_plugin.codecs import packing
 from mlx_turboquant_plugin.codecs.segmented import Segmented
-from mlx_turboquant_plugin.evaluation import free_running, memory, plots
+from mlx_turboquant_plugin.evaluation import free_running, memory, plots, progress
 from mlx_turboquant_plugin.evaluation.arguments import write
 from mlx_turboquant_plugin.evaluation.arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
 from mlx_turboquant_plugin.evaluation.runs import compressed, compressed_prompt_cache
@@ -262,7 +262,8 @@ def test_intervals_of_the_kl_are_bars():
     assert x1 == x2 and low - high == plots.HEIGHT - plots.TOP - plots.BOTTOM
 
 
-def test_table_and_refusal(capsys):
+def test_table_and_refusal(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PAUSE", 3600)
     code = main(
         ["compare", "--model", str(tiny.PATHS["tiny-llama"]), "--windows", "1", "--length", "240"]
         + ["--presets", "small", "--beside", "--generate", "0", "--text", str(tiny.TEXT)]

@@ -143,7 +143,7 @@ class Comparison:
         """Read the windows, generate, and answer the tasks: what is done is kept."""
         self.model.set_dtype(mx.float32)
         layers = range(len(self.shapes) if self.args.json or self.args.html else 0)
-        with progress(self._total(len(layers)), " tokens") as bar:
+        with progress(self._total(len(layers)), "tokens") as bar:
             for window in self.windows:
                 self._read(mx.array(window), [] if self.parts else layers, bar.update)
             if self.args.generate:

@@ -132,7 +132,7 @@ def measure(
         )
     sums = {i: [] for i in probed}
     kls = []
-    with progress(len(windows) * length * (2 + len(probed)), " tokens") as bar:
+    with progress(len(windows) * length * (2 + len(probed)), "tokens") as bar:
         for window in windows:
             tokens = mx.array(window)
             caches = prompt_cache(model)

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     model.set_dtype(mx.float32)
     cuts: List[Cut] = []
     try:
-        with progress(len(windows) * len(places) * len(args.remove), " cuts") as bar:
+        with progress(len(windows) * len(places) * len(args.remove), "cuts") as bar:
             for window, at in itertools.product(windows, places):
                 for one in cut(model, mx.array(window), args.chunk, args.preset, at, args.remove):
                     cuts.append(one)

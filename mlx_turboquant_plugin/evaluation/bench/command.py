@@ -191,7 +191,7 @@ def _measure(
     if "layer" in args.parts:
         jobs += _layer_jobs(args, chosen, results)
     jobs = [job for job in jobs if job.title not in results.done]
-    with progress(sum(job.ticks for job in jobs), " turns") as bar:
+    with progress(sum(job.ticks for job in jobs), "turns") as bar:
         for job in jobs:
             bar.set_description(job.title, refresh=False)
             job.run(bar.update)
