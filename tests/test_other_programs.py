@@ -1,6 +1,7 @@
 """What programs other than mlx-lm's own do with caches: as KVCache would have it, or an error."""
 
 import copy
+import itertools
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -8,8 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.cache import KVCache, RotatingKVCache, trim_prompt_cache
+import tiny
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import (
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+    save_prompt_cache,
+    trim_prompt_cache,
+)
 
+import mlx_turboquant_plugin
+from mlx_turboquant_plugin import compiling
 from mlx_turboquant_plugin.cache import (
     BatchCompressedKVCache,
     CompressedKVCache,
@@ -424,3 +435,78 @@ def test_a_pickled_batch_still_expects_its_padding():
         one.finalize()
     assert batch.offset.tolist() == other.offset.tolist() == [330, 210]
     assert same(batch.keys_and_values(), other.keys_and_values())
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, lambda caches: pickle.loads(pickle.dumps(caches))])
+def test_another_thread_decodes_after_a_prompt(change, monkeypatch):
+    """Only the logits of the prompt were evaluated, as with KVCache is enough."""
+    model, tokenizer = tiny.load("tiny-qwen2")
+    tokens = mx.array([tiny.text_tokens(tokenizer, 260)] * 2)
+    # MLX would compile for each thread.
+    monkeypatch.setattr(compiling, "_building", True)
+    mlx_turboquant_plugin.enable(kernel="eager")
+
+    def prompt():
+        caches = [cache.merge([cache] * 2) for cache in make_prompt_cache(model)]
+        for first in (0, 130):
+            mx.eval(model(tokens[:, first : first + 130], cache=caches))
+        return change(caches)
+
+    def decode(caches):
+        trim_prompt_cache(caches, 3)
+        return np.array(model(tokens[:, 257:258], cache=caches))
+
+    expected = decode(prompt())
+    caches = in_another_thread(prompt)
+    np.testing.assert_array_equal(in_another_thread(lambda: decode(caches)), expected)
+
+
+DTYPES = list(itertools.permutations([mx.float32, mx.bfloat16, mx.float16], 2))
+
+
+def of_two_dtypes(length, dtypes, batch=1, seed=0):
+    return [x.astype(dtype) for x, dtype in zip(random(length, batch, seed=seed), dtypes)]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@SINGLE
+def test_keys_and_values_of_two_dtypes_are_saved_and_loaded(make, dtypes, tmp_path):
+    mlx_turboquant_plugin.enable()
+    cache = make()
+    cache.update_and_fetch(*of_two_dtypes(300, dtypes))
+    path = str(tmp_path / "cache.safetensors")
+    save_prompt_cache(path, [cache])
+    for loaded in (*mlx_lm_cache.load_prompt_cache(path), pickle.loads(pickle.dumps(cache))):
+        loaded.visibility = cache.visibility
+        assert same(loaded.keys_and_values(), cache.keys_and_values())
+        assert tuple(x.dtype for x in loaded.keys_and_values()) == dtypes
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_a_batch_keeps_two_dtypes(dtypes):
+    rows = [plain(), plain(), plain()]
+    for row, own in zip(rows, (dtypes, dtypes, dtypes[:1] * 2)):
+        row.update_and_fetch(*of_two_dtypes(200, own))
+    batch = plain().merge(rows)
+    for _ in range(2):
+        more = of_two_dtypes(1, dtypes, batch=3)
+        batch.update_and_fetch(*more)
+        for index, row in enumerate(rows):
+            row.update_and_fetch(*(x[index : index + 1] for x in more))
+    for index, row in enumerate(rows):
+        extracted = batch.extract(index)
+        assert extracted.exact_tokens.dtypes == row.exact_tokens.dtypes
+        assert same(extracted.keys_and_values(), row.keys_and_values())
+
+
+@pytest.mark.parametrize("held, given", DTYPES)
+@pytest.mark.parametrize("count", [1, 30])
+def test_later_tokens_take_the_dtype_of_the_first(held, given, count):
+    """As in KVCache."""
+    caches = CompressedKVCache(), KVCache()
+    for cache in caches:
+        cache.update_and_fetch(*random(20, dtype=held))
+        cache.update_and_fetch(*random(count, dtype=given, seed=1))
+    ours, theirs = (cache.keys_and_values() for cache in caches)
+    assert ours[0].dtype == ours[1].dtype == held
+    assert same(ours, theirs)
