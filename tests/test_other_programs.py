@@ -510,3 +510,19 @@ def test_later_tokens_take_the_dtype_of_the_first(held, given, count):
     ours, theirs = (cache.keys_and_values() for cache in caches)
     assert ours[0].dtype == ours[1].dtype == held
     assert same(ours, theirs)
+
+
+def test_a_cache_that_holds_codes_alone_is_not_empty():
+    """Found by tests/test_cache_programs.py: all was as if nothing were there."""
+    cache = filled(CompressedKVCache(CODEC, Visibility(64, 0)))
+    expected = [x[:, :, :100] for x in cache.keys_and_values()]
+    cache.trim(200)
+    assert cache.exact_tokens.count == 0 and not cache.empty()
+    batch = cache.merge([cache, cache])
+    assert not batch.empty()
+    copies = [cache.to_exact(), batch.extract(1), pickle.loads(pickle.dumps(cache))]
+    for one in (cache, *copies):
+        assert one.offset == 100 and same(one.keys_and_values(), expected)
+    cache.fingerprint = "aaaa"
+    with pytest.raises(ValueError, match="fingerprint aaaa"):
+        cache.bind(CODEC, "bbbb", "eager", True, None)
