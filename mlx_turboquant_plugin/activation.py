@@ -129,6 +129,9 @@ def disable() -> None:
     for hook in hooks():
         hook.disarm()
     log.stop()
+    fused = sys.modules.get(f"{__package__}.attention.fused")
+    if fused is not None:
+        fused.forget_fallbacks()
     settings.put_in_force(settings.Configuration())
     _off_because = "disable() was called"
 
@@ -151,10 +154,10 @@ def _check_kernels(configuration: settings.Configuration) -> None:
             f"mlx can't be imported ({error}): reinstall it; on Linux it needs a "
             "backend, pip install 'mlx-turboquant-plugin[cpu]' or [cuda]"
         ) from error
-    from .attention.kernels import resolve_kernel
+    from .attention.kernels import kernel_of
 
-    for kernel in {s.kernel for s in configuration.all_settings()}:
-        resolve_kernel(kernel)
+    for chosen in configuration.all_settings():
+        kernel_of(chosen)
 
 
 def _find_hooks() -> None:

@@ -5,13 +5,14 @@ the one that is asked for is imported.
 """
 
 import argparse
-import logging
+import io
+import os
 import shlex
 import sys
 from importlib import import_module
 from typing import List, Optional
 
-from . import __version__
+from . import __version__, log
 from .rules import SettingsError
 
 # Subcommand -> module, what it does.
@@ -24,7 +25,11 @@ COMMANDS = {
     "bench": ("evaluation.bench", "measure speed and memory against mlx-lm's own KV cache"),
     "selftest": ("evaluation.selftest", "check the kernels of this device"),
 }
+# The module that says how far they are.
+PROGRESS = f"{__package__}.evaluation.progress"
 BAD_SETTINGS = 2
+# What a shell says of a program that Ctrl-C, or a closed pipe, has ended.
+INTERRUPTED, CLOSED = 130, 141
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -34,9 +39,33 @@ def main(argv: Optional[List[str]] = None) -> int:
         argv: the arguments; the command line's by default.
 
     Returns:
-        The exit code: 2 for bad settings or arguments, else the subcommand's.
+        The exit code: 2 for bad settings or arguments, 130 after Ctrl-C, 141 if nobody reads
+        the output any more, else the subcommand's.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Who reads a pipe sees each line at once, and a closed one is found in here.
+        sys.stdout.reconfigure(line_buffering=True)
+    try:
+        return _outcome(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:
+        # Python flushes it once more in the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
+
+
+def _outcome(argv: List[str]) -> int:
+    try:
+        return _run(argv)
+    except SettingsError as error:
+        log.logger.error("%s", error)
+        return BAD_SETTINGS
+    except KeyboardInterrupt:
+        sys.stdout.write("interrupted: this is what was measured until then\n")
+        return INTERRUPTED
+
+
+def _run(argv: List[str]) -> int:
+    _check_working_directory()
     parser = argparse.ArgumentParser(
         prog="mlx_turboquant", description="Compressed KV caches for mlx-lm."
     )
@@ -50,8 +79,12 @@ def main(argv: Optional[List[str]] = None) -> int:
             command.set_defaults(run=command_module.run)
     args = parser.parse_args(argv)
     args.command_line = shlex.join([parser.prog, *argv])
-    try:
+    with log.shown(PROGRESS):
         return args.run(args)
-    except SettingsError as error:
-        logging.getLogger(__package__).error("%s", error)
-        return BAD_SETTINGS
+
+
+def _check_working_directory() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise SettingsError("the working directory was deleted: change to another one") from error

@@ -2,7 +2,8 @@
 
 import functools
 import logging
-from typing import Optional
+from contextlib import contextmanager
+from typing import Iterator, Optional
 
 logger = logging.getLogger(__package__)
 _handler: Optional[logging.Handler] = None
@@ -30,6 +31,22 @@ def stop() -> None:
         logger.setLevel(logging.NOTSET)
         logger.propagate = True
         _handler = None
+
+
+@contextmanager
+def shown(name: str) -> Iterator[None]:
+    """Write what one module logs from INFO up to stderr meanwhile, and nowhere else."""
+    told, handler = logging.getLogger(name), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    told.addHandler(handler)
+    told.setLevel(logging.INFO)
+    told.propagate = False
+    try:
+        yield
+    finally:
+        told.removeHandler(handler)
+        told.setLevel(logging.NOTSET)
+        told.propagate = True
 
 
 @functools.lru_cache(maxsize=None)

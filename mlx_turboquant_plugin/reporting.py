@@ -4,10 +4,15 @@ import os
 import platform
 import sys
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from . import __version__, activation, patching, settings, startup
 from .compatibility import installed_version
+
+DISTRIBUTION = "mlx-turboquant-plugin"
+# What the start-up file does.
+START_UP = "from mlx_turboquant_plugin import startup; startup.main()"
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,12 @@ def status() -> Status:
         error = str(bad)
     device = kernels = kernel = compiler = None
     if "mlx.core" in sys.modules:
-        from .attention.kernels import available_kernels, resolve_kernel
+        from .attention.kernels import available_kernels, kernel_of
         from .compiling import uncompiled
 
         device, kernels, compiler = _device(), available_kernels(), uncompiled()
         try:
-            kernel = configuration and resolve_kernel(configuration.general.kernel)
+            kernel = configuration and kernel_of(configuration.general)
         except settings.SettingsError as bad:
             error = str(bad)
     prompt_cache = sys.modules.get(f"{__package__}.models.prompt_cache")
@@ -115,16 +120,20 @@ def _why_off(configuration: Optional[settings.Configuration], error: Optional[st
         return f"{settings.SWITCH} {state}; set {settings.SWITCH}=1 to compress"
     if startup.waiting():
         return f"{startup.TARGET} has not been imported yet"
+    missed = "Python did not run the package's start-up file"
+    if installed_version(DISTRIBUTION) is None:
+        return f"{missed}: install the package with pip (a folder on the path is not enough)"
+    customize = Path(__file__).parents[1] / "sitecustomize.py"
     return (
-        "Python did not run the package's start-up file: install the package with pip "
-        "(a folder on the path is not enough), or call mlx_turboquant_plugin.enable()"
+        f"{missed}, for which only site-packages is searched, not the folder of pip install --target: "
+        f"echo '{START_UP}' >> {customize}, or call mlx_turboquant_plugin.enable()"
     )
 
 
 def _versions() -> Dict[str, Optional[str]]:
     libraries = {name: installed_version(name) for name in ("mlx-lm", "mlx", "wrapt")}
     return {
-        "mlx-turboquant-plugin": __version__,
+        DISTRIBUTION: __version__,
         **libraries,
         "python": platform.python_version(),
         "platform": platform.platform(),

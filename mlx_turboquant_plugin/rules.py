@@ -19,11 +19,16 @@ class SettingsError(ValueError):
 
 
 class Rule(NamedTuple):
-    """What one setting may be, and how to read it from an environment variable."""
+    """What one setting may be, and how to read it from an environment variable.
+
+    Attributes:
+        allowed: in words; ``allowed_text`` if these are others in the environment.
+    """
 
     allowed: str
     accepts: Callable[[Any], bool]
     from_text: Callable[[str], Any] = str
+    allowed_text: Optional[str] = None
 
 
 def one_of(allowed: Iterable) -> str:
@@ -55,12 +60,15 @@ def each(bits: Union[int, Tuple[int, ...]]) -> Tuple[int, ...]:
     return bits if isinstance(bits, tuple) else (bits,)
 
 
-def _bits(*allowed: int) -> Rule:
+def _bits() -> Rule:
+    allowed = sorted(set().union(*CODEC_BITS.values()))
+    affine = set(allowed) - set(CODEC_BITS["lloyd-max"])
+    numbers = f"{one_of(allowed)} ({', '.join(map(str, affine))} with affine only)"
     return Rule(
-        f"{one_of(allowed)}, or a list of these with one for each layer (separated by "
-        "commas in the environment)",
+        f"{numbers}, or a list of these with one for each layer",
         lambda value: value != () and all(type(b) is int and b in allowed for b in each(value)),
         lambda text: tuple(map(int, text.split(","))) if "," in text else int(text),
+        f"{numbers}, or one of these for each layer, separated by commas",
     )
 
 
@@ -72,16 +80,20 @@ def _text_or_none(text: str) -> Optional[str]:
     return None if text.lower() == "none" else text
 
 
+def _level_or_none(text: str) -> Optional[str]:
+    return text.upper() if text.upper() in LOG_LEVELS else _text_or_none(text)
+
+
 _SWITCH = Rule(
-    "true or false (1 or 0 in the environment)",
+    "true or false",
     lambda value: isinstance(value, bool),
     lambda text: {"1": True, "0": False}.get(text, text),
+    "1 or 0",
 )
-_ALL_BITS = sorted(set().union(*CODEC_BITS.values()))
 RULES: Dict[str, Rule] = {
     "preset": _choice(*PRESETS),
-    "key_bits": _bits(*_ALL_BITS),
-    "value_bits": _bits(*_ALL_BITS),
+    "key_bits": _bits(),
+    "value_bits": _bits(),
     "key_codec": _choice(*CODEC_BITS),
     "value_codec": _choice(*CODEC_BITS),
     "window": _integer(32, 4096, step=32),
@@ -91,21 +103,21 @@ RULES: Dict[str, Rule] = {
     "kernel": _choice(*KERNELS),
     "bypass": _choice(None, *BYPASSES, from_text=_text_or_none),
     "opt_out": Rule(
-        "a list of glob patterns (separated by commas in the environment)",
+        "a list of glob patterns",
         lambda value: isinstance(value, tuple)
         and all(isinstance(p, str) and p for p in value),
         _patterns,
+        "glob patterns, separated by commas",
     ),
-    "log": _choice(None, *LOG_LEVELS, from_text=lambda text: _text_or_none(text.upper())),
+    "log": _choice(None, *LOG_LEVELS, from_text=_level_or_none),
 }
 # A process has one log, and a table that names a model needs no second pattern.
 MODEL_RULES = {n: rule for n, rule in RULES.items() if n not in ("opt_out", "log")}
 
 
-def check(name: str, value: Any, where: str) -> None:
+def check(name: str, value: Any, where: str, from_text: bool = False) -> None:
     """Raise SettingsError, which says ``where``, if a setting can't have this value."""
     rule = RULES[name]
     if not rule.accepts(value):
-        raise SettingsError(
-            f"{where} is {value!r}; allowed is {rule.allowed}: change or remove it"
-        )
+        allowed = from_text and rule.allowed_text or rule.allowed
+        raise SettingsError(f"{where} is {value!r}; allowed is {allowed}: change or remove it")

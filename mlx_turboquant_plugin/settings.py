@@ -217,8 +217,8 @@ _Layer = Dict[str, Tuple[Any, str]]
 
 def _unknown(name: str, where: str, known: Iterable[str]) -> SettingsError:
     # Without the prefix, which would make any two variables look alike.
-    short = {k.removeprefix(PREFIX): k for k in known}
-    close = difflib.get_close_matches(name.removeprefix(PREFIX), short, n=1)
+    short = {k.upper().removeprefix(PREFIX): k for k in known}
+    close = difflib.get_close_matches(name.upper().removeprefix(PREFIX), short, n=1)
     advice = (
         f"did you mean {short[close[0]]}? Rename or remove it"
         if close
@@ -230,11 +230,12 @@ def _unknown(name: str, where: str, known: Iterable[str]) -> SettingsError:
 def _environment(environ: Mapping[str, str]) -> _Layer:
     names = {PREFIX + name.upper(): name for name in RULES}
     layer: _Layer = {}
-    for variable in sorted(v for v in environ if v.startswith(PREFIX)):
-        if variable == CONFIG:
+    # In lower case they would be ignored without a word.
+    for variable in sorted(v for v in environ if f"{v.upper()}_".startswith(PREFIX)):
+        if variable in (SWITCH, CONFIG):
             continue
         if variable not in names:
-            raise _unknown(variable, "the environment", [CONFIG, *names])
+            raise _unknown(variable, "the environment", [SWITCH, CONFIG, *names])
         name, text = names[variable], environ[variable].strip()
         if not text:
             continue
@@ -243,7 +244,7 @@ def _environment(environ: Mapping[str, str]) -> _Layer:
             value = RULES[name].from_text(text)
         except ValueError:
             value = text  # not a number: the check below says what is allowed
-        check(name, value, source)
+        check(name, value, source, from_text=True)
         layer[name] = (value, source)
     return layer
 
@@ -263,10 +264,14 @@ def _file(path: str) -> Tuple[_Layer, List[Tuple[str, _Layer]]]:
     """Read a TOML file into its general layer and its per-model layers."""
     try:
         document = tomllib.loads(Path(path).expanduser().read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise SettingsError(
-            f"the settings file {path} can't be read as TOML ({error}): correct the "
-            f"path or the file, or unset {CONFIG}"
+            f"the settings file {path} can't be read ({error.strerror}): correct the path, or "
+            f"unset {CONFIG}"
+        ) from error
+    except ValueError as error:
+        raise SettingsError(
+            f"the settings file {path} is not TOML in UTF-8 ({error}): correct it, or unset {CONFIG}"
         ) from error
     found = [
         (header, dict(parent["turboquant"]))

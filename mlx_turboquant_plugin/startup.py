@@ -51,7 +51,7 @@ class _Finder:
 def _activate():
     try:
         from mlx_turboquant_plugin import activation
-    except ImportError as error:  # a broken installation must not break mlx_lm
+    except Exception as error:  # a broken installation must not break mlx_lm
         import logging
 
         logging.getLogger(__package__).error("TurboQuant is off: %s", error)

@@ -3,14 +3,19 @@
 import argparse
 import importlib
 import json
+import logging
 import os
 import sys
 from typing import Any, Dict, Iterator, List, Tuple
 
-from . import activation, settings, startup
+from . import activation, log, settings, startup
 from .reporting import Status, status
 
 CONSISTENT, NOT_IN_FORCE, BAD_SETTINGS = 0, 1, 2
+NO_CACHE = (
+    "but not in mlx_lm.perplexity, which makes no cache and gives the same as without: measure with "
+    "mlx_turboquant compare"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
 def _import_what_a_run_imports() -> List[str]:
     """Import mlx and, if TurboQuant waits for it, mlx_lm; say what failed."""
     problems: List[str] = []
+    # An error that is logged is in the report, too.
+    silence = logging.NullHandler()
+    log.logger.addHandler(silence)
 
     def attempt(name: str) -> None:
         try:
@@ -57,6 +65,7 @@ def _import_what_a_run_imports() -> List[str]:
         attempt(startup.TARGET)
         for hook in activation.hooks():
             attempt(hook.module)
+    log.logger.removeHandler(silence)
     return problems
 
 
@@ -67,6 +76,8 @@ def _lines(snapshot: Status) -> Iterator[str]:
         yield f"  because {snapshot.reason}"
     if snapshot.settings_error and snapshot.settings_error != snapshot.reason:
         yield f"  bad settings: {snapshot.settings_error}"
+    if snapshot.active:
+        yield f"  {NO_CACHE}"
     yield from _section("versions", snapshot.versions)
     yield from _section(
         "kernels",

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin import cli
-from mlx_turboquant_plugin.attention import fused
+from mlx_turboquant_plugin.attention import dispatch, fused
 from mlx_turboquant_plugin.cache import BatchCompressedKVCache, CompressedKVCache
 from mlx_turboquant_plugin.evaluation.bench import command, measurement, model, prompts, shapes
 from mlx_turboquant_plugin.evaluation.bench.measurement import Results
@@ -155,9 +155,18 @@ def test_the_kernel_that_is_asked_for_runs(kernel, measure, monkeypatch, capsys)
 
 
 def test_what_a_kernel_leaves_to_others_is_said(monkeypatch, capsys):
-    monkeypatch.setattr(fused, "_fallbacks", ["the metal kernel does not support this"])
-    assert run("--parts", "layer", "--lengths", 300, "--dtypes", "float32") == 0
-    assert "the metal kernel does not support this" in capsys.readouterr().out.splitlines()
+    """Also by a model, after whose turns compression is switched off again."""
+    attend = dispatch.attend_tiles
+
+    def leaving(*args):
+        dispatch.fall_back("metal", "this")
+        return attend(*args)
+
+    monkeypatch.setattr(dispatch, "attend_tiles", leaving)
+    fused.fall_back("metal", "what was before")
+    assert run("--parts", "decode", "--lengths", 300, "--model-dtype", "float32") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "does not support" in line]
+    assert said == ["the metal kernel does not support this: the compiled one serves instead"]
 
 
 MISSING = next(name for name in ("metal", "cuda") if name not in fused_kernels())

@@ -12,7 +12,7 @@ from mlx_lm.tuner.lora import LoRALinear
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin.cache import CompressedKVCache
 from mlx_turboquant_plugin.codecs.key_bias import RotaryTable
-from mlx_turboquant_plugin.models import calibration, calibration_file, prompt_cache
+from mlx_turboquant_plugin.models import calibration, calibration_file
 from mlx_turboquant_plugin.models import layer as layer_module
 from mlx_turboquant_plugin.models.balance import balance
 from mlx_turboquant_plugin.models.calibration import statistics_of
@@ -211,8 +211,7 @@ def test_a_planted_mean_and_unequal_channels_cost_little(monkeypatch):
     for old in (False, True):
         if old:
             # What the codec was before.
-            nothing = lambda model, layers, caches: [None] * len(layers)  # noqa: E731
-            monkeypatch.setattr(prompt_cache, "statistics_of", nothing)
+            monkeypatch.setattr(layer_module, "statistics_for", lambda attention: (True, None))
             monkeypatch.setattr(layer_module, "key_codec", lambda chosen, dim: chosen.key_codec)
         model = planted()
         mlx_turboquant_plugin.disable()

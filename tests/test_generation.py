@@ -184,12 +184,14 @@ def test_the_command_line_saves_and_uses_a_prompt_cache(tmp_path):
     assert "Generation: 20 tokens" in done.stdout
 
 
-def test_kv_bits_is_left_to_the_plugin(caplog):
+@pytest.mark.parametrize("start", [0, 5000])
+def test_kv_bits_is_left_to_the_plugin(start, caplog):
+    """Which is said from the first token on, wherever mlx-lm would begin to quantise."""
     model, tokenizer = tiny.load("tiny-llama")
     prompt = tiny.text_tokens(tokenizer, 230)
     mlx_turboquant_plugin.enable()
     expected = greedy(model, prompt, 10)
-    assert greedy(model, prompt, 10, kv_bits=4, quantized_kv_start=0) == expected
+    assert greedy(model, prompt, 10, kv_bits=4, quantized_kv_start=start) == expected
     assert caplog.text.count("kv_bits=4 is ignored") == 1
 
 

@@ -1,5 +1,7 @@
 """A wheel and an editable install: what they contain, activate and leave behind."""
 
+import re
+import subprocess
 import sys
 import sysconfig
 import venv
@@ -109,3 +111,16 @@ def test_mlx_lm_is_patched_as_a_script_is_run(installed, tmp_path):
 def test_the_command_is_installed(installed):
     done = run([installed.python.parent / "mlx_turboquant", "--version"])
     assert done.stdout.strip() == mlx_turboquant_plugin.__version__
+
+
+def test_the_line_that_turns_on_a_folder_on_the_path(wheel, tmp_path):
+    """Python reads no .pth files there, and so it stays off; ``status`` says what to do."""
+    environment, folder = Environment(tmp_path / "venv"), tmp_path / "target"
+    environment.pip("install", "-q", "--no-deps", "--target", folder, wheel)
+    command = [folder / "bin" / "mlx_turboquant", "status"]
+    before = run(command, check=False, PYTHONPATH=str(folder), TURBOQUANT="1")
+    assert before.returncode == 1
+    [line] = re.findall(r"echo '.*' >> \S*(?=,)", before.stdout)
+    subprocess.run(line, shell=True, check=True)
+    after = run(command, PYTHONPATH=str(folder), TURBOQUANT="1")
+    assert after.stdout.startswith("TurboQuant is active\n")

@@ -109,3 +109,13 @@ def test_channels_that_matter_more_get_the_bits():
         difference = queries @ (decoded - keys).swapaxes(-1, -2)
         lost.append(mx.mean(difference**2).item())
     assert lost[1] < lost[0] / 1.4
+
+
+def test_a_codec_can_be_made_of_arrays_that_have_no_values_yet():
+    """A pass over a prompt on a GPU is traced with codecs of its inputs."""
+
+    def traced(cut):
+        return KVCodec(CodecSpec(64, 64, "segmented", 4), layout=cut).layout + 0
+
+    cut = layout(HEADS, 64)
+    assert mx.array_equal(mx.compile(traced)(cut), cut)

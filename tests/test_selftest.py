@@ -1,5 +1,7 @@
 """``mlx_turboquant selftest``, and that it would notice."""
 
+import itertools
+
 import mlx.core as mx
 import pytest
 
@@ -35,7 +37,10 @@ def test_the_command(capsys):
 def test_a_kernel_that_this_machine_lacks(capsys, caplog):
     missing = next(name for name in ("metal", "cuda") if name not in fused_kernels())
     assert cli.main(["selftest", "--kernel", missing]) == cli.BAD_SETTINGS
-    assert f"TURBOQUANT_KERNEL is '{missing}'" in caplog.text
+    with pytest.raises(SystemExit):
+        cli.main(["selftest", "--kernel", "opencl"])
+    assert "--kernel: invalid choice: 'opencl'" in capsys.readouterr().err
+    assert f"--kernel is '{missing}', which this machine can't run" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -77,9 +82,28 @@ def test_a_kernel_that_leaves_its_work_to_another_fails(monkeypatch):
     ))
     monkeypatch.setattr(compressed, "encoder", lambda kernel: KVCodec)
     monkeypatch.setattr(compressed, "can_pass", lambda *args: False)
-    result = check(QUICK[0], "metal")
-    assert result.error <= result.tolerance and not result.ok
-    assert "the metal kernel does not support anything" in result.note
+    # Whether or not the same has been said before.
+    for _ in range(2):
+        result = check(QUICK[0], "metal")
+        assert result.error <= result.tolerance and not result.ok
+        assert "the metal kernel does not support anything" in result.note
+
+
+def test_all_that_falls_back_in_a_case_is_told(monkeypatch):
+    causes = itertools.cycle(["this", "that"])
+    attend = dispatch.attend_tiles
+
+    def leaving(*args):
+        dispatch.fall_back("metal", next(causes))
+        return attend(*args)
+
+    monkeypatch.setattr(dispatch, "attend_tiles", leaving)
+    case = next(case for case in QUICK if case.steps == 2)
+    notes = check(case, "eager").note.split("; ")
+    assert [note.split(":")[0] for note in notes] == [
+        "the metal kernel does not support this",
+        "the metal kernel does not support that",
+    ]
 
 
 @pytest.mark.parametrize("case", PROMPTS, ids=str)

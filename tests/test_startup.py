@@ -137,10 +137,11 @@ def test_bad_settings_are_silent_without_mlx_lm():
     assert run_python("-c", code, TURBOQUANT="yes").stderr == ""
 
 
+@pytest.mark.parametrize("error", ["ImportError", "RuntimeError", "SyntaxError"])
 @pytest.mark.parametrize("broken", ["wrapt", "mlx/core"])
-def test_a_broken_dependency_leaves_mlx_lm_alone(broken, stand_in):
+def test_a_broken_dependency_leaves_mlx_lm_alone(broken, error, stand_in):
     package = {"mlx/__init__.py": ""} if "/" in broken else {}
-    write_tree(stand_in, {**package, f"{broken}.py": "raise ImportError('it is broken')\n"})
+    write_tree(stand_in, {**package, f"{broken}.py": f"raise {error}('it is broken')\n"})
     done = start("import mlx_lm; print(mlx_lm.models.greeting.greet())", stand_in)
     assert done.stdout.split() == ["plain"]
     assert "TurboQuant is off" in done.stderr and "it is broken" in done.stderr

@@ -12,7 +12,7 @@ from mlx_turboquant_plugin.cli import main
 from mlx_turboquant_plugin.evaluation import answering
 from mlx_turboquant_plugin.evaluation.arms import EXACT, Arm, Run
 from mlx_turboquant_plugin.evaluation.paired import difference, mcnemar, paired
-from mlx_turboquant_plugin.evaluation.task_results import by_place, run_tasks
+from mlx_turboquant_plugin.evaluation.task_results import answers, by_place, task_report
 from mlx_turboquant_plugin.evaluation.tasks import TASKS, Prompt, prompts
 from mlx_turboquant_plugin.rules import SettingsError
 
@@ -80,7 +80,8 @@ def test_too_short_for_what_is_told(tokenizer):
 def test_cell_counts(made):
     passkeys = [p for p in made if p.task == "passkey"][:2]
     model, _ = tiny.load("tiny-llama")
-    found = run_tasks(passkeys, [], model, 128, lambda done: None)
+    found = list(answers(passkeys, [], model, 128, lambda done: None))
+    found = task_report(passkeys, [], found)
     columns, [row] = by_place(found.cells)
     assert [column.title for column in columns] == ["arm", "400 at 0%", "400 at 50%"]
     assert columns[0].read(row) == "exact" and columns[1].read(row) in ("0/1", "1/1")

@@ -173,7 +173,8 @@ def laid_out(
         exact=len(layout.exact),
         total=layout.total,
     )
-    return lay_out(source.kernel, source.codec, tokens, places)[0]
+    codec = source.codec if layout.decoded else source.codec.plain
+    return lay_out(source.kernel, codec, tokens, places)[0]
 
 
 def _by_operations(

@@ -5,7 +5,8 @@ in ``kernels``; long blocks of queries and array masks are served by tiles.
 """
 
 import functools
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from contextlib import contextmanager
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +23,7 @@ from ..log import log_once
 MAX_QUERIES = 8
 
 _fallbacks: List[str] = []
+_listening: List[List[str]] = []
 
 
 class Problem(NamedTuple):
@@ -65,14 +67,32 @@ def attend_fused(kernel: str, problem: Problem) -> Optional[mx.array]:
 def fall_back(kernel: str, missing: str) -> None:
     """Say, once, that attention is left to the compiled functions because of ``missing``."""
     message = f"the {kernel} kernel does not support {missing}: the compiled one serves instead"
-    if message not in _fallbacks:
-        _fallbacks.append(message)
+    for heard in (_fallbacks, *_listening):
+        if message not in heard:
+            heard.append(message)
     log_once(message)
 
 
 def fallbacks() -> List[str]:
-    """What fused kernels had to leave to the compiled functions so far."""
+    """What fused kernels had to leave to the compiled functions since it was last forgotten."""
     return list(_fallbacks)
+
+
+def forget_fallbacks() -> None:
+    """Begin anew, as another configuration does."""
+    _fallbacks.clear()
+
+
+@contextmanager
+def fallbacks_heard() -> Iterator[List[str]]:
+    """A list that fills with what falls back meanwhile, also if it did so before."""
+    heard: List[str] = []
+    _listening.append(heard)
+    try:
+        yield heard
+    finally:
+        # Not remove(), which compares: another list may be as long and hold the same.
+        _listening[:] = [other for other in _listening if other is not heard]
 
 
 def problem_of_view(queries: mx.array, view: View, scale: float) -> Problem:

@@ -4,6 +4,7 @@ from typing import List
 
 from ..kernels import fused_kernels
 from ..rules import SettingsError
+from ..settings import Settings
 
 
 def available_kernels() -> List[str]:
@@ -11,8 +12,11 @@ def available_kernels() -> List[str]:
     return [*fused_kernels(), "compiled", "eager"]
 
 
-def resolve_kernel(name: str) -> str:
-    """The kernel that ``TURBOQUANT_KERNEL=name`` means on this machine.
+def resolve_kernel(name: str, where: str = "kernel") -> str:
+    """The kernel that the setting ``kernel`` means on this machine.
+
+    Args:
+        where: who asks for it, in the words of the error.
 
     Raises:
         SettingsError: the kernel can't run here.
@@ -22,7 +26,12 @@ def resolve_kernel(name: str) -> str:
         return available[0]
     if name not in available:
         raise SettingsError(
-            f"TURBOQUANT_KERNEL is {name!r}, which this machine can't run; available "
+            f"{where} is {name!r}, which this machine can't run; available "
             f"here: auto, {', '.join(available)}: choose one of these"
         )
     return name
+
+
+def kernel_of(chosen: Settings) -> str:
+    """The same for settings; an error says where they come from."""
+    return resolve_kernel(chosen.kernel, f"kernel ({chosen.source('kernel')})")

@@ -74,24 +74,41 @@ def attend_codes(
     if learned_sinks is not None:
         learned_sinks = mx.repeat(learned_sinks.astype(mx.float32), count)
         learned_sinks = learned_sinks.reshape(kv_heads, -1, 1)
+    exact_sums = functions.begin(q, *exact, learned_sinks)
+    sums: List[Sums] = []
+    if coded.positions:
+        sums = _over_codes(q, exact_sums, coded, count, exact.keys.shape[2], functions)
+    out = functions.finish(exact_sums, sums, codec.value_rotation.array)
+    return out.reshape(batch, heads, count, -1).astype(queries.dtype)
+
+
+def _over_codes(
+    q: mx.array, exact_sums: Sums, coded: Coded, count: int, held: int, functions
+) -> List[Sums]:
+    """Running sums over parts of the coded tokens.
+
+    Args:
+        q: (B, H, R, D), scaled, of ``count`` positions.
+        exact_sums: those over the ``held`` exact tokens.
+    """
+    codec = coded.codec
     balanced = q if codec.balance is None else q * codec.balance
     rotated = functions.rotate(codec.sorted(balanced), codec.key_rotation.array)
     bias = None if codec.bias is None else codec.bias.coefficients(q)
-    exact_sums = functions.begin(q, *exact, learned_sinks)
     if count > 1:
         # Before the codes, or all scores of a tile would be in memory at once.
         rotated = mx.depends(rotated, exact_sums)
+    batch, kv_heads, _, dim = q.shape
     channels = batch * kv_heads * dim
     piece = _piece_size(count, channels)
     streams = helpers() if count == 1 else ()
-    shares = _shares(coded.positions, exact.keys.shape[2], channels, 1 + len(streams))
+    shares = _shares(coded.positions, held, channels, 1 + len(streams))
     sums = []
     for share, stream in zip(shares, (None, *streams)):
         if share:
             with nullcontext() if stream is None else mx.stream(stream):
                 sums.append(_fold_pieces(rotated, bias, coded, share, piece, functions))
-    out = functions.finish(exact_sums, sums, codec.value_rotation.array)
-    return out.reshape(batch, heads, count, -1).astype(queries.dtype)
+    return sums
 
 
 def _piece_size(queries: int, channels: int) -> int:

@@ -44,7 +44,9 @@ class CompressedKVCache(_BaseCache):
     Attributes:
         exact_tokens: the sinks and the newest tokens as they are.
         keys, values: these, (B, H, E, D) in the model's dtype.
-        bias: the key bias (H, D) that codes leave out, or None.
+        unplaced_bias: that of a file, until it is known how the model's keys turn.
+        fingerprint: as a string it tells the layer that fills the cache from others; empty
+            where nobody knows.
         key_codes, value_codes: the codes of the positions first_coded, ..., coded - 1,
             see :class:`KVCodec`.
         offset: the number of tokens seen; setting it to less trims.
@@ -66,8 +68,8 @@ class CompressedKVCache(_BaseCache):
         self.codec = codec
         self.visibility = visibility
         self.kernel = kernel
-        self.bias = _bias_of(codec)
-        self.fingerprint = ""
+        self.unplaced_bias: Optional[mx.array] = None
+        self.fingerprint: Any = ""
         self.attention = None
         self.attending = False
         self.view: Optional[View] = None
@@ -224,7 +226,7 @@ class CompressedKVCache(_BaseCache):
         return other
 
     def _check_codec(self):
-        if self.bias is not None and self.codec.bias is None:
+        if self.unplaced_bias is not None:
             raise ValueError(
                 "this cache was saved or pickled and leaves out a bias of the keys, turned as "
                 "its model does: run that model, TURBOQUANT=1, before reading it"
@@ -258,6 +260,18 @@ class CompressedKVCache(_BaseCache):
     def exact_start(self) -> int:
         """Position of the first exact token after the sinks."""
         return self.offset - (self.exact_tokens.count - self._sinks())
+
+    @property
+    def bias(self) -> Optional[mx.array]:
+        """The key bias (H, D) that the codes leave out, or None."""
+        if self.unplaced_bias is not None:
+            return self.unplaced_bias
+        return self.codec and self.codec.bias and self.codec.bias.bias
+
+    @property
+    def informed(self) -> bool:
+        """Whether it knows anything of its layer by now."""
+        return self.unplaced_bias is not None or (self.codec is not None and self.codec.informed)
 
     @property
     def keys(self) -> Optional[mx.array]:
@@ -304,16 +318,18 @@ class CompressedKVCache(_BaseCache):
     def bind(
         self,
         codec: KVCodec,
-        fingerprint: str,
+        fingerprint: Any,
         kernel: str,
         invariant: bool,
         place: Callable[[mx.array], KeyBias],
     ):
         """Adopt what is known about the attention module that uses this cache.
 
-        A cache that holds codes, or was saved, keeps the codec that it has.
+        A cache that holds codes keeps the codec that it has. So does one that was filled by this
+        very layer, but that it learns of it what it has not learned so far.
 
         Args:
+            fingerprint: what :attr:`fingerprint` becomes; read only if the cache is filled.
             place: from a key bias (H, D) to one that turns as this module's keys do.
 
         Raises:
@@ -321,18 +337,23 @@ class CompressedKVCache(_BaseCache):
         """
         if not self.empty():
             saved.check_fits(self, codec, fingerprint)
-        # Known: filled for this very layer, so what was chosen then still holds.
-        known = not self.empty() and self.fingerprint
-        if (self.coded or known) and not codec.makes_the_codes_of(self.codec, self.bias):
-            bias = self.codec.bias
-            if bias is None and self.bias is not None:
-                bias = place(self.bias)
-            codec = KVCodec(self.codec.spec, self.codec.balance, bias, self.codec.layout)
+            if self.key_codes or (self.fingerprint and self.informed):
+                codec = self._kept(codec, place)
+            elif self.fingerprint:
+                codec = codec.with_spec(self.codec.spec)
         self.codec = codec
-        self.bias = _bias_of(codec)
+        self.unplaced_bias = None
         self.fingerprint = fingerprint
         self.kernel = kernel
         self.visibility = self.visibility._replace(invariant=invariant)
+
+    def _kept(self, codec: KVCodec, place: Callable[[mx.array], KeyBias]) -> KVCodec:
+        """The codec that made the codes: ``codec`` if that makes the same."""
+        own = self.codec
+        if codec is own or codec.makes_the_codes_of(own, self.bias):
+            return codec
+        bias = own.bias if self.unplaced_bias is None else place(self.unplaced_bias)
+        return KVCodec(own.spec, own.balance, bias, own.layout)
 
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens (at most all of them) and return how many.
@@ -420,10 +441,6 @@ class CompressedKVCache(_BaseCache):
 
     def __reduce__(self):
         return unpickled, (type(self), self.state, self.visibility, self.kernel)
-
-
-def _bias_of(codec: Optional[KVCodec]) -> Optional[mx.array]:
-    return None if codec is None or codec.bias is None else codec.bias.bias
 
 
 def _own(array: mx.array) -> mx.array:

@@ -28,26 +28,28 @@ def to_state(cache: "CompressedKVCache") -> tuple:
     (format, description, fingerprint, offset, keys, values, key codes, value codes,
     balance, layout, bias); the description is JSON: the codec, the window, the sinks, a
     checksum of the rotations, the first position that has codes, and for rotating caches
-    how many tokens they hold.
+    how many tokens they hold. Balance, layout and bias are None if no codes needed them so far.
     """
+    codec = cache.codec
+    known = None, None, None
+    if cache.informed:
+        known = codec.balance, codec.layout, cache.bias
     return (
         FORMAT,
         _description(
-            cache.codec and cache.codec.spec,
-            cache.codec and cache.codec.checksum,
+            codec and codec.spec,
+            codec and codec.checksum,
             cache.visibility,
             cache.first_coded,
             cache.ring,
         ),
-        cache.fingerprint,
+        str(cache.fingerprint),
         cache.offset,
         cache.keys,
         cache.values,
         cache.key_codes,
         cache.value_codes,
-        cache.codec and cache.codec.balance,
-        cache.codec and cache.codec.layout,
-        cache.bias,
+        *known,
     )
 
 
@@ -75,6 +77,7 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
             return
         visibility, first_coded = Visibility(**parts["visibility"]), int(parts["first_coded"])
         spec = CodecSpec(**parts["codec"])
+        # Made when it is asked for; here it tells whether there is one of that name.
         key_quantizer(spec.key_codec, spec.key_bits)
         codec = KVCodec(spec, balance, None, layout)
         checksum, left_out = parts["rotation"], parts.get("biased", False)
@@ -82,7 +85,7 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
         raise ValueError(f"prompt cache: unreadable description ({error!r}): {REMEDY}") from error
     _require(checksum == codec.checksum, "its rotation is not the one that this version makes")
     _require(not (left_out and key_codes), "an older version left its model's key bias out of it")
-    cache.codec, cache.visibility, cache.bias = codec, visibility, bias
+    cache.codec, cache.visibility, cache.unplaced_bias = codec, visibility, bias
     if keys is None:
         return
     key_codes, value_codes = tuple(key_codes or ()), tuple(value_codes or ())
@@ -94,7 +97,7 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
     release((*cache.arrays, *known))
 
 
-def check_fits(cache: "CompressedKVCache", codec: KVCodec, fingerprint: str) -> None:
+def check_fits(cache: "CompressedKVCache", codec: KVCodec, fingerprint: Any) -> None:
     """Raise ValueError unless a filled cache can serve the layer of ``codec``."""
     ours, theirs = cache.codec.spec, codec.spec
     if (ours.head_dim, ours.value_dim) != (theirs.head_dim, theirs.value_dim):
@@ -102,10 +105,11 @@ def check_fits(cache: "CompressedKVCache", codec: KVCodec, fingerprint: str) -> 
             f"prompt cache: made for head dim {ours.head_dim}, the model has "
             f"{theirs.head_dim}: {REMEDY}"
         )
-    if cache.fingerprint and fingerprint and cache.fingerprint != fingerprint:
+    filled_by, other = str(cache.fingerprint), str(fingerprint)
+    if filled_by and other and filled_by != other:
         raise ValueError(
             f"prompt cache: made by another model or layer (fingerprint "
-            f"{cache.fingerprint}, this one is {fingerprint}): {REMEDY}"
+            f"{filled_by}, this one is {other}): {REMEDY}"
         )
 
 

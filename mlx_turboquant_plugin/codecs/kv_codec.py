@@ -66,6 +66,14 @@ class CodecSpec(NamedTuple):
         return 2 if self.key_codec == SEGMENTED else 1
 
 
+class Knowledge(NamedTuple):
+    """What a codec knows of its layer, see :class:`KVCodec`."""
+
+    balance: Optional[mx.array] = None
+    bias: Optional[KeyBias] = None
+    layout: Optional[mx.array] = None
+
+
 class KVCodec:
     """Encodes keys and values of one layer.
 
@@ -89,12 +97,60 @@ class KVCodec:
         layout: Optional[mx.array] = None,
     ):
         self.spec = spec
-        self.balance = balance
-        self.bias = bias
-        self.layout = layout
+        self._given = Knowledge(balance, bias, layout)
+        self._learn: Optional[Callable[[CodecSpec], Knowledge]] = None
         self.values = value_quantizer(spec.value_codec, spec.value_bits, spec.value_dim)
         self.key_rotation = Rotation(spec.head_dim // spec.segments, spec.seed)
         self.value_rotation = Rotation(spec.value_dim, spec.seed)
+
+    @classmethod
+    def learning(cls, spec: CodecSpec, learn: Callable[[CodecSpec], Knowledge]) -> "KVCodec":
+        """A codec that asks ``learn(spec)`` for balance, bias and layout when it needs them.
+
+        That is when it makes or reads its first codes.
+        """
+        codec = cls(spec)
+        codec._learn = learn
+        return codec
+
+    def with_spec(self, spec: CodecSpec) -> "KVCodec":
+        """What ``spec`` says, for the same layer."""
+        if spec == self.spec:
+            return self
+        codec = KVCodec(spec, *self._given)
+        codec._learn = self._learn
+        return codec
+
+    @property
+    def plain(self) -> "KVCodec":
+        """One that knows nothing of the layer, for what has no codes."""
+        return KVCodec(self.spec)
+
+    @functools.cached_property
+    def _known(self) -> Knowledge:
+        return self._given if self._learn is None else self._learn(self.spec)
+
+    def learn(self) -> None:
+        """Learn now what the first codes will need."""
+        self._known  # Kept from now on.
+
+    @property
+    def informed(self) -> bool:
+        """Whether it knows anything of its layer by now."""
+        known = self._given if self._learn is None else vars(self).get("_known", Knowledge())
+        return any(x is not None for x in known)
+
+    @property
+    def balance(self) -> Optional[mx.array]:
+        return self._known.balance
+
+    @property
+    def bias(self) -> Optional[KeyBias]:
+        return self._known.bias
+
+    @property
+    def layout(self) -> Optional[mx.array]:
+        return self._known.layout
 
     @functools.cached_property
     def keys(self):
@@ -104,10 +160,9 @@ class KVCodec:
 
     def makes_the_codes_of(self, other: "KVCodec", bias: Optional[mx.array]) -> bool:
         """Whether codes made by ``other``, which leave out a key bias (H, D), are its own."""
-        own = None if self.bias is None else self.bias.bias
         return (
             self.spec == other.spec
-            and _equal(own, bias)
+            and _equal(self.bias and self.bias.bias, bias)
             and _equal(self.balance, other.balance)
             and _equal(self.layout, other.layout)
         )

@@ -3,7 +3,7 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Union
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +12,9 @@ import numpy as np
 from ..rules import SettingsError
 from . import texts
 from .runs import prompt_cache
+
+# A name that ends like one of these promises it.
+FORMATS = {"csv", "html", "jpeg", "jpg", "json", "pdf", "png", "svg"}
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -25,28 +28,47 @@ def at_least(low: int) -> Callable[[str], int]:
     return number
 
 
-def output_file(text: str) -> Path:
-    """An argparse type: a file that can be written, as far as can be told beforehand."""
-    path = Path(text)
-    folder = path.absolute().parent
-    for wrong, why in (
-        (path.is_dir(), "it is a folder: name a file in it"),
-        (not folder.is_dir(), f"there is no folder {folder}: make it"),
-        (not os.access(path if path.exists() else folder, os.W_OK), "it is write-protected"),
-    ):
-        if wrong:
-            raise argparse.ArgumentTypeError(f"{text!r} can't be written: {why}")
-    return path
+def output_file(form: str) -> Callable[[str], Path]:
+    """An argparse type: a file of the format ``form`` that can be written now."""
+
+    def file(text: str) -> Path:
+        path = Path(text)
+        folder = path.absolute().parent
+        other = path.suffix[1:].lower()
+        for wrong, why in (
+            (path.is_dir(), "it is a folder: name a file in it"),
+            (not folder.is_dir(), f"there is no folder {folder}: make it"),
+            (other in FORMATS - {form}, f"it is named like {other}, and {form} is written: name it .{form}"),
+        ):
+            if wrong:
+                raise argparse.ArgumentTypeError(f"{text!r} can't be written: {why}")
+        try:
+            _try_to_write(path)
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} can't be written: {error.strerror}") from error
+        return path
+
+    return file
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file in UTF-8.
+def _try_to_write(path: Path) -> None:
+    """Raise OSError if that fails. Permissions alone don't tell: of /proc, for one."""
+    if path.exists() and not path.is_file():
+        return  # A pipe would end for its reader.
+    new = not os.path.lexists(path)
+    path.open("ab").close()
+    if new:
+        path.unlink()
+
+
+def write(path: Path, content: Union[str, bytes]) -> None:
+    """Write a file, text in UTF-8.
 
     Raises:
         SettingsError: it can't be written.
     """
     try:
-        path.write_text(text, "utf-8")
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise SettingsError(
             f"{str(path)!r} can't be written ({error}): choose another place"

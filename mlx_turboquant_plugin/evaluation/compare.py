@@ -6,15 +6,15 @@ may part, is shown beside it.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from ..activation import disable
 from ..cache import CompressedKVCache
@@ -22,14 +22,15 @@ from ..reporting import status
 from ..rules import PRESETS
 from .arguments import add_text_arguments, at_least, output_file, read_windows, write
 from .arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
-from .free_running import agreement, generate
+from .free_running import Generation, agreement, generate
 from .memory import bf16_bytes, bytes_by_length, layer_shapes
 from .page import page
+from .progress import progress
 from .report import Report, Result, lines
 from .runs import coded_tokens, load_model, prompt_cache
 from .statistics import RULE, summarise, verdict
-from .task_results import run_tasks
-from .tasks import DEEPEST, Prompt, depth, prompts
+from .task_results import Answers, answers, task_report
+from .tasks import DEEPEST, depth, prompts
 from .teacher_forcing import Divergence, lockstep
 from .worst_tokens import worst_tokens
 
@@ -70,9 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"where in a prompt the answer is, taken in turn, 0 to {DEEPEST} (0 0.25 0.5 0.75)",
     )
     parser.add_argument(
-        "--json", type=output_file, metavar="FILE", help="write everything that was measured"
+        "--json", type=output_file("json"), metavar="FILE", help="write everything that was measured"
     )
-    parser.add_argument("--html", type=output_file, metavar="FILE", help="write a page with plots")
+    parser.add_argument(
+        "--html", type=output_file("html"), metavar="FILE", help="write a page with plots"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,100 +85,136 @@ def run(args: argparse.Namespace) -> int:
         0; what is wrong with the arguments is raised as SettingsError.
     """
     disable()  # TURBOQUANT=1 would compress the exact run too
-    report = compare(args)
-    sys.stdout.write("\n".join(lines(report)) + "\n")
-    if args.json:
-        write(args.json, json.dumps(asdict(report), indent=1) + "\n")
-    if args.html:
-        write(args.html, page(report))
+    comparison = Comparison(args)
+    try:
+        comparison.measure()
+    finally:
+        # Whatever has failed, and after Ctrl-C, what was measured before counts.
+        if comparison.parts:
+            _show(args, comparison.report())
     return 0
 
 
-def compare(args: argparse.Namespace) -> Report:
-    """Measure every arm that ``args`` asks for."""
-    model, tokenizer = load_model(args.model)
-    windows = read_windows(args, model, tokenizer)
-    caches = prompt_cache(model)
-    # Never evaluated: shapes and dtypes are known without.
-    model(mx.zeros((1, 1), mx.int32), cache=caches)
-    dtype, shapes = caches[0].keys.dtype, layer_shapes(caches)
-    # A name that is given twice is measured once.
-    arms = [{**PRESET_ARMS, **BESIDE}[name] for name in dict.fromkeys(args.presets + args.beside)]
-    arms, left_out = applicable(arms, shapes)
-    lengths = sorted({*LENGTHS, args.length})
-    sizes = {arm.name: bytes_by_length(arm, model, shapes, dtype, lengths) for arm in arms}
-    model.set_dtype(mx.float32)
-    asked = list(prompts(tokenizer, args.tasks, args.task_lengths, args.depths))
-    layers = range(len(shapes) if args.json or args.html else 0)
-    layer_arm = PRESET_ARMS["default" if "default" in args.presets else args.presets[0]]
-    prompt = mx.array(windows[0][: -(-args.length // 2)])
-    with _progress(args, len(arms), len(layers), asked) as progress:
-        generations = {
-            arm.name: generate(arm, model, prompt, args.generate, progress)
-            for arm in ([EXACT, *arms] if args.generate else [])
+def _show(args: argparse.Namespace, report: Report) -> None:
+    try:
+        sys.stdout.write("\n".join(lines(report)) + "\n")
+    finally:
+        if args.json:
+            write(args.json, json.dumps(asdict(report), indent=1) + "\n")
+        if args.html:
+            write(args.html, page(report))
+
+
+class Comparison:
+    """Every arm that ``args`` asks for.
+
+    Attributes:
+        parts: the divergences of the arms in each window that all of them have read.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.model, self.tokenizer = load_model(args.model)
+        self.windows = read_windows(args, self.model, self.tokenizer)
+        caches = prompt_cache(self.model)
+        # Never evaluated: shapes and dtypes are known without.
+        self.model(mx.zeros((1, 1), mx.int32), cache=caches)
+        self.dtype, self.shapes = caches[0].keys.dtype, layer_shapes(caches)
+        # A name that is given twice is measured once.
+        names = dict.fromkeys(args.presets + args.beside)
+        arms = [{**PRESET_ARMS, **BESIDE}[name] for name in names]
+        self.arms, self.left_out = applicable(arms, self.shapes)
+        self.layer_arm = PRESET_ARMS["default" if "default" in args.presets else args.presets[0]]
+        self.prompt = mx.array(self.windows[0][: -(-args.length // 2)])
+        self.asked = list(prompts(self.tokenizer, args.tasks, args.task_lengths, args.depths))
+        self._lengths = sorted({*LENGTHS, args.length})
+        self._sizes = {
+            arm.name: bytes_by_length(arm, self.model, self.shapes, self.dtype, self._lengths)
+            for arm in self.arms
         }
-        exact = [Run(EXACT, model) for _ in windows]
-        runs: Dict[str, List[Run]] = {arm.name: [] for arm in arms}
-        found: Dict[str, List[Divergence]] = {arm.name: [] for arm in arms}
-        by_layer: List[float] = []
-        for index, window in enumerate(windows):
-            now = [Run(arm, model) for arm in arms]
-            extra = [Run(layer_arm.only(i), model) for i in layers] if index == 0 else []
-            parts = lockstep(exact[index], now + extra, mx.array(window), args.chunk, progress)
-            for arm, one_run, part in zip(arms, now, parts):
-                runs[arm.name].append(one_run)
-                found[arm.name].append(part)
-            by_layer += [part.kl for part in parts[len(arms) :]]
-            if index:
-                # Only the last caches are looked at.
-                for past in [exact[index - 1], *(done[index - 1] for done in runs.values())]:
-                    past.caches = []
-        tasks = run_tasks(asked, arms, model, args.chunk, progress) if asked else None
-    spoken = generations.get(EXACT.name)
-    state = status()
-    at = lengths.index(args.length)
-    sizes[EXACT.name] = [bf16_bytes(shapes, length) for length in lengths]
-    runs[EXACT.name] = exact
-    found[EXACT.name] = [part.of_exact() for part in found[arms[0].name]]
-    results = []
-    for arm in (EXACT, *arms):
-        said, size = generations.get(arm.name), sizes[arm.name]
-        results.append(
-            _result(
-                runs[arm.name],
-                found[arm.name],
-                free=said and agreement(spoken.tokens, said.tokens),
-                decode_tokens_per_second=said and said.speed,
-                kv_bytes_per_token=size[at] / args.length,
-                kv_ratio=sizes[EXACT.name][at] / size[at],
-                bytes_by_length=size,
-                worst=worst_tokens(tokenizer, windows, found[arm.name]) if arm.codes else [],
-                text=said and tokenizer.decode(said.tokens),
-            )
+        self._sizes[EXACT.name] = [bf16_bytes(self.shapes, length) for length in self._lengths]
+        self.parts: List[List[Divergence]] = []
+        self._runs: List[List[Run]] = []
+        self._by_layer: List[float] = []
+        self._generations: Dict[str, Generation] = {}
+        self._answers: List[Answers] = []
+
+    def measure(self) -> None:
+        """Read the windows, generate, and answer the tasks: what is done is kept."""
+        self.model.set_dtype(mx.float32)
+        layers = range(len(self.shapes) if self.args.json or self.args.html else 0)
+        with progress(self._total(len(layers)), " tokens") as bar:
+            for window in self.windows:
+                self._read(mx.array(window), [] if self.parts else layers, bar.update)
+            if self.args.generate:
+                self._generations = {
+                    arm.name: generate(arm, self.model, self.prompt, self.args.generate, bar.update)
+                    for arm in (EXACT, *self.arms)
+                }
+            for found in answers(self.asked, self.arms, self.model, self.args.chunk, bar.update):
+                self._answers.append(found)
+
+    def _total(self, layers: int) -> int:
+        """All tokens that are read or generated."""
+        contexts = sum(prompt.context.size for prompt in self.asked)
+        each = self.args.windows * self.args.length + self.args.generate + contexts
+        return (len(self.arms) + 1) * each + layers * self.args.length
+
+    def _read(self, window: mx.array, layers: Sequence[int], update: Callable[[int], Any]) -> None:
+        runs = [Run(arm, self.model) for arm in (EXACT, *self.arms)]
+        extra = [Run(self.layer_arm.only(i), self.model) for i in layers]
+        parts = lockstep(runs[0], runs[1:] + extra, window, self.args.chunk, update)
+        self._runs.append(runs)
+        self._by_layer += [part.kl for part in parts[len(self.arms) :]]
+        self.parts.append([parts[0].of_exact(), *parts[: len(self.arms)]])
+        # Only the last caches are looked at.
+        for past in itertools.chain(*self._runs[:-1]):
+            past.caches = []
+
+    def report(self) -> Report:
+        """What was measured so far: one window at least."""
+        args, state = self.args, status()
+        exact, *results = (self._result(*each) for each in enumerate((EXACT, *self.arms)))
+        asked = self.asked[: len(self._answers)]
+        return Report(
+            date=datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
+            command_line=args.command_line,
+            device=state.device,
+            versions=state.versions,
+            model=args.model,
+            source=args.tokens or args.text or "Python's manual (pydoc_data.topics)",
+            windows=len(self.parts),
+            length=args.length,
+            chunk=args.chunk,
+            generated=args.generate if self._generations else 0,
+            prompt=self.prompt.size,
+            quality_dtype="float32",
+            kv_bytes_dtype=str(self.dtype).removeprefix("mlx.core."),
+            exact=exact,
+            left_out=self.left_out,
+            results=results,
+            bin=BIN,
+            lengths=self._lengths,
+            layer_arm=self.layer_arm.name,
+            kl_by_layer=self._by_layer,
+            tasks=task_report(asked, self.arms, self._answers) if asked else None,
         )
-    return Report(
-        date=datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
-        command_line=args.command_line,
-        device=state.device,
-        versions=state.versions,
-        model=args.model,
-        source=args.tokens or args.text or "Python's manual (pydoc_data.topics)",
-        windows=args.windows,
-        length=args.length,
-        chunk=args.chunk,
-        generated=args.generate,
-        prompt=prompt.size,
-        quality_dtype="float32",
-        kv_bytes_dtype=str(dtype).removeprefix("mlx.core."),
-        exact=results[0],
-        left_out=left_out,
-        results=results[1:],
-        bin=BIN,
-        lengths=lengths,
-        layer_arm=layer_arm.name,
-        kl_by_layer=by_layer,
-        tasks=tasks,
-    )
+
+    def _result(self, index: int, arm: Arm) -> Result:
+        found = [parts[index] for parts in self.parts]
+        spoken, said = (self._generations.get(name) for name in (EXACT.name, arm.name))
+        at, size = self._lengths.index(self.args.length), self._sizes[arm.name]
+        return _result(
+            [runs[index] for runs in self._runs],
+            found,
+            free=said and agreement(spoken.tokens, said.tokens),
+            decode_tokens_per_second=said and said.speed,
+            kv_bytes_per_token=size[at] / self.args.length,
+            kv_ratio=self._sizes[EXACT.name][at] / size[at],
+            bytes_by_length=size,
+            worst=worst_tokens(self.tokenizer, self.windows, found) if arm.codes else [],
+            text=said and self.tokenizer.decode(said.tokens),
+        )
 
 
 def applicable(arms: Sequence[Arm], shapes: Sequence[Any]):
@@ -187,20 +226,6 @@ def applicable(arms: Sequence[Arm], shapes: Sequence[Any]):
         for arm in arms
         if arm not in kept
     ]
-
-
-def _progress(
-    args: argparse.Namespace, arms: int, layers: int, asked: Sequence[Prompt]
-) -> Any:
-    """A progress bar over tokens on a terminal's stderr; calling it adds to what is done."""
-
-    class Bar(tqdm):
-        __call__ = tqdm.update
-
-    contexts = sum(prompt.context.size for prompt in asked)
-    total = (arms + 1) * (args.windows * args.length + args.generate + contexts)
-    total += layers * args.length
-    return Bar(total=total, unit=" tokens", unit_scale=True, disable=None, leave=False)
 
 
 def _speed(runs: Sequence[Run]) -> float:

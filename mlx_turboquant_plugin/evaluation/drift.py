@@ -12,7 +12,7 @@ import statistics
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Iterator, List
+from typing import Any, Dict, Iterator, List, Tuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +25,7 @@ from ..codecs.kv_codec import KVCodec
 from ..rules import PRESETS, SettingsError
 from .arguments import add_text_arguments, output_file, read_windows, write
 from .arms import EXACT, PRESET_ARMS, Run
+from .progress import progress
 from .runs import load_model, prompt_cache
 from .teacher_forcing import lockstep
 
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--heads", action="store_true", help="a line for each KV head, too")
     parser.add_argument(
-        "--json", type=output_file, metavar="FILE", help="write everything that was measured"
+        "--json", type=output_file("json"), metavar="FILE", help="write everything that was measured"
     )
 
 
@@ -86,18 +87,34 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args.model)
     windows = read_windows(args, model, tokenizer)
     model.set_dtype(mx.float32)
-    heads, layers = measure(model, windows, args.chunk, args.preset)
-    sys.stdout.write("\n".join(_lines(args, heads, layers)) + "\n")
-    if args.json:
-        report = {"heads": [asdict(h) for h in heads], "layers": [asdict(x) for x in layers]}
-        write(args.json, json.dumps(report, indent=1) + "\n")
+    found = 0, [], []
+    try:
+        for count, errors in enumerate(measure(model, windows, args.chunk, args.preset), 1):
+            found = count, *errors
+    finally:
+        # Also after Ctrl-C.
+        if found[0]:
+            _show(args, *found)
     return 0
 
 
-def measure(model: nn.Module, windows: List[np.ndarray], chunk: int, preset: str):
-    """The errors of every KV head and of every layer, over all windows.
+def _show(
+    args: argparse.Namespace, windows: int, heads: List[HeadDrift], layers: List[LayerDrift]
+) -> None:
+    try:
+        sys.stdout.write("\n".join(_lines(args, windows, heads, layers)) + "\n")
+    finally:
+        if args.json:
+            report = {"heads": [asdict(h) for h in heads], "layers": [asdict(x) for x in layers]}
+            write(args.json, json.dumps(report, indent=1) + "\n")
 
-    Returns:
+
+def measure(
+    model: nn.Module, windows: List[np.ndarray], chunk: int, preset: str
+) -> Iterator[Tuple[List[HeadDrift], List[LayerDrift]]]:
+    """The errors of every KV head and of every layer, over the windows so far: after each.
+
+    Yields:
         HeadDrift of each head, and LayerDrift of each compressed layer.
 
     Raises:
@@ -115,22 +132,32 @@ def measure(model: nn.Module, windows: List[np.ndarray], chunk: int, preset: str
         )
     sums = {i: [] for i in probed}
     kls = []
-    for window in windows:
-        tokens = mx.array(window)
-        caches = prompt_cache(model)
-        for i in probed:
-            caches[i] = Probe(codecs[i].codec, codecs[i].visibility)
-        with _queries_seen(model):
-            for start in range(0, tokens.size, chunk):
-                logits = model(tokens[None, start : start + chunk], cache=caches)
-                mx.eval(logits, [cache.state for cache in caches])
-        runs = [Run(arm.only(i), model) for i in probed]
-        kls.append([part.kl for part in lockstep(Run(EXACT, model), runs, tokens, chunk)])
-        for i in probed:
-            sums[i].append(caches[i].sums)
+    with progress(len(windows) * length * (2 + len(probed)), " tokens") as bar:
+        for window in windows:
+            tokens = mx.array(window)
+            caches = prompt_cache(model)
+            for i in probed:
+                caches[i] = Probe(codecs[i].codec, codecs[i].visibility)
+            with _queries_seen(model):
+                for start in range(0, tokens.size, chunk):
+                    inputs = tokens[start : start + chunk]
+                    mx.eval(model(inputs[None], cache=caches), [cache.state for cache in caches])
+                    bar.update(inputs.size)
+            runs = [Run(arm.only(i), model) for i in probed]
+            parts = lockstep(Run(EXACT, model), runs, tokens, chunk, bar.update)
+            kls.append([part.kl for part in parts])
+            for i in probed:
+                sums[i].append(caches[i].sums)
+            yield _drifts(sums, np.mean(kls, axis=0))
+
+
+def _drifts(
+    sums: Dict[int, List[np.ndarray]], kls: np.ndarray
+) -> Tuple[List[HeadDrift], List[LayerDrift]]:
+    """The sums of each window, by layer, and the mean KL of each layer, as ratios."""
     heads, layers = [], []
-    for i, kl in zip(probed, np.mean(kls, axis=0)):
-        total = np.sum(sums[i], axis=0)
+    for (i, found), kl in zip(sums.items(), kls):
+        total = np.sum(found, axis=0)
         heads += [HeadDrift(i, head, *_ratios(row)) for head, row in enumerate(total)]
         layers.append(LayerDrift(i, *_ratios(total.sum(axis=0)), float(kl)))
     return heads, layers
@@ -235,9 +262,11 @@ def outstanding(layers: List[LayerDrift]) -> List[LayerDrift]:
     return [layer for layer in layers if layer.kl > limit]
 
 
-def _lines(args, heads: List[HeadDrift], layers: List[LayerDrift]) -> Iterator[str]:
+def _lines(
+    args: argparse.Namespace, windows: int, heads: List[HeadDrift], layers: List[LayerDrift]
+) -> Iterator[str]:
     yield (
-        f"{args.model}, preset {args.preset}: {args.windows} x {args.length} tokens in chunks of "
+        f"{args.model}, preset {args.preset}: {windows} x {args.length} tokens in chunks of "
         f"{args.chunk}, weights in float32"
     )
     yield "errors of each layer's own attention; KL of the model with that layer alone compressed"

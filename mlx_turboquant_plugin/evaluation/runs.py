@@ -33,6 +33,8 @@ def load_model(path: str) -> Tuple[nn.Module, Any]:
     advice = "name a folder with a model that mlx_lm.load can read, or a model on the Hub"
     if not Path(path).exists() and not _HUB_ID.fullmatch(path):
         raise SettingsError(f"--model is {path!r}, which does not exist: {advice}")
+    if _is_gguf(Path(path)):
+        raise SettingsError(f"--model is {path!r}, which is GGUF, and mlx-lm reads safetensors: {advice}")
     try:
         model, tokenizer = mlx_lm.load(path)
     except (OSError, ValueError) as error:
@@ -45,6 +47,13 @@ def load_model(path: str) -> Tuple[nn.Module, Any]:
             "own task with TURBOQUANT=1 and without"
         )
     return model, tokenizer
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether it is a file of that kind, or a folder with nothing else to load."""
+    if path.is_dir():
+        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
+    return path.suffix.lower() == ".gguf"
 
 
 @contextmanager

@@ -61,6 +61,7 @@ what a vector x loses, by the measure that the codec minimises, may be
 
 import argparse
 import functools
+import signal
 import sys
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -75,13 +76,14 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from .. import compiling, reference
 from ..attention.dispatch import attend
-from ..attention.fused import MAX_QUERIES, fallbacks
+from ..attention.fused import MAX_QUERIES, fallbacks_heard
 from ..attention.kernels import available_kernels, resolve_kernel
 from ..cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
 from ..codecs.key_bias import KeyBias
 from ..codecs.segmented import FIRST_BITS, USUAL_BITS
 from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
 from ..kernels import FUSED, fused_kernels
+from ..rules import KERNELS
 from . import stored
 from .cases import QUICK, Case, table
 
@@ -120,20 +122,19 @@ class Result(NamedTuple):
 def check(tested: Case, kernel: str) -> Result:
     """Run one case with the kernel of the given name."""
     layer = _Layer(tested, kernel)
-    before = fallbacks()
     try:
-        out = np.array(layer.attend().astype(mx.float32))
+        with fallbacks_heard() as notes:
+            out = np.array(layer.attend().astype(mx.float32))
     except Exception as error:  # A kernel may fail to compile: the others are still checked.
         return Result(np.inf, 0.0, f"{type(error).__name__}: {error}")
-    note = "".join(message for message in fallbacks() if message not in before)
     excess = layer.excess()
     if not excess <= 1:
-        note += f"codes lose {excess:.3g} times what they may"
+        notes.append(f"codes lose {excess:.3g} times what they may")
     if not layer.holds_what_was_given():
-        note += "exact tokens are not those that were given"
+        notes.append("exact tokens are not those that were given")
     expected, tolerance = layer.expected()
     error = np.abs(out - expected).max()
-    return Result(float(error), tolerance, note)
+    return Result(float(error), tolerance, "; ".join(notes))
 
 
 class _Layer:
@@ -387,7 +388,9 @@ def _fp64(x: mx.array) -> np.ndarray:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
-    parser.add_argument("--kernel", help="only this one (default: all that this device can run)")
+    parser.add_argument(
+        "--kernel", choices=KERNELS, help="only this one (default: all that this device can run)"
+    )
     shapes = parser.add_mutually_exclusive_group()
     shapes.add_argument("--quick", action="store_true", help="a few cases")
     shapes.add_argument(
@@ -401,7 +404,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0 if all is right, 1 if anything is not.
     """
-    kernels = [resolve_kernel(args.kernel)] if args.kernel else available_kernels()
+    kernels = [resolve_kernel(args.kernel, "--kernel")] if args.kernel else available_kernels()
     if not fused_kernels():
         sys.stdout.write(
             f"no fused kernel runs on {mx.default_device()}; checking {' and '.join(kernels)}\n"
@@ -409,14 +412,15 @@ def run(args: argparse.Namespace) -> int:
     if "compiled" in kernels and compiling.problem():
         sys.stdout.write(f"compiled: {compiling.problem()}\n")
     failed, total = 0, 0
-    for kernel in kernels:
-        cases = QUICK if args.quick else list(table(args.all))
-        for tested, result in zip(cases, _results(cases, kernel)):
-            total, failed = total + 1, failed + (not result.ok)
-            sys.stdout.write(_line(kernel, tested, result) + "\n")
-            # A pipe shows what is done, too.
-            sys.stdout.flush()
-    sys.stdout.write(f"{total - failed} of {total} OK\n")
+    try:
+        for kernel in kernels:
+            cases = QUICK if args.quick else list(table(args.all))
+            for tested, result in zip(cases, _results(cases, kernel)):
+                total, failed = total + 1, failed + (not result.ok)
+                sys.stdout.write(_line(kernel, tested, result) + "\n")
+    finally:
+        # Also after Ctrl-C.
+        sys.stdout.write(f"{total - failed} of {total} OK\n")
     return 1 if failed else 0
 
 
@@ -428,7 +432,9 @@ def _results(cases: Sequence[Case], kernel: str) -> Iterator[Result]:
     if mx.default_device().type != mx.gpu:
         yield from (check(tested, kernel) for tested in cases)
         return
-    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
+    # Ctrl-C ends these processes, too, and one traceback each would be too many.
+    quiet = signal.signal, (signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn"), *quiet) as pool:
         yield from pool.map(check, cases, repeat(kernel))
 
 

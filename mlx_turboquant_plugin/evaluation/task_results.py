@@ -69,19 +69,27 @@ class TaskReport:
     answers: List[Dict[str, Any]]
 
 
-def run_tasks(
+# By arm and origin of the cache.
+Answers = Dict[str, Dict[str, Answer]]
+
+
+def answers(
     prompts: Sequence[Prompt],
     arms: Sequence[Arm],
     model: nn.Module,
     chunk: int,
     progress: Callable[[int], Any],
+) -> Iterator[Answers]:
+    """What the exact run and ``arms`` answer to each prompt."""
+    for prompt in prompts:
+        yield {arm.name: answer(arm, model, prompt, chunk, progress) for arm in (EXACT, *arms)}
+
+
+def task_report(
+    prompts: Sequence[Prompt], arms: Sequence[Arm], found: Sequence[Answers]
 ) -> TaskReport:
-    """Let the exact run and ``arms`` answer every prompt."""
+    """The answers ``found`` to each of ``prompts``, together."""
     names = [EXACT.name, *(arm.name for arm in arms)]
-    found = [
-        {arm.name: answer(arm, model, prompt, chunk, progress) for arm in (EXACT, *arms)}
-        for prompt in prompts
-    ]
     asked = [task for task in TASKS if any(prompt.task == task for prompt in prompts)]
     results = [
         _result(task, name, origin, [f for f, p in zip(found, prompts) if p.task == task])
@@ -109,7 +117,7 @@ def _place(prompt: Prompt) -> tuple:
 
 
 def _result(
-    task: str, name: str, origin: str, found: Sequence[Dict[str, Dict[str, Answer]]]
+    task: str, name: str, origin: str, found: Sequence[Answers]
 ) -> TaskResult:
     ours = [answers[name][origin] for answers in found]
     exact = [answers[EXACT.name]["read"] for answers in found]

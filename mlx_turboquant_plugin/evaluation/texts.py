@@ -63,10 +63,12 @@ def windows(tokens: np.ndarray, count: int, length: int, first_repeats: bool) ->
     head, text = (tokens[:1], tokens[1:]) if first_repeats else (tokens[:0], tokens)
     step = length - len(head)
     if len(text) < count * step:
+        enough = len(text) // step
+        room = f"enough for {enough}" if enough else "less than one window takes"
         raise SettingsError(
             f"--windows is {count} and --length is {length}, which takes "
-            f"{len(head) + count * step} tokens, but there are {len(tokens)}, enough for "
-            f"{len(text) // step} windows: choose fewer or shorter windows, or a longer text"
+            f"{len(head) + count * step} tokens, but there are {len(tokens)}, {room}: choose "
+            "fewer or shorter windows, or a longer text"
         )
     return [np.concatenate([head, text[i * step : (i + 1) * step]]) for i in range(count)]
 

@@ -8,6 +8,7 @@ differ: the codes of the kept tokens are the same.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from ..cache import CompressedKVCache
 from ..rules import PRESETS, SettingsError
 from .arguments import add_text_arguments, at_least, output_file, read_windows, write
 from .arms import PRESET_ARMS, Run
+from .progress import progress
 from .runs import load_model
 from .teacher_forcing import lockstep
 
@@ -71,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens to trim off at each place (1 16 17 300)",
     )
     parser.add_argument(
-        "--json", type=output_file, metavar="FILE", help="write everything that was measured"
+        "--json", type=output_file("json"), metavar="FILE", help="write everything that was measured"
     )
 
 
@@ -92,16 +94,26 @@ def run(args: argparse.Namespace) -> int:
             f"{args.length}: choose smaller ones, or a longer window"
         )
     model.set_dtype(mx.float32)
-    cuts = [
-        one
-        for window in windows
-        for at in places
-        for one in cut(model, mx.array(window), args.chunk, args.preset, at, args.remove)
-    ]
-    sys.stdout.write("\n".join(_lines(args, cuts)) + "\n")
-    if args.json:
-        write(args.json, json.dumps([asdict(c) for c in cuts], indent=1) + "\n")
+    cuts: List[Cut] = []
+    try:
+        with progress(len(windows) * len(places) * len(args.remove), " cuts") as bar:
+            for window, at in itertools.product(windows, places):
+                for one in cut(model, mx.array(window), args.chunk, args.preset, at, args.remove):
+                    cuts.append(one)
+                    bar.update()
+    finally:
+        # Also after Ctrl-C.
+        if cuts:
+            _show(args, cuts)
     return int(any(c.outcome == "differs" for c in cuts))
+
+
+def _show(args: argparse.Namespace, cuts: List[Cut]) -> None:
+    try:
+        sys.stdout.write("\n".join(_lines(args, cuts)) + "\n")
+    finally:
+        if args.json:
+            write(args.json, json.dumps([asdict(c) for c in cuts], indent=1) + "\n")
 
 
 def cut(

@@ -15,6 +15,9 @@ import numpy as np
 from ..codecs.segmented import ERRORS, FIRST_BITS
 from .projections import Projection
 
+# Of a matrix, to be looked at at once.
+ROWS = 256
+
 
 def projection_rms(
     projection: Projection, norm: nn.Module, heads: int, biased: bool = False
@@ -27,8 +30,13 @@ def projection_rms(
         biased: whether the bias counts: that of queries does, that of keys is kept out
             of the codes.
     """
-    weight = projection.weight()
-    square = mx.sum((weight * norm_rms(norm, 1, weight.shape[1])) ** 2, axis=-1)
+    squares = []
+    for first in range(0, projection.outputs, ROWS):
+        weight = projection.weight(slice(first, first + ROWS))
+        squares.append(mx.sum((weight * norm_rms(norm, 1, weight.shape[1])) ** 2, axis=-1))
+        # One after the other, or there would be a second copy of the weights.
+        mx.eval(squares[-1])
+    square = mx.concatenate(squares)
     bias = projection.bias()
     if biased and bias is not None:
         square = square + bias.astype(mx.float32) ** 2

@@ -7,6 +7,7 @@ text does, and need no tokenizer (docs/quality.md).
 
 import copy
 import os
+import threading
 import weakref
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -19,10 +20,11 @@ from mlx_lm.utils import get_total_parameters
 
 from ..cache.observed import ObservedKVCache
 from ..codecs.key_bias import KeyBias, RotaryTable
+from .. import patching
 from ..log import logger
 from . import calibration_file
 from .calibration_file import Statistics
-from .family import attention_of, family_of
+from .family import attention_of, family_of, layers_of
 
 # As many as tell all they can: with half of them the text's loss is 5% larger.
 TOKENS = 512
@@ -34,8 +36,56 @@ FEWEST = 16
 SKIPPED = 4
 SEED = 2504
 
-# By the identity of an attention module: what it was measured with.
+# By the identity of an attention module: what it was measured with, and how it can be.
 _measured: Dict[int, Tuple[weakref.ref, Tuple[Any, ...], Optional[Statistics]]] = {}
+_expected: Dict[int, Tuple[weakref.ref, "Calibration"]] = {}
+
+# One thread measures, and the others wait for what it finds.
+_lock = threading.RLock()
+
+
+class Calibration:
+    """How to measure a model, once one of its layers needs to know.
+
+    Args:
+        model: not held.
+        caches: mlx-lm's own caches for it, empty.
+    """
+
+    def __init__(self, model: nn.Module, caches: Sequence[Any]):
+        self._model = weakref.ref(model)
+        # The originals may be filled before the measuring.
+        self._caches = [_observed(cache) for cache in caches]
+        self._attentions = [
+            weakref.ref(one) for one in _attentions(layers_of(model)) if one is not None
+        ]
+        for reference in self._attentions:
+            _keep(_expected, reference(), self)
+
+    def statistics(self, attention: nn.Module) -> Tuple[bool, Optional[Statistics]]:
+        """Those of one of the model's attentions, see :func:`statistics_for`."""
+        with _lock:
+            known, model = _known(attention), self._model()
+            # Queries are observed by what switching compression off has put back.
+            if not known[0] and model is not None and patching.active():
+                statistics_of(model, layers_of(model), self._caches)
+                known = _known(attention)
+            return known
+
+    @property
+    def failed(self) -> bool:
+        """Whether it was tried in vain; False if the model is gone."""
+        attentions = [one for one in (reference() for reference in self._attentions) if one]
+        known = map(_known, attentions)
+        return bool(attentions) and all(found and one is None for found, one in known)
+
+
+def statistics_for(attention: nn.Module) -> Tuple[bool, Optional[Statistics]]:
+    """Whether an attention has been measured, maybe just now, and what was found."""
+    reference, calibration = _expected.get(id(attention), (None, None))
+    if reference is None or reference() is not attention:
+        return False, None
+    return calibration.statistics(attention)
 
 
 def statistics_of(
@@ -49,7 +99,7 @@ def statistics_of(
     Args:
         layers, caches: the layers, and mlx-lm's own caches for them, empty.
     """
-    attentions = [attention_of(layer)[0] for layer in layers]
+    attentions = _attentions(layers)
     known = [_known(attention) for attention in attentions]
     if not any(attentions) or all(found for found, _ in known):
         return [statistics for _, statistics in known]
@@ -60,17 +110,25 @@ def statistics_of(
         found = [None] * len(layers)
     for attention, statistics in zip(attentions, found):
         if attention is not None:
-            key = id(attention)
-            reference = weakref.ref(attention, lambda _, key=key: _measured.pop(key, None))
-            _measured[key] = reference, _leaves(attention), statistics
+            _keep(_measured, attention, _leaves(attention), statistics)
     return found
+
+
+def _attentions(layers: Sequence[Any]) -> List[Optional[nn.Module]]:
+    return [attention_of(layer)[0] for layer in layers]
+
+
+def _keep(table: Dict[int, Tuple], attention: nn.Module, *values: Any) -> None:
+    """Note ``values`` for as long as there is the attention."""
+    key = id(attention)
+    table[key] = weakref.ref(attention, lambda _: table.pop(key, None)), *values
 
 
 def _loaded_or_measured(
     model: nn.Module, attentions: Sequence[Any], caches: Sequence[Any]
 ) -> List[Optional[Statistics]]:
     tokens = _tokens(model)
-    if _distributed():
+    if distributed():
         return _measure(model, attentions, caches, tokens)
     fingerprint = calibration_file.fingerprint(model, attentions, tokens)
     found = calibration_file.load(fingerprint, len(attentions))
@@ -96,7 +154,7 @@ def _leaves(attention: nn.Module) -> Tuple[mx.array, ...]:
     return tuple(x for _, x in tree_flatten(attention.parameters()))
 
 
-def _distributed() -> bool:
+def distributed() -> bool:
     """Whether other processes run parts of the model: then all must do the same."""
     return not {"MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}.isdisjoint(os.environ)
 
@@ -135,7 +193,7 @@ def _tokens(model: nn.Module) -> mx.array:
 
 def _count(model: nn.Module) -> int:
     # All parts of a model must do the same, whatever share of the weights they have.
-    if mx.default_device().type == mx.gpu or _distributed():
+    if mx.default_device().type == mx.gpu or distributed():
         return TOKENS
     return min(TOKENS, max(FEWEST, int(CPU_WORK / get_total_parameters(model))))
 

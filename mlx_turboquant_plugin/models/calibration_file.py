@@ -14,10 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..cache_folder import cache_folder
 from ..log import logger
 
 FORMAT = "turboquant-statistics/1"
-FOLDER = "mlx_turboquant"
 EMBEDDINGS = nn.Embedding, nn.QuantizedEmbedding
 # Of a matrix, for the fingerprint.
 ROWS = 8
@@ -113,5 +113,4 @@ def save(key: str, statistics: Sequence[Optional[Statistics]]) -> None:
 
 
 def _path(key: str) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / FOLDER / f"{key}.safetensors"
+    return cache_folder() / f"{key}.safetensors"

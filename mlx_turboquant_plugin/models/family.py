@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from .projections import Projection, base_linear, fused_projections
@@ -73,12 +74,20 @@ class Family:
         """The projections of queries, keys and values, as far as there are any.
 
         Raises:
-            ValueError: the layer has no keys of its own.
+            ValueError: the layer has no keys of its own, or something else than linear layers.
         """
         missing = [name for name in self.projections[:2] if name not in attention]
         if missing:
             raise ValueError(f"a layer without {missing[0]} shares the keys of another")
-        linears = [base_linear(attention[n]) for n in self.projections if n in attention]
+        linears = []
+        for name in self.projections:
+            if name not in attention:
+                continue
+            linear = base_linear(attention[name])
+            if not isinstance(getattr(linear, "weight", None), mx.array):
+                kind = type(attention[name]).__name__
+                raise ValueError(f"its {name} is a {kind}, not a linear layer with a weight")
+            linears.append(linear)
         if len(self.projections) > 1 or self.dims:
             return tuple(map(Projection, linears))
         return fused_projections(linears[0], *self.head_counts(attention), self.grouped)
@@ -108,7 +117,8 @@ def layers_of(model: Any) -> List[Any]:
 
 def attention_of(layer: Any) -> Tuple[Any, Optional[Family]]:
     """The attention of a layer and its family; (None, None) if none is supported."""
-    for path in {family.layer_attention for family in _families.values()}:
+    # In the order of registration: a set has another order in each process.
+    for path in dict.fromkeys(family.layer_attention for family in _families.values()):
         attention = _deep(layer, path)
         family = family_of(attention)
         if family is not None and family.layer_attention == path:

@@ -1,7 +1,7 @@
-"""The hook of ``mlx_lm.models.cache``.
+"""The hooks of ``mlx_lm.models.cache`` and ``mlx_lm.generate``.
 
-That module may be imported by one of this package that is half imported itself. So the
-rest is imported when mlx-lm first makes or loads a prompt cache.
+These modules may be imported by one of this package that is half imported itself. So the
+rest is imported when mlx-lm first makes or loads a prompt cache, or fills one.
 """
 
 from types import ModuleType
@@ -11,7 +11,7 @@ from . import upstream
 
 
 def patch(module: ModuleType) -> None:
-    """Have prompt caches made and loaded by :mod:`prompt_cache`."""
+    """Have prompt caches made, saved and loaded by :mod:`prompt_cache`."""
     if upstream.available():
         from . import prompt_cache
 
@@ -19,6 +19,13 @@ def patch(module: ModuleType) -> None:
         return
     patching.wrap(module, "make_prompt_cache", _make_prompt_cache)
     patching.wrap(module, "load_prompt_cache", _load_prompt_cache)
+    patching.wrap(module, "save_prompt_cache", _save_prompt_cache)
+
+
+def patch_generate(module: ModuleType) -> None:
+    """Have ``kv_bits`` refused with the first token, not where mlx-lm would begin to quantise."""
+    if not upstream.available():
+        patching.wrap(module, "maybe_quantize_kv_cache", _maybe_quantize_kv_cache)
 
 
 def _make_prompt_cache(wrapped, instance, args, kwargs):
@@ -28,8 +35,25 @@ def _make_prompt_cache(wrapped, instance, args, kwargs):
     return prompt_cache.compress(args[0] if args else kwargs["model"], caches)
 
 
+def _save_prompt_cache(wrapped, instance, args, kwargs):
+    from . import prompt_cache
+
+    prompt_cache.inform(args[1] if len(args) > 1 else kwargs["cache"])
+    return wrapped(*args, **kwargs)
+
+
 def _load_prompt_cache(wrapped, instance, args, kwargs):
     from . import prompt_cache
 
     prompt_cache.check_saved(args[0] if args else kwargs["file_name"])
+    return wrapped(*args, **kwargs)
+
+
+def _maybe_quantize_kv_cache(wrapped, instance, args, kwargs):
+    from . import prompt_cache
+
+    caches = args[0] if args else kwargs["prompt_cache"]
+    bits = args[3] if len(args) > 3 else kwargs["kv_bits"]
+    if bits is not None:
+        prompt_cache.refuse_kv_bits(caches, bits)
     return wrapped(*args, **kwargs)

@@ -1,41 +1,65 @@
-"""What a cache needs to know about an attention layer, read from its weights."""
+"""What a cache needs to know about an attention layer.
 
+Shapes, types and settings say what its cache is like. What its weights say is read when the
+first codes are written: a cache that never needs any costs nothing.
+"""
+
+import functools
 import json
 import weakref
 import zlib
 from dataclasses import dataclass, replace
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from .. import compiling
 from ..attention.dispatch import BRIDGE
 from ..attention.kernels import resolve_kernel
 from ..cache import Visibility
 from ..codecs.key_bias import KeyBias
-from ..codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
+from ..codecs.kv_codec import SEGMENTED, CodecSpec, Knowledge, KVCodec
 from ..rules import PRESETS
 from ..settings import Configuration, Settings, in_force
 from .balance import balance, layout, norm_rms, projection_rms
+from .calibration import statistics_for
 from .calibration_file import Statistics
 from .family import Family, family_of
-from .projections import Projection, base_linear
+from .projections import Projection
+
+
+class Fingerprint:
+    """As a string it tells a layer from others, by a part of its weights.
+
+    These are read when they are asked for, and not held.
+    """
+
+    def __init__(self, linear: nn.Module):
+        self._linear = weakref.ref(linear)
+
+    @functools.cached_property
+    def _text(self) -> str:
+        linear = self._linear()
+        if linear is None:
+            return ""
+        return f"{zlib.crc32(bytes(linear.weight[:1].view(mx.uint8))):08x}"
+
+    def __str__(self) -> str:
+        return self._text
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention layer as its caches see it."""
+    """One attention layer as its caches see it: without its weights, which these may outlive."""
 
     codec: KVCodec
     visibility: Visibility
     kernel: str
-    fingerprint: str
+    fingerprint: Fingerprint
     settings: Settings
     configuration: Configuration
-    norm: Optional[nn.Module]
-    statistics: Optional[Statistics]
-    weights: Tuple[Any, ...]
     rope: Any
 
     def key_bias(self, bias: mx.array) -> KeyBias:
@@ -43,14 +67,22 @@ class Layer:
         return KeyBias(bias, self.rope)
 
 
-_layers: Dict[int, Tuple[weakref.ref, Layer]] = {}
+class _Known(NamedTuple):
+    """A layer and what it was made of."""
+
+    attention: weakref.ref
+    norm: Optional[nn.Module]
+    parts: Tuple[Any, ...]
+    layer: Layer
+
+
+_layers: Dict[int, _Known] = {}
 
 
 def known_layer(
     attention: nn.Module,
     norm: Optional[nn.Module] = None,
     settings: Optional[Settings] = None,
-    statistics: Optional[Statistics] = None,
 ) -> Layer:
     """The layer of an attention module, made again if its weights or settings changed.
 
@@ -59,30 +91,29 @@ def known_layer(
             without norms of its heads, its keys are not balanced.
         settings: None stands for the settings it is known with, if they are still in force,
             or the general ones.
-        statistics: of its keys and queries; None for those it is known with. Without any the
-            weights have to do.
 
     Raises:
         ValueError: its keys and values can't be compressed.
     """
-    reference, layer = _layers.get(id(attention), (None, None))
-    known = reference is not None and reference() is attention
-    if known:
-        norm = norm or layer.norm
-        same = all(a is b for a, b in zip(layer.weights, replaceable(attention)))
-        statistics = statistics or (layer.statistics if same else None)
-        if layer.configuration is in_force():
-            settings = settings or layer.settings
-    settings = settings or _general()
-    if known and same and norm is layer.norm and settings == layer.settings:
-        if statistics is layer.statistics:
-            if layer.configuration is not in_force():
-                layer = replace(layer, configuration=in_force())
-                _layers[id(attention)] = reference, layer
-            return layer
-    layer = _read_layer(attention, norm, settings, statistics)
     key = id(attention)
-    _layers[key] = (weakref.ref(attention, lambda _: _layers.pop(key, None)), layer)
+    known = _layers.get(key)
+    if known is not None and known.attention() is not attention:
+        known = None
+    if known is not None:
+        norm = known.norm if norm is None else norm
+        if known.layer.configuration is in_force():
+            settings = settings or known.layer.settings
+    settings = settings or _general()
+    parts = _parts(attention, norm)
+    if known is not None and settings == known.layer.settings and _same(parts, known.parts):
+        layer = known.layer
+        if layer.configuration is not in_force():
+            layer = replace(layer, configuration=in_force())
+            _layers[key] = known._replace(layer=layer)
+        return layer
+    layer = _read_layer(attention, norm, settings)
+    reference = weakref.ref(attention, lambda _: _layers.pop(key, None))
+    _layers[key] = _Known(reference, norm, parts, layer)
     return layer
 
 
@@ -94,19 +125,21 @@ def _general() -> Settings:
     return replace(general, **bits)
 
 
-def replaceable(attention: nn.Module) -> Tuple[Any, ...]:
-    """What is replaced when a layer is loaded, quantised, sharded or adapted."""
-    names = family_of(attention).projections[:2]
-    linears = [base_linear(attention[name]) for name in names if name in attention]
-    return (*linears, *(x.weight for x in linears), *(x.get("bias") for x in linears))
+def _parts(attention: nn.Module, norm: Optional[nn.Module]) -> Tuple[Any, ...]:
+    """What is replaced when a layer is loaded, quantised, sharded, trained or adapted."""
+    # Not the attention itself, which nobody here may keep.
+    modules = [module for _, module in attention.named_modules() if module is not attention]
+    weights = tree_flatten(attention.parameters())
+    if norm is not None:
+        weights += tree_flatten(norm.parameters())
+    return (norm, *modules, *(x for _, x in weights))
 
 
-def _read_layer(
-    attention: nn.Module,
-    norm: Optional[nn.Module],
-    settings: Settings,
-    statistics: Optional[Statistics],
-) -> Layer:
+def _same(some: Tuple[Any, ...], others: Tuple[Any, ...]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others))
+
+
+def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Settings) -> Layer:
     family = family_of(attention)
     obstacle = family.obstacle(attention)
     if obstacle:
@@ -124,26 +157,50 @@ def _read_layer(
     )
     if not compiling.problem() and not exact:
         compiling.prepare(json.dumps(spec))
-    rms, bias = _rms_and_bias(
-        family, attention, norm, projections, head_dim, statistics
-    )
-    rope = None if family.dims else getattr(attention, family.rope, None)
-    factors = balance(*rms, rope) if rms and settings.balance else None
-    cut = layout(*rms, rope) if rms and spec.segments > 1 else None
-    mx.eval([x for x in (factors, cut) if x is not None])
+    found = weakref.ref(attention), None if norm is None else weakref.ref(norm)
     linear = projections[min(1, len(projections) - 1)].linear
     return Layer(
-        KVCodec(spec, factors, bias, cut),
+        KVCodec.learning(spec, functools.partial(_learn, *found, settings.balance)),
         Visibility(settings.window, settings.sinks, settings.invariant),
         BRIDGE if settings.bypass == BRIDGE else resolve_kernel(settings.kernel),
-        f"{zlib.crc32(bytes(linear.weight[:1].view(mx.uint8))):08x}",
+        Fingerprint(linear),
         settings,
         in_force(),
-        norm,
-        statistics,
-        replaceable(attention),
-        rope,
+        _rope_of(family, attention),
     )
+
+
+def _learn(
+    attention_found: Callable[[], Optional[nn.Module]],
+    norm_found: Optional[Callable[[], Optional[nn.Module]]],
+    balanced: bool,
+    spec: CodecSpec,
+) -> Knowledge:
+    """What there is to know of a layer, by its statistics or its weights.
+
+    Nothing, if its model is gone.
+    """
+    attention = attention_found()
+    if attention is None:
+        return Knowledge()
+    statistics = None
+    if spec.key_codec != "exact":
+        measured, statistics = statistics_for(attention)
+        if not measured:
+            # Codecs to come may learn more.
+            _layers.pop(id(attention), None)
+    family = family_of(attention)
+    norm = norm_found and norm_found()
+    rms, bias = _rms_and_bias(family, attention, norm, spec.head_dim, statistics)
+    rope = _rope_of(family, attention)
+    factors = balance(*rms, rope) if rms and balanced else None
+    cut = layout(*rms, rope) if rms and spec.segments > 1 else None
+    mx.eval([x for x in (factors, cut) if x is not None])
+    return Knowledge(factors, bias, cut)
+
+
+def _rope_of(family: Family, attention: nn.Module) -> Any:
+    return None if family.dims else getattr(attention, family.rope, None)
 
 
 def _head_dims(
@@ -174,7 +231,6 @@ def _rms_and_bias(
     family: Family,
     attention: nn.Module,
     norm: Optional[nn.Module],
-    projections: Tuple[Projection, ...],
     head_dim: int,
     statistics: Optional[Statistics],
 ) -> Tuple[Optional[Tuple[mx.array, mx.array]], Optional[KeyBias]]:
@@ -197,7 +253,7 @@ def _rms_and_bias(
         # What a norm makes of a bias is not the same for every token.
         rms = norm_rms(key_norm, kv_heads, head_dim), norm_rms(query_norm, heads, head_dim)
     else:
-        queries, keys, *_ = projections
+        queries, keys, *_ = family.projections_of(attention)
         if keys.bias() is not None:
             bias = KeyBias(keys.bias().reshape(kv_heads, -1), rope)
         if norm is not None:

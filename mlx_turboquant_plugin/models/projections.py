@@ -22,16 +22,16 @@ class Projection(NamedTuple):
     def outputs(self) -> int:
         return self.linear.weight.shape[0] if self.rows is None else self.rows.size
 
-    def weight(self) -> mx.array:
-        """The weights, dequantised: fp32 (outputs, inputs)."""
+    def weight(self, some: slice) -> mx.array:
+        """The weights of some outputs, dequantised: fp32 (outputs, inputs)."""
         linear = self.linear
-        weight = self._chosen(linear.weight)
+        weight = self._chosen(linear.weight, some)
         if "scales" in linear:
             biases = linear.get("biases")
             weight = mx.dequantize(
                 weight,
-                self._chosen(linear.scales),
-                None if biases is None else self._chosen(biases),
+                self._chosen(linear.scales, some),
+                None if biases is None else self._chosen(biases, some),
                 group_size=linear.group_size,
                 bits=linear.bits,
                 mode=getattr(linear, "mode", "affine"),
@@ -42,8 +42,8 @@ class Projection(NamedTuple):
         """The bias, (outputs,), or None."""
         return self._chosen(self.linear.bias) if "bias" in self.linear else None
 
-    def _chosen(self, array: mx.array) -> mx.array:
-        return array if self.rows is None else array[self.rows]
+    def _chosen(self, array: mx.array, some: slice = slice(None)) -> mx.array:
+        return array[some] if self.rows is None else array[self.rows[some]]
 
 
 def base_linear(projection: nn.Module) -> nn.Module:

@@ -13,17 +13,18 @@ from ..cache.observed import ObservedKVCache
 from ..log import log_once, logger
 from . import table, upstream
 from .attention import bind
-from .calibration import statistics_of
-from .calibration_file import Statistics
+from .calibration import Calibration, distributed
 from .family import attention_of, layers_of
 from .identity import identity_of
 from .layer import known_layer
 
 KINDS = (CompressedKVCache, RotatingCompressedKVCache, BatchCompressedKVCache)
 # Kinds of mlx-lm's that this package would have replaced.
+BY_WEIGHTS = "; keys go by the weights alone, since it could not be measured"
 UNCOMPRESSED = {"KVCache", "QuantizedKVCache", "RotatingKVCache"}
 
-_reports: Dict[settings.ModelIdentity, str] = {}
+# What became of each model's caches, and the calibration of those that are compressed.
+_reports: Dict[settings.ModelIdentity, Tuple[str, Optional[Calibration]]] = {}
 
 
 def register() -> None:
@@ -48,14 +49,48 @@ def check_saved(file: str) -> None:
         )
 
 
+def inform(caches: List[Any]) -> None:
+    """Have caches learn what their codes will need: whoever loads them may not have the model.
+
+    Not where other processes run parts of the model, which may save nothing now.
+    """
+    if distributed():
+        return
+    for cache in caches:
+        for one in getattr(cache, "caches", [cache]):
+            if isinstance(one, CompressedKVCache) and not one.empty():
+                one.codec.learn()
+
+
+def refuse_kv_bits(caches: List[Any], bits: int) -> None:
+    """Say, once, that mlx-lm's own quantisation is left out where ``caches`` are compressed."""
+    ours = next((cache for cache in caches if isinstance(cache, CompressedKVCache)), None)
+    if ours is not None:
+        ours.to_quantized(bits=bits)
+
+
 def report() -> List[str]:
     """One line about each model that a cache was made for: compressed how, or why not."""
-    return list(_reports.values())
+    return [
+        text + BY_WEIGHTS if calibration is not None and calibration.failed else text
+        for text, calibration in _reports.values()
+    ]
 
 
 def compress(model: Any, caches: List[Any]) -> List[Any]:
-    """Replace the KVCaches of ``caches`` by compressed ones where the model allows it."""
+    """Replace the KVCaches of ``caches`` by compressed ones where the model allows it.
+
+    No weight is evaluated, and the model is not run.
+    """
     identity = identity_of(model)
+    try:
+        return _compress(model, identity, caches)
+    except Exception as error:  # Models can be changed in any way, and have to run.
+        logger.debug("the failure in full", exc_info=True)
+        return _leave(identity, caches, f"{type(error).__name__}: {error}")
+
+
+def _compress(model: Any, identity: settings.ModelIdentity, caches: List[Any]) -> List[Any]:
     chosen = settings.in_force().for_model(identity)
     pattern = chosen.opted_out(identity)
     if pattern is not None:
@@ -71,10 +106,8 @@ def compress(model: Any, caches: List[Any]) -> List[Any]:
     except settings.SettingsError as error:
         return _leave(identity, caches, str(error))
     compiling.update()
-    known = [None] * len(layers)
-    if chosen.bypass != "identity":
-        known = statistics_of(model, layers, caches)
-    pairs = [_compressed(*each) for each in zip(layers, caches, by_layer, known)]
+    calibration = None if chosen.bypass == "identity" else Calibration(model, caches)
+    pairs = [_compressed(*each) for each in zip(layers, caches, by_layer)]
     pairs = _all_or_no_rings(caches, pairs)
     compressed = [new or old for (new, _), old in zip(pairs, caches)]
     reasons = [reason for _, reason in pairs if reason]
@@ -83,13 +116,11 @@ def compress(model: Any, caches: List[Any]) -> List[Any]:
         return _leave(identity, caches, reasons[0] if reasons else "it has no layers")
     text = f"{_name(identity)}: {count} of {len(layers)} layers compressed, "
     text += _bits(chosen, compressed)
-    if chosen.bypass != "identity" and not any(known):
-        text += "; keys go by the weights alone, since it could not be measured"
     if reasons:
         text += f"; the others not: {reasons[0]}"
     if identity not in _reports:
         logger.info("%s", text)
-    _report(identity, text)
+    _report(identity, text, calibration)
     return compressed
 
 
@@ -119,12 +150,10 @@ def _prepare(model: Any, caches: List[Any], new: bool) -> List[Any]:
     return caches
 
 
-def _compressed(
-    layer: Any, cache: Any, chosen: settings.Settings, statistics: Optional[Statistics]
-) -> Tuple[Any, str]:
+def _compressed(layer: Any, cache: Any, chosen: settings.Settings) -> Tuple[Any, str]:
     """A compressed cache for one layer, or None and the reason."""
     if type(cache) is CacheList:
-        return _compressed_in_list(layer, cache, chosen, statistics)
+        return _compressed_in_list(layer, cache, chosen)
     if type(cache) not in (KVCache, RotatingKVCache):
         return None, f"{type(cache).__name__} is not supported"
     attention, family = attention_of(layer)
@@ -134,7 +163,7 @@ def _compressed(
         # Pixtral and Mistral 3: the mask alone says how far back queries see.
         return None, "a sliding window over a KVCache that does not rotate is not supported"
     try:
-        known = known_layer(attention, family.norm_of(layer), chosen, statistics)
+        known = known_layer(attention, family.norm_of(layer), chosen)
     except ValueError as error:
         return None, str(error)
     parts = known.codec, known.visibility, known.kernel
@@ -144,10 +173,10 @@ def _compressed(
 
 
 def _compressed_in_list(
-    layer: Any, caches: CacheList, chosen: settings.Settings, statistics: Optional[Statistics]
+    layer: Any, caches: CacheList, chosen: settings.Settings
 ) -> Tuple[Optional[CacheList], str]:
     """The same for a layer that has several caches: its keys and values among them."""
-    pairs = [_compressed(layer, cache, chosen, statistics) for cache in caches.caches]
+    pairs = [_compressed(layer, cache, chosen) for cache in caches.caches]
     if not any(replacement for replacement, _ in pairs):
         return None, pairs[-1][1]
     return CacheList(*(new or old for (new, _), old in zip(pairs, caches.caches))), ""
@@ -160,10 +189,12 @@ def _leave(identity: settings.ModelIdentity, caches: List[Any], reason: str) -> 
     return caches
 
 
-def _report(identity: settings.ModelIdentity, text: str) -> None:
+def _report(
+    identity: settings.ModelIdentity, text: str, calibration: Optional[Calibration] = None
+) -> None:
     # The newest is the last.
     _reports.pop(identity, None)
-    _reports[identity] = text
+    _reports[identity] = text, calibration
 
 
 def _name(identity: settings.ModelIdentity) -> str:

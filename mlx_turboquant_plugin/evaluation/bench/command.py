@@ -6,15 +6,16 @@ from functools import partial
 from typing import Any, Callable, Dict, List, NamedTuple
 
 import mlx.core as mx
-from tqdm import tqdm
 
 from ... import compiling, settings
 from ...activation import disable
-from ...attention.kernels import resolve_kernel
+from ...attention.fused import fallbacks_heard
+from ...attention.kernels import kernel_of, resolve_kernel
 from ...reporting import status
 from ...rules import KERNELS, SettingsError
 from ..arguments import at_least, output_file
 from ..demo import MODEL
+from ..progress import progress
 from ..runs import load_model
 from . import plot
 from .layer import Layer, LayerBench
@@ -33,8 +34,6 @@ FULL = {
 }
 QUICK = {"lengths": [1024, 4096], "prompts": [8192] if GPU else [1024]}
 CHUNK = 2048 if GPU else 512
-# What a shell says of a program that Ctrl-C ended.
-INTERRUPTED = 130
 DTYPES = {dtype_name(dtype): dtype for dtype in (mx.float32, mx.float16, mx.bfloat16)}
 
 
@@ -97,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the compressed cache (default: what TURBOQUANT_KERNEL says, or auto)",
     )
     parser.add_argument(
-        "--json", type=output_file, metavar="FILE",
+        "--json", type=output_file("json"), metavar="FILE",
         help="write all figures, those of each situation as soon as it is measured",
     )
     parser.add_argument(
@@ -105,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on with what --json holds from an earlier run with the same arguments",
     )
     parser.add_argument(
-        "--plot", type=output_file, metavar="FILE", help="draw speed and memory, a PNG"
+        "--plot", type=output_file("png"), metavar="FILE", help="draw speed and memory, a PNG"
     )
 
 
@@ -117,11 +116,12 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print.
 
     Returns:
-        0, or 130 after Ctrl-C, when what was measured until then is shown, as it is before
-        an error is raised. Bad settings and models that can't be measured are raised as
-        SettingsError.
+        0. Before Ctrl-C or an error is passed on, what was measured until then is shown. Bad
+        settings and models that can't be measured are raised as SettingsError.
     """
-    overrides = {"kernel": args.kernel} if args.kernel else {}
+    overrides = {}
+    if args.kernel:
+        overrides["kernel"] = resolve_kernel(args.kernel, "--kernel")
     chosen = settings.load(overrides=overrides).general
     if chosen.bypass:
         raise SettingsError(
@@ -146,27 +146,24 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and not args.json:
         raise SettingsError("--resume needs --json FILE, from which it goes on: name it")
     results = resume(args.json, notes) if args.resume else Results()
-    interrupted = False
-    try:
-        _measure(args, chosen, overrides, notes, results)
-    except KeyboardInterrupt:
-        interrupted = True
-    finally:
-        # Whatever has failed, what was measured before counts.
-        if results.measurements or results.skipped:
-            _show(args, notes, results)
-    if interrupted:
-        sys.stdout.write("interrupted: this is what was measured until then\n")
-    return INTERRUPTED if interrupted else 0
+    with fallbacks_heard() as notes["fallbacks"]:
+        try:
+            _measure(args, chosen, overrides, notes, results)
+        finally:
+            # Whatever has failed, what was measured before counts.
+            if results.measurements or results.skipped:
+                _show(args, notes, results)
+    return 0
 
 
 def _show(args: argparse.Namespace, notes: Dict[str, Any], results: Results) -> None:
-    notes["fallbacks"] = status().fallbacks
-    sys.stdout.write("\n".join(lines(notes, results)) + "\n")
-    if args.json:
-        save(args.json, notes, results)
-    if args.plot:
-        plot.draw(args.plot, notes, results)
+    try:
+        sys.stdout.write("\n".join(lines(notes, results)) + "\n")
+    finally:
+        if args.json:
+            save(args.json, notes, results)
+        if args.plot:
+            plot.draw(args.plot, notes, results)
 
 
 class Job(NamedTuple):
@@ -194,10 +191,9 @@ def _measure(
     if "layer" in args.parts:
         jobs += _layer_jobs(args, chosen, results)
     jobs = [job for job in jobs if job.title not in results.done]
-    # Without a terminal there is nobody to watch.
-    with tqdm(total=sum(job.ticks for job in jobs), unit="turn", disable=None) as bar:
+    with progress(sum(job.ticks for job in jobs), " turns") as bar:
         for job in jobs:
-            bar.set_description(job.title)
+            bar.set_description(job.title, refresh=False)
             job.run(bar.update)
             results.finish(job.title)
             if args.json and (args.json.is_file() or not args.json.exists()):
@@ -256,7 +252,7 @@ def _notes(args: argparse.Namespace, chosen: settings.Settings) -> Dict[str, Any
     return {
         "versions": state.versions,
         "device": state.device,
-        "kernel": resolve_kernel(chosen.kernel),
+        "kernel": kernel_of(chosen),
         "key_bits": chosen.key_bits,
         "value_bits": chosen.value_bits,
         "window": chosen.window,

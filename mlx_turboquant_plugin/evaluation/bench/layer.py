@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from ... import settings
 from ...attention.dispatch import attend
-from ...attention.kernels import resolve_kernel
+from ...attention.kernels import kernel_of
 from ...cache import BatchCompressedKVCache, CompressedKVCache, Visibility
 from ...codecs.key_bias import KeyBias
 from ...codecs.kv_codec import CodecSpec, KVCodec
@@ -58,7 +58,7 @@ class LayerBench:
         )
         self._codec = _like_a_models(spec, layer.kv_heads)
         self._visibility = Visibility(chosen.window, chosen.sinks, chosen.invariant)
-        self._kernel = resolve_kernel(chosen.kernel)
+        self._kernel = kernel_of(chosen)
 
     def measure(
         self, results: Results, tokens: int, batch: int, dtype: mx.Dtype, rounds: int, tick: Callable

@@ -1,10 +1,12 @@
 """Speed and memory against length, as a PNG. Needs matplotlib, which is an extra."""
 
+import io
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 from ...rules import SettingsError
+from ..arguments import write
 from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, Measurement, Results
 
 # Okabe and Ito's colours, which everybody can tell apart.
@@ -89,7 +91,11 @@ def check() -> None:
 
 
 def draw(path: Path, notes: Dict[str, Any], results: Results) -> None:
-    """Draw what was measured to the file ``path``, a PNG whatever it is called."""
+    """Draw what was measured to the file ``path``, a PNG.
+
+    Raises:
+        SettingsError: it can't be written.
+    """
     # Drawing to a file needs neither a window system nor pyplot's global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -111,7 +117,9 @@ def draw(path: Path, notes: Dict[str, Any], results: Results) -> None:
     handles = [axes.get_legend_handles_labels() for axes in figure.axes]
     legend = {label: handle for pair in handles for handle, label in zip(*pair)}
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, format="png", dpi=150)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    write(path, png.getvalue())
 
 
 def _panel(

@@ -1,0 +1,207 @@
+"""What every subcommand does about Ctrl-C, closed pipes and places that are not there."""
+
+import argparse
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny
+from processes import ROOT, clean_environ, run_python
+
+from mlx_turboquant_plugin import __version__, cli, status_command
+from mlx_turboquant_plugin.evaluation import compare, demo, drift, progress, truncate
+from mlx_turboquant_plugin.evaluation.arguments import output_file
+from mlx_turboquant_plugin.evaluation.bench import plot
+from mlx_turboquant_plugin.evaluation.bench.measurement import Results
+from mlx_turboquant_plugin.evaluation.runs import load_model
+from mlx_turboquant_plugin.rules import SettingsError
+
+COMMAND = [sys.executable, "-m", "mlx_turboquant_plugin"]
+
+
+def start(*arguments, **options):
+    environ = clean_environ(PYTHONPATH=str(ROOT))
+    return subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ,
+        **options,
+    )  # fmt: skip
+
+
+def test_the_package_can_be_run():
+    assert run_python("-m", "mlx_turboquant_plugin", "--version").stdout.strip() == __version__
+
+
+def test_ctrl_c_keeps_what_was_checked():
+    with start("selftest", "--kernel", "eager") as process:
+        # Lines come as they are made, though nobody watches.
+        first = [process.stdout.readline() for _ in range(3)]
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED
+    assert err == "" and first[-1].endswith("OK\n")
+    checked = [line for line in (*first, *out.splitlines()) if line.startswith("eager")]
+    *_, summary, last = out.splitlines()
+    assert summary == f"{len(checked)} of {len(checked)} OK"
+    assert last.startswith("interrupted")
+
+
+def test_a_closed_pipe_is_no_traceback():
+    with start("selftest", "--quick", "--kernel", "eager") as process:
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdout = None
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (cli.CLOSED, "")
+
+
+def test_ctrl_c_that_ends_the_reader_too(monkeypatch):
+    """As in ``mlx_turboquant bench | tee FILE``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(status_command, "run", interrupted)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert cli.main(["status"]) == cli.CLOSED
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["bench", "--json", "x.json"]], ids=str)
+def test_a_deleted_working_directory(arguments, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    with start(*arguments, cwd=gone, preexec_fn=gone.rmdir) as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (cli.BAD_SETTINGS, "")
+    assert err == "the working directory was deleted: change to another one\n"
+
+
+BENCH = ["bench", "--model", "no-such-model"]
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ([*BENCH, "--plot", "/proc/speed.png"], "'/proc/speed.png' can't be written: "),
+        ([*BENCH, "--json", "/proc/speed.json"], "'/proc/speed.json' can't be written: "),
+        ([*BENCH, "--plot", "speed.html"], "it is named like html, and png is written: name it .png"),
+        ([*BENCH, "--plot", "speed.SVG"], "named like svg"),
+        (["compare", "--model", "x", "--html", "/proc/report.html"], "can't be written: "),
+        (["compare", "--model", "x", "--html", "report.json"], "named like json"),
+    ],
+)
+def test_files_that_can_not_be_written_are_found_first(arguments, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == cli.BAD_SETTINGS
+    assert named in capsys.readouterr().err
+
+
+def test_trying_a_file_leaves_it_as_it_is(tmp_path):
+    new, old, pipe = (tmp_path / name for name in ("new.json", "old.json", "pipe"))
+    old.write_text("before")
+    os.mkfifo(pipe)
+    for path in (new, old, pipe):
+        assert output_file("json")(str(path)) == path
+    assert not new.exists() and old.read_text() == "before"
+
+
+def test_a_plot_that_can_not_be_written_is_no_traceback(tmp_path):
+    notes = {"device": "", "kernel": "", "model": ""}
+    with pytest.raises(SettingsError, match="can't be written"):
+        plot.draw(tmp_path / "gone" / "speed.png", notes, Results())
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_gguf_is_named(folder, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.touch()
+    with pytest.raises(SettingsError, match="which is GGUF, and mlx-lm reads safetensors"):
+        load_model(str(tmp_path if folder else path))
+
+
+def test_the_reader_is_gone_and_the_file_is_written(tmp_path, monkeypatch):
+    """What took minutes to measure is not lost with ``| head``."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    file = tmp_path / "cuts.json"
+    args = argparse.Namespace(model="x", preset="default", json=file)
+    with pytest.raises(BrokenPipeError):
+        truncate._show(args, [truncate.Cut(1, 1, 0, 0.0, 1.0, 1.0, "equal")])
+    assert json.loads(file.read_text())[0]["outcome"] == "equal"
+
+
+def raising(error, times):
+    """A stand-in for a function: ``error`` from the call after so many."""
+
+    def instead(function):
+        calls = []
+
+        def call(*args, **kwargs):
+            calls.append(1)
+            if len(calls) > times:
+                raise error
+            return function(*args, **kwargs)
+
+        return call
+
+    return instead
+
+
+TEXT = ["--model", str(tiny.PATHS["tiny-llama"]), "--text", str(tiny.TEXT), "--windows", "2"]
+COMPARE = ["--length", "64", "--presets", "small", "--beside", "--generate", "4"]
+
+
+@pytest.mark.parametrize(
+    "module, name, arguments, kept",
+    [
+        (compare, "lockstep", COMPARE, "1 x 64 tokens"),
+        (compare, "generate", COMPARE, "2 x 64 tokens"),
+        (drift, "lockstep", ["--length", "170", "--preset", "small"], "1 x 170 tokens"),
+        (truncate, "lockstep", ["--length", "400", "--at", "40", "--remove", "1"], "kept  removed"),
+    ],
+)
+def test_ctrl_c_keeps_what_was_measured(module, name, arguments, kept, monkeypatch, capsys):
+    monkeypatch.setattr(module, name, raising(KeyboardInterrupt, 1)(getattr(module, name)))
+    command = module.__name__.rpartition(".")[2]
+    assert cli.main([command, *TEXT, *arguments]) == cli.INTERRUPTED
+    *found, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("interrupted")
+    # Of two generations one was made, which has nothing to be compared with.
+    assert kept in "\n".join(found) and "greedy" not in "\n".join(found)
+
+
+def test_ctrl_c_leaves_the_generations_of_the_demo(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "diverge", raising(KeyboardInterrupt, 0)(None))
+    assert cli.main(["demo", "--prompt", "Once upon a time", "--max-tokens", "2"]) == cli.INTERRUPTED
+    out = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("KV cache, bytes") for line in out) and out[-1].startswith("interrupted")
+
+
+def test_progress_without_a_terminal(monkeypatch, capsys):
+    def run(args):
+        with progress.progress(20, " turns") as bar:
+            for _ in range(20):
+                bar.update()
+        return 0
+
+    monkeypatch.setattr(status_command, "run", run)
+    assert cli.main(["status"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "PAUSE", 0)
+    assert cli.main(["status"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"[-0-9]+ [:,0-9]+ +5%.* 1\.00/20\.0 .*turns.*", lines[1])
+    assert "\r" not in "".join(lines)
