@@ -292,7 +292,7 @@ def described(**changes):
         (3, lambda _: 3000, "tokens do not make 3000"),
         (4, lambda keys: keys[:, :, 1:], "keys and values do not have the shapes"),
         (4, lambda keys: keys[..., :32], "keys and values do not have the shapes"),
-        (4, lambda keys: keys.astype(mx.float16), "keys and values do not have the shapes"),
+        (4, lambda keys: keys.astype(mx.int32), "keys and values do not have the shapes"),
         (6, lambda codes: codes[1:], "its codes do not have the shapes"),
         (6, lambda codes: tuple(x.astype(mx.uint32) for x in codes), "its codes do not have"),
         (7, lambda codes: tuple(x[:, :, :-1] for x in codes), "its codes do not have the shapes"),

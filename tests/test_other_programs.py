@@ -1,70 +1,33 @@
 """What programs other than mlx-lm's own do with caches: as KVCache would have it, or an error."""
 
-import copy
 import pickle
-import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
-import numpy as np
 import pytest
-from mlx_lm.models.cache import KVCache, RotatingKVCache, trim_prompt_cache
+from filled_caches import (
+    ANY,
+    CODEC,
+    DIM,
+    HEADS,
+    SINGLE,
+    VISIBILITY,
+    apart,
+    filled,
+    packed,
+    plain,
+    random,
+    ring,
+    rows_of,
+    same,
+)
+from mlx_lm.models.cache import RotatingKVCache, trim_prompt_cache
 
 from mlx_turboquant_plugin.cache import (
-    BatchCompressedKVCache,
     CompressedKVCache,
     RotatingCompressedKVCache,
     Visibility,
 )
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
-
-HEADS, DIM = 2, 32
-CODEC = KVCodec(CodecSpec(DIM, DIM))
-VISIBILITY = Visibility(window=64, sinks=4, invariant=True)
-
-
-def random(length, batch=1, heads=HEADS, dim=DIM, dtype=mx.float32, seed=0):
-    """Keys and values (B, H, T, D)."""
-    keys = mx.random.split(mx.random.key(seed))
-    return [mx.random.normal((batch, heads, length, dim), key=key).astype(dtype) for key in keys]
-
-
-def plain():
-    return CompressedKVCache(CODEC, VISIBILITY)
-
-
-def ring(max_size=1000, keep=4):
-    return RotatingCompressedKVCache(max_size, keep, CODEC, VISIBILITY)
-
-
-def filled(cache, length=300):
-    keys, values = random(length)
-    for first in range(0, length, 100):
-        part = slice(None), slice(None), slice(first, first + 100)
-        cache.update_and_fetch(keys[part], values[part])
-    mx.eval(cache.state)
-    return cache
-
-
-def packed(lengths=(300, 200)):
-    """A batch whose rows are side by side."""
-    batch = CompressedKVCache.merge([filled(plain(), length) for length in lengths])
-    batch.update_and_fetch(*random(1, len(lengths), seed=1))
-    mx.eval(batch.keys)
-    return batch
-
-
-def apart(lengths=(300, 200)):
-    """A batch whose rows are not."""
-    return CompressedKVCache.merge([filled(plain(), length) for length in lengths])
-
-
-def same(a, b):
-    return all(mx.array_equal(x, y).item() for x, y in zip(a, b))
-
-
-SINGLE = pytest.mark.parametrize("make", [plain, ring])
-ANY = pytest.mark.parametrize("make", [lambda: filled(plain()), lambda: filled(ring()), apart, packed])
 
 
 @SINGLE
@@ -141,10 +104,6 @@ def attributes(cache):
     """All that a batch and its rows are, or a cache."""
     parts = [cache, *cache.__dict__.get("_rows", []), cache.__dict__.get("_packed")]
     return [dict(part.__dict__) for part in parts if part is not None]
-
-
-def rows_of(cache):
-    return 1 if isinstance(cache, CompressedKVCache) else len(cache.left_padding)
 
 
 def unfit(count, rows):
@@ -272,155 +231,17 @@ def test_an_exact_ring_goes_on_like_the_compressed_one(rings, length):
         assert close(ours.update_and_fetch(*more), exact.update_and_fetch(*more))
 
 
-def in_another_thread(function):
-    """What ``function`` returns there."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function).result()
-
-
-def trimmed(cache):
-    cache.trim(2)
-    return cache
-
-
-def rewound(cache):
-    cache.offset -= 2
-    return cache
-
-
-def extracted(cache):
-    return CompressedKVCache.merge([cache, cache]).extract(1)
-
-
-def merged(cache):
-    exact = KVCache() if type(cache) is CompressedKVCache else cache.emptied()
-    return cache.merge([cache, filled(exact, 200)])
-
-
-def restored(cache):
-    return type(cache).from_state(cache.state)
-
-
-def exact(cache):
-    return cache.to_exact()
-
-
-def looked_at(cache):
-    assert cache.nbytes > 0 and cache.size() == 300
-    return cache
-
-
-def prompted(cache):
-    mx.eval(cache.update_and_fetch(*random(100, seed=2)))
-    return cache
-
-
-def stepped(cache):
-    for seed in range(40):
-        fetched = cache.update_and_fetch(*random(1, seed=seed))
-    mx.eval(fetched)
-    return cache
-
-
-def unpacked_by(change):
-    def changed(cache):
-        batch = cache.merge([cache, filled(cache.emptied(), 200)])
-        mx.eval(batch.update_and_fetch(*random(1, 2, seed=1)))
-        return change(batch)
-
-    return changed
-
-
-def filtered(batch):
-    batch.filter([1])
-    return batch
-
-
-def extended(batch):
-    batch.extend(copy.deepcopy(batch))
-    return batch
-
-
-def extracted_from(batch):
-    """The batch that is left."""
-    batch.extract(0)
-    return batch
-
-
-CHANGES = [trimmed, rewound, extracted, merged, restored, exact, looked_at, prompted, stepped]
-CHANGES += [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))]
-BATCH_CHANGES = [filtered, extended, trimmed, extracted_from, copy.deepcopy]
-CHANGES += [unpacked_by(change) for change in (*BATCH_CHANGES, lambda batch: batch.extract(0))]
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@SINGLE
-def test_another_thread_goes_on(make, change):
-    """Arrays that one thread has not evaluated are no use to another."""
-
-    def go_on(cache):
-        rows = cache.offset.size if isinstance(cache.offset, mx.array) else 1
-        fetched = [cache.update_and_fetch(*random(count, rows, seed=9)) for count in (1, 20)]
-        mx.eval(fetched)
-        return [np.array(x) for pair in fetched for x in pair]
-
-    expected = go_on(change(filled(make())))
-    cache = filled(make())
-    changed = in_another_thread(lambda: change(cache))
-    got = in_another_thread(lambda: go_on(changed))
-    assert all(map(np.array_equal, got, expected))
-
-
-@ANY
-def test_looking_at_a_cache_leaves_it_to_its_thread(make):
-    """Statistics, read by another thread while this one generates."""
-    cache, other = make(), make()
-    rows = rows_of(cache)
-    for count in (1, 1, 20, 1):
-        more = random(count, rows, seed=count)
-        fetched = cache.update_and_fetch(*more)
-        in_another_thread(lambda: (cache.nbytes, cache.size(), cache.empty(), cache.offset))
-        assert same(fetched, other.update_and_fetch(*more))
-        assert cache.nbytes == other.nbytes
-
-
-@ANY
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_a_pickled_cache_goes_on(make, dtype):
-    cache = make()
-    rows = rows_of(cache)
-    cache.attention = weakref.ref(plain)
-    loaded = pickle.loads(pickle.dumps(cache))
-    assert type(loaded) is type(cache)
-    assert (loaded.size(), loaded.nbytes) == (cache.size(), cache.nbytes)
-    for count in (1, 50, 1):
-        more = random(count, rows, seed=count, dtype=dtype)
-        assert same(loaded.update_and_fetch(*more), cache.update_and_fetch(*more))
-
-
-@SINGLE
-def test_a_cache_of_bfloat16_is_pickled_as_such(make):
-    cache = make()
-    cache.update_and_fetch(*random(300, dtype=mx.bfloat16))
-    loaded = pickle.loads(pickle.dumps(cache))
-    assert loaded.keys.dtype == mx.bfloat16
-    assert same(loaded.keys_and_values(), cache.keys_and_values())
-
-
-@pytest.mark.parametrize("cache", [plain(), ring(), CompressedKVCache()])
-def test_an_empty_cache_is_pickled(cache):
-    loaded = pickle.loads(pickle.dumps(cache))
-    assert type(loaded) is type(cache) and loaded.empty()
-    assert (loaded.visibility, loaded.ring) == (cache.visibility, cache.ring)
-
-
-def test_a_pickled_batch_still_expects_its_padding():
-    batch, other = apart(), apart()
-    for one in (batch, other):
-        one.prepare(lengths=[30, 10], right_padding=[0, 20])
-    batch = pickle.loads(pickle.dumps(batch))
-    for one in (batch, other):
-        one.update_and_fetch(*random(30, 2, seed=3))
-        one.finalize()
-    assert batch.offset.tolist() == other.offset.tolist() == [330, 210]
-    assert same(batch.keys_and_values(), other.keys_and_values())
+def test_a_cache_that_holds_codes_alone_is_not_empty():
+    """Found by tests/test_cache_programs.py: all was as if nothing were there."""
+    cache = filled(CompressedKVCache(CODEC, Visibility(64, 0)))
+    expected = [x[:, :, :100] for x in cache.keys_and_values()]
+    cache.trim(200)
+    assert cache.exact_tokens.count == 0 and not cache.empty()
+    batch = cache.merge([cache, cache])
+    assert not batch.empty()
+    copies = [cache.to_exact(), batch.extract(1), pickle.loads(pickle.dumps(cache))]
+    for one in (cache, *copies):
+        assert one.offset == 100 and same(one.keys_and_values(), expected)
+    cache.fingerprint = "aaaa"
+    with pytest.raises(ValueError, match="fingerprint aaaa"):
+        cache.bind(CODEC, "bbbb", "eager", True, None)

@@ -45,14 +45,19 @@ class ExactTokens:
     def grown(
         self, keys: mx.array, values: mx.array, sinks: int = 0, drop: int = 0
     ) -> "ExactTokens":
-        """With new keys and values (B, H, N, D), and without ``drop`` tokens after the sinks."""
+        """With new keys and values (B, H, N, D), and without ``drop`` tokens after the sinks.
+
+        New ones of another dtype take that of the older ones, as in KVCache.
+        """
         if self.count == 0:
             return ExactTokens(keys, values)
+        given = keys.dtype, values.dtype
+        keys, values = (x.astype(dtype) for x, dtype in zip((keys, values), self.dtypes))
         grown = ExactTokens()
         grown._unjoined = Unjoined(*self._joined(), keys, values, sinks, drop)
         grown.count = self.count - drop + keys.shape[2]
         grown.heads, grown.dtypes = self.heads, self.dtypes
-        if (keys.dtype, values.dtype) != self.dtypes:
+        if given != self.dtypes:
             return ExactTokens(*grown._joined())
         return grown
 

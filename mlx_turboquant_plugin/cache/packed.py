@@ -171,8 +171,8 @@ def _alike(row: CompressedKVCache, other: CompressedKVCache) -> bool:
         and row.visibility == other.visibility
         and row.kernel == other.kernel
         and row.offset >= row.visibility.sinks
-        and row.keys is not None
-        and row.keys.dtype == other.keys.dtype
+        and not row.empty()
+        and row.exact_tokens.dtypes == other.exact_tokens.dtypes
     )
 
 

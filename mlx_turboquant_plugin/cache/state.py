@@ -140,7 +140,7 @@ def _check_arrays(cache: "CompressedKVCache") -> None:
         isinstance(cache.offset, int)
         and all(isinstance(x, mx.array) and x.ndim == 4 for x in (keys, values))
         and keys.shape[:3] == values.shape[:3]
-        and keys.dtype == values.dtype
+        and all(mx.issubdtype(x.dtype, mx.floating) for x in (keys, values))
         and (keys.shape[3], values.shape[3]) == (spec.head_dim, spec.value_dim),
         "keys and values do not have the shapes of its description",
     )
