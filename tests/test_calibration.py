@@ -329,7 +329,8 @@ def test_another_rope_is_another_model_and_a_mean_that_does_not_turn_is_left_out
         layer.self_attn.k_proj.pop("bias", None)
     caches = make_prompt_cache(model)
     model(mx.random.randint(0, 64, (1, 300)), cache=caches)
-    assert all(cache.codec.bias is None and cache.key_codes for cache in caches)
+    assert all(cache.codec.bias is None for cache in caches)
+    assert any(cache.key_codes for cache in caches)
 
 
 @pytest.mark.parametrize(
