@@ -81,13 +81,13 @@ class Program:
             if first:
                 cache.attending = False
             outs.append(np.array(out))
-        np.testing.assert_allclose(outs[1], outs[0], atol=2e-4, err_msg=self.story)
+        np.testing.assert_allclose(outs[1], outs[0], atol=2e-4)
 
     def trim(self):
         if self.theirs.is_trimmable():
             count = self.draw.choice([1, 5, 16, 17, 100, self.theirs.offset])
             self.done.append(f"trim {count}")
-            assert self.ours.trim(count) == self.theirs.trim(count), self.story
+            assert self.ours.trim(count) == self.theirs.trim(count)
 
     def rewind(self):
         if self.theirs.is_trimmable():
@@ -151,17 +151,17 @@ class Program:
             self.ours.update_and_fetch(*self.tokens(self.count())[1:])
 
     def check(self):
-        assert self.ours.offset == self.theirs.offset, self.story
-        assert self.ours.size() == self.theirs.size(), self.story
+        assert self.ours.offset == self.theirs.offset
+        assert self.ours.size() == self.theirs.size()
         if self.theirs.offset == 0:
-            assert self.ours.empty(), self.story
+            assert self.ours.empty()
             return
         for cache in (self.ours, self.ours.to_exact()):
-            assert cache.offset == self.theirs.offset, self.story
+            assert cache.offset == self.theirs.offset
             for a, b in zip(cache.keys_and_values(), self.seen()):
                 if self.ring is not None:
                     a, b = (mx.sort(x, axis=2) for x in (a, b))
-                np.testing.assert_allclose(a, b, atol=2e-4, err_msg=self.story)
+                np.testing.assert_allclose(a, b, atol=2e-4)
 
     def seen(self):
         """Keys and values that the newest token of mlx-lm's cache saw."""
@@ -172,15 +172,15 @@ class Program:
         # After a chunk there are more for its first query.
         return [mx.concatenate([x[:, :, :keep], x[:, :, count - self.ring + keep :]], axis=2) for x in pair]
 
-    @property
-    def story(self):
-        return "; ".join(self.done)
-
 
 def run(seeds, folder):
     mlx_turboquant_plugin.enable()
     for seed in seeds:
-        Program(seed, folder).run(8)
+        program = Program(seed, folder)
+        try:
+            program.run(8)
+        except Exception as error:
+            raise AssertionError(f"program {seed}: {'; '.join(program.done)}") from error
 
 
 @pytest.mark.parametrize("part", range(4))

@@ -245,3 +245,15 @@ def test_a_cache_that_holds_codes_alone_is_not_empty():
     cache.fingerprint = "aaaa"
     with pytest.raises(ValueError, match="fingerprint aaaa"):
         cache.bind(CODEC, "bbbb", "eager", True, None)
+
+
+def test_a_ring_that_has_left_its_codes_behind_is_loaded():
+    """Found by tests/test_cache_programs.py: no code is left, and it said it was damaged."""
+    cache = ring(100)
+    cache.update_and_fetch(*random(256))
+    assert cache.first_coded == cache.coded == 160
+    loaded = RotatingCompressedKVCache.from_state(cache.state)
+    for count in (1, 70, 1):
+        more = random(count, seed=count)
+        loaded.visibility = cache.visibility
+        assert same(loaded.update_and_fetch(*more), cache.update_and_fetch(*more))

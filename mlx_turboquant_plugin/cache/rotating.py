@@ -53,9 +53,11 @@ class RotatingCompressedKVCache(CompressedKVCache):
             self.first_coded = self.coded = self.exact_start
         drop = (oldest - self.first_coded) // BLOCK * BLOCK
         if drop > 0 and self.key_codes:
-            self.key_codes = tuple(mx.contiguous(x[..., drop:]) for x in self.key_codes)
-            self.value_codes = tuple(mx.contiguous(x[..., drop:, :]) for x in self.value_codes)
             self.first_coded += drop
+            left = self.first_coded < self.coded
+            keys, values = (codes if left else () for codes in (self.key_codes, self.value_codes))
+            self.key_codes = tuple(mx.contiguous(x[..., drop:]) for x in keys)
+            self.value_codes = tuple(mx.contiguous(x[..., drop:, :]) for x in values)
 
     def is_trimmable(self) -> bool:
         return self.offset < self.max_size
