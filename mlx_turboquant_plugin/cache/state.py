@@ -9,10 +9,10 @@ import numpy as np
 
 from ..codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
 from ..codecs.segmented import FIRST_BITS
-from ..rules import CODEC_BITS, check
+from ..rules import CODEC_BITS
 from ..per_thread import release
 from .exact import ExactTokens
-from .visibility import Ring, Visibility
+from .visibility import BLOCK, Ring, Visibility
 
 if TYPE_CHECKING:
     from .compressed import CompressedKVCache
@@ -77,8 +77,7 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
         if parts["codec"] is None:
             return
         visibility, first_coded = Visibility(**parts["visibility"]), int(parts["first_coded"])
-        for name, value in parts["visibility"].items():
-            check(name, value, name)
+        _check_visibility(visibility)
         spec = CodecSpec(**parts["codec"])
         _check_spec(spec)
         codec = KVCodec(spec, balance, None, layout)
@@ -189,6 +188,14 @@ def _check_arrays(cache: "CompressedKVCache") -> None:
         cache.codec.layout is None or _is_layout(cache.codec.layout, spec),
         "its key layout is no order of the channels and bits of their first segment",
     )
+
+
+def _check_visibility(visibility: Visibility) -> None:
+    """Raise ValueError unless it is one of whole blocks."""
+    window, sinks = visibility.window, visibility.sinks
+    whole = all(type(x) is int and x >= 0 for x in (window, sinks))
+    if not whole or window % BLOCK:
+        raise ValueError(f"window {window!r}, sinks {sinks!r}")
 
 
 def _check_spec(spec: CodecSpec) -> None:
