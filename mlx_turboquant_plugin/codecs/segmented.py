@@ -11,12 +11,11 @@ of all bytes that begin so: no table, and the same function for any number of bi
 """
 
 import functools
-from typing import Callable, Optional, Tuple
+from typing import Optional, Tuple
 
 import mlx.core as mx
 import numpy as np
 
-from ..compiling import compiled
 from .byte_matrix import Prepared, multiply, prepare
 from .lloyd_max import OFFSET, STEPS_PER_OCTAVE, searched, size_of
 
@@ -52,9 +51,17 @@ class Segmented:
         first = np.array(USUAL_BITS if first_bits is None else first_bits)
         if first.ndim:
             first = first[:, None, None]
-        both = first, 8 - first
-        self._bits = [mx.array(bits.astype(np.uint8)) for bits in both]
-        self._shifts = [mx.array(np.vectorize(SHIFTS.get)(bits).astype(np.float32)) for bits in both]
+        second = 8 - first
+        self._bits = [mx.array(bits.astype(np.uint8)) for bits in (first, second)]
+        self._shifts = [
+            mx.array(np.vectorize(SHIFTS.get)(bits).astype(np.float32)) for bits in (first, second)
+        ]
+        # What a byte is masked with and multiplied by to begin with the first and with the second
+        # code, and the one after each: processors have no shifts of bytes by different numbers.
+        self._mask, self._factor, *self._ones = (
+            mx.array(x.astype(np.uint8))
+            for x in (256 - 2**second, 2**first, 2 ** (second - 1), 2 ** (first - 1))
+        )
 
     def encode(self, x: mx.array) -> Tuple[mx.array, mx.array]:
         """The codes of ``x``, fp32 (..., T, D)."""
@@ -72,9 +79,7 @@ class Segmented:
         return mx.concatenate(
             [
                 (levels.astype(mx.float32) - OFFSET) * (size_of(own_scale) / UNIT)
-                for levels, own_scale in zip(
-                    _levels(packed, *self._bits), mx.split(scale, 2, axis=-1)
-                )
+                for levels, own_scale in zip(self._levels(packed), mx.split(scale, 2, axis=-1))
             ],
             axis=-1,
         )
@@ -88,7 +93,11 @@ class Segmented:
             axis: that of the channels: -2, as only channel-major codes are multiplied.
         """
         packed, scale = codes
-        return prepare(_stacked()(packed, *self._bits), OFFSET), scale
+        return prepare(mx.stack(self._levels(packed), axis=-3), OFFSET), scale
+
+    def _levels(self, packed: mx.array) -> Tuple[mx.array, mx.array]:
+        """The levels of both segments, as bytes; what lies above the second code overflows."""
+        return packed & self._mask | self._ones[0], packed * self._factor | self._ones[1]
 
     @staticmethod
     def scores(q: mx.array, levels: Prepared, scale: mx.array) -> mx.array:
@@ -118,16 +127,3 @@ def _coded(
 def _middle(codes: mx.array, rest: mx.array) -> mx.array:
     """The middle of the bytes whose last bits but ``rest`` are the codes."""
     return ((codes << 1) | 1) << (rest - 1)
-
-
-def _levels(
-    packed: mx.array, first_bits: mx.array, second_bits: mx.array
-) -> Tuple[mx.array, mx.array]:
-    """The levels of both segments, as bytes."""
-    # What lies above the second code is shifted out.
-    return _middle(packed >> second_bits, second_bits), _middle(packed, first_bits)
-
-
-@functools.lru_cache(maxsize=None)
-def _stacked() -> Callable:
-    return compiled(lambda *codes: mx.stack(_levels(*codes), axis=-3))
