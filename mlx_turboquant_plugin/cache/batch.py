@@ -129,9 +129,7 @@ class BatchCompressedKVCache(_BaseCache):
         packed = () if self._packed is None else (self._packed,)
         with AllOrNothing(self, *self._rows, *packed):
             self._append(keys, values)
-        if self.attending:
-            return keys, values
-        if self.empty():
+        if self.attending or self.empty():
             return keys, values
         return tuple(mx.depends(self.keys_and_values(), self.arrays))
 

@@ -18,9 +18,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 from mlx_lm.utils import get_total_parameters
 
+from .. import patching
 from ..cache.observed import ObservedKVCache
 from ..codecs.key_bias import KeyBias, RotaryTable
-from .. import patching
 from ..log import logger
 from . import calibration_file
 from .calibration_file import Statistics
@@ -144,9 +144,13 @@ def _known(attention: Optional[nn.Module]) -> Tuple[bool, Optional[Statistics]]:
     if attention is None:
         return True, None
     reference, weights, statistics = _measured.get(id(attention), (None, (), None))
-    now = _leaves(attention)
-    same = len(now) == len(weights) and all(a is b for a, b in zip(now, weights))
-    return reference is not None and reference() is attention and same, statistics
+    known = reference is not None and reference() is attention
+    return known and same_objects(_leaves(attention), weights), statistics
+
+
+def same_objects(some: Tuple[Any, ...], others: Tuple[Any, ...]) -> bool:
+    """Whether both hold the very same objects."""
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others))
 
 
 def _leaves(attention: nn.Module) -> Tuple[mx.array, ...]:

@@ -24,7 +24,7 @@ from ..codecs.kv_codec import SEGMENTED, CodecSpec, Knowledge, KVCodec
 from ..rules import PRESETS
 from ..settings import Configuration, Settings, in_force
 from .balance import balance, layout, norm_rms, projection_rms
-from .calibration import statistics_for
+from .calibration import same_objects, statistics_for
 from .calibration_file import Statistics
 from .family import Family, family_of
 from .projections import Projection
@@ -105,7 +105,7 @@ def known_layer(
             settings = settings or known.layer.settings
     settings = settings or _general()
     parts = _parts(attention, norm)
-    if known is not None and settings == known.layer.settings and _same(parts, known.parts):
+    if known is not None and settings == known.layer.settings and same_objects(parts, known.parts):
         layer = known.layer
         if layer.configuration is not in_force():
             layer = replace(layer, configuration=in_force())
@@ -133,10 +133,6 @@ def _parts(attention: nn.Module, norm: Optional[nn.Module]) -> Tuple[Any, ...]:
     if norm is not None:
         weights += tree_flatten(norm.parameters())
     return (norm, *modules, *(x for _, x in weights))
-
-
-def _same(some: Tuple[Any, ...], others: Tuple[Any, ...]) -> bool:
-    return len(some) == len(others) and all(a is b for a, b in zip(some, others))
 
 
 def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Settings) -> Layer:

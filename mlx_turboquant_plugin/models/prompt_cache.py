@@ -19,8 +19,8 @@ from .identity import identity_of
 from .layer import known_layer
 
 KINDS = (CompressedKVCache, RotatingCompressedKVCache, BatchCompressedKVCache)
-# Kinds of mlx-lm's that this package would have replaced.
 BY_WEIGHTS = "; keys go by the weights alone, since it could not be measured"
+# Kinds of mlx-lm's that this package would have replaced.
 UNCOMPRESSED = {"KVCache", "QuantizedKVCache", "RotatingKVCache"}
 
 # What became of each model's caches, and the calibration of those that are compressed.
