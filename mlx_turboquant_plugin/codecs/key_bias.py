@@ -46,6 +46,8 @@ class RotaryTable:
         fine: cosines and then sines at the first BLOCK positions, fp32 (2 F, BLOCK).
         even, odd: the cosines, and the sines, at the positions 0 to BLOCK / 2.
         middle: (cos, sin) at the position BLOCK / 2, (F,).
+        coarse: (cos, sin) at the positions 0, BLOCK, 2 BLOCK, ..., fp32 (count, F), as far as
+            needed so far.
         derived: what kernels have made of it for themselves.
 
     Raises:
@@ -85,13 +87,17 @@ class RotaryTable:
         derived = (x for arrays in self.derived.values() for x in arrays)
         return *fixed, *self.coarse, *derived
 
-    def blocks(self, count: int) -> Tuple[mx.array, mx.array]:
-        """(cos, sin), fp32 (count, F), at the positions 0, BLOCK, 2 BLOCK, ..."""
+    def reach(self, count: int) -> None:
+        """Have ``coarse`` hold the angles of ``count`` blocks: it doubles when it grows."""
         have = self.coarse[0].shape[0]
         if count > have:
             with mx.stream(SETUP):
                 self.coarse = self._angles(mx.arange(max(count, 2 * have)) * BLOCK)
                 mx.eval(self.coarse)
+
+    def blocks(self, count: int) -> Tuple[mx.array, mx.array]:
+        """(cos, sin), fp32 (count, F), at the positions 0, BLOCK, 2 BLOCK, ..."""
+        self.reach(count)
         cos, sin = self.coarse
         return cos[:count], sin[:count]
 

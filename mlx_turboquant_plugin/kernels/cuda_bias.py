@@ -23,7 +23,7 @@ def bias_arrays(bias: KeyBias, first_coded: int, end: int, tile: int) -> List[mx
     table = bias.table
     # The middle of the last tile may be past the end. The arrays double when they grow, so that
     # their shapes, and what is traced for these, are seldom new.
-    table.blocks((end + tile) // BLOCK + 1)
+    table.reach((end + tile) // BLOCK + 1)
     middles, waves = _tables(table, tile)
     return [bias.bias, middles, *table.coarse, waves, int_array(first_coded)]
 

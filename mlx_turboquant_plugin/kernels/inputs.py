@@ -71,7 +71,7 @@ def model_arrays(
     if bias is None:
         return PairLayout(), (levels, balance, *[levels] * 4, layout)
     table = bias.table
-    table.blocks((end - 1) // BLOCK + 1)
+    table.reach((end - 1) // BLOCK + 1)
     return pair_layout(table), (levels, balance, bias.bias, table.fine, *table.coarse, layout)
 
 
