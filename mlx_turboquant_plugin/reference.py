@@ -6,8 +6,9 @@ T tokens, N queries and D channels.
 
 The life of a key: :func:`encode_keys` takes its rotated bias away, divides it by the
 balance, rotates it and quantises it; :func:`decode_keys` goes back. Or its channels are sorted
-and cut in two, and each half is rotated and quantised: :func:`encode_segments`,
-:func:`decode_segments`. Values are only rotated and quantised. :func:`attention` reads some tokens exactly and the others decoded.
+and cut in two, and each half is rotated and quantised, with :func:`feedback` of the errors:
+:func:`encode_segments`, :func:`decode_segments`. Values are only rotated and quantised.
+:func:`attention` reads some tokens exactly and the others decoded.
 """
 
 import random
@@ -44,6 +45,9 @@ SIZES = 2.0 ** (np.arange(256) / 12 - 13)
 # What is tried around the root mean square, and the cost of errors along the vector.
 STEPS = (0, -1, 1, -2, 2)
 ALONG = 16
+
+# Channels that are rounded at once, where errors are fed back.
+FEEDBACK_BLOCK = 4
 
 BLOCK = 32
 ROLLBACK = 16
@@ -82,15 +86,40 @@ def rotation(dim, seed=SEED):
     return signs(dim, seed)[:, None] * spread
 
 
-def quantize(x, bits, uniform=False):
+def feedback(weights):
+    """How an error in some rotated channels is best made up for in those that come after: (D, D).
+
+    With errors e of rotated channels the error of a score is sum_c w_c (e R^T)_c^2 = e C e^T on
+    average. Once a block b of channels has the error u, this is least where the later channels a
+    are moved by -u C_ba C_aa^-1: LDLQ (arXiv 2307.13304, section 3) in the form of GPTQ (arXiv
+    2210.17323), for vectors of queries in place of inputs.
+
+    Args:
+        weights: (D,), mean squares of the queries' channels before the rotation.
+
+    Returns:
+        What an error of each channel (rows) is multiplied by, to be added to the others (columns).
+    """
+    dim = len(weights)
+    turn = rotation(dim)
+    cost = turn.T @ np.diag(weights) @ turn
+    added = np.zeros((dim, dim))
+    for first in range(0, dim - FEEDBACK_BLOCK, FEEDBACK_BLOCK):
+        after = first + FEEDBACK_BLOCK
+        added[first:after, after:] = -cost[first:after, after:] @ np.linalg.inv(cost[after:, after:])
+    return added
+
+
+def quantize(x, bits, uniform=False, fed_back=None):
     """TurboQuant-MSE of rotated vectors (arXiv 2504.19874, section 3.1) with a size per vector.
 
     The size is the one of five near the root mean square with the least
-    |e|^2 + ALONG (e . x / |x|)^2, where e is the error.
+    |e|^2 + ALONG (e . x / |x|)^2, where e is the error if each channel has the nearest level.
 
     Args:
         x: (..., D).
         uniform: whether levels are those of segments.
+        fed_back: (D, D), see :func:`feedback`; without, each channel has the nearest level.
 
     Returns:
         Codes (..., D), the indices of levels, and sizes (..., 1), indices of SIZES; ints.
@@ -110,7 +139,15 @@ def quantize(x, bits, uniform=False):
         tried.append((np.sum(error**2, axis=-1) + ALONG * along**2, codes, size))
     costs, codes, sizes = map(np.stack, zip(*tried))
     best = costs.argmin(axis=0)[None, ..., None]
-    return tuple(np.take_along_axis(choice, best, axis=0)[0] for choice in (codes, sizes))
+    codes, sizes = (np.take_along_axis(choice, best, axis=0)[0] for choice in (codes, sizes))
+    if fed_back is not None:
+        moved = x.copy()
+        for channel, added in enumerate(fed_back):
+            own = moved[..., channel : channel + 1]
+            code = np.abs(own / SIZES[sizes] - levels).argmin(axis=-1)
+            codes[..., channel] = code
+            moved = moved + (levels[code][..., None] * SIZES[sizes] - own) * added
+    return codes, sizes
 
 
 def dequantize(codes, sizes, bits, uniform=False):
@@ -153,19 +190,21 @@ def decode_keys(codes, sizes, bits, rotated_bias=0.0, balance=1.0):
     return x * balance + rotated_bias
 
 
-def encode_segments(keys, order, first_bits, rotated_bias=0.0, balance=1.0):
+def encode_segments(keys, order, first_bits, rotated_bias=0.0, balance=1.0, fed_back=None):
     """Codes and sizes of both segments of keys (B, H, T, D): two pairs, see :func:`quantize`.
 
     Args:
         order: (H, D), which channels come first.
         first_bits: (H,), the bits of the first segment of each head; the second has the
             rest of 8.
+        fed_back: (H, 2, D / 2, D / 2), see :func:`feedback`, or None.
     """
     x = np.take_along_axis((keys - rotated_bias) / balance, order[None, :, None], axis=-1)
     halves = [half @ rotation(half.shape[-1]) for half in np.split(x, 2, axis=-1)]
     pairs = []
-    for half, bits in zip(halves, (first_bits, 8 - first_bits)):
-        heads = [quantize(half[:, h], bits[h], uniform=True) for h in range(len(bits))]
+    for segment, (half, bits) in enumerate(zip(halves, (first_bits, 8 - first_bits))):
+        added = [None] * len(bits) if fed_back is None else fed_back[:, segment]
+        heads = [quantize(half[:, h], bits[h], True, added[h]) for h in range(len(bits))]
         pairs.append(tuple(np.stack(x, axis=1) for x in zip(*heads)))
     return pairs
 

@@ -306,6 +306,8 @@ def described(**changes):
         (9, lambda _: layout(2, 64)[:, 1:], "its key layout does not have the shape"),
         (10, lambda _: mx.ones((3, 64)), "its key bias does not have the shape"),
         (10, lambda _: mx.full((2, 64), float("inf")), "its key bias is not made of numbers"),
+        (11, lambda _: mx.ones((2, 63)), "its table of query squares does not have the shape"),
+        (11, lambda _: mx.zeros((2, 64)), "its table of query squares is not positive"),
     ],
 )
 def test_a_damaged_state_is_refused(part, value, message):
@@ -327,9 +329,15 @@ def test_files_of_the_first_version_are_read_if_they_left_out_no_bias():
         CompressedKVCache.from_state(old_state(cache, biased=True))
 
 
+def test_files_need_not_say_how_to_round():
+    cache = filled()
+    loaded = CompressedKVCache.from_state(cache.state[:-1])
+    assert same(loaded.keys_and_values(), cache.keys_and_values())
+
+
 def test_a_state_of_too_few_parts_is_refused():
-    with pytest.raises(ValueError, match="10 parts, expected 11"):
-        CompressedKVCache.from_state(filled().state[:-1])
+    with pytest.raises(ValueError, match="10 parts, expected 12"):
+        CompressedKVCache.from_state(filled().state[:-2])
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):

@@ -22,13 +22,14 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def codec(dim, plain=False):
+def codec(dim, plain=False, fed_back=True):
     spec = CodecSpec(dim, dim, "segmented", 4)
     if plain:
         return KVCodec(spec)
     balance = np.exp(0.5 * normal(HEADS, 1, dim, seed=2))
     bias = KeyBias(mx.array(20 * normal(HEADS, dim, seed=3)), nn.RoPE(dim))
-    return KVCodec(spec, mx.array(balance), bias, layout(HEADS, dim))
+    squares = mx.array(np.exp(normal(HEADS, dim, seed=9))) if fed_back else None
+    return KVCodec(spec, mx.array(balance), bias, layout(HEADS, dim), squares)
 
 
 def keys_of(one):
@@ -53,7 +54,14 @@ def test_it_is_the_oracles(dim, plain):
     assert [x.shape for x in encoded] == [(1, HEADS, dim // 2, TOKENS), (1, HEADS, 2, TOKENS)]
     assert all(x.dtype == mx.uint8 for x in encoded)
     segments = stored.segments([np.array(x).swapaxes(-1, -2) for x in encoded], first_bits)
-    oracle = reference.encode_segments(keys, order, first_bits, bias, balance)
+    fed_back = None
+    if not plain:
+        weights = np.array(one.query_squares) * balance[:, 0] ** 2
+        weights = np.take_along_axis(weights, order, axis=-1).reshape(HEADS, 2, -1)
+        fed_back = np.array([[reference.feedback(half) for half in head] for head in weights])
+        np.testing.assert_allclose(one.feedback, fed_back, atol=2**-11)
+        fed_back = np.array(one.feedback, np.float64)
+    oracle = reference.encode_segments(keys, order, first_bits, bias, balance, fed_back)
     # Rounding may move a number over a threshold or decide between two equal sizes.
     for (codes, sizes), (oracle_codes, oracle_sizes) in zip(segments, oracle):
         same = (sizes == oracle_sizes)[..., 0]
@@ -68,7 +76,7 @@ def test_it_is_the_oracles(dim, plain):
 
 @every_dim
 def test_segments_lose_what_their_bits_do(dim):
-    one = codec(dim)
+    one = codec(dim, fed_back=False)
     keys, _, balance, _ = keys_of(one)
     decoded = one.decode_keys(one.encode_keys(mx.array(keys), START), START)
     lost = one.sorted((decoded - keys) / balance)
@@ -77,6 +85,18 @@ def test_segments_lose_what_their_bits_do(dim):
     for h, bits in enumerate(FIRST_BITS):
         assert 0.6 * ERRORS[bits] < first[h] < 1.05 * ERRORS[bits]
         assert 0.6 * ERRORS[8 - bits] < second[h] < 1.05 * ERRORS[8 - bits]
+
+
+@every_dim
+def test_feedback_moves_errors_to_where_queries_are_small(dim):
+    lost = []
+    for fed_back in (False, True):
+        one = codec(dim, fed_back=fed_back)
+        keys = keys_of(one)[0]
+        error = one.decode_keys(one.encode_keys(mx.array(keys), START), START) - keys
+        queries = normal(1, HEADS, 500, dim, seed=10) * np.sqrt(codec(dim).query_squares)[:, None]
+        lost.append(np.mean(np.square(queries @ np.array(error).swapaxes(-1, -2))))
+    assert lost[1] < 0.88 * lost[0]
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -353,7 +353,7 @@ class CompressedKVCache(_BaseCache):
         if codec is own or codec.makes_the_codes_of(own, self.bias):
             return codec
         bias = own.bias if self.unplaced_bias is None else place(self.unplaced_bias)
-        return KVCodec(own.spec, own.balance, bias, own.layout)
+        return KVCodec(own.spec, own.balance, bias, own.layout, own.query_squares)
 
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens (at most all of them) and return how many.

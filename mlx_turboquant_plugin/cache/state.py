@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 FORMAT = "turboquant-kv/2"
 # The same without the layout of the channels and the key bias; read if none was left out.
 OLD_FORMAT, OLD_PARTS = "turboquant-kv/1", 9
+# The mean squares of queries are not in all files of this version: they only say how to round.
+PARTS = OLD_PARTS + 2, OLD_PARTS + 3
 REMEDY = "make the prompt cache again with this version and model"
 
 
@@ -27,14 +29,14 @@ def to_state(cache: "CompressedKVCache") -> tuple:
     """What mlx-lm saves and evaluates: strings, the offset and arrays.
 
     (format, description, fingerprint, offset, keys, values, key codes, value codes,
-    balance, layout, bias); the description is JSON: the codec, the window, the sinks, a
+    balance, layout, bias, query squares); the description is JSON: the codec, the window, the sinks, a
     checksum of the rotations, the first position that has codes, and for rotating caches
-    how many tokens they hold. Balance, layout and bias are None if no codes needed them so far.
+    how many tokens they hold. The last four are None if no codes needed them so far.
     """
     codec = cache.codec
-    known = None, None, None
+    known = None, None, None, None
     if cache.informed:
-        known = codec.balance, codec.layout, cache.bias
+        known = codec.balance, codec.layout, cache.bias, codec.query_squares
     return (
         FORMAT,
         _description(
@@ -65,11 +67,11 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
     if found not in (FORMAT, OLD_FORMAT):
         shown = repr(found) if isinstance(found, str) else "unknown"
         raise ValueError(f"prompt cache: format {shown}, expected {FORMAT!r}: {REMEDY}")
-    expected = OLD_PARTS if found == OLD_FORMAT else OLD_PARTS + 2
-    if len(state) != expected:
-        raise ValueError(f"prompt cache: {len(state)} parts, expected {expected}: {REMEDY}")
+    expected = (OLD_PARTS,) if found == OLD_FORMAT else PARTS
+    if len(state) not in expected:
+        raise ValueError(f"prompt cache: {len(state)} parts, expected {expected[-1]}: {REMEDY}")
     _, description, fingerprint, offset, keys, values, key_codes, value_codes, *known = state
-    balance, layout, bias = (*known, None, None)[:3]
+    balance, layout, bias, query_squares = (*known, None, None, None)[:4]
     try:
         parts = json.loads(description)
         cache.__init__(**parts["ring"])
@@ -80,7 +82,7 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
         _check_visibility(visibility)
         spec = CodecSpec(**parts["codec"])
         _check_spec(spec)
-        codec = KVCodec(spec, balance, None, layout)
+        codec = KVCodec(spec, balance, None, layout, query_squares)
         left_out, same_rotation = parts.get("biased", False), parts["rotation"] == codec.checksum
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"prompt cache: unreadable description ({error!r}): {REMEDY}") from error
@@ -94,7 +96,7 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
     tokens = ExactTokens(keys, values)
     cache.hold(tokens, key_codes, value_codes, first_coded, coded, offset)
     _check_arrays(cache)
-    known = (x for x in (balance, layout, bias) if x is not None)
+    known = (x for x in (balance, layout, bias, query_squares) if x is not None)
     release((*cache.arrays, *known))
 
 
@@ -169,21 +171,23 @@ def _check_arrays(cache: "CompressedKVCache") -> None:
         _require(fits, "its codes do not have the shapes of its description")
     dim = spec.head_dim
     for name, x, shape in (
-        ("balance", cache.codec.balance, (heads, 1, dim)),
-        ("layout", cache.codec.layout, (heads, dim + 1)),
-        ("bias", cache.bias, (heads, dim)),
+        ("key balance", cache.codec.balance, (heads, 1, dim)),
+        ("key layout", cache.codec.layout, (heads, dim + 1)),
+        ("key bias", cache.bias, (heads, dim)),
+        ("table of query squares", cache.codec.query_squares, (heads, dim)),
     ):
         _require(
             x is None or x.shape == shape,
-            f"its key {name} does not have the shape of its description",
+            f"its {name} does not have the shape of its description",
         )
-    for name, x in (("balance", cache.codec.balance), ("bias", cache.bias)):
+    positive = {"key balance": cache.codec.balance, "table of query squares": cache.codec.query_squares}
+    for name, x in (*positive.items(), ("key bias", cache.bias)):
         _require(
             x is None or (mx.issubdtype(x.dtype, mx.floating) and mx.isfinite(x).all().item()),
-            f"its key {name} is not made of numbers",
+            f"its {name} is not made of numbers",
         )
-    balance = cache.codec.balance
-    _require(balance is None or (balance > 0).all().item(), "its key balance is not positive")
+    for name, x in positive.items():
+        _require(x is None or (x > 0).all().item(), f"its {name} is not positive")
     _require(
         cache.codec.layout is None or _is_layout(cache.codec.layout, spec),
         "its key layout is no order of the channels and bits of their first segment",

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from .affine import GroupAffine, VectorAffine
 from .exact import Exact
+from .feedback import feedback
 from .key_bias import KeyBias
 from .lloyd_max import LloydMax
 from .rotation import SEED, Rotation
@@ -25,13 +26,13 @@ ALL = slice(None)
 STEP = {mx.cpu: 2**16, mx.gpu: 2**23}
 
 
-def key_quantizer(name: str, bits: int, first_bits: Optional[mx.array] = None):
+def key_quantizer(name: str, bits: int, *of_segments: Optional[mx.array]):
     """The quantiser of rotated keys called ``name``: segmented, lloyd-max, affine or exact.
 
-    ``first_bits`` are for :class:`Segmented`.
+    ``of_segments`` are the arguments of :class:`Segmented`.
     """
     if name == SEGMENTED:
-        return Segmented(first_bits)
+        return Segmented(*of_segments)
     return {"lloyd-max": LloydMax, "affine": VectorAffine, "exact": _exact}[name](bits)
 
 
@@ -72,6 +73,7 @@ class Knowledge(NamedTuple):
     balance: Optional[mx.array] = None
     bias: Optional[KeyBias] = None
     layout: Optional[mx.array] = None
+    query_squares: Optional[mx.array] = None
 
 
 class KVCodec:
@@ -87,6 +89,8 @@ class KVCodec:
         bias: the layer's key bias, or None.
         layout: (H, D + 1) int32, or None: the channels of each KV head in the order in which
             they are cut into segments, and last the bits of the first segment.
+        query_squares: (H, D) fp32, the mean squares of the queries of each KV head, or None: errors
+            of keys in segments are fed back by them. Codes mean the same with and without.
     """
 
     def __init__(
@@ -95,9 +99,10 @@ class KVCodec:
         balance: Optional[mx.array] = None,
         bias: Optional[KeyBias] = None,
         layout: Optional[mx.array] = None,
+        query_squares: Optional[mx.array] = None,
     ):
         self.spec = spec
-        self._given = Knowledge(balance, bias, layout)
+        self._given = Knowledge(balance, bias, layout, query_squares)
         self._learn: Optional[Callable[[CodecSpec], Knowledge]] = None
         self.values = value_quantizer(spec.value_codec, spec.value_bits, spec.value_dim)
         self.key_rotation = Rotation(spec.head_dim // spec.segments, spec.seed)
@@ -105,7 +110,7 @@ class KVCodec:
 
     @classmethod
     def learning(cls, spec: CodecSpec, learn: Callable[[CodecSpec], Knowledge]) -> "KVCodec":
-        """A codec that asks ``learn(spec)`` for balance, bias and layout when it needs them.
+        """A codec that asks ``learn(spec)`` for what it knows of its layer when it needs that.
 
         That is when it makes or reads its first codes.
         """
@@ -152,11 +157,22 @@ class KVCodec:
     def layout(self) -> Optional[mx.array]:
         return self._known.layout
 
+    @property
+    def query_squares(self) -> Optional[mx.array]:
+        return self._known.query_squares
+
+    @functools.cached_property
+    def feedback(self) -> Optional[mx.array]:
+        """How errors are fed back when codes are made, see :func:`feedback`; None: not at all."""
+        if self.query_squares is None or self.layout is None:
+            return None
+        return feedback(self.query_squares, self.balance, self.layout)
+
     @functools.cached_property
     def keys(self):
         """The quantiser of rotated keys."""
         first_bits = None if self.layout is None else self.layout[:, -1]
-        return key_quantizer(self.spec.key_codec, self.spec.key_bits, first_bits)
+        return key_quantizer(self.spec.key_codec, self.spec.key_bits, first_bits, self.feedback)
 
     def makes_the_codes_of(self, other: "KVCodec", bias: Optional[mx.array]) -> bool:
         """Whether codes made by ``other``, which leave out a key bias (H, D), are its own."""
@@ -171,7 +187,8 @@ class KVCodec:
     def tables(self) -> Tuple[mx.array, ...]:
         """What it keeps besides any codes. Layers share the rotations and the rotary table."""
         tables = [self.key_rotation.array, self.value_rotation.array]
-        tables += [x for x in (self.balance, self.layout) if x is not None]
+        known = self.balance, self.layout, self.query_squares, self.feedback
+        tables += [x for x in known if x is not None]
         if self.bias is not None:
             tables += [*self.bias.arrays, *self.bias.table.arrays]
         return tuple(tables)

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from .byte_matrix import Prepared, multiply, prepare
+from .feedback import FEEDBACK_BLOCK
 from .lloyd_max import OFFSET, STEPS_PER_OCTAVE, searched, size_of
 
 # The bits that the first segment can have, and has where nothing is known; the other has the
@@ -45,17 +46,22 @@ class Segmented:
 
     Args:
         first_bits: those of the first segment of each head, (H,); None stands for 5.
+        feedback: see :attr:`KVCodec.feedback`.
     """
 
-    def __init__(self, first_bits: Optional[mx.array] = None):
+    def __init__(
+        self, first_bits: Optional[mx.array] = None, feedback: Optional[mx.array] = None
+    ):
         first = np.array(USUAL_BITS if first_bits is None else first_bits)
         if first.ndim:
             first = first[:, None, None]
         second = 8 - first
-        self._bits = [mx.array(bits.astype(np.uint8)) for bits in (first, second)]
-        self._shifts = [
-            mx.array(np.vectorize(SHIFTS.get)(bits).astype(np.float32)) for bits in (first, second)
-        ]
+        # Of both segments, (H, 2, 1, 1) or (2, 1, 1).
+        bits = np.stack([first, second], axis=min(1, first.ndim)).reshape(*first.shape[:1], 2, 1, 1)
+        self._bits = mx.array(bits.astype(np.uint8))
+        self._shift = mx.array(np.vectorize(SHIFTS.get)(bits).astype(np.float32))
+        self._feedback = feedback
+        self._second = mx.array(second.astype(np.uint8))
         # What a byte is masked with and multiplied by to begin with the first and with the second
         # code, and the one after each: processors have no shifts of bytes by different numbers.
         self._mask, self._factor, *self._ones = (
@@ -65,13 +71,25 @@ class Segmented:
 
     def encode(self, x: mx.array) -> Tuple[mx.array, mx.array]:
         """The codes of ``x``, fp32 (..., T, D)."""
-        (first, first_scale), (second, second_scale) = (
-            searched(part, functools.partial(_coded, bits=bits, rest=rest), shift)
-            for part, bits, rest, shift in zip(
-                mx.split(x, 2, axis=-1), self._bits, reversed(self._bits), self._shifts
-            )
-        )
-        return (first << self._bits[1]) | second, mx.concatenate([first_scale, second_scale], axis=-1)
+        segments = mx.stack(mx.split(x, 2, axis=-1), axis=-3)
+        coded = functools.partial(_coded, bits=self._bits)
+        codes, scale = searched(segments, coded, self._shift)
+        if self._feedback is not None:
+            codes = self._with_feedback(segments, size_of(scale))
+        first, second = (codes[..., segment, :, :] for segment in range(2))
+        return (first << self._second) | second, mx.swapaxes(scale[..., 0], -1, -2)
+
+    def _with_feedback(self, x: mx.array, size: mx.array) -> mx.array:
+        """Codes of ``x`` (..., 2, T, D / 2), block by block; sizes: (..., 2, T, 1)."""
+        codes = []
+        for first in range(0, x.shape[-1], FEEDBACK_BLOCK):
+            own, x = x[..., :FEEDBACK_BLOCK], x[..., FEEDBACK_BLOCK:]
+            found, values = _coded(own, size, self._bits)
+            codes.append(found)
+            if x.shape[-1]:
+                after = first + FEEDBACK_BLOCK
+                x = x + (values - own) @ self._feedback[..., first:after, after:]
+        return mx.concatenate(codes, axis=-1)
 
     def decode(self, codes: Tuple[mx.array, mx.array]) -> mx.array:
         """The vectors, fp32 (..., T, D) and still rotated, that token-major ``codes`` stand for."""
@@ -114,16 +132,10 @@ class Segmented:
         return mx.sum(multiply(q, levels, OFFSET) * widths, axis=-3)
 
 
-def _coded(
-    x: mx.array, size: mx.array, bits: mx.array, rest: mx.array
-) -> Tuple[mx.array, mx.array]:
+def _coded(x: mx.array, size: mx.array, bits: mx.array) -> Tuple[mx.array, mx.array]:
     """Codes of the levels nearest to ``x``, and what they stand for; see :func:`searched`."""
     width = size * (1 / UNIT)
     count = mx.power(2.0, bits.astype(mx.float32))
-    codes = mx.clip(mx.floor((x / width + OFFSET) * (count / 256)), 0, count - 1).astype(mx.uint8)
-    return codes, (_middle(codes, rest).astype(mx.float32) - OFFSET) * width
-
-
-def _middle(codes: mx.array, rest: mx.array) -> mx.array:
-    """The middle of the bytes whose last bits but ``rest`` are the codes."""
-    return ((codes << 1) | 1) << (rest - 1)
+    codes = mx.clip(mx.floor((x / width + OFFSET) * (count / 256)), 0, count - 1)
+    # The middles of the bytes that begin with the codes.
+    return codes.astype(mx.uint8), ((codes + 0.5) * (256 / count) - OFFSET) * width

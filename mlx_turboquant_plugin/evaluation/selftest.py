@@ -57,6 +57,11 @@ what a vector x loses, by the measure that the codec minimises, may be
 - u t |b|: angles up to t are rounded, and turn the bias b that is taken away from keys.
 - 4 U |x|: only where MLX rotates vectors by a matrix in TF32, U = 2^-11: on a GPU for all
   kernels but the fused ones, which rotate by themselves.
+
+Codes of segments are judged one by one, since an error that is fed back changes all codes after
+it: each must be the nearest to what the vector and the codes before it come to, see
+:func:`stored.share_of_segment`; and sizes must be such that the nearest levels lose no more than
+above.
 """
 
 import argparse
@@ -148,8 +153,8 @@ class _Layer:
         dim, rope = tested.dim, tested.rope
         rotary = dim // 2 if rope == "partial" else dim
         self.rope = {"traditional": rope == "traditional", "dims": rotary}
-        self.bias = self.balance = self.layout = None
-        codec_parts = None, None, None
+        self.bias = self.balance = self.layout = self.query_squares = None
+        codec_parts = ()
         if tested.extras:
             size = PROMPT_BIAS_SIZE if self.is_prompt else BIAS_SIZE
             self.bias = size * self._normal(KV_HEADS, dim)
@@ -159,10 +164,12 @@ class _Layer:
                 order = self.random.permuted([np.arange(dim)] * KV_HEADS, axis=1)
                 first_bits = self.random.permutation(FIRST_BITS)[:KV_HEADS, None]
                 self.layout = np.concatenate([order, first_bits], axis=1).astype(np.int32)
+                self.query_squares = np.exp(self._normal(KV_HEADS, dim))
+            of_segments = self.layout, self.query_squares
             codec_parts = (
                 mx.array(self.balance),
                 KeyBias(mx.array(self.bias), rope_module),
-                None if self.layout is None else mx.array(self.layout),
+                *(None if x is None else mx.array(x) for x in of_segments),
             )
         spec = CodecSpec(dim, tested.value_dim, *tested.keys, *tested.values)
         self.codec = KVCodec(spec, *codec_parts)
@@ -286,23 +293,37 @@ class _Layer:
             shares += [
                 self._share(*self.case.keys, keys, decoded_keys, turned)
                 if not self.case.segmented
-                else self._share_of_segments(keys, decoded_keys, turned),
+                else self._share_of_segments(keys, row, some, turned),
                 self._share(*self.case.values, values, decoded_values, np.zeros_like(turned)),
             ]
         return max(shares)
 
-    def _share_of_segments(self, x: np.ndarray, decoded: np.ndarray, turned: np.ndarray) -> float:
+    def _share_of_segments(
+        self, x: np.ndarray, row: CompressedKVCache, some: np.ndarray, turned: np.ndarray
+    ) -> float:
         order, first_bits = self._cut
-        x, decoded = (
-            np.split(np.take_along_axis(y, order[None, :, None], axis=-1), 2, axis=-1)
-            for y in (x, decoded)
-        )
-        shares = [
-            self._share("segmented", bits[h], *(y[:, h] for y in (*parts, turned)))
-            for *parts, bits in zip(x, decoded, (first_bits, 8 - first_bits))
+        arrays = [np.array(y)[..., some - row.first_coded].swapaxes(-1, -2) for y in row.key_codes]
+        halves = np.split(np.take_along_axis(x, order[None, :, None], axis=-1), 2, axis=-1)
+        parts = zip(halves, stored.segments(arrays, first_bits), (first_bits, 8 - first_bits))
+        rotation = reference.rotation(self.case.dim // 2)
+        return max(
+            stored.share_of_segment(
+                half[:, h] @ rotation,
+                *(y[:, h] for y in codes),
+                bits[h],
+                self._inexact(half[:, h], turned[:, h]),
+                self._fed_back(h, segment),
+            )
+            for segment, (half, codes, bits) in enumerate(parts)
             for h in range(KV_HEADS)
-        ]
-        return max(shares)
+        )
+
+    def _fed_back(self, h: int, segment: int) -> np.ndarray:
+        """What errors of codes are multiplied by, see :func:`reference.feedback`."""
+        if self.query_squares is None:
+            return np.zeros((self.case.dim // 2,) * 2)
+        weights = self.query_squares[h] * self.balance[h, 0] ** 2
+        return reference.feedback(np.split(weights[self._cut[0][h]], 2)[segment])
 
     @property
     def _cut(self) -> Tuple[np.ndarray, np.ndarray]:
@@ -317,14 +338,14 @@ class _Layer:
         if codec == "affine":
             return 0.0
         rotation = reference.rotation(x.shape[-1])
-        x, decoded = x @ rotation, decoded @ rotation
-        length = np.linalg.norm(x, axis=-1)
-        inexact = ROUNDOFF["float32"] * (64 + turned / length)
+        return stored.share(x @ rotation, decoded @ rotation, bits, self._inexact(x, turned))
+
+    def _inexact(self, x: np.ndarray, turned: np.ndarray) -> np.ndarray:
+        """By what part of their length vectors (..., T, D) may be off."""
+        inexact = ROUNDOFF["float32"] * (64 + turned / np.linalg.norm(x, axis=-1))
         if mx.default_device().type == mx.gpu and self.kernel not in FUSED:
             inexact = inexact + 4 * TF32_ROUNDOFF
-        most = 1.2 * stored.least_loss(x, bits, inexact, codec == "segmented")
-        most = most + (1 + reference.ALONG) ** 0.5 * inexact * length
-        return (stored.loss(x, decoded) / most).max()
+        return inexact
 
     @functools.cached_property
     def _fp64_rows(self) -> List[Tuple[np.ndarray, ...]]:

@@ -70,3 +70,45 @@ def least_loss(x: np.ndarray, bits: int, inexact: np.ndarray, uniform: bool) -> 
     near = (x * (1 + sign * inexact[..., None]) for sign in (-1, 1))
     codes = (reference.quantize(y, bits, uniform) for y in near)
     return np.maximum(*(loss(x, reference.dequantize(*found, bits, uniform)) for found in codes))
+
+
+def share(
+    x: np.ndarray, decoded: np.ndarray, bits: int, inexact: np.ndarray, uniform: bool = False
+) -> float:
+    """What rotated vectors (..., T, D) lose, as a share of what they may: the most of all.
+
+    Args:
+        inexact, uniform: see :func:`least_loss`.
+    """
+    most = 1.2 * least_loss(x, bits, inexact, uniform)
+    most = most + (1 + reference.ALONG) ** 0.5 * inexact * np.linalg.norm(x, axis=-1)
+    return (loss(x, decoded) / most).max()
+
+
+def share_of_segment(
+    x: np.ndarray,
+    codes: np.ndarray,
+    sizes: np.ndarray,
+    bits: int,
+    inexact: np.ndarray,
+    added: np.ndarray,
+) -> float:
+    """The same of a segment: of its sizes, if levels were the nearest, and of its levels.
+
+    Args:
+        x, codes: (..., T, D), with ``sizes`` (..., T, 1).
+        added: what errors are multiplied by, see :func:`reference.feedback`.
+    """
+    moved, decoded = x.copy(), reference.dequantize(codes, sizes, bits, uniform=True)
+    for channel, row in enumerate(added):
+        moved += (decoded[..., channel] - moved[..., channel])[..., None] * row
+    least = np.abs(_nearest(moved, sizes, bits) - moved)
+    step = reference.FACTOR * 2 ** (8 - bits) * reference.SIZES[sizes]
+    most = least + step / 64 + 4 * (inexact * np.linalg.norm(x, axis=-1))[..., None]
+    of_sizes = share(x, _nearest(x, sizes, bits), bits, inexact, uniform=True)
+    return max(of_sizes, (np.abs(decoded - moved) / most).max())
+
+
+def _nearest(x: np.ndarray, sizes: np.ndarray, bits: int) -> np.ndarray:
+    levels, size = reference.UNIFORM_LEVELS[bits], reference.SIZES[sizes]
+    return levels[np.abs((x / size)[..., None] - levels).argmin(axis=-1)] * size

@@ -70,6 +70,7 @@ def _encode(codec: KVCodec, sides: Sequence[_Side], start: int, part: slice) -> 
     total = before + length
     rotation = sides[0].rotation.array
     known = codec if sides[0].is_keys else None
+    feedback = known and known.feedback
     rotary, model = model_arrays(rotation, known, start + length)
     inputs, copying, template = [], [], []
     for name, side in zip("kv" if len(sides) == 2 else "kv"[not sides[0].is_keys], sides):
@@ -86,11 +87,17 @@ def _encode(codec: KVCodec, sides: Sequence[_Side], start: int, part: slice) -> 
     ]
     blocks = len(sides) * -(-length // ENCODED) + sum(copying)
     made = _encode_kernel(tuple((side.is_keys, len(side.widths) - 1) for side in sides))(
-        inputs=[*inputs, *model[1:], int_array(first, length, start, before, *rotary, *copying)],
+        inputs=[
+            *inputs,
+            *model[1:],
+            model[0] if feedback is None else feedback,
+            int_array(first, length, start, before, *rotary, *copying),
+        ],
         template=[
             *template,
             ("BALANCED", known is not None and known.balance is not None),
             ("SORTED", known is not None and known.layout is not None),
+            ("FED_BACK", feedback is not None),
             ("BIASED", known is not None and known.bias is not None),
             ("UNIT", 1 if before % 16 or total % 16 else 16),
         ],
@@ -129,7 +136,8 @@ SIDE_BODY = """
           DIM, BITS, SEGMENTS, {is_keys}, BALANCED && {is_keys}, SORTED && {is_keys},
           BIASED && {is_keys}>(
           {name} + (head * {name}_shape[2] + first) * DIM, length, before, start, {name}_rotation,
-          balance, layout, bias, rotary, planes, {name}_scales, vectors, codes, block);
+          balance, layout, FED_BACK && {is_keys} ? feedback : nullptr, bias, rotary, planes,
+          {name}_scales, vectors, codes, block);
       return;
     }}
     block -= encoding;
@@ -167,5 +175,5 @@ def _encode_kernel(sides: Tuple[Tuple[bool, int], ...]) -> Any:
         )
     widest = names[0] if len(names) == 1 else "(K_DIM > V_DIM ? K_DIM : V_DIM)"
     body = BODY.format(widest=widest) + "".join(bodies)
-    inputs += [*MODEL.split()[1:], "places"]
+    inputs += [*MODEL.split()[1:], "feedback", "places"]
     return cuda_source.kernel("encode", inputs, outputs, body)

@@ -8,6 +8,7 @@ from typing import Any, Sequence
 import mlx.core as mx
 import numpy as np
 
+from ..codecs.feedback import FEEDBACK_BLOCK
 from ..codecs.lloyd_max import CODEBOOKS, OFFSET
 from ..codecs.segmented import SHIFTS, UNIT, USUAL_BITS
 from . import metal, nvrtc
@@ -112,7 +113,7 @@ def _levels() -> str:
     shifts = "".join(f"bits == {bits} ? {shift}f : " for bits, shift in SHIFTS.items())
     text.append(
         "struct SEGMENTED {\n"
-        f"  static constexpr int usual_bits = {USUAL_BITS};\n"
+        f"  static constexpr int usual_bits = {USUAL_BITS}, feedback_block = {FEEDBACK_BLOCK};\n"
         f"  static constexpr float unit = {UNIT}f, offset = {OFFSET}f;\n"
         "  __device__ static float shift(int bits) {\n"
         f"    return {shifts}0.0f;\n  }}\n}};"

@@ -1,6 +1,6 @@
 // Codes of vectors, as codecs/kv_codec.py makes them: the key bias taken away, divided by the
 // balance, sorted, rotated, quantised and packed. A block for 32 tokens of one head, a warp for
-// each token.
+// each token: its lane l has the rotated channels l, l + 32, ... of a segment.
 
 constexpr int ENCODED = 32;
 constexpr int ENCODE_THREADS = 32 * ENCODED;
@@ -48,10 +48,52 @@ struct Uniform {
   }
 };
 
-// The codes of a rotated vector, one in each byte; returns its scale.
-template <int DIM, typename Quantizer>
+// The nearest codes of `own`, channels of a rotated vector, one in each byte.
+template <int DIM, typename Quantizer, int N>
+__device__ inline void round_channels(
+    const float (&own)[N], float size, const Quantizer& quantizer, unsigned char* codes) {
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    float level;
+    int code = quantizer.nearest(own[i] / size, level);
+    if (lane + 32 * i < DIM) codes[lane + 32 * i] = code;
+  }
+}
+
+// The same, some channels after the other: what a block loses, times their rows of `feedback`,
+// (DIM, DIM), is added to those that come after them; the others' columns are zero.
+template <int DIM, typename Quantizer, int N, typename F>
+__device__ inline void round_with_feedback(
+    float (&own)[N], float size, const Quantizer& quantizer, const F* feedback,
+    unsigned char* codes) {
+  constexpr int BLOCK = SEGMENTED::feedback_block;
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    for (int first = 0; first < 32 && 32 * i + first < DIM; first += BLOCK) {
+      float level;
+      int code = quantizer.nearest(own[i] / size, level);
+      float lost = level * size - own[i];
+      if (lane / BLOCK == first / BLOCK) codes[lane + 32 * i] = code;
+#pragma unroll
+      for (int k = 0; k < BLOCK; k++) {
+        float one = __shfl_sync(ALL, lost, first + k);
+        const F* row = feedback + (32 * i + first + k) * DIM;
+#pragma unroll
+        for (int j = i; j < N; j++) {
+          if (lane + 32 * j < DIM) own[j] += one * float(row[lane + 32 * j]);
+        }
+      }
+    }
+  }
+}
+
+// The codes of a rotated vector, one in each byte; returns its scale. `feedback`: see above, or
+// null.
+template <int DIM, typename Quantizer, typename F>
 __device__ inline int encode_vector(
-    const float* x, const Quantizer& quantizer, unsigned char* codes) {
+    const float* x, const Quantizer& quantizer, const F* feedback, unsigned char* codes) {
   constexpr int N = (DIM + 31) / 32;
   int lane = threadIdx.x % 32;
   float own[N], squares = 0;
@@ -80,21 +122,20 @@ __device__ inline int encode_vector(
     if (i == 0 || error < best) best = error, best_scale = scale;
   }
   float size = exp2f(best_scale / 12 - 13) / quantizer.unit;
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    float level;
-    int code = quantizer.nearest(own[i] / size, level);
-    if (lane + 32 * i < DIM) codes[lane + 32 * i] = code;
+  if (feedback) {
+    round_with_feedback<DIM>(own, size, quantizer, feedback, codes);
+  } else {
+    round_channels<DIM>(own, size, quantizer, codes);
   }
   return int(best_scale);
 }
 
-template <int DIM, typename Quantizer>
+template <int DIM, typename Quantizer, typename F>
 __device__ inline void rotate_and_encode(
-    float* x, const float* rotation, const Quantizer& quantizer, unsigned char* codes,
-    unsigned char* scale) {
+    float* x, const float* rotation, const Quantizer& quantizer, const F* feedback,
+    unsigned char* codes, unsigned char* scale) {
   rotate<DIM>(x, rotation);
-  int found = encode_vector<DIM>(x, quantizer, codes);
+  int found = encode_vector<DIM>(x, quantizer, feedback, codes);
   if (threadIdx.x % 32 == 0) *scale = found;
 }
 
@@ -135,16 +176,17 @@ __device__ inline void copy_codes(
 
 // x: the first of `length` tokens of this head, (length, DIM), which there are the codes of
 // `before` others before. `start`: the position of the first. rotation: see rotate().
-// balance: (H, 1, DIM), layout: (H, DIM + 1), bias: (H, DIM), or not read. planes:
+// balance: (H, 1, DIM), layout: (H, DIM + 1), bias: (H, DIM), or not read. feedback:
+// (H, SEGMENTS, PART, PART), or null. planes:
 // (B, H, bytes, T) if CHANNEL_MAJOR, (B, H, T, bytes) otherwise. scales: (B, H, SEGMENTS, T).
 // `vectors` and `codes`: shared memory of ENCODED times DIM and DIM + 4: so the same byte of all
 // tokens is in 32 banks.
 template <
     int DIM, int BITS, int SEGMENTS, bool CHANNEL_MAJOR, bool BALANCED, bool SORTED, bool BIASED,
-    typename X, int PLANES>
+    typename X, typename F, int PLANES>
 __device__ inline void encode_vectors(
     const X* x, int length, int before, int start, const float* rotation, const float* balance,
-    const int* layout, const float* bias, const RotaryPairs& rotary,
+    const int* layout, const F* feedback, const float* bias, const RotaryPairs& rotary,
     unsigned char* const (&planes)[PLANES], unsigned char* scales, float* vectors,
     unsigned char* codes, int block) {
   constexpr int FIELDS = Layout<DIM, BITS>::FIELDS, BYTES = Layout<DIM, BITS>::ROWS;
@@ -167,13 +209,14 @@ __device__ inline void encode_vectors(
     unsigned char* own = codes + warp * (DIM + 4);
     unsigned char* scale = scales + head * SEGMENTS * total + before + token;
     if constexpr (SEGMENTS == 1) {
-      rotate_and_encode<DIM>(vector, rotation, LloydMax<BITS>(), own, scale);
+      rotate_and_encode<DIM>(vector, rotation, LloydMax<BITS>(), (const F*)nullptr, own, scale);
     } else {
 #pragma unroll
       for (int s = 0; s < SEGMENTS; s++) {
         Uniform quantizer(s == 0 ? first_bits : 8 - first_bits);
+        const F* added = feedback ? feedback + (h * SEGMENTS + s) * PART * PART : nullptr;
         rotate_and_encode<PART>(
-            vector + s * PART, rotation, quantizer, own + s * PART, scale + s * total);
+            vector + s * PART, rotation, quantizer, added, own + s * PART, scale + s * total);
       }
     }
   }

@@ -60,10 +60,21 @@ for (int token = simd; token < count; token += SIMDS) {
     threadgroup uint8_t* own_codes = codes + token * D + s * SEGMENT;
     const int bits = s == 0 ? first_bits : 8 - first_bits;
     // The shift of so many bits is in their place among the levels.
-    const uint8_t scale = SEGMENTS == 1
-        ? quantize<SEGMENT, SEARCHED, ALONG>(y, quantizer, 0.0f, own_codes, lane)
-        : quantize<SEGMENT, SEARCHED, ALONG>(
-              y, Uniform(levels, bits), levels[bits], own_codes, lane);
+    int scale;
+    if (SEGMENTS == 1) {
+      scale = searched<SEGMENT, SEARCHED, ALONG>(y, quantizer, 0.0f, lane);
+      round_channels<SEGMENT>(y, size_of(scale), quantizer, own_codes, lane);
+    } else {
+      const Uniform uniform(levels, bits);
+      scale = searched<SEGMENT, SEARCHED, ALONG>(y, uniform, levels[bits], lane);
+      if (FED_BACK) {
+        round_with_feedback<SEGMENT, FEEDBACK_BLOCK>(
+            y, size_of(scale), uniform,
+            feedback + (kv_head * SEGMENTS + s) * SEGMENT * SEGMENT, own_codes, lane);
+      } else {
+        round_channels<SEGMENT>(y, size_of(scale), uniform, own_codes, lane);
+      }
+    }
     if (lane == 0) {
       scales[(size_t(kv_index) * SEGMENTS + s) * length + first + token] = scale;
     }

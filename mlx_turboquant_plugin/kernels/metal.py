@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence, Tuple
 import mlx.core as mx
 import numpy as np
 
+from ..codecs.feedback import FEEDBACK_BLOCK
 from ..codecs.kv_codec import ALL, Codes, KVCodec, joined
 from ..codecs.lloyd_max import ALONG, SEARCH
 from . import encodes
@@ -46,7 +47,7 @@ DECODE = (
     "partial",
 )
 MERGE = "merge", "partial value_rotation sizes", "out"
-ENCODE = "encode", f"x rotation {MODEL} places", "low scales"
+ENCODE = "encode", f"x rotation {MODEL} feedback places", "low scales"
 ENCODE_3_BITS = *ENCODE[:2], "low low_of_upper_fields high scales"
 # What a kernel begins with, after codes.metal.
 PARTS = {"decode": ["attention"], "encode": ["quantizer"], "dequantize": ["tokens"]}
@@ -159,9 +160,16 @@ def _encode(codec: KVCodec, x: mx.array, is_keys: bool, start: int = 0) -> Codes
         name, bits, rotation = spec.key_codec, spec.key_bits, codec.key_rotation
         segments, known = spec.segments, codec
     rotary, model = model_arrays(level_array((name, bits)), known, start + length)
+    feedback = known and known.feedback
     widths = [dim // 8] * 3 if bits == 3 else [dim * bits // 8]
     codes = kernel(*(ENCODE_3_BITS if bits == 3 else ENCODE))(
-        inputs=[x, rotation.array, *model, int_array(start, *rotary)],
+        inputs=[
+            x,
+            rotation.array,
+            *model,
+            model[0] if feedback is None else feedback,
+            int_array(start, *rotary),
+        ],
         template=[
             ("D", dim),
             ("BITS", bits),
@@ -169,6 +177,8 @@ def _encode(codec: KVCodec, x: mx.array, is_keys: bool, start: int = 0) -> Codes
             ("CHANNEL_MAJOR", is_keys),
             ("SEARCHED", len(SEARCH)),
             ("ALONG", ALONG),
+            ("FEEDBACK_BLOCK", FEEDBACK_BLOCK),
+            ("FED_BACK", feedback is not None),
             ("BALANCED", is_keys and codec.balance is not None),
             ("SORTED", is_keys and codec.layout is not None),
             ("BIASED", is_keys and codec.bias is not None),

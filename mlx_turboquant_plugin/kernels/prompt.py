@@ -70,6 +70,7 @@ def run_pass(kernel: str, codec: KVCodec, tokens: Tokens, plan: Plan) -> Pass:
         codec.spec,
         codec.balance is not None,
         codec.layout is not None,
+        codec.feedback is not None,
         bias and bias.table,
         tokens.older and tokens.older[0].shape[2],
         tuple(shape),
@@ -79,7 +80,8 @@ def run_pass(kernel: str, codec: KVCodec, tokens: Tokens, plan: Plan) -> Pass:
         tokens.first_coded,
         plan,
     )
-    known = [x for x in (codec.balance, codec.layout, bias and bias.bias) if x is not None]
+    known = codec.balance, codec.layout, codec.feedback, bias and bias.bias
+    known = [x for x in known if x is not None]
     return Pass(*run(tokens.older or (), tokens.newer, tokens.key_codes, tokens.value_codes, known))
 
 
@@ -90,6 +92,7 @@ def _traced(
     spec: CodecSpec,
     balanced: bool,
     ordered: bool,
+    fed_back: bool,
     table: Optional[RotaryTable],
     older_count: Optional[int],
     shape: Tuple[int, ...],
@@ -102,16 +105,20 @@ def _traced(
     """:func:`run_pass` for one kind of layer.
 
     Args:
-        balanced, ordered, table: whether keys are balanced and sorted, and the rotary table of
-            a bias.
+        balanced, ordered, fed_back, table: whether keys are balanced and sorted and their errors
+            fed back, and the rotary table of a bias.
         older_count, shape, key_dtype, value_dtype, coded: of the arrays that it is given.
     """
     coder, part = fused_kernel(kernel), slice(plan.encoded.start, plan.encoded.stop)
 
     def run(older, newer, key_codes, value_codes, known):
         arrays = iter(known)
-        balance, layout = (next(arrays) if is_there else None for is_there in (balanced, ordered))
+        balance, layout, feedback = (
+            next(arrays) if is_there else None for is_there in (balanced, ordered, fed_back)
+        )
         codec = KVCodec(spec, balance, table and _Bias(next(arrays), table), layout)
+        # Given, since what it is made of has no values here.
+        codec.feedback = feedback
         tokens = Tokens(older or None, newer, key_codes, value_codes, first_coded)
         (keys, values), kept = lay_out(kernel, codec, tokens, plan.places)
         codes = coder.encode(codec, keys, values, plan.start, (key_codes, value_codes), part)

@@ -67,12 +67,52 @@ struct Uniform {
   }
 };
 
-// Writes D codes, and returns their scale: that which loses least, near the one that is `shift`
-// steps above the root mean square.
-template <int D, int SEARCHED, int ALONG, typename Quantizer, int COUNT>
-METAL_FUNC uint8_t quantize(
-    thread const float (&y)[COUNT], thread const Quantizer& quantizer, float shift,
+// Writes D codes, each the nearest.
+template <int D, typename Quantizer, int COUNT>
+METAL_FUNC void round_channels(
+    thread const float (&y)[COUNT], float size, thread const Quantizer& quantizer,
     threadgroup uint8_t* codes, int lane) {
+  UNROLL
+  for (int j = 0; j < COUNT; j++) {
+    if (32 * j + lane < D) {
+      codes[32 * j + lane] = quantizer.code(y[j], size);
+    }
+  }
+}
+
+// The same, BLOCK channels after the others: what they lose, times their rows of `feedback`,
+// (D, D), is added to those that come after them; the columns of others are zero.
+template <int D, int BLOCK, typename Quantizer, int COUNT, typename F>
+METAL_FUNC void round_with_feedback(
+    thread float (&y)[COUNT], float size, thread const Quantizer& quantizer,
+    device const F* feedback, threadgroup uint8_t* codes, int lane) {
+  UNROLL
+  for (int j = 0; j < COUNT; j++) {
+    for (int first = 0; first < min(32, D - 32 * j); first += BLOCK) {
+      const float lost = quantizer.nearest(y[j], size) - y[j];
+      if (lane / BLOCK == first / BLOCK) {
+        codes[32 * j + lane] = quantizer.code(y[j], size);
+      }
+      UNROLL
+      for (int k = 0; k < BLOCK; k++) {
+        const float one = simd_shuffle(lost, ushort(first + k));
+        device const F* row = feedback + (32 * j + first + k) * D;
+        UNROLL
+        for (int i = j; i < COUNT; i++) {
+          if (32 * i + lane < D) {
+            y[i] += one * float(row[32 * i + lane]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The scale of D codes that loses least, near the one that is `shift` steps above the root mean
+// square.
+template <int D, int SEARCHED, int ALONG, typename Quantizer, int COUNT>
+METAL_FUNC int searched(
+    thread const float (&y)[COUNT], thread const Quantizer& quantizer, float shift, int lane) {
   float square = 0;
   UNROLL
   for (int j = 0; j < COUNT; j++) {
@@ -100,12 +140,6 @@ METAL_FUNC uint8_t quantize(
     if (k == 0 || loss < least) {
       least = loss;
       scale = tried;
-    }
-  }
-  UNROLL
-  for (int j = 0; j < COUNT; j++) {
-    if (32 * j + lane < D) {
-      codes[32 * j + lane] = quantizer.code(y[j], size_of(scale));
     }
   }
   return scale;

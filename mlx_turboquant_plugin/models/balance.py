@@ -1,9 +1,14 @@
-"""Balanced keys: how to weigh a key's channels, from the model's statistics or its weights.
+"""How to weigh a key's channels and their errors, from the model's statistics or its weights.
 
 After the rotation a key's quantisation error is spread evenly over its channels,
 but the query does not weigh them evenly. With keys divided by s and queries
 multiplied by it, the error of a score is about sum_c (q_c s_c)^2 sum_c (k_c / s_c)^2,
 which is least (Cauchy-Schwarz) where s_c^2 = rms(k_c) / rms(q_c).
+
+Where errors are fed back (codecs/feedback.py), they are not spread evenly over the channels but
+kept small where queries are large, and keys that are all of one size, s_c = rms(k_c), lose less:
+at high rates the best transform is the one that makes them so, whatever the queries are. At a
+few bits the best is between the two.
 """
 
 from typing import Any, Tuple
@@ -14,6 +19,9 @@ import numpy as np
 
 from ..codecs.segmented import ERRORS, FIRST_BITS
 from .projections import Projection
+
+# Where errors are fed back, how far log s is on the way to that of the keys' own sizes.
+WHITENED = 0.25
 
 # Of a matrix, to be looked at at once.
 ROWS = 256
@@ -55,7 +63,9 @@ def norm_rms(norm: nn.Module, heads: int, dim: int) -> mx.array:
     return mx.abs(made.astype(mx.float32)).reshape(heads, dim)
 
 
-def balance(key_rms: mx.array, query_rms: mx.array, rope: Any) -> mx.array:
+def balance(
+    key_rms: mx.array, query_rms: mx.array, rope: Any, whitened: float = 0.0
+) -> mx.array:
     """The factors s of a layer.
 
     Args:
@@ -63,12 +73,13 @@ def balance(key_rms: mx.array, query_rms: mx.array, rope: Any) -> mx.array:
         query_rms: those of queries, (H_q, D).
         rope: the rope object; s is equal within each of its pairs, so that it
             commutes with the rotation by position.
+        whitened: how far log s is on the way to that of the keys' own sizes.
 
     Returns:
         fp32 (H, 1, D) with geometric mean 1.
     """
     keys, queries = map(_floored, _squares(key_rms, query_rms, rope))
-    log_s = mx.log(keys / queries) / 4
+    log_s = (1 - whitened) * mx.log(keys / queries) / 4 + whitened * mx.log(keys) / 2
     return mx.exp(log_s - mx.mean(log_s, axis=-1, keepdims=True))[:, None]
 
 
@@ -94,6 +105,15 @@ def layout(key_rms: mx.array, query_rms: mx.array, rope: Any) -> mx.array:
     noise = [first * ERRORS[bits] + second * ERRORS[8 - bits] for bits in FIRST_BITS]
     bits = np.array(FIRST_BITS)[np.argmin(noise, axis=0)]
     return mx.array(np.concatenate([order, bits[:, None]], axis=-1).astype(np.int32))
+
+
+def query_squares(key_rms: mx.array, query_rms: mx.array, rope: Any) -> mx.array:
+    """Mean squares of the queries of each KV head, pooled over pairs: fp32 (H, D).
+
+    Args:
+        As of :func:`balance`.
+    """
+    return _floored(_squares(key_rms, query_rms, rope)[1])
 
 
 def _floored(square: mx.array) -> mx.array:

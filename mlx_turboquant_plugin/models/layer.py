@@ -23,7 +23,7 @@ from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import SEGMENTED, CodecSpec, Knowledge, KVCodec
 from ..rules import PRESETS
 from ..settings import Configuration, Settings, in_force
-from .balance import balance, layout, norm_rms, projection_rms
+from .balance import WHITENED, balance, layout, norm_rms, projection_rms, query_squares
 from .calibration import same_objects, statistics_for
 from .calibration_file import Statistics
 from .family import Family, family_of
@@ -185,18 +185,21 @@ def _learn(
         return Knowledge()
     statistics = None
     if spec.key_codec != "exact":
-        measured, statistics = statistics_for(attention)
-        if not measured:
+        tried, statistics = statistics_for(attention)
+        if not tried:
             # Codecs to come may learn more.
             _layers.pop(id(attention), None)
     family = family_of(attention)
     norm = norm_found and norm_found()
-    rms, bias = _rms_and_bias(family, attention, norm, spec.head_dim, statistics)
+    rms, bias, measured = _rms_and_bias(family, attention, norm, spec.head_dim, statistics)
     rope = _rope_of(family, attention)
-    factors = balance(*rms, rope) if rms and balanced else None
     cut = layout(*rms, rope) if rms and spec.segments > 1 else None
-    mx.eval([x for x in (factors, cut) if x is not None])
-    return Knowledge(factors, bias, cut)
+    # Weights say too little of what queries tell apart.
+    fed_back = measured and cut is not None
+    factors = balance(*rms, rope, WHITENED * fed_back) if rms and balanced else None
+    squares = query_squares(*rms, rope) if fed_back else None
+    mx.eval([x for x in (factors, cut, squares) if x is not None])
+    return Knowledge(factors, bias, cut, squares)
 
 
 def _rope_of(family: Family, attention: nn.Module) -> Any:
@@ -241,9 +244,9 @@ def _rms_and_bias(
     norm: Optional[nn.Module],
     head_dim: int,
     statistics: Optional[Statistics],
-) -> Tuple[Optional[Tuple[mx.array, mx.array]], Optional[KeyBias]]:
+) -> Tuple[Optional[Tuple[mx.array, mx.array]], Optional[KeyBias], bool]:
     """Root mean squares of what is coded of keys, (H, D), and of queries, (H_q, D), and the bias
-    of the keys, where there are any."""
+    of the keys, where there are any; and whether they were measured."""
     heads, kv_heads = family.head_counts(attention)
     rope = getattr(attention, family.rope, None)
     shapes = (kv_heads, head_dim), (heads, head_dim)
@@ -252,12 +255,13 @@ def _rms_and_bias(
     if statistics is not None and (statistics.mean is not None or family.dims):
         rms = tuple(map(mx.sqrt, statistics[1:]))
         try:
-            return rms, None if statistics.mean is None else KeyBias(statistics.mean, rope)
+            bias = None if statistics.mean is None else KeyBias(statistics.mean, rope)
+            return rms, bias, True
         except ValueError:
             # The rope is another one than when this was measured; the weights have to do.
             pass
     if family.dims:
-        return None, None
+        return None, None, False
     query_norm, key_norm = (getattr(attention, name, None) for name in family.head_norms)
     bias = rms = None
     if key_norm is not None:
@@ -271,4 +275,4 @@ def _rms_and_bias(
                 projection_rms(keys, norm, kv_heads),
                 projection_rms(queries, norm, heads, biased=True),
             )
-    return rms, bias
+    return rms, bias, False

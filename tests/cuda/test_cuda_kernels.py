@@ -88,11 +88,13 @@ def vectors(*shape, dtype=mx.float32):
 
 
 def codec(dim, bits, balanced=False, biased=False, keys="lloyd-max", heads=2):
-    """Segments are those of sorted keys."""
+    """Segments are those of sorted keys, and errors in them are fed back."""
     balance = mx.exp(0.3 * mx.random.normal((heads, 1, dim))) if balanced else None
     bias = KeyBias(10 * mx.random.normal((heads, dim)), nn.RoPE(dim)) if biased else None
-    cut = layout(heads, dim) if keys == SEGMENTED else None
-    return KVCodec(CodecSpec(dim, dim, keys, bits, value_bits=bits), balance, bias, cut)
+    of_segments = ()
+    if keys == SEGMENTED:
+        of_segments = layout(heads, dim), mx.exp(mx.random.normal((heads, dim)))
+    return KVCodec(CodecSpec(dim, dim, keys, bits, value_bits=bits), balance, bias, *of_segments)
 
 
 def check_codes(one, keys, values, start):

@@ -257,12 +257,13 @@ def are_like(ours, expected):
 @one_run
 def test_segmented_codes_are_those_of_the_codec(dim, length, emulated):
     mx.random.seed(dim)
-    cut = bias = balance = None
+    cut = bias = balance = squares = None
     if dim != 192:
         cut = layout(3, dim)
         bias = KeyBias(10 * mx.random.normal((3, dim)), nn.RoPE(dim // 2, traditional=dim == 80))
         balance = mx.exp(0.3 * mx.random.normal((3, 1, dim)))
-    one = KVCodec(CodecSpec(dim, dim, "segmented", 4), balance, bias, cut)
+        squares = mx.exp(mx.random.normal((3, dim)))
+    one = KVCodec(CodecSpec(dim, dim, "segmented", 4), balance, bias, cut, squares)
     sizes = mx.exp(mx.random.normal((2, 3, length, 1)))
     x = sizes * mx.random.normal((2, 3, length, dim))
     are_like(metal.encode_keys(one, x, 1000), one.encode_keys(x, 1000))
@@ -272,7 +273,8 @@ def test_segmented_codes_are_those_of_the_codec(dim, length, emulated):
 @one_run
 def test_codes_of_extremes(x, emulated):
     one = codec()
-    cut = KVCodec(CodecSpec(64, 64, "segmented", 4), layout=layout(3, 64))
+    spec = CodecSpec(64, 64, "segmented", 4)
+    cut = KVCodec(spec, layout=layout(3, 64), query_squares=mx.ones((3, 64)))
     x = mx.broadcast_to(mx.array(x), (1, 3, 3, 64))
     pairs = [
         *zip(metal.encode_values(one, x), one.encode_values(x)),

@@ -16,7 +16,7 @@ from ...attention.kernels import kernel_of
 from ...cache import BatchCompressedKVCache, CompressedKVCache, Visibility
 from ...codecs.key_bias import KeyBias
 from ...codecs.kv_codec import CodecSpec, KVCodec
-from ...models.balance import layout
+from ...models.balance import layout, query_squares
 from ...models.layer import key_codec
 from ..runs import kv_bytes, table_bytes
 from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, ROUND
@@ -149,8 +149,10 @@ def _like_a_models(spec: CodecSpec, kv_heads: int) -> KVCodec:
     balance = mx.exp(0.3 * mx.random.normal((kv_heads, 1, spec.head_dim)))
     mx.eval(balance)
     bias = KeyBias(mx.random.normal(shape), nn.RoPE(spec.head_dim))
+    if spec.segments == 1:
+        return KVCodec(spec, balance, bias)
     rms = [mx.exp(mx.random.normal(shape)) for _ in range(2)]
-    return KVCodec(spec, balance, bias, layout(*rms, None) if spec.segments > 1 else None)
+    return KVCodec(spec, balance, bias, layout(*rms, None), query_squares(*rms, None))
 
 
 def _one_call(caches: List[Any], query: mx.array, token: mx.array) -> Callable[[], float]:
