@@ -108,6 +108,19 @@ class BatchCompressedKVCache(_BaseCache):
         return batch if isinstance(batch, cls) else cls._holding(*rows_of(batch))
 
     @classmethod
+    def take_over(cls, batch: Any, other: "BatchCompressedKVCache") -> None:
+        """Add the rows of ``other`` to a batch of mlx-lm's, which becomes one of these.
+
+        In place, as mlx-lm extends: whoever holds ``batch`` goes on with it.
+
+        Raises:
+            TypeError, ValueError: see :meth:`extend`.
+        """
+        joined = cls.of(batch)
+        joined.extend(other)
+        batch.__class__, batch.__dict__ = cls, joined.__dict__
+
+    @classmethod
     def _holding(
         cls, rows: List[CompressedKVCache], offsets: Sequence[int], index: int
     ) -> "BatchCompressedKVCache":

@@ -67,10 +67,7 @@ def _extend(wrapped, instance, args, kwargs):
     other = args[0] if args else kwargs["other"]
     if not isinstance(other, BatchCompressedKVCache):
         return wrapped(*args, **kwargs)
-    batch = BatchCompressedKVCache.of(instance)
-    batch.extend(other)
-    # In place, as mlx-lm extends: whoever holds this batch goes on with it.
-    instance.__class__, instance.__dict__ = BatchCompressedKVCache, batch.__dict__
+    return BatchCompressedKVCache.take_over(instance, other)
 
 
 def _maybe_quantize_kv_cache(wrapped, instance, args, kwargs):
