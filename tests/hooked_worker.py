@@ -14,8 +14,13 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 import tiny
-from mlx_lm.generate import _merge_caches, generate_step, speculative_generate_step
-from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
+from mlx_lm.generate import (
+    _extend_cache,
+    _merge_caches,
+    generate_step,
+    speculative_generate_step,
+)
+from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 import mlx_turboquant_plugin
 
@@ -31,6 +36,9 @@ def logits_of(model, tokens):
     steps = mx.array([tokens[:NEW], tokens[NEW : 2 * NEW]])
     found["batch"], batch = tiny.logits(model, steps, _merge_caches(rows), chunk=1)
     found["chunk of a batch"], batch = tiny.logits(model, steps, batch, chunk=3)
+    plain = [tiny.logits(model, mx.array(tokens)[None], _plain(model))[1] for _ in range(2)]
+    joined = _extend_cache(_merge_caches(plain[:1]), _merge_caches([plain[1], rows[0]]))
+    found["joined"], _ = tiny.logits(model, mx.array([tokens[:NEW]] * 3), joined, chunk=3)
     ring, rings = tiny.logits(model, mx.array(tokens)[None], _rings(model))
     found["ring"] = ring
     generated, handed = [], _saved_and_loaded(model, caches)
@@ -44,6 +52,10 @@ def logits_of(model, tokens):
     found["drafted"] = mx.stack([logprobs for _, logprobs, _ in steps])
     kinds = {type(one).__name__ for one in [*caches, *batch, *rings]}
     return found, kinds
+
+
+def _plain(model):
+    return [KVCache() for _ in model.layers]
 
 
 def _rings(model):

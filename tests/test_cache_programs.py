@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -38,10 +39,11 @@ class Program:
         visibility = Visibility(window, sinks, self.draw.random() < 0.5)
         self.ring = self.draw.choice([None, None, 100, 300])
         if self.ring is None:
-            self.ours, self.theirs = CompressedKVCache(CODEC, visibility), KVCache()
+            self.fresh, self.theirs = partial(CompressedKVCache, CODEC, visibility), KVCache()
         else:
-            self.ours = RotatingCompressedKVCache(self.ring, sinks, CODEC, visibility)
+            self.fresh = partial(RotatingCompressedKVCache, self.ring, sinks, CODEC, visibility)
             self.theirs = RotatingKVCache(self.ring, sinks)
+        self.ours = self.fresh()
         self.done.append(f"{type(self.ours).__name__} {self.ring} {visibility}")
 
     def run(self, length):
@@ -63,8 +65,8 @@ class Program:
     def count(self):
         return self.draw.choice([1, 1, 2, 16, 17, 33, self.draw.randint(1, 300)])
 
-    def append(self, rows=1):
-        count = self.count()
+    def append(self, rows=1, count=None):
+        count = count or self.count()
         self.done.append(f"append {count}")
         self.forward(self.tokens(count, rows))
 
@@ -113,25 +115,38 @@ class Program:
         self.ours, self.theirs = mlx_lm_cache.load_prompt_cache(path)
 
     def batch(self):
-        """Join a batch, grow with it and leave it."""
+        """Join a batch, with an uncompressed cache or a compressed one, grow and leave it."""
         # Of rings, mlx-lm's batch forgets what they keep, and extract() does not give it back.
-        if self.ring is not None:
+        if self.ring is not None and self.theirs.keep:
             return
-        other, row = self.count(), self.draw.randint(0, 1)
-        self.done.append(f"batch with {other}, row {row}")
+        other, row, steps = self.count(), self.draw.randint(0, 1), self.draw.randint(0, 3)
+        plain, extends = self.draw.random() < 0.5, self.draw.random() < 0.5
+        kind = "plain" if plain else "compressed"
+        self.done.append(f"{'extend' if extends else 'merge'} with {kind} {other}, row {row}")
+        ours, theirs = self.fresh(), type(self.theirs)(*([self.ring] if self.ring else []))
+        ours = copy.copy(theirs) if plain else ours
         alone = self.tokens(other)[1:]
         pairs = []
-        for cache, new in ((self.ours, CompressedKVCache(CODEC, self.ours.visibility)), (self.theirs, KVCache())):
+        for cache, new in ((self.ours, ours), (self.theirs, theirs)):
             new.update_and_fetch(*alone)
             rows = [new, new]
             rows[row] = cache
-            pairs.append(cache.merge(rows))
+            if extends:
+                batch = rows[0].merge(rows[:1])
+                batch.extend(rows[1].merge(rows[1:]))
+            else:
+                batch = rows[0].merge(rows)
+            pairs.append(batch)
         self.ours, self.theirs = pairs
-        for _ in range(self.draw.randint(0, 3)):
-            self.append(rows=2)
+        for _ in range(steps):
+            # After a ring turns, mlx-lm's mask for a chunk hides a short row's first tokens.
+            self.append(rows=2, count=None if self.ring is None else 1)
         if self.draw.random() < 0.5:
             self.ours.filter([row]), self.theirs.filter([row])
             row = 0
+        elif plain:
+            left = self.ours.extract(1 - row)
+            assert type(left) is type(theirs) and left.offset == self.theirs.offset[1 - row]
         self.ours, self.theirs = self.ours.extract(row), self.theirs.extract(row)
 
     def unfit(self):

@@ -7,12 +7,13 @@ from typing import Any, List, Optional, Sequence, Tuple, Union
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import KVCache, _BaseCache
+from mlx_lm.models.cache import _BaseCache
 
 from ..codecs.kv_codec import KVCodec
 from ..per_thread import cached_per_thread, release
 from .compressed import CompressedKVCache
 from .copies import shared, unpickled_batch
+from .joining import alone, check_alike, check_padding, row_of, rows_of
 from .packed import PackedRows
 from .rotating import RotatingCompressedKVCache
 from .shapes import check_rows
@@ -87,16 +88,44 @@ class BatchCompressedKVCache(_BaseCache):
 
     @classmethod
     def merge(cls, caches: Sequence[Any]) -> "BatchCompressedKVCache":
-        """The batch of single caches: compressed ones and mlx-lm's KVCaches, filled or empty.
+        """The batch of single caches: compressed ones and mlx-lm's own, filled or empty.
 
         Raises:
             TypeError: a cache is of another kind.
+            ValueError: some of them rotate and others don't, or not at the same size.
         """
-        model = next(c for c in caches if isinstance(c, CompressedKVCache))
-        rows = [_row(cache, model) for cache in caches]
-        longest = max(row.offset for row in rows)
-        batch = cls([longest - row.offset for row in rows])
-        batch._rows, batch._index = rows, longest
+        rows = [row_of(cache) for cache in caches]
+        check_alike(rows)
+        return cls._holding(rows, [row.offset for row in rows], max(row.offset for row in rows))
+
+    @classmethod
+    def of(cls, batch: Any) -> "BatchCompressedKVCache":
+        """A batch of mlx-lm's as one of these, its tokens exact; these as they are.
+
+        Raises:
+            TypeError, ValueError: see :func:`joining.rows_of`.
+        """
+        return batch if isinstance(batch, cls) else cls._holding(*rows_of(batch))
+
+    @classmethod
+    def take_over(cls, batch: Any, other: "BatchCompressedKVCache") -> None:
+        """Add the rows of ``other`` to a batch of mlx-lm's, which becomes one of these.
+
+        In place, as mlx-lm extends: whoever holds ``batch`` goes on with it.
+
+        Raises:
+            TypeError, ValueError: see :meth:`extend`.
+        """
+        joined = cls.of(batch)
+        joined.extend(other)
+        batch.__class__, batch.__dict__ = cls, joined.__dict__
+
+    @classmethod
+    def _holding(
+        cls, rows: List[CompressedKVCache], offsets: Sequence[int], index: int
+    ) -> "BatchCompressedKVCache":
+        batch = cls([index - offset for offset in offsets])
+        batch._rows, batch._index = rows, index
         return batch
 
     @property
@@ -233,22 +262,30 @@ class BatchCompressedKVCache(_BaseCache):
             self._index -= least
             self._left_padding = [padding - least for padding in self._left_padding]
 
-    def extend(self, other: "BatchCompressedKVCache") -> None:
-        """Add the rows of another batch."""
+    def extend(self, other: Any) -> None:
+        """Add the rows of another batch; those of mlx-lm's stay exact.
+
+        Raises:
+            TypeError, ValueError: they can't join, see :meth:`merge`; no batch has changed then.
+        """
+        other = self.of(other)
+        check_padding(self._lengths or other._lengths)
+        rows = self.rows + other.rows
+        check_alike(rows)
         index = max(self._index, other._index)
         self._left_padding = [
             padding + index - batch._index
             for batch in (self, other)
             for padding in batch._left_padding
         ]
-        self._rows = self.rows + other.rows
+        self._rows = rows
         self._index = index
         # The new rows may not know yet which layer they serve.
         self.attention = None
 
-    def extract(self, idx: int) -> CompressedKVCache:
-        """The cache of one sequence, sharing nothing with the batch."""
-        return self.rows[idx].detached()
+    def extract(self, idx: int) -> Any:
+        """The cache of one sequence, sharing nothing with the batch; mlx-lm's own if it was one."""
+        return alone(self.rows[idx])
 
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens of every row, at most all of the longest row.
@@ -356,21 +393,6 @@ class BatchCompressedKVCache(_BaseCache):
 
 
 _KINDS = {kind.__name__: kind for kind in (CompressedKVCache, RotatingCompressedKVCache)}
-
-
-def _row(cache: Any, model: CompressedKVCache) -> CompressedKVCache:
-    if isinstance(cache, CompressedKVCache):
-        return shared(cache)
-    if type(cache) is not KVCache:
-        raise TypeError(
-            f"a {type(cache).__name__} can't join a batch of compressed caches: make the "
-            "prompt cache again with mlx_lm's make_prompt_cache"
-        )
-    row = CompressedKVCache(model.codec, model.visibility, model.kernel)
-    if not cache.empty():
-        row.append(*cache.keys_and_values())
-        release(row.arrays)
-    return row
 
 
 # All layers get the same, which tells it from the masks of others. By thread, since lazy

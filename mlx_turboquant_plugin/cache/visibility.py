@@ -15,6 +15,9 @@ BLOCK = 32
 # a few tokens, and exact tokens that a later query gave up must still be there.
 ROLLBACK = 16
 
+# A window that no sequence leaves: all tokens stay exact.
+ENDLESS = 2**30
+
 
 class Visibility(NamedTuple):
     """Who reads which key exactly.

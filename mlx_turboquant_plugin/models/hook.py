@@ -20,6 +20,9 @@ def patch(module: ModuleType) -> None:
     patching.wrap(module, "make_prompt_cache", _make_prompt_cache)
     patching.wrap(module, "load_prompt_cache", _load_prompt_cache)
     patching.wrap(module, "save_prompt_cache", _save_prompt_cache)
+    for kind in (module.BatchKVCache, module.BatchRotatingKVCache):
+        patching.wrap(kind, "merge", _merge)
+        patching.wrap(kind, "extend", _extend)
 
 
 def patch_generate(module: ModuleType) -> None:
@@ -47,6 +50,24 @@ def _load_prompt_cache(wrapped, instance, args, kwargs):
 
     prompt_cache.check_saved(args[0] if args else kwargs["file_name"])
     return wrapped(*args, **kwargs)
+
+
+def _merge(wrapped, instance, args, kwargs):
+    from ..cache import BatchCompressedKVCache, CompressedKVCache
+
+    caches = args[0] if args else kwargs["caches"]
+    if any(isinstance(cache, CompressedKVCache) for cache in caches):
+        return BatchCompressedKVCache.merge(caches)
+    return wrapped(*args, **kwargs)
+
+
+def _extend(wrapped, instance, args, kwargs):
+    from ..cache import BatchCompressedKVCache
+
+    other = args[0] if args else kwargs["other"]
+    if not isinstance(other, BatchCompressedKVCache):
+        return wrapped(*args, **kwargs)
+    return BatchCompressedKVCache.take_over(instance, other)
 
 
 def _maybe_quantize_kv_cache(wrapped, instance, args, kwargs):
