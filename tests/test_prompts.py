@@ -89,7 +89,7 @@ def test_invariant_prompts_give_the_same_text_however_they_are_cut(tiny_model):
 
 
 def codes_of(caches):
-    """The planes of all codes, token by token: (layers and planes, (B, H, T, channels))."""
+    """All planes of codes of all layers, (B, H, T, bytes)."""
     for cache in caches:
         yield from (np.array(x).swapaxes(-1, -2) for x in cache.key_codes)
         yield from map(np.array, cache.value_codes)
