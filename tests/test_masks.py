@@ -145,6 +145,19 @@ def test_a_batch_of_rings(histories, counts, padded):
         caches.compare(count, masks)
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["one", "ring", "batch"])
+def test_in_half_precision(kind, dtype, monkeypatch):
+    monkeypatch.setattr(Caches, "dtype", dtype)
+    for count in (1, 20):
+        if kind == "batch":
+            caches = Caches.batch(((120, 1), (60,)))
+        else:
+            caches = Caches.single((120,), 150 if kind == "ring" else None)
+        masks = arrays(caches, count, 121 + count if kind == "batch" else 120 + count)
+        caches.compare(count, {**masks, **own(caches, count, None)})
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("count", [1, 40])
 def test_what_sees_nothing_stays_a_number(count, dtype):

@@ -430,15 +430,19 @@ SPECIAL |= {
 }
 
 
-def build(name):
-    """The model of ``mlx_lm.models.<name>`` in fp32, the same at every call."""
+def build(name, **special):
+    """The model of ``mlx_lm.models.<name>`` in fp32, the same at every call.
+
+    Args:
+        special: what its configuration has besides, or instead.
+    """
     module = importlib.import_module(f"mlx_lm.models.{name}")
     for part in table.THROUGH.get(name, name).split(", "):
         if part in table.FAMILIES:
             described, family = importlib.import_module(f"mlx_lm.models.{part}"), table.FAMILIES[part]
             register(getattr(described, family.attention), described.__name__, family)
     mx.random.seed(zlib.crc32(name.encode()))
-    config = {**COMMON, **SPECIAL.get(name, {}), "model_type": name}
+    config = {**COMMON, **SPECIAL.get(name, {}), **special, "model_type": name}
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(mx.float32)
     found = [attention_of(layer) for layer in model.layers]
