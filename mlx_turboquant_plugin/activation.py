@@ -161,6 +161,10 @@ def _check_kernels(configuration: settings.Configuration) -> None:
 
 
 def _find_hooks() -> None:
+    if _hooks:
+        # What is installed while Python runs is for the next time: looking takes long, and
+        # comparisons switch on before each step.
+        return
     for entry_point in entry_points(group=GROUP):
         key = (entry_point.name, entry_point.value)
         if key not in _hooks:

@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Tuple, U
 # Every preset sets the same keys, so that naming one undoes another.
 PRESETS: Dict[str, Dict[str, Any]] = {
     "quality": {"key_bits": 4, "value_bits": 4, "window": 512},
-    "default": {"key_bits": 4, "value_bits": 4, "window": 192},
+    "default": {"key_bits": 4, "value_bits": 4, "window": 160},
     "small": {"key_bits": 4, "value_bits": 3, "window": 128},
 }
 CODEC_BITS = {"lloyd-max": (2, 3, 4), "affine": (2, 3, 4, 8)}

@@ -1,7 +1,6 @@
 """A cache costs nothing until its first codes are written: no weight is read, no model run."""
 
 import threading
-import time
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -87,13 +86,10 @@ def test_making_caches_evaluates_no_weight(kind):
     make_prompt_cache(tiny_models.build("qwen2"))  # What is imported and made once.
     model = lazy(kind)
     mx.reset_peak_memory()
-    # Of this process: others may keep the machine busy.
-    before, start = mx.get_active_memory(), time.process_time()
+    before = mx.get_active_memory()
     caches = make_prompt_cache(model)
-    seconds = time.process_time() - start
     assert all(isinstance(cache, CompressedKVCache) for cache in caches)
     assert mx.get_peak_memory() - before < 2**16
-    assert seconds < 0.05
     assert not any(map(learned, caches))
     # What was looked at is what weighs so much.
     mx.eval(model.parameters())

@@ -13,6 +13,7 @@ from typing import Optional
 import mlx.core as mx
 import numpy as np
 
+from .key_bias import SETUP
 from .rotation import Rotation
 
 # Channels that are rounded at once. One at a time would lose 1% less, and take four times the
@@ -38,7 +39,8 @@ def feedback(
     weights = np.take_along_axis(weights, np.array(layout)[:, :-1], axis=-1)
     heads, dim = weights.shape
     width = dim // 2
-    turn = np.array(Rotation.forward(mx.eye(width), Rotation(width).array), np.float64)
+    with mx.stream(SETUP):
+        turn = np.array(Rotation.forward(mx.eye(width), Rotation(width).array), np.float64)
     cost = turn.T @ (weights.reshape(heads, 2, width, 1) * turn)
     # U D^(1/2), by Cholesky's factor of what is reversed.
     upper = np.linalg.cholesky(cost[..., ::-1, ::-1])[..., ::-1, ::-1]

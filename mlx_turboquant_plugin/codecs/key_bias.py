@@ -42,7 +42,6 @@ class RotaryTable:
     Attributes:
         dims: how many channels are rotated; they come first.
         traditional: whether the channels of a pair are neighbours, not half of ``dims`` apart.
-        first, second: the channels of the F pairs.
         fine: cosines and then sines at the first BLOCK positions, fp32 (2 F, BLOCK).
         even, odd: the cosines, and the sines, at the positions 0 to BLOCK / 2.
         middle: (cos, sin) at the position BLOCK / 2, (F,).
@@ -66,12 +65,6 @@ class RotaryTable:
         head_dim = self.head_dim
         self.dims = getattr(rope, "dims", getattr(rope, "dim", head_dim))
         self.traditional = getattr(rope, "traditional", False)
-        if self.traditional:
-            self.first = mx.arange(0, self.dims, 2)
-            self.second = self.first + 1
-        else:
-            self.first = mx.arange(self.dims // 2)
-            self.second = self.first + self.dims // 2
         half = BLOCK // 2
         cos, sin = self._turns(half)
         # Rows of positions: MLX's CPU matmul is slow with columns of them.
@@ -83,7 +76,7 @@ class RotaryTable:
 
     @property
     def arrays(self) -> Tuple[mx.array, ...]:
-        fixed = self.first, self.second, self.fine, self.even, self.odd, *self.middle
+        fixed = self.fine, self.even, self.odd, *self.middle
         derived = (x for arrays in self.derived.values() for x in arrays)
         return *fixed, *self.coarse, *derived
 
@@ -105,11 +98,23 @@ class RotaryTable:
         """Vectors (..., T, D) at the positions 0, ..., T - 1 as they were before RoPE."""
         cos, sin = self._angles(mx.arange(x.shape[-2]))
         square = cos**2 + sin**2
-        one, two = x[..., self.first], x[..., self.second]
-        out = mx.contiguous(x)
-        out[..., self.first] = (one * cos + two * sin) / square
-        out[..., self.second] = (two * cos - one * sin) / square
-        return out
+        one, two, rest = self.pairs(x)
+        back = one * cos + two * sin, two * cos - one * sin
+        return self.joined(*(y / square for y in back), rest)
+
+    def pairs(self, x: mx.array) -> Tuple[mx.array, mx.array, mx.array]:
+        """Both channels of each pair of ``x`` (..., D), (..., F) each, and the other channels."""
+        turned, rest = x[..., : self.dims], x[..., self.dims :]
+        if self.traditional:
+            return turned[..., ::2], turned[..., 1::2], rest
+        return *mx.split(turned, 2, axis=-1), rest
+
+    def joined(self, one: mx.array, two: mx.array, rest: mx.array) -> mx.array:
+        """What :meth:`pairs` took apart."""
+        pair = [one, two]
+        if self.traditional:
+            pair = [mx.stack(pair, axis=-1).flatten(-2)]
+        return mx.concatenate([*pair, rest], axis=-1)
 
     def pair_sums(self, x: mx.array) -> mx.array:
         """Sums over the two channels of each pair: (..., dims) to (..., F)."""
@@ -130,14 +135,13 @@ class RotaryTable:
 
     def _angles(self, positions: mx.array) -> Tuple[mx.array, mx.array]:
         # RoPE turns the pair (1, 0) into (cos, sin).
-        probe = mx.zeros((self.head_dim,))
-        probe[self.first] = 1.0
+        count = self.dims // 2
+        probe = self.joined(mx.ones(count), mx.zeros(count), mx.zeros(self.head_dim - self.dims))
         # Whole arrays: MLX's rope on CUDA writes its output with the strides of its input.
         probe = mx.contiguous(
             mx.broadcast_to(probe, (positions.shape[0], 1, 1, self.head_dim))
         )
-        turned = self._rope(probe, offset=positions)[:, 0, 0]
-        return turned[:, self.first], turned[:, self.second]
+        return self.pairs(self._rope(probe, offset=positions)[:, 0, 0])[:2]
 
 
 _tables: "weakref.WeakValueDictionary[tuple, RotaryTable]" = weakref.WeakValueDictionary()
@@ -146,7 +150,7 @@ _tables: "weakref.WeakValueDictionary[tuple, RotaryTable]" = weakref.WeakValueDi
 def shared_table(rope: Any, head_dim: int) -> RotaryTable:
     """The table of a rope object, one for all layers that turn by the same angles."""
     table = RotaryTable(rope, head_dim)
-    key = (head_dim, *map(bytes, (table.first, table.fine, *table.coarse)))
+    key = (head_dim, table.traditional, *map(bytes, (table.fine, *table.coarse)))
     return _tables.setdefault(key, table)
 
 
@@ -180,10 +184,9 @@ class KeyBias:
             )
         # Not the table above, which has grown by looking far ahead.
         self.table = shared_table(rope, bias.shape[-1])
-        b1, b2 = self.bias[:, self.table.first], self.bias[:, self.table.second]
+        b1, b2, rest = self.table.pairs(self.bias)
         # Of cosines and of sines: (q1, q2) times (b1, b2) and times (-b2, b1).
-        crossed = mx.zeros_like(self.bias)
-        crossed[:, self.table.first], crossed[:, self.table.second] = -b2, b1
+        crossed = self.table.joined(-b2, b1, rest)
         factors = mx.stack([self.bias, crossed], axis=1)[:, None, :, : self.table.dims]
         self._factors = mx.contiguous(factors)
         mx.eval(self.bias, self._factors)
@@ -201,16 +204,12 @@ class KeyBias:
         a_cos, a_sin = (x[first_block:, None] for x in table.blocks(blocks))
         b_cos, b_sin = mx.split(table.fine.T[None], 2, axis=-1)
         skip = start - first_block * BLOCK
-        pairs = table.first.shape[0]
+        pairs = table.dims // 2
         cos = (a_cos * b_cos - a_sin * b_sin).reshape(-1, pairs)[skip : skip + count]
         sin = (a_sin * b_cos + a_cos * b_sin).reshape(-1, pairs)[skip : skip + count]
-        b1 = self.bias[:, None, table.first]
-        b2 = self.bias[:, None, table.second]
-        out = mx.broadcast_to(self.bias[:, None], (self.bias.shape[0], count, table.head_dim))
-        out = mx.contiguous(out)
-        out[..., table.first] = b1 * cos - b2 * sin
-        out[..., table.second] = b1 * sin + b2 * cos
-        return out
+        b1, b2, rest = table.pairs(self.bias[:, None])
+        rest = mx.broadcast_to(rest, (rest.shape[0], count, rest.shape[2]))
+        return table.joined(b1 * cos - b2 * sin, b1 * sin + b2 * cos, rest)
 
     def coefficients(self, q: mx.array) -> Coefficients:
         """What :meth:`scores` takes for queries ``q``, fp32 (B, H, R, D)."""
