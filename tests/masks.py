@@ -31,7 +31,7 @@ def random(*shape):
 
 def attend_by(path, view, cache, queries, mask, sinks=None):
     """Attention over what ``cache`` holds, which ``view`` is of."""
-    cache.view = view
+    cache.view, cache.fetched = view, (queries, queries)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "_on_gpu", lambda: path == "gpu")
         return dispatch.attend(

@@ -13,6 +13,7 @@ from .. import patching
 from ..attention.dispatch import attend
 from ..attention.masks import check
 from ..cache import BatchCompressedKVCache, CompressedKVCache
+from ..cache.transaction import AllOrNothing
 from . import upstream
 from .family import Family, family_of, register
 from .layer import known_layer
@@ -59,11 +60,12 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
         batch, count = given[parameters[0]].shape[:2]
         heads, _ = family_of(instance).head_counts(instance)
         check(given["mask"], (batch, heads, count, cache.columns(count)))
-    cache.attending = True
-    try:
-        return wrapped(*args, **kwargs)
-    finally:
-        cache.attending, cache.view = False, None
+    with AllOrNothing(*cache.holders):
+        cache.attending = True
+        out = wrapped(*args, **kwargs)
+        cache.settle()
+        cache.end()
+    return out
 
 
 def _plain(mask: Any) -> bool:
@@ -83,4 +85,4 @@ def bind(cache: Union[CompressedKVCache, BatchCompressedKVCache], attention: nn.
     layer = known_layer(attention)
     invariant = layer.visibility.invariant
     cache.bind(layer.codec, layer.fingerprint, layer.kernel, invariant, layer.key_bias)
-    cache.attention = weakref.ref(attention)
+    cache.attention, cache.reading = weakref.ref(attention), layer.reading
