@@ -43,9 +43,10 @@ def appended(cache, keys, values):
     """What the queries of these tokens see."""
     cache.attending = True
     cache.update_and_fetch(keys, values)
-    cache.attending = False
+    view = cache.view
+    cache.attending, cache.view = False, None
     mx.eval(cache.state)
-    return cache.view
+    return view
 
 
 class Caches:

@@ -87,13 +87,11 @@ class BatchCompressedKVCache(AttendedCache):
             RuntimeError: see :meth:`settle`.
         """
         check_rows(keys.shape, values.shape, len(self._left_padding))
+        if self.attending:
+            return self.leave(self._append(keys, values), keys, values)
         with AllOrNothing(*self.holders):
             view = self._append(keys, values)
-
-        def fetch():
-            return tuple(mx.depends(view.keys_and_values((keys, values)), self.arrays))
-
-        return self.leave(view, keys, values, fetch)
+        return self.leave(view, keys, values) if self.hooked else self.fetch(view)
 
     def _append(self, keys: mx.array, values: mx.array) -> BatchView:
         count = keys.shape[2]
@@ -101,7 +99,8 @@ class BatchCompressedKVCache(AttendedCache):
             rows = self._append_packed(keys, values)
         else:
             rows = self._append_rows(keys, values, self._parts(count))
-        view = BatchView(rows, self._index, count, tuple(self._left_padding), self._ring)
+        new = keys, values
+        view = BatchView(rows, self._index, new, tuple(self._left_padding), self._ring)
         self._index += count
         return view
 
@@ -238,9 +237,9 @@ class BatchCompressedKVCache(AttendedCache):
     ) -> mx.array:
         """The mask of BatchKVCache; for rings what each sees, if no other window is asked for."""
         ring = self._ring
-        if window_size and ring and window_size != ring.max_size:
-            ring = None
-        return batch_mask(N, self._index, tuple(self._left_padding), window_size, ring)
+        if not window_size or (ring and window_size == ring.max_size):
+            return batch_mask(N, self._index, tuple(self._left_padding), ring=ring)
+        return batch_mask(N, self._index, tuple(self._left_padding), window=window_size)
 
     @property
     def _ring(self) -> Optional[Ring]:

@@ -34,35 +34,37 @@ class BatchView:
     Attributes:
         rows: all rows packed, or each by itself.
         index: the tokens before the pass, padding included, as BatchKVCache counts them.
-        queries: the number of tokens of the pass, padding included.
+        new: keys and values of the pass, (B, H, N, D), padding included.
         left_padding: of each row.
         ring: how far back rings see, or None.
     """
 
     rows: Union[PackedRows, List[RowView]]
     index: int
-    queries: int
+    new: Tuple[mx.array, mx.array]
     left_padding: Tuple[int, ...]
     ring: Optional[Ring]
 
     def knows(self, mask: mx.array) -> bool:
         """Whether ``mask`` is what the batch itself made for this pass."""
-        made = batch_mask(self.queries, self.index, self.left_padding, None, self.ring)
+        made = batch_mask(self.queries, self.index, self.left_padding, ring=self.ring)
         return mask is made
 
-    def keys_and_values(self, like: Tuple[mx.array, mx.array]) -> Tuple[mx.array, mx.array]:
+    @property
+    def queries(self) -> int:
+        """The number of queries, padding included."""
+        return self.new[0].shape[2]
+
+    def keys_and_values(self) -> Tuple[mx.array, mx.array]:
         """All that the queries see, (B, H, T, D) in the model's dtype, codes dequantised.
 
         Tokens stand where the batch's mask has them, among zeros.
-
-        Args:
-            like: keys and values of any length, for what is known of rows without tokens.
         """
         if isinstance(self.rows, PackedRows):
             views = self.rows.views()
         else:
             views = [row.view for row in self.rows]
-        return side_by_side(views, self.left_padding, self.index + self.queries, like)
+        return side_by_side(views, self.left_padding, self.index + self.queries, self.new)
 
 
 def side_by_side(
@@ -71,7 +73,11 @@ def side_by_side(
     columns: int,
     like: Tuple[mx.array, mx.array],
 ) -> Tuple[mx.array, mx.array]:
-    """Keys and values of rows, each behind its padding, (B, H, ``columns``, D)."""
+    """Keys and values of rows, each behind its padding, (B, H, ``columns``, D).
+
+    Args:
+        like: some keys and values, for rows that have none.
+    """
     rows = []
     for view, padding in zip(views, left_padding):
         if view is None:
@@ -95,15 +101,15 @@ def batch_mask(
     count: int,
     index: int,
     left_padding: Tuple[int, ...],
-    window: Optional[int],
-    ring: Optional[Ring],
+    window: Optional[int] = None,
+    ring: Optional[Ring] = None,
 ) -> mx.array:
     """Which tokens ``count`` queries of a batch see: bool (B, 1, N, T).
 
     Args:
         index: the tokens before them, padding included.
-        window: how far back they see, or None.
-        ring: decides instead, if there is one.
+        window: how far back they see, or None for all the way.
+        ring: what says so instead, or None.
     """
     if ring is not None and ring.keep:
         rows = [_ring_mask(count, index, padding, ring) for padding in left_padding]

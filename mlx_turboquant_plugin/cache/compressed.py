@@ -109,15 +109,16 @@ class CompressedKVCache(AttendedCache):
             ValueError: see :meth:`append`.
             RuntimeError: see :meth:`settle`.
         """
+        if self.attending:
+            # Which is made whole or not at all itself.
+            return self.leave(self._append(keys, values), keys, values)
         view = self.append(keys, values)
+        return self.leave(view, keys, values) if self.hooked else self.fetch(view)
 
-        def fetch():
-            if self.coded:
-                self._check_codec()
-            # Nobody pays for these but who evaluates them.
-            return tuple(mx.depends(view.keys_and_values(), self.arrays))
-
-        return self.leave(view, keys, values, fetch)
+    def fetch(self, view: View) -> Tuple[mx.array, mx.array]:
+        if self.coded:
+            self._check_codec()
+        return super().fetch(view)
 
     def append(
         self, keys: mx.array, values: mx.array, is_prompt: Optional[bool] = None
@@ -134,7 +135,9 @@ class CompressedKVCache(AttendedCache):
         with AllOrNothing(self):
             return self._append(keys, values, is_prompt)
 
-    def _append(self, keys: mx.array, values: mx.array, is_prompt: Optional[bool]) -> View:
+    def _append(
+        self, keys: mx.array, values: mx.array, is_prompt: Optional[bool] = None
+    ) -> View:
         start = self.offset
         if self.codec is None:
             self.codec = KVCodec(CodecSpec(keys.shape[-1], values.shape[-1]))

@@ -1,6 +1,6 @@
 """How attention reads a cache: a view of it, or keys and values as KVCache returns them."""
 
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import mlx.core as mx
 from mlx_lm.models.cache import _BaseCache
@@ -53,22 +53,20 @@ class AttendedCache(_BaseCache):
     whole = True
     read: Optional[bool] = None
 
-    def leave(self, view: Any, keys: mx.array, values: mx.array, fetch: Callable[[], Pair]) -> Pair:
+    def leave(self, view: Any, keys: mx.array, values: mx.array) -> Pair:
         """Leave ``view`` for the queries that come with ``keys`` and ``values``.
 
         Returns:
-            Both as given if their attention is known to read the view, else all that
-            ``fetch`` returns.
+            Both as given if their attention is known to read the view, else all of both.
 
         Raises:
             RuntimeError: see :meth:`settle`.
         """
-        if not (self.attending or self.hooked):
-            return fetch()
-        self.settle()
+        if self.view is not None:
+            self.settle()
         self.whole = self.hooked or not self.reading.by_view[keys.shape[2] > 1]
+        self.fetched = self.fetch(view) if self.whole else (keys, values)
         self.view, self.read = view, None
-        self.fetched = fetch() if self.whole else (keys, values)
         return self.fetched
 
     def take(self, keys: mx.array, values: mx.array) -> Any:
@@ -116,6 +114,7 @@ class AttendedCache(_BaseCache):
             model,
         )
 
-    def end(self) -> None:
-        """Forget what was left for the attention, which has ended."""
-        self.attending, self.view, self.fetched = False, None, None
+    def fetch(self, view: Any) -> Pair:
+        """All keys and values that the queries of ``view`` see."""
+        # Nobody pays for these but who evaluates them.
+        return tuple(mx.depends(view.keys_and_values(), self.arrays))

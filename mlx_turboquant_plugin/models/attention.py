@@ -63,8 +63,9 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
     with AllOrNothing(*cache.holders):
         cache.attending = True
         out = wrapped(*args, **kwargs)
-        cache.settle()
-        cache.end()
+        if cache.whole or not cache.read:
+            cache.settle()
+        cache.attending, cache.view, cache.fetched = False, None, None
     return out
 
 
