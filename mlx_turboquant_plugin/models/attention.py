@@ -62,7 +62,13 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
         check(given["mask"], (batch, heads, count, cache.columns(count)))
     with AllOrNothing(*cache.holders):
         cache.attending = True
-        out = wrapped(*args, **kwargs)
+        try:
+            out = wrapped(*args, **kwargs)
+        except ValueError:
+            if not cache.whole:
+                # Perhaps MLX's words for a mask of all tokens over those that were given.
+                cache.settle()
+            raise
         if cache.whole or not cache.read:
             cache.settle()
         cache.attending, cache.view, cache.fetched = False, None, None
