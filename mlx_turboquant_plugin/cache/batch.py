@@ -209,9 +209,14 @@ class BatchCompressedKVCache(AttendedCache):
         """Forget the last ``n`` tokens of every row, at most all of the longest row.
 
         Raises:
-            ValueError: see :meth:`CompressedKVCache.trim`.
+            ValueError: see :meth:`CompressedKVCache.trim`; or padding on the right is expected.
         """
         n = max(0, min(self._index, n))
+        if n and self._lengths is not None:
+            raise ValueError(
+                "a BatchCompressedKVCache that expects padding on the right can't be trimmed, "
+                "since its rows do not grow alike: call finalize() first"
+            )
         rows = self.rows
         with AllOrNothing(self, *rows):
             for row in rows:

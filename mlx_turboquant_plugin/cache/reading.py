@@ -42,6 +42,7 @@ class AttendedCache(_BaseCache):
         fetched: the keys and values that were returned with it.
         whole: whether these are all, not those that were given.
         read: whether the view was read in their place; None if nothing was.
+        interrupted: whether its model can't go on, see models/whole_passes.py.
     """
 
     hooked = False
@@ -52,6 +53,7 @@ class AttendedCache(_BaseCache):
     fetched: Optional[Pair] = None
     whole = True
     read: Optional[bool] = None
+    interrupted = False
 
     def leave(self, view: Any, keys: mx.array, values: mx.array) -> Pair:
         """Leave ``view`` for the queries that come with ``keys`` and ``values``.

@@ -17,14 +17,15 @@ from ..cache.transaction import AllOrNothing
 from . import upstream
 from .family import Family, family_of, register
 from .layer import known_layer
+from .whole_passes import guard
 
 
 def patch_family(module: ModuleType, family: Family) -> None:
     """Let the models of ``module`` attend over compressed caches.
 
     Replaces the module's name ``scaled_dot_product_attention``, and wraps the
-    attention class's ``__call__`` so that a cache learns which layer it serves;
-    nothing at all where mlx-lm asks for it (see :mod:`upstream`).
+    attention class's ``__call__`` so that a cache learns which layer it serves, and the
+    model's, see :mod:`whole_passes`; nothing at all where mlx-lm asks for it (see :mod:`upstream`).
 
     Raises:
         AttributeError: the module does not have what the family describes.
@@ -39,6 +40,9 @@ def patch_family(module: ModuleType, family: Family) -> None:
             )
         patching.wrap(module, "scaled_dot_product_attention", _scaled_dot_product_attention)
         patching.wrap(attention, "__call__", functools.partial(_attention_call, parameters))
+        if hasattr(module, "Model"):
+            # Others are met when a prompt cache is made for them.
+            guard(module.Model)
     register(attention, module.__name__, family)
 
 
