@@ -329,7 +329,8 @@ class CompressedKVCache(AttendedCache):
         """Adopt what is known about the attention module that uses this cache.
 
         A cache that holds codes keeps the codec that it has. So does one that was filled by this
-        very layer, but that it learns of it what it has not learned so far.
+        very layer, but that it learns of it what it has not learned so far. An empty one keeps
+        its bits: other settings may have come into force since it was made.
 
         Args:
             fingerprint: what :attr:`fingerprint` becomes; read only if the cache is filled.
@@ -344,6 +345,8 @@ class CompressedKVCache(AttendedCache):
                 codec = self._kept(codec, place)
             elif self.fingerprint:
                 codec = codec.with_spec(self.codec.spec)
+        elif self.codec is not None and self.codec.spec.dims == codec.spec.dims:
+            codec = codec.with_spec(self.codec.spec)
         self.codec = codec
         self.unplaced_bias = None
         self.fingerprint = fingerprint
