@@ -56,6 +56,7 @@ class BatchCompressedKVCache(AttendedCache):
         longest = max(row.offset for row in rows)
         batch = cls([longest - row.offset for row in rows])
         batch._rows, batch._index = rows, longest
+        batch.reading = model.reading
         return batch
 
     @property

@@ -48,7 +48,7 @@ class AttendedCache(_BaseCache):
     hooked = False
     attending = False
     # Of whoever sets ``attending``.
-    reading = Reading("", by_view=True)
+    reading = Reading("MODEL_TYPE", by_view=True)
     view: Any = None
     fetched: Optional[Pair] = None
     whole = True
@@ -96,9 +96,9 @@ class AttendedCache(_BaseCache):
         if self.view is None:
             return
         by_view, several = self.reading.by_view, self.view.queries > 1
+        if by_view[several] is None:
+            by_view[several] = bool(self.read)
         if self.read:
-            if by_view[several] is None:
-                by_view[several] = True
             return
         model = self.reading.model
         if not self.whole:
@@ -107,7 +107,6 @@ class AttendedCache(_BaseCache):
                 "scaled_dot_product_attention so far, and now does without: it would see no "
                 f"earlier token. Leave the model out with TURBOQUANT_OPT_OUT={model}"
             )
-        by_view[several] = False
         log_once(
             "%s: its attention does without mlx-lm's scaled_dot_product_attention, and gets all "
             "keys and values dequantised: right, but slow, and in KVCache's memory; "
