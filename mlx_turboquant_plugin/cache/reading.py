@@ -15,14 +15,15 @@ class Reading:
 
     Args:
         model: the type of its model, as in the setting ``opt_out``.
+        casts_keys: whether it casts the keys that it gets; they are the same keys.
         by_view: whether it reads views, in passes of one token and in passes of more, which
             may be computed in different ways; None where nobody knows yet.
     """
 
-    __slots__ = ("model", "by_view")
+    __slots__ = ("model", "casts_keys", "by_view")
 
-    def __init__(self, model: str, by_view: Optional[bool] = None):
-        self.model = model
+    def __init__(self, model: str, casts_keys: bool = False, by_view: Optional[bool] = None):
+        self.model, self.casts_keys = model, casts_keys
         self.by_view: List[Optional[bool]] = [by_view, by_view]
 
 
@@ -76,7 +77,8 @@ class AttendedCache(_BaseCache):
         view = self.view
         if view is None:
             return None
-        if keys is not self.fetched[0] or values is not self.fetched[1]:
+        same_keys = keys is self.fetched[0] or self.reading.casts_keys
+        if not same_keys or values is not self.fetched[1]:
             # Something else was made of what was returned.
             self.read = False
             return None

@@ -169,7 +169,7 @@ def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Setti
         settings,
         in_force(),
         rope,
-        Reading(type(attention).__module__.rpartition(".")[2]),
+        Reading(type(attention).__module__.rpartition(".")[2], family.casts_keys),
     )
 
 
