@@ -23,12 +23,12 @@ def cached_per_thread(maxsize: int) -> Callable:
         local = threading.local()
 
         @functools.wraps(function)
-        def call(*args):
+        def call(*args, **kwargs):
             try:
                 cached = local.cached
             except AttributeError:
                 cached = local.cached = functools.lru_cache(maxsize)(function)
-            return cached(*args)
+            return cached(*args, **kwargs)
 
         call.cache_clear = lambda: local.__dict__.clear()
         return call

@@ -34,7 +34,7 @@ def random(*shape):
 
 def attend_by(path, view, cache, queries, mask, sinks=None):
     """Attention over what ``cache`` holds, which ``view`` is of."""
-    cache.view = view
+    cache.view, cache.fetched = view, (queries, queries)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "_on_gpu", lambda: path == "gpu")
         return dispatch.attend(
@@ -46,9 +46,10 @@ def appended(cache, keys, values):
     """What the queries of these tokens see."""
     cache.attending = True
     cache.update_and_fetch(keys, values)
-    cache.attending = False
+    view = cache.view
+    cache.attending, cache.view = False, None
     mx.eval(cache.state)
-    return cache.view
+    return view
 
 
 class Caches:

@@ -103,6 +103,8 @@ def test_a_tiny_model(name, tmp_path):
     print(name, *(f"{e:.1e}" for e in errors))
     # Rounding can tip a code at a threshold.
     assert error(made, bridged) < 0.01
+    for cache in compressed_parts(caches):
+        assert cache.reading.by_view == [True, True]
     # Codes were read. How much logits depend on them is for random weights to say.
     assert 1e-5 < error(made, expected) < 0.3
     check_codes(*(next(filter(has_codes, compressed_parts(c))) for c in (exact, caches)))

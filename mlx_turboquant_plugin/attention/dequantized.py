@@ -8,7 +8,7 @@ from typing import Callable, List, Optional, Sequence, Tuple, Union
 
 import mlx.core as mx
 
-from ..cache.batch import RowView
+from ..cache.batch_view import RowView
 from ..cache.packed import PackedRows
 from ..cache.view import View, code_range
 from ..cache.visibility import ROLLBACK

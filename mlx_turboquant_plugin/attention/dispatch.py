@@ -42,9 +42,7 @@ def attend(
         ValueError: see :func:`attention.masks.check`.
     """
     ours = isinstance(cache, (CompressedKVCache, BatchCompressedKVCache))
-    view = cache.view if ours else None
-    if ours:
-        cache.view = None
+    view = cache.take(keys, values) if ours else None
     if view is None:
         if isinstance(cache, ObservedKVCache):
             cache.observe(queries)
@@ -52,7 +50,7 @@ def attend(
         return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
     if isinstance(view, BatchView):
         out = _attend_batch(original, queries, values, view, scale, mask, sinks)
-        rotates = view.window is not None
+        rotates = view.ring is not None
     else:
         out = _attend_single(original, queries, view, scale, mask, sinks)
         rotates = view.ring is not None
@@ -99,7 +97,7 @@ def _attend_batch(
     original: Callable, queries, values, view: BatchView, scale: float, mask: Mask, sinks
 ) -> mx.array:
     count, rows = queries.shape[2], view.rows
-    if isinstance(mask, mx.array) and view.knows(mask, count):
+    if isinstance(mask, mx.array) and view.knows(mask):
         mask = "causal"
     elif not isinstance(rows, PackedRows):
         rows = [row.whole for row in rows]

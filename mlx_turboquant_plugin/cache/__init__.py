@@ -1,6 +1,7 @@
 """The caches that replace mlx-lm's."""
 
-from .batch import BatchCompressedKVCache, BatchView, RowView
+from .batch import BatchCompressedKVCache
+from .batch_view import BatchView, RowView
 from .compressed import CompressedKVCache
 from .packed import PackedRows
 from .rotating import RotatingCompressedKVCache

@@ -1,63 +1,26 @@
 """The compressed KV cache of a batch of sequences."""
 
 import functools
-from dataclasses import dataclass, replace
 from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import _BaseCache
 
 from ..codecs.kv_codec import KVCodec
-from ..per_thread import cached_per_thread, release
+from ..per_thread import release
+from .batch_view import BatchView, RowView, batch_mask, side_by_side
 from .compressed import CompressedKVCache
 from .copies import shared, unpickled_batch
 from .joining import alone, check_alike, check_padding, row_of, rows_of
 from .packed import PackedRows
+from .reading import AttendedCache
 from .rotating import RotatingCompressedKVCache
 from .shapes import check_rows
 from .transaction import AllOrNothing
-from .view import View
+from .visibility import Ring
 
 
-@dataclass(frozen=True)
-class RowView:
-    """What the queries of one sequence see: those from ``first`` to before ``last``."""
-
-    view: Optional[View]
-    first: int
-    last: int
-
-    @property
-    def whole(self) -> "RowView":
-        """See :attr:`View.whole`."""
-        return self if self.view is None else replace(self, view=self.view.whole)
-
-
-@dataclass(frozen=True)
-class BatchView:
-    """What the queries of a batch see.
-
-    Attributes:
-        rows: all rows packed, or each by itself.
-        index: the tokens before the pass, padding included, as BatchKVCache counts them.
-        left_padding: of each row.
-        window: how far back rings see, or None.
-    """
-
-    rows: Union[PackedRows, List[RowView]]
-    index: int
-    left_padding: Tuple[int, ...]
-    window: Optional[int]
-
-    def knows(self, mask: mx.array, count: int) -> bool:
-        """Whether ``mask`` is what the batch itself made for a pass of ``count`` tokens."""
-        made = _causal_mask(count, self.index, self.left_padding, self.window)
-        return mask is made
-
-
-class BatchCompressedKVCache(_BaseCache):
+class BatchCompressedKVCache(AttendedCache):
     """Stands where mlx-lm's BatchKVCache would: each row is a cache of its own.
 
     Rows hold no padding. Joining, leaving, splitting and padding move rows and copy
@@ -73,9 +36,6 @@ class BatchCompressedKVCache(_BaseCache):
         left_padding: int32 (B,), as BatchKVCache would count it.
     """
 
-    # See CompressedKVCache.
-    hooked = False
-
     def __init__(self, left_padding: Sequence[int]):
         self._rows: List[CompressedKVCache] = [CompressedKVCache() for _ in left_padding]
         self._packed: Optional[PackedRows] = None
@@ -83,8 +43,6 @@ class BatchCompressedKVCache(_BaseCache):
         self._index = 0
         self._lengths: Optional[List[int]] = None
         self.attention = None
-        self.attending = False
-        self.view: Optional[BatchView] = None
 
     @classmethod
     def merge(cls, caches: Sequence[Any]) -> "BatchCompressedKVCache":
@@ -96,7 +54,9 @@ class BatchCompressedKVCache(_BaseCache):
         """
         rows = [row_of(cache) for cache in caches]
         check_alike(rows)
-        return cls._holding(rows, [row.offset for row in rows], max(row.offset for row in rows))
+        batch = cls._holding(rows, [row.offset for row in rows], max(row.offset for row in rows))
+        batch.reading = next(c.reading for c in caches if isinstance(c, CompressedKVCache))
+        return batch
 
     @classmethod
     def of(cls, batch: Any) -> "BatchCompressedKVCache":
@@ -118,6 +78,7 @@ class BatchCompressedKVCache(_BaseCache):
         """
         joined = cls.of(batch)
         joined.extend(other)
+        joined.reading = other.reading
         batch.__class__, batch.__dict__ = cls, joined.__dict__
 
     @classmethod
@@ -148,29 +109,31 @@ class BatchCompressedKVCache(_BaseCache):
             keys, values: (B, H, N, D).
 
         Returns:
-            Keys and values (B, H, T, D), left-padded with zeros, the codes dequantised.
-            Inside a patched attention ``keys`` and ``values`` as given.
+            Keys and values (B, H, T, D), zeros in the padding, the codes dequantised.
+            Inside a patched attention, if that reads the codes instead, ``keys`` and
+            ``values`` as given.
 
         Raises:
             ValueError: see :meth:`CompressedKVCache.append`; no row has changed then.
+            RuntimeError: see :meth:`settle`.
         """
         check_rows(keys.shape, values.shape, len(self._left_padding))
-        packed = () if self._packed is None else (self._packed,)
-        with AllOrNothing(self, *self._rows, *packed):
-            self._append(keys, values)
-        if self.attending or self.empty():
-            return keys, values
-        return tuple(mx.depends(self.keys_and_values(), self.arrays))
+        if self.attending:
+            return self.leave(self._append(keys, values), keys, values)
+        with AllOrNothing(*self.holders):
+            view = self._append(keys, values)
+        return self.leave(view, keys, values) if self.hooked else self.fetch(view)
 
-    def _append(self, keys: mx.array, values: mx.array) -> None:
+    def _append(self, keys: mx.array, values: mx.array) -> BatchView:
         count = keys.shape[2]
         if count == 1 and self._lengths is None and self._index >= max(self._left_padding):
-            view = self._append_packed(keys, values)
+            rows = self._append_packed(keys, values)
         else:
-            view = self._append_rows(keys, values, self._parts(count))
-        if self.attending or self.hooked:
-            self.view = BatchView(view, self._index, tuple(self._left_padding), self._window)
+            rows = self._append_rows(keys, values, self._parts(count))
+        new = keys, values
+        view = BatchView(rows, self._index, new, tuple(self._left_padding), self._ring)
         self._index += count
+        return view
 
     def _parts(self, count: int) -> List[Tuple[int, int]]:
         """Which of the next ``count`` tokens belong to each row: padding is left and right."""
@@ -214,19 +177,13 @@ class BatchCompressedKVCache(_BaseCache):
         return views
 
     def keys_and_values(self) -> Tuple[mx.array, mx.array]:
-        """All keys and values, left-padded with zeros, (B, H, T, D) in the model's dtype."""
+        """All keys and values, zeros in the padding, (B, H, T, D) in the model's dtype."""
         # Only to look at: what is packed stays packed.
         rows = self._rows if self._packed is None else self._packed.rows()
-        pairs = [None if row.empty() else row.keys_and_values() for row in rows]
-        some = next(pair for pair in pairs if pair is not None)
-        length = max(pair[0].shape[2] for pair in pairs if pair is not None)
-        length += max(0, min(self._left_padding))
-        padded = []
-        for pair in pairs:
-            pair = pair or tuple(x[:, :, :0] for x in some)
-            padding = length - pair[0].shape[2]
-            padded.append([mx.pad(x, [(0, 0), (0, 0), (padding, 0), (0, 0)]) for x in pair])
-        return tuple(mx.concatenate(arrays) for arrays in zip(*padded))
+        views = [None if row.empty() else row.newest_view() for row in rows]
+        tokens = next(view.exact_tokens for view in views if view is not None)
+        like = tokens.keys, tokens.values
+        return side_by_side(views, self._left_padding, self._index, like)
 
     def bind(self, codec: KVCodec, *known: Any) -> None:
         """Adopt what is known about the attention module; see :class:`CompressedKVCache`."""
@@ -291,9 +248,14 @@ class BatchCompressedKVCache(_BaseCache):
         """Forget the last ``n`` tokens of every row, at most all of the longest row.
 
         Raises:
-            ValueError: see :meth:`CompressedKVCache.trim`.
+            ValueError: see :meth:`CompressedKVCache.trim`; or padding on the right is expected.
         """
         n = max(0, min(self._index, n))
+        if n and self._lengths is not None:
+            raise ValueError(
+                "a BatchCompressedKVCache that expects padding on the right can't be trimmed, "
+                "since its rows do not grow alike: call finalize() first"
+            )
         rows = self.rows
         with AllOrNothing(self, *rows):
             for row in rows:
@@ -317,15 +279,16 @@ class BatchCompressedKVCache(_BaseCache):
     def make_mask(
         self, N: int, window_size: Optional[int] = None, return_array: bool = False
     ) -> mx.array:
-        """The mask of BatchKVCache; for rings with their window, if no other is asked for."""
-        window = window_size or self._window
-        return _causal_mask(N, self._index, tuple(self._left_padding), window)
+        """The mask of BatchKVCache; for rings what each sees, if no other window is asked for."""
+        ring = self._ring
+        if not window_size or (ring and window_size == ring.max_size):
+            return batch_mask(N, self._index, tuple(self._left_padding), ring=ring)
+        return batch_mask(N, self._index, tuple(self._left_padding), window=window_size)
 
     @property
-    def _window(self) -> Optional[int]:
+    def _ring(self) -> Optional[Ring]:
         # Rings are never packed.
-        ring = self._rows[0].ring if self._rows else None
-        return ring and ring.max_size
+        return self._rows[0].ring if self._rows else None
 
     @property
     def offset(self) -> mx.array:
@@ -362,10 +325,14 @@ class BatchCompressedKVCache(_BaseCache):
         return sum(row.nbytes for row in self._rows)
 
     @property
+    def holders(self) -> Tuple[Any, ...]:
+        """See :attr:`CompressedKVCache.holders`."""
+        return (self, *self._rows) if self._packed is None else (self, self._packed)
+
+    @property
     def arrays(self) -> Tuple[mx.array, ...]:
         """All arrays that it holds."""
-        holders = self._rows if self._packed is None else [self._packed]
-        return tuple(array for holder in holders for array in holder.arrays)
+        return tuple(array for holder in self.holders[1:] for array in holder.arrays)
 
     @property
     def state(self):
@@ -393,16 +360,6 @@ class BatchCompressedKVCache(_BaseCache):
 
 
 _KINDS = {kind.__name__: kind for kind in (CompressedKVCache, RotatingCompressedKVCache)}
-
-
-# All layers get the same, which tells it from the masks of others. By thread, since lazy
-# arrays must not be shared by threads.
-@cached_per_thread(maxsize=2)
-def _causal_mask(
-    count: int, index: int, left_padding: Tuple[int, ...], window: Optional[int]
-) -> mx.array:
-    padding = mx.array(np.array(left_padding, np.int32))
-    return create_causal_mask(count, offset=index, window_size=window, left_padding=padding)
 
 
 # All layers ask for the same. By way of NumPy, since lazy arrays must not be shared by threads.

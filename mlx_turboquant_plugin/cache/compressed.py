@@ -3,7 +3,7 @@
 from typing import Any, Callable, List, Optional, Tuple
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, _BaseCache, create_attention_mask
+from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
@@ -16,6 +16,7 @@ from . import state as saved
 from .copies import shared, unpickled
 from .exact import ExactTokens
 from .passes import plan_pass
+from .reading import AttendedCache
 from .shapes import check_shapes
 from .transaction import AllOrNothing
 from .trimming import checked_offset, rewind
@@ -27,7 +28,7 @@ from .visibility import BLOCK, ROLLBACK, Ring, Visibility
 AHEAD = 64
 
 
-class CompressedKVCache(_BaseCache):
+class CompressedKVCache(AttendedCache):
     """Stands where mlx-lm's KVCache would, in about a quarter of the memory.
 
     The first tokens (the sinks) and the newest are exact, and all but the newest are
@@ -55,9 +56,6 @@ class CompressedKVCache(_BaseCache):
     ring: Optional[Ring] = None
     # Set by the module of the batch, which imports this one.
     batch_type: type
-    # Whether mlx-lm itself hands this cache to its attention (see patches/): then a view
-    # is due after every update, and held until it is read.
-    hooked = False
 
     def __init__(
         self,
@@ -71,8 +69,6 @@ class CompressedKVCache(_BaseCache):
         self.unplaced_bias: Optional[mx.array] = None
         self.fingerprint: Any = ""
         self.attention = None
-        self.attending = False
-        self.view: Optional[View] = None
         self.hold(ExactTokens())
 
     def hold(
@@ -107,17 +103,22 @@ class CompressedKVCache(_BaseCache):
 
         Returns:
             Keys and values (B, H, T, D), the codes dequantised. Inside a patched
-            attention, which reads the codes instead, ``keys`` and ``values`` as given.
+            attention, if that reads the codes instead, ``keys`` and ``values`` as given.
+
+        Raises:
+            ValueError: see :meth:`append`.
+            RuntimeError: see :meth:`settle`.
         """
-        view = self.append(keys, values)
-        if self.attending or self.hooked:
-            self.view = view
         if self.attending:
-            return keys, values
+            # Which is made whole or not at all itself.
+            return self.leave(self._append(keys, values), keys, values)
+        view = self.append(keys, values)
+        return self.leave(view, keys, values) if self.hooked else self.fetch(view)
+
+    def fetch(self, view: View) -> Tuple[mx.array, mx.array]:
         if self.coded:
             self._check_codec()
-        # Nobody pays for these but who evaluates them.
-        return tuple(mx.depends(view.keys_and_values(), self.arrays))
+        return super().fetch(view)
 
     def append(
         self, keys: mx.array, values: mx.array, is_prompt: Optional[bool] = None
@@ -134,7 +135,9 @@ class CompressedKVCache(_BaseCache):
         with AllOrNothing(self):
             return self._append(keys, values, is_prompt)
 
-    def _append(self, keys: mx.array, values: mx.array, is_prompt: Optional[bool]) -> View:
+    def _append(
+        self, keys: mx.array, values: mx.array, is_prompt: Optional[bool] = None
+    ) -> View:
         start = self.offset
         if self.codec is None:
             self.codec = KVCodec(CodecSpec(keys.shape[-1], values.shape[-1]))
@@ -326,7 +329,8 @@ class CompressedKVCache(_BaseCache):
         """Adopt what is known about the attention module that uses this cache.
 
         A cache that holds codes keeps the codec that it has. So does one that was filled by this
-        very layer, but that it learns of it what it has not learned so far.
+        very layer, but that it learns of it what it has not learned so far. An empty one keeps
+        its bits: other settings may have come into force since it was made.
 
         Args:
             fingerprint: what :attr:`fingerprint` becomes; read only if the cache is filled.
@@ -341,6 +345,8 @@ class CompressedKVCache(_BaseCache):
                 codec = self._kept(codec, place)
             elif self.fingerprint:
                 codec = codec.with_spec(self.codec.spec)
+        elif self.codec is not None and self.codec.spec.dims == codec.spec.dims:
+            codec = codec.with_spec(self.codec.spec)
         self.codec = codec
         self.unplaced_bias = None
         self.fingerprint = fingerprint
@@ -385,6 +391,11 @@ class CompressedKVCache(_BaseCache):
         """Every byte of this cache: exact tokens, codes, scales and zero points."""
         codes = (*self.key_codes, *self.value_codes)
         return self.exact_tokens.nbytes + sum(array.nbytes for array in codes)
+
+    @property
+    def holders(self) -> Tuple[Any, ...]:
+        """The objects whose attributes make up this cache."""
+        return (self,)
 
     @property
     def arrays(self) -> Tuple[mx.array, ...]:

@@ -103,7 +103,7 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
 def check_fits(cache: "CompressedKVCache", codec: KVCodec, fingerprint: Any) -> None:
     """Raise ValueError unless a filled cache can serve the layer of ``codec``."""
     ours, theirs = cache.codec.spec, codec.spec
-    if (ours.head_dim, ours.value_dim) != (theirs.head_dim, theirs.value_dim):
+    if ours.dims != theirs.dims:
         raise ValueError(
             f"prompt cache: made for head dim {ours.head_dim}, the model has "
             f"{theirs.head_dim}: {REMEDY}"

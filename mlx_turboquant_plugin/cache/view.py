@@ -40,6 +40,11 @@ class View(NamedTuple):
     laid_out: Optional[Tuple[mx.array, mx.array]] = None
 
     @property
+    def queries(self) -> int:
+        """The number of queries."""
+        return self.end - self.start
+
+    @property
     def sinks(self) -> int:
         return min(self.visibility.sinks, self.end)
 
@@ -62,7 +67,7 @@ class View(NamedTuple):
         """See :meth:`CompressedKVCache.columns`."""
         if self.ring is None:
             return self.end
-        return self.ring.columns(self.start, self.end - self.start)
+        return self.ring.columns(self.start, self.queries)
 
     @property
     def forgets(self) -> bool:
@@ -85,8 +90,7 @@ class View(NamedTuple):
 
     def knows(self, mask: Optional[Union[str, mx.array]]) -> bool:
         """Whether ``mask`` is what a ring itself made for this pass."""
-        count = self.end - self.start
-        return mask is self.ring.mask(self.start, count, isinstance(mask, mx.array))
+        return mask is self.ring.mask(self.start, self.queries, isinstance(mask, mx.array))
 
     @property
     def whole(self) -> "View":

@@ -62,6 +62,11 @@ class CodecSpec(NamedTuple):
     seed: int = SEED
 
     @property
+    def dims(self) -> Tuple[int, int]:
+        """Of keys and of values."""
+        return self.head_dim, self.value_dim
+
+    @property
     def segments(self) -> int:
         """Into how many parts, rotated by themselves, a key is cut."""
         return 2 if self.key_codec == SEGMENTED else 1

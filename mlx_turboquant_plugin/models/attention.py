@@ -13,17 +13,19 @@ from .. import patching
 from ..attention.dispatch import attend
 from ..attention.masks import check
 from ..cache import BatchCompressedKVCache, CompressedKVCache
+from ..cache.transaction import AllOrNothing
 from . import upstream
 from .family import Family, family_of, register
 from .layer import known_layer
+from .whole_passes import guard
 
 
 def patch_family(module: ModuleType, family: Family) -> None:
     """Let the models of ``module`` attend over compressed caches.
 
     Replaces the module's name ``scaled_dot_product_attention``, and wraps the
-    attention class's ``__call__`` so that a cache learns which layer it serves;
-    nothing at all where mlx-lm asks for it (see :mod:`upstream`).
+    attention class's ``__call__`` so that a cache learns which layer it serves, and the
+    model's, see :mod:`whole_passes`; nothing at all where mlx-lm asks for it (see :mod:`upstream`).
 
     Raises:
         AttributeError: the module does not have what the family describes.
@@ -38,6 +40,9 @@ def patch_family(module: ModuleType, family: Family) -> None:
             )
         patching.wrap(module, "scaled_dot_product_attention", _scaled_dot_product_attention)
         patching.wrap(attention, "__call__", functools.partial(_attention_call, parameters))
+        if hasattr(module, "Model"):
+            # Others are met when a prompt cache is made for them.
+            guard(module.Model)
     register(attention, module.__name__, family)
 
 
@@ -59,11 +64,19 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
         batch, count = given[parameters[0]].shape[:2]
         heads, _ = family_of(instance).head_counts(instance)
         check(given["mask"], (batch, heads, count, cache.columns(count)))
-    cache.attending = True
-    try:
-        return wrapped(*args, **kwargs)
-    finally:
-        cache.attending, cache.view = False, None
+    with AllOrNothing(*cache.holders):
+        cache.attending = True
+        try:
+            out = wrapped(*args, **kwargs)
+        except ValueError:
+            if not cache.whole:
+                # Perhaps MLX's words for a mask of all tokens over those that were given.
+                cache.settle()
+            raise
+        if cache.whole or not cache.read:
+            cache.settle()
+        cache.attending, cache.view, cache.fetched = False, None, None
+    return out
 
 
 def _plain(mask: Any) -> bool:
@@ -83,4 +96,4 @@ def bind(cache: Union[CompressedKVCache, BatchCompressedKVCache], attention: nn.
     layer = known_layer(attention)
     invariant = layer.visibility.invariant
     cache.bind(layer.codec, layer.fingerprint, layer.kernel, invariant, layer.key_bias)
-    cache.attention = weakref.ref(attention)
+    cache.attention, cache.reading = weakref.ref(attention), layer.reading

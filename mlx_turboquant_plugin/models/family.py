@@ -35,6 +35,9 @@ class Family:
         rope: the rope object in an attention, which may lack it.
         dims: names of the head dims of keys and values in an attention, where
             ``projections`` do not make keys and values as they are.
+        casts_keys: whether the attention casts the keys that the cache returns. It may do
+            nothing else to keys and values before it hands them to the function above, or it
+            is taken for one that computes scores itself.
         obstacle: ``f(attention)`` says why the keys of a layer can't be compressed,
             or returns None.
         cached_layers: ``f(model)`` gives the layer of each cache, where this is not
@@ -51,6 +54,7 @@ class Family:
     head_norms: Tuple[str, str] = ("q_norm", "k_norm")
     rope: str = "rope"
     dims: Optional[Tuple[str, str]] = None
+    casts_keys: bool = False
     obstacle: Callable[[nn.Module], Optional[str]] = lambda attention: None
     cached_layers: Callable[[Any], List[Any]] = _layers
 

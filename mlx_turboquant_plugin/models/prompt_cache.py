@@ -17,6 +17,7 @@ from .calibration import Calibration, distributed
 from .family import attention_of, layers_of
 from .identity import identity_of
 from .layer import known_layer
+from .whole_passes import guard
 
 KINDS = (CompressedKVCache, RotatingCompressedKVCache, BatchCompressedKVCache)
 BY_WEIGHTS = "; keys go by the weights alone, since it could not be measured"
@@ -107,7 +108,7 @@ def _compress(model: Any, identity: settings.ModelIdentity, caches: List[Any]) -
         return _leave(identity, caches, str(error))
     compiling.update()
     calibration = None if chosen.bypass == "identity" else Calibration(model, caches)
-    pairs = [_compressed(*each) for each in zip(layers, caches, by_layer)]
+    pairs = [_compressed(identity.type, *each) for each in zip(layers, caches, by_layer)]
     pairs = _all_or_no_rings(caches, pairs)
     compressed = [new or old for (new, _), old in zip(pairs, caches)]
     reasons = [reason for _, reason in pairs if reason]
@@ -116,6 +117,8 @@ def _compress(model: Any, identity: settings.ModelIdentity, caches: List[Any]) -
         return _leave(identity, caches, reasons[0] if reasons else "it has no layers")
     text = f"{_name(identity)}: {count} of {len(layers)} layers compressed, "
     text += _bits(chosen, compressed)
+    if not upstream.available():
+        guard(type(model))
     if reasons:
         text += f"; the others not: {reasons[0]}"
     if identity not in _reports:
@@ -150,10 +153,12 @@ def _prepare(model: Any, caches: List[Any], new: bool) -> List[Any]:
     return caches
 
 
-def _compressed(layer: Any, cache: Any, chosen: settings.Settings) -> Tuple[Any, str]:
-    """A compressed cache for one layer, or None and the reason."""
+def _compressed(
+    model: str, layer: Any, cache: Any, chosen: settings.Settings
+) -> Tuple[Any, str]:
+    """A compressed cache for one layer of a model of this type, or None and the reason."""
     if type(cache) is CacheList:
-        return _compressed_in_list(layer, cache, chosen)
+        return _compressed_in_list(model, layer, cache, chosen)
     if type(cache) not in (KVCache, RotatingKVCache):
         return None, f"{type(cache).__name__} is not supported"
     attention, family = attention_of(layer)
@@ -166,6 +171,7 @@ def _compressed(layer: Any, cache: Any, chosen: settings.Settings) -> Tuple[Any,
         known = known_layer(attention, family.norm_of(layer), chosen)
     except ValueError as error:
         return None, str(error)
+    known.reading.model = model
     parts = known.codec, known.visibility, known.kernel
     if type(cache) is KVCache:
         return CompressedKVCache(*parts), ""
@@ -173,10 +179,10 @@ def _compressed(layer: Any, cache: Any, chosen: settings.Settings) -> Tuple[Any,
 
 
 def _compressed_in_list(
-    layer: Any, caches: CacheList, chosen: settings.Settings
+    model: str, layer: Any, caches: CacheList, chosen: settings.Settings
 ) -> Tuple[Optional[CacheList], str]:
     """The same for a layer that has several caches: its keys and values among them."""
-    pairs = [_compressed(layer, cache, chosen) for cache in caches.caches]
+    pairs = [_compressed(model, layer, cache, chosen) for cache in caches.caches]
     if not any(replacement for replacement, _ in pairs):
         return None, pairs[-1][1]
     return CacheList(*(new or old for (new, _), old in zip(pairs, caches.caches))), ""

@@ -243,7 +243,7 @@ FAMILIES: Dict[str, Family] = {
     ),
     "seed_oss": OWN,
     "spark2_5": replace(OWN, projections=("q_k_v_proj",)),
-    "stablelm": replace(MIXED, head_norms=SHORT_NORMS),
+    "stablelm": replace(MIXED, head_norms=SHORT_NORMS, casts_keys=True),
     "starcoder2": OWN,
     "step3p5": replace(SHORT, attention="Step3p5Attention"),
     "talkie": Family(

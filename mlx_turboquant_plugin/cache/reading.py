@@ -1,0 +1,123 @@
+"""How attention reads a cache: a view of it, or keys and values as KVCache returns them."""
+
+from typing import Any, List, Optional, Tuple
+
+import mlx.core as mx
+from mlx_lm.models.cache import _BaseCache
+
+from ..log import log_once
+
+Pair = Tuple[mx.array, mx.array]
+
+
+class Reading:
+    """What is known of how an attention module reads its caches, which all share it.
+
+    Args:
+        model: the type of its model, as in the setting ``opt_out``.
+        casts_keys: whether it casts the keys that it gets; they are the same keys.
+        by_view: whether it reads views, in passes of one token and in passes of more, which
+            may be computed in different ways; None where nobody knows yet.
+    """
+
+    __slots__ = ("model", "casts_keys", "by_view")
+
+    def __init__(self, model: str, casts_keys: bool = False, by_view: Optional[bool] = None):
+        self.model, self.casts_keys = model, casts_keys
+        self.by_view: List[Optional[bool]] = [by_view, by_view]
+
+
+class AttendedCache(_BaseCache):
+    """A cache that leaves a view for mlx-lm's ``scaled_dot_product_attention`` to read.
+
+    An attention that computes scores itself needs all keys and values. Whether it does shows in
+    its first pass: it gets them, and they cost nothing if it reads the view. One that has read
+    a view gets back what it gave from then on, and has to go on reading views.
+
+    Attributes:
+        hooked: whether mlx-lm itself hands this cache to its attention (see patches/): then
+            all keys and values are returned always, and a view is held until it is read.
+        attending: whether a patched attention is running.
+        reading: of that attention; by default it reads views.
+        view: what the queries of the newest tokens see, or None.
+        fetched: the keys and values that were returned with it.
+        whole: whether these are all, not those that were given.
+        read: whether the view was read in their place; None if nothing was.
+        interrupted: whether its model can't go on, see models/whole_passes.py.
+    """
+
+    hooked = False
+    attending = False
+    # Of whoever sets ``attending``.
+    reading = Reading("MODEL_TYPE", by_view=True)
+    view: Any = None
+    fetched: Optional[Pair] = None
+    whole = True
+    read: Optional[bool] = None
+    interrupted = False
+
+    def leave(self, view: Any, keys: mx.array, values: mx.array) -> Pair:
+        """Leave ``view`` for the queries that come with ``keys`` and ``values``.
+
+        Returns:
+            Both as given if their attention is known to read the view, else all of both.
+
+        Raises:
+            RuntimeError: see :meth:`settle`.
+        """
+        if self.view is not None:
+            self.settle()
+        self.whole = self.hooked or not self.reading.by_view[keys.shape[2] > 1]
+        self.fetched = self.fetch(view) if self.whole else (keys, values)
+        self.view, self.read = view, None
+        return self.fetched
+
+    def take(self, keys: mx.array, values: mx.array) -> Any:
+        """The view that stands for ``keys`` and ``values``, or None if these are to be read."""
+        view = self.view
+        if view is None:
+            return None
+        same_keys = keys is self.fetched[0] or self.reading.casts_keys
+        if not same_keys or values is not self.fetched[1]:
+            # Something else was made of what was returned.
+            self.read = False
+            return None
+        if self.hooked:
+            # Nobody says when the attention has ended.
+            self.view = self.fetched = None
+        elif self.read is None:
+            self.read = True
+        return view
+
+    def settle(self) -> None:
+        """The attention of the newest tokens has ended: learn how it reads.
+
+        Raises:
+            RuntimeError: it got back what it gave, and did not read the view.
+        """
+        if self.view is None:
+            return
+        by_view, several = self.reading.by_view, self.view.queries > 1
+        if by_view[several] is None:
+            by_view[several] = bool(self.read)
+        if self.read:
+            return
+        model = self.reading.model
+        if not self.whole:
+            raise RuntimeError(
+                f"the attention of {model} has read its compressed cache through mlx-lm's "
+                "scaled_dot_product_attention so far, and now does without: it would see no "
+                f"earlier token. Leave the model out with TURBOQUANT_OPT_OUT={model}"
+            )
+        log_once(
+            "%s: its attention does without mlx-lm's scaled_dot_product_attention, and gets all "
+            "keys and values dequantised: right, but slow, and in KVCache's memory; "
+            "TURBOQUANT_OPT_OUT=%s leaves the model out",
+            model,
+            model,
+        )
+
+    def fetch(self, view: Any) -> Pair:
+        """All keys and values that the queries of ``view`` see."""
+        # Nobody pays for these but who evaluates them.
+        return tuple(mx.depends(view.keys_and_values(), self.arrays))

@@ -1,0 +1,65 @@
+"""A pass that ends in the middle of a model leaves layers that hold different tokens.
+
+Ctrl-C does so, or memory that runs out. mlx-lm's own caches go on from there with wrong
+results; compressed ones are refused until they are trimmed alike.
+"""
+
+import functools
+import inspect
+from typing import Any, List, Sequence, Union
+
+from mlx_lm.models.cache import CacheList
+
+from .. import patching
+from ..cache import BatchCompressedKVCache, CompressedKVCache
+from ..cache.reading import AttendedCache
+
+Compressed = Union[CompressedKVCache, BatchCompressedKVCache]
+
+
+def guard(model: type) -> None:
+    """Have models of this class refuse compressed caches that an earlier pass left uneven."""
+    owner = next((kind for kind in model.__mro__ if "__call__" in vars(kind)), None)
+    if owner is None:
+        return
+    parameters = list(inspect.signature(owner.__call__).parameters)[1:]
+    if "cache" in parameters:
+        patching.wrap(owner, "__call__", functools.partial(_model_call, parameters))
+
+
+def _model_call(parameters, wrapped, instance, args, kwargs):
+    caches = kwargs["cache"] if "cache" in kwargs else dict(zip(parameters, args)).get("cache")
+    parts = _parts(caches or ())
+    ours = [one for one in parts if isinstance(one, AttendedCache)]
+    if not ours:
+        return wrapped(*args, **kwargs)
+    _check(ours)
+    try:
+        return wrapped(*args, **kwargs)
+    except BaseException:
+        if len(ours) < len(parts):
+            # Nobody can tell what a recurrent state has seen of the pass, or undo it.
+            for one in ours:
+                one.interrupted = True
+        raise
+
+
+def _parts(caches: Sequence[Any]) -> List[Any]:
+    parts: List[Any] = []
+    for cache in caches:
+        parts.extend(cache.caches if type(cache) is CacheList else [cache])
+    return parts
+
+
+def _check(caches: Sequence[Compressed]) -> None:
+    if caches[0].interrupted:
+        raise RuntimeError(
+            "a pass over this prompt cache was interrupted, and not all of its layers can go back "
+            "to where it began: make the prompt cache again"
+        )
+    held = {c.offset if isinstance(c, CompressedKVCache) else c.size() for c in caches}
+    if len(held) > 1:
+        raise RuntimeError(
+            f"the layers of this prompt cache hold from {min(held)} to {max(held)} tokens, since a "
+            f"pass over it was interrupted: trim each to {min(held)}, or make the prompt cache again"
+        )
