@@ -15,9 +15,9 @@ from ..per_thread import release
 from . import state as saved
 from .copies import shared, unpickled
 from .exact import ExactTokens
-from .passes import plan_pass
+from .passes import plan_pass, plan_step
 from .shapes import check_shapes
-from .transaction import AllOrNothing
+from .transaction import all_or_nothing
 from .trimming import checked_offset, rewind
 from .view import View
 from .visibility import BLOCK, ROLLBACK, Ring, Visibility
@@ -119,6 +119,7 @@ class CompressedKVCache(_BaseCache):
         # Nobody pays for these but who evaluates them.
         return tuple(mx.depends(view.keys_and_values(), self.arrays))
 
+    @all_or_nothing
     def append(
         self, keys: mx.array, values: mx.array, is_prompt: Optional[bool] = None
     ) -> View:
@@ -131,27 +132,30 @@ class CompressedKVCache(_BaseCache):
             ValueError: keys and values are not of one length, or have other head dims than
                 the codec. After any exception the cache is as before.
         """
-        with AllOrNothing(self):
-            return self._append(keys, values, is_prompt)
-
-    def _append(self, keys: mx.array, values: mx.array, is_prompt: Optional[bool]) -> View:
-        start = self.offset
+        start, shape, exact = self._offset, keys.shape, self.exact_tokens
         if self.codec is None:
-            self.codec = KVCodec(CodecSpec(keys.shape[-1], values.shape[-1]))
-        check_shapes(keys.shape, values.shape, self.codec.spec, self.exact_tokens.heads)
-        count = keys.shape[2]
+            self.codec = KVCodec(CodecSpec(shape[-1], values.shape[-1]))
+        check_shapes(shape, values.shape, self.codec.spec, exact.heads)
+        count = shape[2]
         if is_prompt is None:
             is_prompt = self.visibility.is_prompt(count)
         # No query of a step reads what is forgotten after it.
         is_step = count <= ROLLBACK and not is_prompt
-        drop = self._forgettable(start + count) if is_step else 0
-        self.exact_tokens = self.exact_tokens.grown(keys, values, self._sinks(), drop)
+        sinks, forgettable, encode_to = plan_step(
+            self.visibility,
+            self.kernel in STEADY,
+            self.coded,
+            exact.count,
+            start,
+            start + count,
+        )
+        self.exact_tokens = exact.grown(keys, values, sinks, forgettable if is_step else 0)
         self._offset += count
         if is_prompt and self.ring is None and self._fuses(keys, values):
             view = self._pass(start, keys, values)
             if view is not None:
                 return view
-        self.encode(self.visibility.exact_from(self.offset - 1))
+        self.encode(encode_to)
         view = self._view(start, is_prompt)
         self._forget(is_step)
         return view
@@ -355,6 +359,7 @@ class CompressedKVCache(_BaseCache):
         bias = own.bias if self.unplaced_bias is None else place(self.unplaced_bias)
         return KVCodec(own.spec, own.balance, bias, own.layout)
 
+    @all_or_nothing
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens (at most all of them) and return how many.
 
@@ -365,9 +370,8 @@ class CompressedKVCache(_BaseCache):
             ValueError: it is not trimmable and ``n`` is not 0; nothing is forgotten then.
         """
         n = max(0, min(self.offset, n))
-        with AllOrNothing(self):
-            rewind(self, self.offset - n)
-            release(self.arrays)
+        rewind(self, self.offset - n)
+        release(self.arrays)
         return n
 
     def is_trimmable(self) -> bool:

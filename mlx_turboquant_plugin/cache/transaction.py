@@ -1,6 +1,7 @@
 """Changes of caches that are made whole or not at all."""
 
-from typing import Any
+import functools
+from typing import Any, Callable
 
 
 class AllOrNothing:
@@ -22,3 +23,18 @@ class AllOrNothing:
         if kind is not None:
             for x, before in zip(self._objects, self._before):
                 x.__dict__ = before
+
+
+def all_or_nothing(method: Callable) -> Callable:
+    """``method``, which changes ``self`` alone, in less time than with :class:`AllOrNothing`."""
+
+    @functools.wraps(method)
+    def call(self, *args, **named):
+        before = self.__dict__.copy()
+        try:
+            return method(self, *args, **named)
+        except BaseException:
+            self.__dict__ = before
+            raise
+
+    return call
