@@ -22,6 +22,7 @@ class Step(NamedTuple):
     encode_to: int
 
 
+# Counting takes longer than launching.
 @functools.lru_cache(maxsize=64)
 def plan_step(
     visibility: Visibility, steady: bool, coded: int, held: int, start: int, end: int
@@ -38,7 +39,6 @@ def plan_step(
     return Step(sinks, max(0, retained - exact_start), visibility.exact_from(end - 1))
 
 
-# Counting takes longer than launching.
 @functools.lru_cache(maxsize=64)
 def plan_pass(
     visibility: Visibility,

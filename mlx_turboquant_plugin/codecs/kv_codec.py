@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import mlx.core as mx
 
@@ -87,6 +87,9 @@ class KVCodec:
         bias: the layer's key bias, or None.
         layout: (H, D + 1) int32, or None: the channels of each KV head in the order in which
             they are cut into segments, and last the bits of the first segment.
+
+    Attributes:
+        derived: what kernels have made of it for themselves, with their ``arrays``.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class KVCodec:
         self.spec = spec
         self._given = Knowledge(balance, bias, layout)
         self._learn: Optional[Callable[[CodecSpec], Knowledge]] = None
+        self.derived: Dict[str, Any] = {}
         self.values = value_quantizer(spec.value_codec, spec.value_bits, spec.value_dim)
         self.key_rotation = Rotation(spec.head_dim // spec.segments, spec.seed)
         self.value_rotation = Rotation(spec.value_dim, spec.seed)
@@ -174,7 +178,7 @@ class KVCodec:
         tables += [x for x in (self.balance, self.layout) if x is not None]
         if self.bias is not None:
             tables += [*self.bias.arrays, *self.bias.table.arrays]
-        return tuple(tables)
+        return *tables, *(x for made in self.derived.values() for x in made.arrays)
 
     @property
     def checksum(self) -> int:
