@@ -136,26 +136,20 @@ class CompressedKVCache(_BaseCache):
         if self.codec is None:
             self.codec = KVCodec(CodecSpec(shape[-1], values.shape[-1]))
         check_shapes(shape, values.shape, self.codec.spec, exact.heads)
-        count = shape[2]
+        count, end, steady = shape[2], start + shape[2], self.kernel in STEADY
         if is_prompt is None:
             is_prompt = self.visibility.is_prompt(count)
+        step = plan_step(self.visibility, steady, self.coded, exact.count, start, end)
         # No query of a step reads what is forgotten after it.
         is_step = count <= ROLLBACK and not is_prompt
-        sinks, forgettable, encode_to = plan_step(
-            self.visibility,
-            self.kernel in STEADY,
-            self.coded,
-            exact.count,
-            start,
-            start + count,
-        )
-        self.exact_tokens = exact.grown(keys, values, sinks, forgettable if is_step else 0)
-        self._offset += count
+        drop = step.forgettable if is_step else 0
+        self.exact_tokens = exact.grown(keys, values, step.sinks, drop)
+        self._offset = end
         if is_prompt and self.ring is None and self._fuses(keys, values):
             view = self._pass(start, keys, values)
             if view is not None:
                 return view
-        self.encode(encode_to)
+        self.encode(step.encode_to)
         view = self._view(start, is_prompt)
         self._forget(is_step)
         return view

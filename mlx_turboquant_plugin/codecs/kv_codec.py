@@ -87,9 +87,6 @@ class KVCodec:
         bias: the layer's key bias, or None.
         layout: (H, D + 1) int32, or None: the channels of each KV head in the order in which
             they are cut into segments, and last the bits of the first segment.
-
-    Attributes:
-        derived: what kernels have made of it for themselves, with their ``arrays``.
     """
 
     def __init__(
@@ -102,6 +99,7 @@ class KVCodec:
         self.spec = spec
         self._given = Knowledge(balance, bias, layout)
         self._learn: Optional[Callable[[CodecSpec], Knowledge]] = None
+        # What kernels have made of it for themselves, each with its ``arrays``.
         self.derived: Dict[str, Any] = {}
         self.values = value_quantizer(spec.value_codec, spec.value_bits, spec.value_dim)
         self.key_rotation = Rotation(spec.head_dim // spec.segments, spec.seed)
