@@ -50,11 +50,11 @@ def attend(
         return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
     if isinstance(view, BatchView):
         out = _attend_batch(original, queries, values, view, scale, mask, sinks)
-        rotates = view.ring is not None
+        rotates, count = view.ring is not None, queries.shape[2]
     else:
         out = _attend_single(original, queries, view, scale, mask, sinks)
-        rotates = view.ring is not None
-    if queries.shape[2] > ROLLBACK or rotates:
+        rotates, count = view.ring is not None, view.end - view.start
+    if rotates or count > ROLLBACK:
         # Some of what the cache holds now no query reads, and later another thread may want it.
         out = mx.depends(out, cache.arrays)
     return out
@@ -67,14 +67,14 @@ def _attend_single(
         mask = "causal" if queries.shape[2] > 1 else None
     else:
         view = view.whole
-    mask = checked(mask, (*queries.shape[:3], view.columns), queries.dtype)
+    mask = checked(mask, queries, view.columns)
     return _attend_view(original, queries, view, scale, mask, sinks)
 
 
 def _attend_view(
     original: Callable, queries: mx.array, view: View, scale: float, mask: Mask, sinks
 ) -> mx.array:
-    count = queries.shape[2]
+    count = view.end - view.start
     if view.coded == view.first_coded and not view.forgets:
         # Nothing is compressed yet: this is mlx-lm's own result, bit for bit.
         keys, values = view.laid_out or view.keys_and_values()
@@ -101,7 +101,7 @@ def _attend_batch(
         mask = "causal"
     elif not isinstance(rows, PackedRows):
         rows = [row.whole for row in rows]
-    mask = checked(mask, (*queries.shape[:3], view.index + count), queries.dtype)
+    mask = checked(mask, queries, view.index + count)
     if isinstance(rows, PackedRows):
         return _attend_packed(original, queries, rows, scale, mask, view.left_padding, sinks)
     filled = [row.view for row in rows if row.view is not None]

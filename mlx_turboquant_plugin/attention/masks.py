@@ -45,16 +45,19 @@ def check(mask: Mask, shape: Sequence[Optional[int]]) -> None:
         )
 
 
-def checked(mask: Mask, shape: Sequence[Optional[int]], dtype: mx.Dtype) -> Mask:
+def checked(mask: Mask, queries: mx.array, columns: Optional[int]) -> Mask:
     """``mask`` as it is, or an array made (B or 1, H_q or 1, N, T), bool or additive.
 
     Args:
-        shape: see :func:`check`.
-        dtype: of an additive mask, which is made finite.
+        queries: (B, H_q, N, D); an additive mask gets their dtype, and is made finite.
+        columns: T, see :func:`check`.
 
     Raises:
         ValueError: see :func:`check`.
     """
+    if mask is None:
+        return None
+    shape, dtype = (*queries.shape[:3], columns), queries.dtype
     check(mask, shape)
     if not isinstance(mask, mx.array):
         return mask

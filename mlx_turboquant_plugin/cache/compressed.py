@@ -15,7 +15,7 @@ from ..per_thread import release
 from . import state as saved
 from .copies import shared, unpickled
 from .exact import ExactTokens
-from .passes import plan_pass
+from .passes import plan_pass, plan_step
 from .reading import AttendedCache
 from .shapes import check_shapes
 from .transaction import AllOrNothing
@@ -138,23 +138,24 @@ class CompressedKVCache(AttendedCache):
     def _append(
         self, keys: mx.array, values: mx.array, is_prompt: Optional[bool] = None
     ) -> View:
-        start = self.offset
+        start, shape, exact = self._offset, keys.shape, self.exact_tokens
         if self.codec is None:
-            self.codec = KVCodec(CodecSpec(keys.shape[-1], values.shape[-1]))
-        check_shapes(keys.shape, values.shape, self.codec.spec, self.exact_tokens.heads)
-        count = keys.shape[2]
+            self.codec = KVCodec(CodecSpec(shape[-1], values.shape[-1]))
+        check_shapes(shape, values.shape, self.codec.spec, exact.heads)
+        count, end, steady = shape[2], start + shape[2], self.kernel in STEADY
         if is_prompt is None:
             is_prompt = self.visibility.is_prompt(count)
+        step = plan_step(self.visibility, steady, self.coded, exact.count, start, end)
         # No query of a step reads what is forgotten after it.
         is_step = count <= ROLLBACK and not is_prompt
-        drop = self._forgettable(start + count) if is_step else 0
-        self.exact_tokens = self.exact_tokens.grown(keys, values, self._sinks(), drop)
-        self._offset += count
+        drop = step.forgettable if is_step else 0
+        self.exact_tokens = exact.grown(keys, values, step.sinks, drop)
+        self._offset = end
         if is_prompt and self.ring is None and self._fuses(keys, values):
             view = self._pass(start, keys, values)
             if view is not None:
                 return view
-        self.encode(self.visibility.exact_from(self.offset - 1))
+        self.encode(step.encode_to)
         view = self._view(start, is_prompt)
         self._forget(is_step)
         return view

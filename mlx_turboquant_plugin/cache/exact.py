@@ -38,9 +38,11 @@ class ExactTokens:
     def __init__(self, keys: Optional[mx.array] = None, values: Optional[mx.array] = None):
         self._keys, self._values = keys, values
         self._unjoined: Optional[Unjoined] = None
-        self.count = 0 if keys is None else keys.shape[2]
-        self.heads = None if keys is None else keys.shape[:2]
-        self.dtypes = _dtype(keys), _dtype(values)
+        if keys is None:
+            self.count, self.heads, self.dtypes = 0, None, None
+        else:
+            self.count, self.heads = keys.shape[2], keys.shape[:2]
+            self.dtypes = keys.dtype, values.dtype
 
     def grown(
         self, keys: mx.array, values: mx.array, sinks: int = 0, drop: int = 0
@@ -51,15 +53,14 @@ class ExactTokens:
         """
         if self.count == 0:
             return ExactTokens(keys, values)
-        given = keys.dtype, values.dtype
-        keys, values = (x.astype(dtype) for x, dtype in zip((keys, values), self.dtypes))
+        converts = (keys.dtype, values.dtype) != self.dtypes
+        if converts:
+            keys, values = (x.astype(dtype) for x, dtype in zip((keys, values), self.dtypes))
         grown = ExactTokens()
         grown._unjoined = Unjoined(*self._joined(), keys, values, sinks, drop)
         grown.count = self.count - drop + keys.shape[2]
         grown.heads, grown.dtypes = self.heads, self.dtypes
-        if given != self.dtypes:
-            return ExactTokens(*grown._joined())
-        return grown
+        return ExactTokens(*grown._joined()) if converts else grown
 
     def part(self, first: int, last: int) -> Tuple[mx.array, mx.array]:
         """Keys and values of the tokens first, ..., last - 1, which need not be joined for it."""
@@ -135,10 +136,6 @@ class ExactTokens:
             pairs = (parts.keys, parts.new_keys), (parts.values, parts.new_values)
             self.join(*(_concatenate(*pair, parts.sinks, parts.drop) for pair in pairs))
         return self._keys, self._values
-
-
-def _dtype(x: Optional[mx.array]) -> Optional[mx.Dtype]:
-    return None if x is None else x.dtype
 
 
 def _kind(x: Optional[mx.array]) -> str:

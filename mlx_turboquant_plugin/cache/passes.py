@@ -1,14 +1,44 @@
-"""Where a prompt's tokens go when fused kernels take them in: the same in all layers."""
+"""Where tokens go when they come: counted once for all layers."""
 
 import functools
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from ..kernels.dequantize import Places
 from ..kernels.prompt import Plan
 from .visibility import Visibility
 
 
-# Counting takes longer than launching, so it is done once for all layers.
+class Step(NamedTuple):
+    """What becomes of exact tokens when others come.
+
+    Attributes:
+        sinks: how many of those that are there are sinks.
+        forgettable: how many after these no query needs from the end of the new ones on.
+        encode_to: the position before which all need codes.
+    """
+
+    sinks: int
+    forgettable: int
+    encode_to: int
+
+
+# Counting takes longer than launching.
+@functools.lru_cache(maxsize=64)
+def plan_step(
+    visibility: Visibility, steady: bool, coded: int, held: int, start: int, end: int
+) -> Step:
+    """The step of the tokens start, ..., end - 1.
+
+    Args:
+        steady, coded: see :func:`plan_pass`.
+        held: the exact tokens that are there, without those that come.
+    """
+    sinks = min(visibility.sinks, start)
+    exact_start = start - (held - sinks)
+    retained = min(visibility.retained_from(end, steady), coded)
+    return Step(sinks, max(0, retained - exact_start), visibility.exact_from(end - 1))
+
+
 @functools.lru_cache(maxsize=64)
 def plan_pass(
     visibility: Visibility,

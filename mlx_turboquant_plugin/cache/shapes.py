@@ -13,13 +13,12 @@ def check_shapes(keys: Shape, values: Shape, spec: CodecSpec, held: Optional[Sha
     Args:
         held: (B, H) of what the cache holds, or None if it is empty.
     """
-    dims = spec.head_dim, spec.value_dim
-    fits = len(keys) == 4 and keys[:-1] == values[:-1] and (keys[-1], values[-1]) == dims
-    if not fits or (held is not None and keys[:2] != held):
+    tokens = (*(held or keys[:2]), *keys[2:3])
+    if keys != (*tokens, spec.head_dim) or values != (*tokens, spec.value_dim):
         batch, heads = held or ("B", "H")
         raise ValueError(
-            f"keys {keys} and values {values} do not fit this cache: it takes "
-            f"({batch}, {heads}, N, {dims[0]}) and ({batch}, {heads}, N, {dims[1]})"
+            f"keys {keys} and values {values} do not fit this cache: it takes ({batch}, {heads}, "
+            f"N, {spec.head_dim}) and ({batch}, {heads}, N, {spec.value_dim})"
         )
 
 

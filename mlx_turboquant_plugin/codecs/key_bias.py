@@ -47,7 +47,7 @@ class RotaryTable:
         middle: (cos, sin) at the position BLOCK / 2, (F,).
         coarse: (cos, sin) at the positions 0, BLOCK, 2 BLOCK, ..., fp32 (count, F), as far as
             needed so far.
-        derived: what kernels have made of it for themselves.
+        derived: what kernels have made of it for themselves; forgotten when it grows.
 
     Raises:
         ValueError: the rope object is not one rotation per position (its angles
@@ -71,7 +71,8 @@ class RotaryTable:
         self.fine = mx.array(np.concatenate([cos, sin]))
         self.even, self.odd = (mx.array(x[:, : half + 1]) for x in (cos, sin))
         self.middle = mx.array(cos[:, half]), mx.array(sin[:, half])
-        self.coarse = self._angles(mx.arange(8) * BLOCK)
+        self._blocks = 8
+        self.coarse = self._angles(mx.arange(self._blocks) * BLOCK)
         mx.eval(self.arrays)
 
     @property
@@ -82,11 +83,13 @@ class RotaryTable:
 
     def reach(self, count: int) -> None:
         """Have ``coarse`` hold the angles of ``count`` blocks: it doubles when it grows."""
-        have = self.coarse[0].shape[0]
-        if count > have:
+        if count > self._blocks:
+            blocks = max(count, 2 * self._blocks)
             with mx.stream(SETUP):
-                self.coarse = self._angles(mx.arange(max(count, 2 * have)) * BLOCK)
+                self.coarse = self._angles(mx.arange(blocks) * BLOCK)
                 mx.eval(self.coarse)
+            self.derived = {}
+            self._blocks = blocks
 
     def blocks(self, count: int) -> Tuple[mx.array, mx.array]:
         """(cos, sin), fp32 (count, F), at the positions 0, BLOCK, 2 BLOCK, ..."""

@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import mlx.core as mx
 
@@ -109,6 +109,8 @@ class KVCodec:
         self.spec = spec
         self._given = Knowledge(balance, bias, layout, query_squares)
         self._learn: Optional[Callable[[CodecSpec], Knowledge]] = None
+        # What kernels have made of it for themselves, each with its ``arrays``.
+        self.derived: Dict[str, Any] = {}
         self.values = value_quantizer(spec.value_codec, spec.value_bits, spec.value_dim)
         self.key_rotation = Rotation(spec.head_dim // spec.segments, spec.seed)
         self.value_rotation = Rotation(spec.value_dim, spec.seed)
@@ -196,7 +198,7 @@ class KVCodec:
         tables += [x for x in known if x is not None]
         if self.bias is not None:
             tables += [*self.bias.arrays, *self.bias.table.arrays]
-        return tuple(tables)
+        return *tables, *(x for made in self.derived.values() for x in made.arrays)
 
     @property
     def checksum(self) -> int:

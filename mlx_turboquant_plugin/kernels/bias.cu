@@ -16,11 +16,34 @@ __device__ inline void split_halves(float a, float b, unsigned& large, unsigned&
   small = pack_halves(a - lower_half(large), b - upper_half(large));
 }
 
+// Sixteen pairs are a step of a matrix product.
+__device__ constexpr int steps_of(int pairs) { return (pairs + 15) / 16; }
+
+// What rotary_array() of cuda_bias.py has, one after the other: the waves of tiles of 32 tokens
+// and of 64, and then, of `size` words in all, the angles of middles and those of blocks.
+template <int PAIRS>
+struct RotaryArray {
+  const float* words;
+  int size;
+
+  static constexpr int WAVES = 2 * steps_of(PAIRS) * 2 * 32 * 4;
+
+  __device__ const unsigned* waves(int tile) const {
+    return reinterpret_cast<const unsigned*>(tile == 32 ? words : words + WAVES);
+  }
+  __device__ RotaryPairs pairs(int between, int distance) const {
+    const float* middles = words + 3 * WAVES;
+    const float* blocks = middles + 2 * PAIRS * ANGLES;
+    const float* sines = blocks + (words + size - blocks) / 2;
+    return {middles, blocks, sines, PAIRS, between, distance};
+  }
+};
+
 // What a block keeps for it. Tables: those of cuda_bias.py.
 template <int ROWS, int PAIRS, int TILE>
 struct BiasMemory {
-  // Sixteen pairs are a step of a matrix product, and a word holds two of them.
-  static constexpr int STEPS = (PAIRS + 15) / 16, WORDS = 8 * STEPS;
+  // A word holds two pairs.
+  static constexpr int STEPS = steps_of(PAIRS), WORDS = 8 * STEPS;
   // So that the rows that lanes read at once are in different banks.
   static constexpr int STRIDE = (STEPS | 1) * 8;
 

@@ -1,17 +1,18 @@
 """The fused attention kernel for NVIDIA GPUs (compute capability 8.0 and later), and the encoder."""
 
 import functools
-from typing import TYPE_CHECKING, Callable, Dict, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, Tuple
 
 import mlx.core as mx
 
 from ..codecs.kv_codec import CodecSpec
 from ..per_thread import cached_per_thread
 from . import cuda_portable, cuda_source
-from .cuda_bias import BIAS, bias_arrays
+from .cuda_bias import rotary_array
 from .cuda_encode import encode
+from .cuda_layer import Kind, layer_of
 from .cuda_source import BLOCKS, MERGE_THREADS, SPLIT_THREADS
-from .inputs import PairLayout, pair_layout
+from .inputs import int_array
 
 if TYPE_CHECKING:
     from ..attention.fused import Problem
@@ -30,42 +31,24 @@ __all__ = ["attend", "encode"]
 
 def attend(problem: "Problem") -> mx.array:
     """Attention in two launches: (B, H_q, N, D_v) in the dtype of the queries."""
-    codec, queries, exact = problem.codec, problem.queries, problem.exact_tokens
+    codec, exact = problem.codec, problem.exact_tokens
     if "affine" in (codec.spec.key_codec, codec.spec.value_codec):
         return cuda_portable.attend(problem)
     unjoined = exact.unjoined
     if unjoined is None or unjoined.drop > 1:
         # More than one go only after a trim or when several tokens come, and each number has
         # a kernel of its own.
-        tokens, appended, drop = (exact.keys, exact.values), 0, 0
+        tokens, drop = (exact.keys, exact.values), 0
     else:
         tokens, drop = unjoined[:4], unjoined.drop
-        appended = exact.count - (tokens[0].shape[2] - drop)
+    layer = layer_of(codec)
     coded = problem.key_codes[-1].shape[-1]
-    attention = _attention(
-        codec.spec,
-        codec.balance is not None,
-        codec.layout is not None,
-        None if codec.bias is None else pair_layout(codec.bias.table),
-        problem.scale,
-        problem.sinks,
-        queries.shape,
-        queries.dtype,
-        tokens[0].shape[1],
-        exact.count,
-        exact.dtypes[0],
-        appended,
-        drop,
-        coded,
-    )
-    inputs = [queries, *tokens, *problem.key_codes, *problem.value_codes, problem.bounds]
-    inputs.append(codec.key_rotation.array)
-    inputs += [x for x in (codec.balance, codec.layout) if x is not None]
-    if codec.bias is not None:
-        tile = _tile(codec.spec, queries.shape[1] // tokens[0].shape[1] * queries.shape[2])[1]
-        end = problem.first_coded + coded
-        inputs += bias_arrays(codec.bias, problem.first_coded, end, tile)
-    out, *joined = attention(codec.value_rotation.array, *inputs)
+    inputs = [*tokens, *problem.key_codes, *problem.value_codes, problem.bounds, *layer.known]
+    if layer.table is not None:
+        inputs.append(rotary_array(layer.table, problem.first_coded + coded))
+        inputs.append(int_array(problem.first_coded))
+    attention = _attention(layer.kind, problem.scale, problem.sinks, exact.count, drop, coded)
+    out, *joined = attention(layer.rotations, problem.queries, *inputs)
     if joined:
         exact.join(*joined)
     return out
@@ -74,76 +57,55 @@ def attend(problem: "Problem") -> mx.array:
 # All layers ask for the same, until there are more codes. MLX keeps traces by thread.
 @cached_per_thread(maxsize=64)
 def _attention(
-    spec: CodecSpec,
-    balanced: bool,
-    ordered: bool,
-    bias: Optional[PairLayout],
-    scale: float,
-    sinks: int,
-    queries: Tuple[int, ...],
-    dtype: mx.Dtype,
-    heads: int,
-    exact: int,
-    exact_dtype: mx.Dtype,
-    appended: int,
-    drop: int,
-    coded: int,
+    kind: Kind, scale: float, sinks: int, exact: int, drop: int, coded: int
 ) -> Callable[..., Tuple[mx.array, ...]]:
-    """The two launches as one function of the rotation of the values and of all other inputs.
+    """The two launches as one function of the rotations, the queries and all other inputs.
 
-    It is traced once: MLX writes a kernel's source anew whenever a launch is described, which
-    takes longer than the launch.
+    It is traced once, and again for arrays of other shapes or dtypes: MLX writes a kernel's
+    source anew whenever a launch is described, which takes longer than the launch.
 
     Args:
-        queries: (B, H_q, N, D), the shape of the queries.
-        heads: H.
-        exact: E, the exact tokens with those that are ``appended``.
+        exact: E, the exact tokens with those that are not joined to the older ones.
         drop: how many of the older tokens after the sinks count no more.
+        coded: how many tokens there are as codes; so that a function has few traces, among
+            which MLX looks for one after the other.
 
     Returns:
-        A function that returns the attention, and joined keys and values if any are
-        ``appended``.
+        A function that returns the attention, and joined keys and values if they are not yet.
     """
-    batch, query_heads, count, dim = queries
-    rows = query_heads // heads * count
-    tiles_of_rows, tile = _tile(spec, rows)
-    rows_of_block = 4 * tiles_of_rows
-    chunks = -(-rows // rows_of_block)
-    exact_parts = -(-exact // EXACT_PART)
-    parts = exact_parts + _code_parts(batch * heads * chunks, -(-coded // tile))
-    joining = exact_parts if appended else 0
-    partial = (batch, heads, chunks, parts, rows_of_block * (spec.value_dim + 3))
-    joined = [(batch, heads, exact, d) for d in (dim, spec.value_dim)] if appended else []
-    split = functools.partial(
-        _split_kernel(
-            spec,
-            tiles_of_rows,
-            tile,
-            coded % 32 == 0,
-            balanced,
-            ordered,
-            bias,
-            scale,
-            sinks,
-            appended > 0,
-            drop,
-        ),
-        grid=((parts + joining) * SPLIT_THREADS, heads * chunks, batch),
-        threadgroup=(SPLIT_THREADS, 1, 1),
-        output_shapes=[partial, *joined],
-        output_dtypes=[mx.float32, *[exact_dtype] * len(joined)],
-    )
-    merge = functools.partial(
-        _merge_kernel(spec.value_dim, rows_of_block, count),
-        grid=(rows * MERGE_THREADS, heads, batch),
-        threadgroup=(MERGE_THREADS, 1, 1),
-        output_shapes=[(batch, query_heads, count, spec.value_dim)],
-        output_dtypes=[dtype],
-    )
+    spec = kind.spec
 
-    def attention(value_rotation: mx.array, *inputs: mx.array) -> Tuple[mx.array, ...]:
-        partial, *joined = split(inputs=inputs)
-        return (*merge(inputs=[partial, value_rotation]), *joined)
+    def attention(rotations, queries, keys, *others):
+        batch, query_heads, count, dim = queries.shape
+        heads, older = keys.shape[1:3]
+        appends = exact > older - drop
+        rows = query_heads // heads * count
+        tiles_of_rows, tile = _tile(spec, rows)
+        rows_of_block = 4 * tiles_of_rows
+        chunks = -(-rows // rows_of_block)
+        exact_parts = -(-exact // EXACT_PART)
+        parts = exact_parts + _code_parts(batch * heads * chunks, -(-coded // tile))
+        joining = exact_parts if appends else 0
+        partial = (batch, heads, chunks, parts, rows_of_block * (spec.value_dim + 3))
+        joined = [(batch, heads, exact, d) for d in (dim, spec.value_dim)] if appends else []
+        whole_tiles = coded % 32 == 0
+        split = _split_kernel(kind, tiles_of_rows, tile, whole_tiles, scale, sinks, appends, drop)
+        partial, *joined = split(
+            inputs=[rotations, queries, keys, *others],
+            grid=((parts + joining) * SPLIT_THREADS, heads * chunks, batch),
+            threadgroup=(SPLIT_THREADS, 1, 1),
+            output_shapes=[partial, *joined],
+            output_dtypes=[mx.float32, *[keys.dtype] * len(joined)],
+        )
+        merge = _merge_kernel(spec.value_dim, rows_of_block, count)
+        merged = merge(
+            inputs=[partial, rotations],
+            grid=(rows * MERGE_THREADS, heads, batch),
+            threadgroup=(MERGE_THREADS, 1, 1),
+            output_shapes=[(batch, query_heads, count, spec.value_dim)],
+            output_dtypes=[queries.dtype],
+        )
+        return *merged, *joined
 
     return mx.compile(attention)
 
@@ -177,7 +139,8 @@ def _code_parts(problems: int, tiles: int) -> int:
 
 SPLIT_BODY = """
   auto p = problem(queries, keys, values, {kc_planes}, kc_size, {vc_planes}, vc_size);
-  p.bounds = bounds, p.rotation = rotation, p.balance = {balance}, p.layout = {layout};
+  p.bounds = bounds, p.rotation = rotations + rotation_size(VALUE_DIM);
+  {known}
   {bias}
   p.scale = SCALE, p.sinks = SINKS;
   p.heads = keys_shape[1], p.group = queries_shape[1] / p.heads, p.count = queries_shape[2];
@@ -195,9 +158,17 @@ SPLIT_BODY = """
   }}
 """
 
+# Of each head, as far as there are any.
+KNOWN_BODY = """
+  p.balance = known;
+  p.bias = p.balance + BALANCED * (keys_shape[1] * DIM);
+  p.layout = reinterpret_cast<const int*>(p.bias + (PAIRS > 0) * (keys_shape[1] * DIM));
+"""
+
 BIAS_BODY = """
-  p.bias = bias, p.waves = waves, p.first_coded = first_coded[0];
-  p.rotary = {middles, coarse_cos, coarse_sin, PAIRS, BETWEEN, DISTANCE};
+  RotaryArray<PAIRS> array{rotary, rotary_shape[0]};
+  p.waves = array.waves(TILE), p.rotary = array.pairs(BETWEEN, DISTANCE);
+  p.first_coded = first_coded[0];
 """
 
 # The last blocks of each KV head join tokens.
@@ -218,42 +189,39 @@ APPENDED_BODY = """
 """
 
 MERGE_BODY = """
-  merge_parts<VALUE_DIM, ROWS>(partial, rotation, out, partial_shape[3], COUNT);
+  merge_parts<VALUE_DIM, ROWS>(partial, rotations, out, partial_shape[3], COUNT);
 """
 
 
 # Numbers are written into the source: MLX would convert and compare them on every call.
 @functools.lru_cache(maxsize=None)
 def _split_kernel(
-    spec: CodecSpec,
+    kind: Kind,
     tiles_of_rows: int,
     tile: int,
     whole_tiles: bool,
-    balanced: bool,
-    ordered: bool,
-    bias: Optional[PairLayout],
     scale: float,
     sinks: int,
     appends: bool,
     drop: int,
 ):
+    spec, (pairs, between, distance) = kind.spec, kind.pairs
     planes = {
         side: [f"{side}_{i}" for i in range(3 if bits == 3 else 1)]
         for side, bits in (("kc", spec.key_bits), ("vc", spec.value_bits))
     }
-    inputs = ["queries", "keys", "values", *(["new_keys", "new_values"] if appends else [])]
+    inputs = ["rotations", "queries", "keys", "values"]
+    inputs += ["new_keys", "new_values"] if appends else []
     for side, names in planes.items():
         inputs += [*names, f"{side}_size"]
-    inputs += ["bounds", "rotation", *["balance"] * balanced, *["layout"] * ordered]
-    inputs += BIAS if bias else ()
+    knows = kind.balanced or kind.ordered or pairs > 0
+    inputs += ["bounds", *["known"] * knows, *(["rotary", "first_coded"] if pairs else [])]
     body = SPLIT_BODY.format(
         **{f"{side}_planes": "{" + ", ".join(names) + "}" for side, names in planes.items()},
-        balance="balance" if balanced else "nullptr",
-        layout="layout" if ordered else "nullptr",
-        bias=BIAS_BODY if bias else "",
+        known=KNOWN_BODY if knows else "",
+        bias=BIAS_BODY if pairs else "",
         appended=APPENDED_BODY if appends else "",
     )
-    pairs, between, distance = bias or PairLayout()
     numbers = {
         "DIM": spec.head_dim,
         "VALUE_DIM": spec.value_dim,
@@ -263,8 +231,8 @@ def _split_kernel(
         "NT": tiles_of_rows,
         "TILE": tile,
         "WHOLE_TILES": whole_tiles,
-        "BALANCED": balanced,
-        "SORTED": ordered,
+        "BALANCED": kind.balanced,
+        "SORTED": kind.ordered,
         "PAIRS": pairs,
         "BETWEEN": between,
         "DISTANCE": distance,
@@ -280,7 +248,7 @@ def _split_kernel(
 def _merge_kernel(value_dim: int, rows: int, count: int):
     numbers = {"VALUE_DIM": value_dim, "ROWS": rows, "COUNT": count}
     return cuda_source.kernel(
-        "merge", ("partial", "rotation"), ("out",), _constants(numbers) + MERGE_BODY
+        "merge", ("partial", "rotations"), ("out",), _constants(numbers) + MERGE_BODY
     )
 
 

@@ -1,39 +1,32 @@
 """What ``bias.cu`` needs to know of rotary positions."""
 
-from typing import List, Tuple
+from typing import Tuple
 
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.key_bias import BLOCK, KeyBias, RotaryTable
-from .inputs import int_array
+from ..codecs.key_bias import BLOCK, RotaryTable
+from .cuda_layer import side_by_side
 
-# The inputs of a kernel that :func:`bias_arrays` gives.
-BIAS = ("bias", "middles", "coarse_cos", "coarse_sin", "waves", "first_coded")
+# The tokens of a tile.
+TILES = 32, 64
 
 
-def bias_arrays(bias: KeyBias, first_coded: int, end: int, tile: int) -> List[mx.array]:
-    """The bias, its rotary table and the waves of a tile.
+def rotary_array(table: RotaryTable, end: int) -> mx.array:
+    """The waves of tiles, the angles of their middles and those of blocks: see bias.cu.
 
     Args:
-        first_coded: the position of the first code.
-        end: one more than that of the last.
-        tile: the tokens of a tile.
+        end: one more than the last position that is needed.
     """
-    table = bias.table
-    # The middle of the last tile may be past the end. The arrays double when they grow, so that
-    # their shapes, and what is traced for these, are seldom new.
-    table.reach((end + tile) // BLOCK + 1)
-    middles, waves = _tables(table, tile)
-    return [bias.bias, middles, *table.coarse, waves, int_array(first_coded)]
-
-
-def _tables(table: RotaryTable, tile: int) -> Tuple[mx.array, mx.array]:
-    made = table.derived
-    if tile not in made:
-        made[tile] = _middles(table), _waves(table, tile)
-        mx.eval(made[tile])
-    return made[tile]
+    # The middle of the last tile may be past the end. Blocks double when they grow, so that the
+    # shape, and what is traced for it, is seldom new.
+    table.reach((end + max(TILES)) // BLOCK + 1)
+    # Before anything else is read: what another thread's growth outdates must not get into its own.
+    derived = table.derived
+    if "cuda" not in derived:
+        waves = (_waves(table, tile) for tile in TILES)
+        derived["cuda"] = (side_by_side(*waves, _middles(table), *table.coarse),)
+    return derived["cuda"][0]
 
 
 def _turns(table: RotaryTable) -> Tuple[np.ndarray, np.ndarray]:
@@ -43,14 +36,14 @@ def _turns(table: RotaryTable) -> Tuple[np.ndarray, np.ndarray]:
     return turns, np.exp(0.5j * np.angle(turns[:, 1:2]))
 
 
-def _middles(table: RotaryTable) -> mx.array:
+def _middles(table: RotaryTable) -> np.ndarray:
     """The table ``fine`` for positions less 1/2: of the middles of tiles, between two tokens."""
     turns, half = _turns(table)
     turns = turns / half
-    return mx.array(np.concatenate([turns.real, turns.imag]).astype(np.float32))
+    return np.concatenate([turns.real, turns.imag]).astype(np.float32)
 
 
-def _waves(table: RotaryTable, tile: int) -> mx.array:
+def _waves(table: RotaryTable, tile: int) -> np.ndarray:
     """Cosines and sines of the pairs at the tokens of a tile, from its middle on.
 
     As the left factors of matrix products (PTX ISA, "Matrix Fragments for mma.m16n8k16"):
@@ -70,5 +63,4 @@ def _waves(table: RotaryTable, tile: int) -> mx.array:
     parts = np.stack([large, (waves - large).astype(np.float16)])
     part, wave, step, c, word, pair, g, tokens, token = range(9)
     order = wave, step, tokens, part, g, c, word, token, pair
-    words = np.ascontiguousarray(parts.transpose(order)).view(np.uint32)
-    return mx.array(words.reshape(2, -1, tile // 32, 2, 32, 4))
+    return np.ascontiguousarray(parts.transpose(order)).view(np.uint32)

@@ -44,7 +44,7 @@ struct Problem {
   const float* balance;           // (H, 1, D) or not read
   const int* layout;              // (H, D + 1), see KVCodec, or not read
   const float* bias;              // (H, D) or, as what follows, not read
-  RotaryPairs rotary;             // of the bias, and the waves: see cuda_bias.py
+  RotaryPairs rotary;             // of the bias, and the waves: see RotaryArray
   const unsigned* waves;
   int first_coded;                // position of the first code
   float scale;

@@ -28,8 +28,10 @@ __device__ inline void walsh_hadamard(float (&x)[N]) {
 
 __device__ constexpr bool power_of_two(int x) { return (x & (x - 1)) == 0; }
 
-// Rotates `x` in place. `array`: signs (DIM,), or a matrix (DIM, DIM) where DIM is no
-// power of two.
+// Numbers of a rotation: signs (DIM,), or a matrix (DIM, DIM) where DIM is no power of two.
+__device__ constexpr int rotation_size(int dim) { return power_of_two(dim) ? dim : dim * dim; }
+
+// Rotates `x` in place.
 template <int DIM>
 __device__ inline void rotate(float* x, const float* array) {
   constexpr int N = (DIM + 31) / 32;

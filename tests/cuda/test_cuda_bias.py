@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
-from mlx_turboquant_plugin.kernels.cuda_bias import BIAS, bias_arrays
+from mlx_turboquant_plugin.kernels.cuda_bias import rotary_array
 from mlx_turboquant_plugin.kernels.inputs import pair_layout
 
 pytestmark = pytest.mark.skipif(
@@ -20,9 +20,10 @@ BODY = """
   __shared__ Bias memory;
   __shared__ typename Bias::Scratch turned[WARPS];
   __shared__ float query[ROWS][DIM];
-  RotaryPairs rotary = {middles, coarse_cos, coarse_sin, PAIRS, BETWEEN, DISTANCE};
+  RotaryArray<PAIRS> array{table, table_shape[0]};
+  RotaryPairs rotary = array.pairs(BETWEEN, DISTANCE);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = blockIdx.x * WARPS + warp;
-  memory.begin_tiles(rotary, waves, first_coded[0]);
+  memory.begin_tiles(rotary, array.waves(TILE), FIRST_CODED);
   for (int r = warp; r < ROWS; r += WARPS) {
     for (int d = lane; d < DIM; d += 32) query[r][d] = queries[r * DIM + d];
     __syncwarp();
@@ -31,7 +32,7 @@ BODY = """
   wait_for_copies();
   __syncthreads();
   float score[NT][TOKENS];
-  memory.scores(rotary, first_coded[0], tile, turned[warp], score);
+  memory.scores(rotary, FIRST_CODED, tile, turned[warp], score);
   for (int i = 0; i < NT * TOKENS; i++) {
     int row = 4 * (i / TOKENS) + lane % 4, token = tile * TILE + lane / 4 * TOKENS + i % TOKENS;
     scores[row * gridDim.x * WARPS * TILE + token] = score[i / TOKENS][i % TOKENS];
@@ -51,24 +52,28 @@ def test_scores_of_hundreds_are_exact_to_thousandths(dims, traditional, rows_of_
     )
     numbers = {"DIM": dim, "NT": rows_of_tiles, "TILE": tile}
     numbers |= {name.upper(): x for name, x in pair_layout(bias.table)._asdict().items()}
-    kernel = cuda_emulator.EmulatedKernel("split", ("queries", *BIAS), ("scores",), BODY)
+    kernel = cuda_emulator.EmulatedKernel("split", ("queries", "bias", "table"), ("scores",), BODY)
     # Blocks of angles, which tiles of the last cross, do not fit exactly: the rope rounds them.
     for first, most in ((0, 2e-4), (128, 2e-4), (7, 4e-3), (100, 4e-3)):
         (scores,) = kernel(
-            inputs=[mx.array(queries), *bias_arrays(bias, first, first + tokens, tile)],
+            inputs=[mx.array(queries), bias.bias, rotary_array(bias.table, first + tokens)],
             grid=(3 * 128, 1, 1),
             threadgroup=(128, 1, 1),
             output_shapes=[(rows, tokens)],
             output_dtypes=[mx.float32],
-            template=list(numbers.items()),
+            template=[*numbers.items(), ("FIRST_CODED", first)],
         )
         expected = queries.astype(np.float64) @ np.array(bias.rotated(first, tokens))[0].T
         assert 250 < np.abs(expected).max() < 1000
         assert np.abs(scores - expected).max() < most
 
 
-def test_steps_get_the_same_arrays():
+def test_steps_get_the_same_array_until_the_table_grows():
     """Or MLX would trace the launches again."""
-    bias = KeyBias(mx.ones((2, 64)), nn.RoPE(64))
-    arrays = zip(*(bias_arrays(bias, 0, end, 64) for end in (320, 352)))
-    assert all(before is after for before, after in arrays)
+    table = KeyBias(mx.ones((2, 64)), nn.RoPE(64, base=500)).table
+    array = rotary_array(table, 320)
+    assert rotary_array(table, 352) is array
+    longer = rotary_array(table, 5000)
+    assert longer.size > array.size and rotary_array(table, 320) is longer
+    kept = {id(x) for x in table.arrays}
+    assert id(longer) in kept and id(array) not in kept
