@@ -22,6 +22,11 @@ class RowView:
     last: int
 
     @property
+    def apart(self) -> "RowView":
+        """See :attr:`View.apart`."""
+        return self if self.view is None else replace(self, view=self.view.apart)
+
+    @property
     def whole(self) -> "RowView":
         """See :attr:`View.whole`."""
         return self if self.view is None else replace(self, view=self.view.whole)
@@ -54,6 +59,13 @@ class BatchView:
     def queries(self) -> int:
         """The number of queries, padding included."""
         return self.new[0].shape[2]
+
+    @property
+    def apart(self) -> "BatchView":
+        """See :attr:`View.apart`."""
+        if isinstance(self.rows, PackedRows):
+            return replace(self, rows=self.rows.apart)
+        return replace(self, rows=[row.apart for row in self.rows])
 
     def keys_and_values(self) -> Tuple[mx.array, mx.array]:
         """All that the queries see, (B, H, T, D) in the model's dtype, codes dequantised.

@@ -1,5 +1,6 @@
 """The tokens of a cache that are held as they are."""
 
+import copy
 from typing import NamedTuple, Optional, Tuple
 
 import mlx.core as mx
@@ -61,6 +62,10 @@ class ExactTokens:
         grown.count = self.count - drop + keys.shape[2]
         grown.heads, grown.dtypes = self.heads, self.dtypes
         return ExactTokens(*grown._joined()) if converts else grown
+
+    def apart(self) -> "ExactTokens":
+        """The same tokens in another object, which can be joined while this one is not."""
+        return copy.copy(self)
 
     def part(self, first: int, last: int) -> Tuple[mx.array, mx.array]:
         """Keys and values of the tokens first, ..., last - 1, which need not be joined for it."""

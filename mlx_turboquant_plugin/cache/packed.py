@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from ..codecs.kv_codec import Codes, KVCodec
 from .compressed import CompressedKVCache
+from .copies import shared
 from .exact import ExactTokens
 from .shapes import check_shapes
 from .view import View
@@ -118,6 +119,13 @@ class PackedRows:
             visibility.first_without(max(coded, visibility.sinks)) - (length - 1)
             for length, coded in zip(self.lengths, self.coded)
         )
+
+    @property
+    def apart(self) -> "PackedRows":
+        """See :attr:`View.apart`."""
+        other = shared(self)
+        other.exact_tokens = self.exact_tokens.apart()
+        return other
 
     def rows(self) -> List[CompressedKVCache]:
         """The rows as caches of their own."""

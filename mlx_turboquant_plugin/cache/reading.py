@@ -120,4 +120,4 @@ class AttendedCache(_BaseCache):
     def fetch(self, view: Any) -> Pair:
         """All keys and values that the queries of ``view`` see."""
         # Nobody pays for these but who evaluates them.
-        return tuple(mx.depends(view.keys_and_values(), self.arrays))
+        return tuple(mx.depends(view.apart.keys_and_values(), self.arrays))

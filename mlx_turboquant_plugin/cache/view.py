@@ -93,6 +93,11 @@ class View(NamedTuple):
         return mask is self.ring.mask(self.start, self.queries, isinstance(mask, mx.array))
 
     @property
+    def apart(self) -> "View":
+        """The same, to be read without joining exact tokens that a kernel is to join."""
+        return self._replace(exact_tokens=self.exact_tokens.apart())
+
+    @property
     def whole(self) -> "View":
         """The same, but all queries see as far back as the first."""
         if self.ring is None:

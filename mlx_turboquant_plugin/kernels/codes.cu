@@ -7,6 +7,8 @@
 
 // All lanes of a warp.
 constexpr unsigned ALL = 0xFFFFFFFFu;
+// Below all scores; finite, so that differences stay numbers.
+constexpr float LOWEST = -1e30f;
 
 struct alignas(16) Words {
   unsigned x[4];

@@ -37,16 +37,16 @@ def attend(problem: "Problem") -> mx.array:
     unjoined = exact.unjoined
     if unjoined is None or unjoined.drop > 1:
         # More than one go only after a trim or when several tokens come, and each number has
-        # a kernel of its own.
+        # a trace of its own.
         tokens, drop = (exact.keys, exact.values), 0
     else:
         tokens, drop = unjoined[:4], unjoined.drop
     layer = layer_of(codec)
     coded = problem.key_codes[-1].shape[-1]
     inputs = [*tokens, *problem.key_codes, *problem.value_codes, problem.bounds, *layer.known]
+    inputs.append(int_array(problem.first_coded, drop))
     if layer.table is not None:
         inputs.append(rotary_array(layer.table, problem.first_coded + coded))
-        inputs.append(int_array(problem.first_coded))
     attention = _attention(layer.kind, problem.scale, problem.sinks, exact.count, drop, coded)
     out, *joined = attention(layer.rotations, problem.queries, *inputs)
     if joined:
@@ -89,7 +89,7 @@ def _attention(
         partial = (batch, heads, chunks, parts, rows_of_block * (spec.value_dim + 3))
         joined = [(batch, heads, exact, d) for d in (dim, spec.value_dim)] if appends else []
         whole_tiles = coded % 32 == 0
-        split = _split_kernel(kind, tiles_of_rows, tile, whole_tiles, scale, sinks, appends, drop)
+        split = _split_kernel(kind, tiles_of_rows, tile, whole_tiles, scale, sinks, appends)
         partial, *joined = split(
             inputs=[rotations, queries, keys, *others],
             grid=((parts + joining) * SPLIT_THREADS, heads * chunks, batch),
@@ -144,8 +144,9 @@ SPLIT_BODY = """
   {bias}
   p.scale = SCALE, p.sinks = SINKS;
   p.heads = keys_shape[1], p.group = queries_shape[1] / p.heads, p.count = queries_shape[2];
-  p.older = keys_shape[2], p.coded = kc_size_shape[3], p.drop = DROP;
-  p.exact = p.older - DROP, p.parts = gridDim.x;
+  p.older = keys_shape[2], p.coded = kc_size_shape[3];
+  p.first_coded = places[0], p.drop = places[1];
+  p.exact = p.older - p.drop, p.parts = gridDim.x;
   p.partial = partial;
   {appended}
   int exact_parts = (p.exact + EXACT_PART - 1) / EXACT_PART;
@@ -168,7 +169,6 @@ KNOWN_BODY = """
 BIAS_BODY = """
   RotaryArray<PAIRS> array{rotary, rotary_shape[0]};
   p.waves = array.waves(TILE), p.rotary = array.pairs(BETWEEN, DISTANCE);
-  p.first_coded = first_coded[0];
 """
 
 # The last blocks of each KV head join tokens.
@@ -193,7 +193,8 @@ MERGE_BODY = """
 """
 
 
-# Numbers are written into the source: MLX would convert and compare them on every call.
+# Numbers are written into the source: MLX would convert and compare them on every call. Not what
+# changes while a sequence grows: a kernel takes seconds to compile.
 @functools.lru_cache(maxsize=None)
 def _split_kernel(
     kind: Kind,
@@ -203,7 +204,6 @@ def _split_kernel(
     scale: float,
     sinks: int,
     appends: bool,
-    drop: int,
 ):
     spec, (pairs, between, distance) = kind.spec, kind.pairs
     planes = {
@@ -215,7 +215,7 @@ def _split_kernel(
     for side, names in planes.items():
         inputs += [*names, f"{side}_size"]
     knows = kind.balanced or kind.ordered or pairs > 0
-    inputs += ["bounds", *["known"] * knows, *(["rotary", "first_coded"] if pairs else [])]
+    inputs += ["bounds", *["known"] * knows, "places", *["rotary"] * (pairs > 0)]
     body = SPLIT_BODY.format(
         **{f"{side}_planes": "{" + ", ".join(names) + "}" for side, names in planes.items()},
         known=KNOWN_BODY if knows else "",
@@ -237,7 +237,6 @@ def _split_kernel(
         "BETWEEN": between,
         "DISTANCE": distance,
         "SINKS": sinks,
-        "DROP": drop,
     }
     body = f"  constexpr float SCALE = {float(scale)}f;\n{_constants(numbers)}{body}"
     outputs = ["partial", *(["all_keys", "all_values"] if appends else [])]

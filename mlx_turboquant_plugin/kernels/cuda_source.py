@@ -27,8 +27,8 @@ def kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], body: str) 
         inputs, outputs: the names that ``body`` uses; inputs are contiguous.
         body: the function that the device runs; see :func:`source`.
     """
-    if name in PROMPT_PARTS and nvrtc.available():
-        header = "\n".join([_levels(), *map(read, ("types.cuh", *PROMPT_PARTS[name]))])
+    if name in QUICK_PARTS and nvrtc.available():
+        header = "\n".join([_levels(), *map(read, ("types.cuh", *QUICK_PARTS[name]))])
         return nvrtc.Kernel(name, inputs, outputs, body, header, BOUNDS[name])
     # MLX may keep what it compiled under this name, and does not see the files.
     parts = map(read, PORTABLE_PARTS.get(name, PARTS))
@@ -52,10 +52,12 @@ PARTS = (
     *("encode.cu", "problem.cu", "exact.cu", "bias.cu", "keys.cu", "values.cu", "split.cu"),
     "merge.cu",
 )
-# The kernels that prompts need, and their parts. MLX's own compilation of a kernel takes longer,
-# but a launch less, which counts for the others: those of decoding.
-PROMPT_PARTS = {
+# The kernels that are compiled without MLX's headers, and their parts: a first token waits for
+# them. MLX looks at all machine code at every launch, though: what is long and runs in each step
+# of decoding, split.cu, is left to MLX's own compilation.
+QUICK_PARTS = {
     "encode": (*SHARED_PARTS, "encode.cu"),
+    "merge": (*SHARED_PARTS, "merge.cu"),
     "metal_dequantize": PORTABLE_PARTS["metal_dequantize"],
 }
 

@@ -10,8 +10,6 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int EXACT_PART = 64;
 // Bytes that come from memory together.
 constexpr int LINE = 128;
-// Finite, so that differences stay numbers.
-constexpr float LOWEST = -1e30f;
 #define NEVER __int_as_float(0xFF800000)
 constexpr float LOG2_E = 1.44269504f;
 
