@@ -48,6 +48,13 @@ def test_joined_by_another(drop):
     assert tokens.keys is joined[0] and tokens.values is joined[1]
 
 
+def test_joined_apart(drop):
+    tokens = ExactTokens(KEYS, VALUES).grown(NEW_KEYS, NEW_VALUES, 2, drop)
+    other = tokens.apart()
+    assert mx.array_equal(other.keys, concatenated(KEYS, NEW_KEYS, drop))
+    assert other.count == tokens.count and other.unjoined is None and tokens.unjoined is not None
+
+
 @pytest.mark.parametrize("first, last, joins", [(2, 4, False), (0, 4, True), (3, 7, True)])
 def test_parts_are_taken_from_older_tokens(first, last, joins):
     tokens = ExactTokens(KEYS, VALUES).grown(NEW_KEYS, NEW_VALUES, 2, 5)

@@ -171,3 +171,32 @@ class AddsToItsInput:
 def test_a_rope_object_that_is_no_rotation_by_position_is_refused(rope):
     with pytest.raises(ValueError, match=f"can't be separated .* {type(rope).__name__}"):
         KeyBias(bias(), rope)
+
+
+def test_ropes_of_one_kind_that_turn_alike_are_looked_at_once():
+    far = []
+
+    class Rope(nn.RoPE):
+        def __call__(self, x, offset=0):
+            far.append(offset if isinstance(offset, int) else 0)
+            return super().__call__(x, offset=offset)
+
+    first = KeyBias(mx.ones((2, 64)), Rope(64))
+    assert max(far) > 10_000
+    far.clear()
+    assert KeyBias(mx.ones((2, 64)), Rope(64)).table is first.table and max(far) == 0
+    # Which turns in another way.
+    KeyBias(mx.ones((2, 64)), Rope(64, base=500))
+    assert max(far) > 10_000
+
+
+def test_a_bias_of_nothing_says_nothing_about_a_rope():
+    class Rope(nn.RoPE):
+        def __call__(self, x, offset=0):
+            turned = super().__call__(x, offset=offset)
+            return turned * (1 + 0.5 * (offset > 10_000)) if isinstance(offset, int) else turned
+
+    silent = KeyBias(mx.zeros((2, 64)), Rope(64))
+    with pytest.raises(ValueError, match="can't be separated"):
+        KeyBias(mx.ones((2, 64)), Rope(64))
+    assert silent.table.agreeing == set()

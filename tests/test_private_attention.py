@@ -8,13 +8,14 @@ import mlx_lm
 import numpy as np
 import pytest
 import tiny
-from filled_caches import filled, plain, random
+from filled_caches import filled, packed, plain, random, rows_of
 from mlx_lm.models import base, qwen2
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, CacheList
 
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin.cache import CompressedKVCache
+from mlx_turboquant_plugin.cache.reading import Reading
 from mlx_turboquant_plugin.models import table
 from mlx_turboquant_plugin.models.attention import patch_family
 
@@ -222,3 +223,13 @@ def test_a_hooked_cache_whose_view_nobody_reads_has_returned_all_keys(monkeypatc
         assert keys.shape[2] == cache.offset
         assert mx.array_equal(keys, other.update_and_fetch(*more)[0])
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
+
+
+@pytest.mark.parametrize("make", [lambda: filled(plain()), packed], ids=["single", "packed"])
+def test_returning_all_keys_leaves_it_to_a_kernel_to_join_them(make):
+    cache = make()
+    cache.attending, cache.reading = True, Reading("qwen2")
+    keys, _ = cache.update_and_fetch(*random(1, rows_of(cache)))
+    assert keys.shape[2] > 300
+    holder = cache if rows_of(cache) == 1 else cache.view.rows
+    assert holder.exact_tokens.unjoined is not None
