@@ -176,8 +176,10 @@ def _measure(
         # Parents come first, and take their children with them.
         for module, training in modes:
             module.train(training)
+    # Held until all layers are done, since they share the rotary table.
+    biases: List[KeyBias] = []
     found = [
-        None if attention is None else _summary(attention, *_seen(cache))
+        None if attention is None else _summary(attention, biases, *_seen(cache))
         for attention, cache in zip(attentions, observed)
     ]
     # The logits are not asked for, so they are never made.
@@ -223,9 +225,15 @@ def _seen(cache: Any) -> Tuple[Optional[mx.array], Optional[mx.array]]:
 
 
 def _summary(
-    attention: nn.Module, keys: Optional[mx.array], queries: Optional[mx.array]
+    attention: nn.Module,
+    biases: List[KeyBias],
+    keys: Optional[mx.array],
+    queries: Optional[mx.array],
 ) -> Optional[Statistics]:
-    """The statistics of keys (1, H, T, D) and queries (1, H_q, T, D) as attention got them."""
+    """The statistics of keys (1, H, T, D) and queries (1, H_q, T, D) as attention got them.
+
+    A mean that can be taken away from keys joins ``biases``.
+    """
     if keys is None or queries is None:
         return None
     keys, queries = (x.astype(mx.float32) for x in (keys, queries))
@@ -233,7 +241,7 @@ def _summary(
         rope = _rope_of(attention)
         turned_back = RotaryTable(rope, keys.shape[-1]).turned_back(keys)[0, :, SKIPPED:]
         mean, square = mx.mean(turned_back, axis=1), mx.var(turned_back, axis=1)
-        KeyBias(mean, rope)
+        biases.append(KeyBias(mean, rope))
     except (TypeError, ValueError):
         # Its angles depend on more than the position: no mean is the same for all positions.
         mean, square = None, mx.mean(keys[0, :, SKIPPED:] ** 2, axis=1)
