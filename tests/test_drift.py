@@ -109,4 +109,4 @@ def test_attention_that_takes_cache_and_scale_by_position():
 def test_text_that_is_too_short(caplog):
     arguments = ["drift", "--model", str(tiny.PATHS["tiny-llama"]), "--length", "100"]
     assert main([*arguments, "--text", str(tiny.TEXT)]) == 2
-    assert "--length is 100" in caplog.text and "more than 228" in caplog.text
+    assert "--length is 100" in caplog.text and "more than 196" in caplog.text

@@ -121,6 +121,7 @@ def test_two_models_with_settings_of_their_own_at_once(tmp_path):
 def test_a_model_that_is_loaded_again():
     """The next object may be where the last one was."""
     enable(window=32)
+    gc.collect()  # What other tests have left.
     known, outputs = len(layer._layers), []
     for name in ("tiny-llama", "tiny-qwen2", "tiny-llama", "tiny-llama"):
         model, _ = mlx_lm.load(str(tiny.PATHS[name]))
