@@ -266,6 +266,65 @@ def test_mlx_lms_own_caches_can_join():
         single().merge([single(), QuantizedKVCache()])
 
 
+def _twice(batch):
+    batch.filter([0, 0, 1])
+    return batch, [0, 0, 1], []
+
+
+def _copied(batch):
+    return copy.copy(batch), [0, 1], [batch]
+
+
+def _joined_twice(batch):
+    other = copy.deepcopy(batch)
+    for _ in range(2):
+        batch.extend(other)
+    return batch, [0, 1, 0, 1, 0, 1], [other]
+
+
+def _joined_itself(batch):
+    batch.extend(batch)
+    return batch, [0, 1, 0, 1], []
+
+
+@pytest.mark.parametrize("counts", [(5, 1), (1, 1)])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("make", [_twice, _copied, _joined_twice, _joined_itself])
+def test_what_is_there_twice_grows_apart(make, packed, counts):
+    """Beam search repeats rows, and BatchKVCache shares nothing with its copies."""
+    schedule = Schedule(2, iter(range(2)))
+    schedule.prompt([150, 70], chunk=64)
+    if packed:
+        tokens = mx.random.normal((2, KV_HEADS, 1, DIM))
+        schedule.batch.update_and_fetch(tokens, tokens)
+        for row, cache in enumerate(schedule.alone):
+            cache.update_and_fetch(tokens[row : row + 1], tokens[row : row + 1])
+    batch, rows, others = make(schedule.batch)
+    alone = [copy.copy(schedule.alone[row]) for row in rows]
+    left = [(other, other.keys_and_values()[0]) for other in others]
+    for count in counts:
+        keys = mx.random.normal((len(rows), KV_HEADS, count, DIM))
+        batch.update_and_fetch(keys, keys)
+        for row, cache in enumerate(alone):
+            cache.update_and_fetch(keys[row : row + 1], keys[row : row + 1])
+    for row, cache in zip(batch.rows, alone):
+        np.testing.assert_array_equal(row.keys_and_values()[0], cache.keys_and_values()[0])
+    for other, keys in left:
+        np.testing.assert_array_equal(other.keys_and_values()[0], keys)
+
+
+def test_rings_with_fewer_tokens_than_they_keep():
+    rows = [single(40), single(40)]
+    rows[0].update_and_fetch(*mx.random.normal((2, 1, KV_HEADS, 30, DIM)))
+    batch = rows[0].merge(rows)
+    batch.prepare(lengths=[9, 2], right_padding=[0, 7])
+    x = mx.random.normal((2, KV_HEADS, 9, DIM))
+    keys, _ = batch.update_and_fetch(x, x)
+    assert keys.shape[2] == 39
+    np.testing.assert_array_equal(keys[1, :, 30:32], x[1, :, :2])
+    assert not keys[1, :, :30].any() and not keys[1, :, 32:].any()
+
+
 def test_left_padding_comes_before_any_token():
     batch = single().merge([single(), single()])
     x = mx.zeros((2, KV_HEADS, 1, DIM))

@@ -55,7 +55,8 @@ class BatchCompressedKVCache(AttendedCache):
         rows = [row_of(cache) for cache in caches]
         check_alike(rows)
         batch = cls._holding(rows, [row.offset for row in rows], max(row.offset for row in rows))
-        batch.reading = next(c.reading for c in caches if isinstance(c, CompressedKVCache))
+        ours = (cache for cache in caches if isinstance(cache, CompressedKVCache))
+        batch.reading = next((cache.reading for cache in ours), cls.reading)
         return batch
 
     @classmethod
@@ -210,10 +211,10 @@ class BatchCompressedKVCache(AttendedCache):
             self._lengths = None
 
     def filter(self, batch_indices) -> None:
-        """Keep just the rows with the given indices."""
-        rows = self.rows
-        self._rows = [rows[i] for i in _ints(batch_indices)]
-        self._left_padding = [self._left_padding[i] for i in _ints(batch_indices)]
+        """Keep just the rows with the given indices, each as often as it is named."""
+        rows, kept = self.rows, _ints(batch_indices)
+        self._rows = [shared(rows[i]) for i in kept]
+        self._left_padding = [self._left_padding[i] for i in kept]
         least = min(self._left_padding, default=0)
         if least > 0:
             self._index -= least
@@ -227,7 +228,8 @@ class BatchCompressedKVCache(AttendedCache):
         """
         other = self.of(other)
         check_padding(self._lengths or other._lengths)
-        rows = self.rows + other.rows
+        # The other batch may go on, too.
+        rows = [*self.rows, *map(shared, other.rows)]
         check_alike(rows)
         index = max(self._index, other._index)
         self._left_padding = [
@@ -346,13 +348,14 @@ class BatchCompressedKVCache(AttendedCache):
         self._index = index
         self._rows = [_KINDS[kind].from_state(state) for kind, state in rows]
 
-    __copy__ = shared
-
-    def __deepcopy__(self, memo):
+    def __copy__(self):
         other = shared(self)
         other._rows = list(map(shared, self._rows))
         other._packed = self._packed and shared(self._packed)
         return other
+
+    def __deepcopy__(self, memo):
+        return self.__copy__()
 
     def __reduce__(self):
         place = self._index, self._left_padding, self._lengths
