@@ -1,6 +1,7 @@
 """A pass that ends in the middle: the cache goes on right, or is refused. Never a wrong answer."""
 
 import copy
+import pickle
 from contextlib import contextmanager
 from operator import attrgetter
 
@@ -151,16 +152,29 @@ def test_a_batch_generator(layer, part, after, model):
             generator.next()
 
 
-def test_a_recurrent_state_can_not_go_back():
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_recurrent_state_can_not_go_back(rows, tmp_path):
     model = tiny_models.build("falcon_h1")
     mlx_turboquant_plugin.enable()
-    caches, tokens = made(model), mx.arange(20)[None]
+    caches, tokens = made(model, rows), mx.stack([mx.arange(20)] * rows)
     model(tokens, cache=caches)
     copies = copy.deepcopy(caches)
     with interrupted(model, -1, "feed_forward", True):
         model(tokens[:, :1], cache=caches)
-    with pytest.raises(RuntimeError, match="interrupted.*make the prompt cache again"):
-        model(tokens[:, :1], cache=caches)
+    file = str(tmp_path / "cache.safetensors")
+    ways = [
+        lambda caches: model(tokens[:, :1], cache=caches),
+        lambda caches: model(tokens[:, :1], cache=copy.deepcopy(caches)),
+        # None of these may make a cache of it that nobody refuses.
+        pickle.dumps,
+        lambda caches: mlx_lm_cache.save_prompt_cache(file, caches),
+        lambda caches: [cache.merge([cache]) for cache in caches],
+        lambda caches: [cache.extract(0) for cache in caches],
+        lambda caches: [cache.extend(other) for cache, other in zip(copy.deepcopy(copies), caches)],
+    ]
+    for way in (*ways[:4], *(ways[4:5] if rows == 1 else ways[5:])):
+        with pytest.raises(RuntimeError, match="interrupted.*make the prompt cache again"):
+            way(caches)
     model(tokens[:, :1], cache=copies)
 
 

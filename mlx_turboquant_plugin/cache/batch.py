@@ -227,6 +227,8 @@ class BatchCompressedKVCache(AttendedCache):
             TypeError, ValueError: they can't join, see :meth:`merge`; no batch has changed then.
         """
         other = self.of(other)
+        for batch in (self, other):
+            batch.check_whole()
         check_padding(self._lengths or other._lengths)
         # The other batch may go on, too.
         rows = [*self.rows, *map(shared, other.rows)]
@@ -244,6 +246,7 @@ class BatchCompressedKVCache(AttendedCache):
 
     def extract(self, idx: int) -> Any:
         """The cache of one sequence, sharing nothing with the batch; mlx-lm's own if it was one."""
+        self.check_whole()
         return alone(self.rows[idx])
 
     def trim(self, n: int) -> int:
@@ -338,6 +341,7 @@ class BatchCompressedKVCache(AttendedCache):
 
     @property
     def state(self):
+        self.check_whole()
         rows = [(type(row).__name__, row.state) for row in self.rows]
         return self._index, self._left_padding, rows
 
@@ -358,6 +362,7 @@ class BatchCompressedKVCache(AttendedCache):
         return self.__copy__()
 
     def __reduce__(self):
+        self.check_whole()
         place = self._index, self._left_padding, self._lengths
         return unpickled_batch, (type(self), self.rows, *place)
 

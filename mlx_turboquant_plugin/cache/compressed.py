@@ -405,6 +405,7 @@ class CompressedKVCache(AttendedCache):
 
     @property
     def state(self):
+        self.check_whole()
         return saved.to_state(self)
 
     @state.setter

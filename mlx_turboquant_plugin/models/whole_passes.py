@@ -52,11 +52,7 @@ def _parts(caches: Sequence[Any]) -> List[Any]:
 
 
 def _check(caches: Sequence[Compressed]) -> None:
-    if caches[0].interrupted:
-        raise RuntimeError(
-            "a pass over this prompt cache was interrupted, and not all of its layers can go back "
-            "to where it began: make the prompt cache again"
-        )
+    caches[0].check_whole()
     held = {c.offset if isinstance(c, CompressedKVCache) else c.size() for c in caches}
     if len(held) > 1:
         raise RuntimeError(
