@@ -44,7 +44,8 @@ class CompressedKVCache(AttendedCache):
 
     Attributes:
         exact_tokens: the sinks and the newest tokens as they are.
-        keys, values: these, (B, H, E, D) in the model's dtype.
+        keys, values: these, (B, H, E, D) in the model's dtype; to an attention that is running,
+            those of all tokens, the codes dequantised.
         unplaced_bias: that of a file, until it is known how the model's keys turn.
         fingerprint: as a string it tells the layer that fills the cache from others; empty
             where nobody knows.
@@ -253,7 +254,7 @@ class CompressedKVCache(AttendedCache):
         self.exact_tokens = ExactTokens(
             *(
                 mx.concatenate([x[:, :, :sinks], x[:, :, sinks + drop :]], axis=2)
-                for x in (self.keys, self.values)
+                for x in (self.exact_tokens.keys, self.exact_tokens.values)
             )
         )
 
@@ -279,19 +280,25 @@ class CompressedKVCache(AttendedCache):
 
     @property
     def keys(self) -> Optional[mx.array]:
-        return self.exact_tokens.keys
+        return self._shown()[0]
 
     @keys.setter
     def keys(self, v: mx.array):
-        self.exact_tokens = self.exact_tokens.replaced(v, self.values)
+        self.exact_tokens = self.exact_tokens.replaced(v, self.exact_tokens.values)
 
     @property
     def values(self) -> Optional[mx.array]:
-        return self.exact_tokens.values
+        return self._shown()[1]
 
     @values.setter
     def values(self, v: mx.array):
-        self.exact_tokens = self.exact_tokens.replaced(self.keys, v)
+        self.exact_tokens = self.exact_tokens.replaced(self.exact_tokens.keys, v)
+
+    def _shown(self) -> Tuple[Optional[mx.array], Optional[mx.array]]:
+        """What others find in :attr:`keys` and :attr:`values`."""
+        if self.attending and not self.empty():
+            return (self.view or self.newest_view()).keys_and_values()
+        return self.exact_tokens.keys, self.exact_tokens.values
 
     def _view(self, start: int, is_prompt: bool = False) -> View:
         return View(
