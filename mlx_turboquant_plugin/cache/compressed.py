@@ -338,10 +338,11 @@ class CompressedKVCache(AttendedCache):
 
         A cache that holds codes keeps the codec that it has. So does one that was filled by this
         very layer, but that it learns of it what it has not learned so far. An empty one keeps
-        its bits: other settings may have come into force since it was made.
+        its bits, and any its visibility: other settings may have come into force since it was made.
 
         Args:
             fingerprint: what :attr:`fingerprint` becomes; read only if the cache is filled.
+            invariant: see :class:`Visibility`; for a cache that has none, as from a file.
             place: from a key bias (H, D) to one that turns as this module's keys do.
 
         Raises:
@@ -359,7 +360,8 @@ class CompressedKVCache(AttendedCache):
         self.unplaced_bias = None
         self.fingerprint = fingerprint
         self.kernel = kernel
-        self.visibility = self.visibility._replace(invariant=invariant)
+        if self.visibility.invariant is None:
+            self.visibility = self.visibility._replace(invariant=invariant)
 
     def _kept(self, codec: KVCodec, place: Callable[[mx.array], KeyBias]) -> KVCodec:
         """The codec that made the codes: ``codec`` if that makes the same."""
