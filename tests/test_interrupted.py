@@ -178,6 +178,19 @@ def test_a_recurrent_state_can_not_go_back(rows, tmp_path):
     model(tokens[:, :1], cache=copies)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", ["falcon_h1", "jamba"])
+def test_what_fails_before_anything_changes_is_forgiven(name, rows):
+    model = tiny_models.build(name)
+    mlx_turboquant_plugin.enable(kernel="eager")
+    caches, tokens = made(model, rows), mx.stack([mx.arange(20)] * rows)
+    model(tokens, cache=caches)
+    expected = model(tokens, cache=copy.deepcopy(caches))
+    with pytest.raises(ValueError, match="integral"):
+        model(tokens.astype(mx.float32), cache=caches)
+    np.testing.assert_array_equal(model(tokens, cache=caches), expected)
+
+
 def test_a_batch_that_expects_padding_is_not_trimmed():
     batch = apart()
     batch.prepare(lengths=[30, 10], right_padding=[0, 20])
