@@ -1,13 +1,21 @@
 """The batched cache is the same as its rows by themselves, whatever joins and leaves."""
 
 import copy
+import pickle
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
-from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
+from mlx_lm.models.cache import (
+    BatchKVCache,
+    KVCache,
+    QuantizedKVCache,
+    load_prompt_cache,
+    save_prompt_cache,
+)
 
+import mlx_turboquant_plugin
 from mlx_turboquant_plugin.attention import dispatch
 from mlx_turboquant_plugin.attention.dispatch import attend
 from mlx_turboquant_plugin.cache import (
@@ -386,6 +394,38 @@ def test_state_round_trip():
         row.bind(CODEC, "", "compiled", True, None)
     schedule.decode(5)
     schedule.check()
+
+
+def _saved(batch, folder):
+    path = str(folder / "batch.safetensors")
+    save_prompt_cache(path, [batch])
+    return load_prompt_cache(path)[0]
+
+
+@pytest.mark.parametrize(
+    "change, kept",
+    [
+        (lambda batch, folder: BatchCompressedKVCache.from_state(batch.state), [0, 1, 2]),
+        (_saved, [0, 1, 2]),
+        (lambda batch, folder: batch.filter([2, 0]) or batch, [2, 0]),
+        (lambda batch, folder: pickle.loads(pickle.dumps(batch)), [0, 1, 2]),
+    ],
+)
+def test_padding_that_is_to_come_is_not_forgotten(change, kept, tmp_path):
+    mlx_turboquant_plugin.enable()
+    batch = single().merge([single(), single(), single()])
+    lengths = [9, 3, 6]
+    batch.prepare(lengths=lengths, right_padding=[0, 6, 3])
+    x = mx.random.normal((3, KV_HEADS, 9, DIM))
+    batch.update_and_fetch(x[:, :, :4], x[:, :, :4])
+    batch = change(batch, tmp_path)
+    rest = x[mx.array(kept), :, 4:]
+    batch.update_and_fetch(rest, rest)
+    batch.finalize()
+    assert batch.offset.tolist() == [lengths[row] for row in kept]
+    for number, row in enumerate(kept):
+        keys, _ = batch.extract(number).keys_and_values()
+        np.testing.assert_array_equal(keys[0], x[row, :, : lengths[row]])
 
 
 def test_the_bridge_serves_packed_rows(monkeypatch):

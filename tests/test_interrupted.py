@@ -191,6 +191,15 @@ def test_what_fails_before_anything_changes_is_forgiven(name, rows):
     np.testing.assert_array_equal(model(tokens, cache=caches), expected)
 
 
+def test_a_padded_prompt_that_ended_early():
+    batch = apart()
+    batch.prepare(lengths=[30, 3], right_padding=[0, 27])
+    batch.update_and_fetch(*random(10, 2, seed=3))
+    batch.finalize()
+    assert batch.offset.tolist() == [row.offset for row in batch.rows] == [310, 203]
+    assert batch.trim(5) == 5 and batch.offset.tolist() == [305, 198]
+
+
 def test_a_batch_that_expects_padding_is_not_trimmed():
     batch = apart()
     batch.prepare(lengths=[30, 10], right_padding=[0, 20])

@@ -207,7 +207,11 @@ class BatchCompressedKVCache(AttendedCache):
     def finalize(self) -> None:
         """The padding on the right has been processed: it counts as left padding now."""
         if self._lengths is not None:
-            self._left_padding = [self._index - length for length in self._lengths]
+            # Rows that an interrupted prompt left shorter than was announced have none.
+            self._left_padding = [
+                max(left, self._index - length)
+                for left, length in zip(self._left_padding, self._lengths)
+            ]
             self._lengths = None
 
     def filter(self, batch_indices) -> None:
@@ -215,6 +219,8 @@ class BatchCompressedKVCache(AttendedCache):
         rows, kept = self.rows, _ints(batch_indices)
         self._rows = [shared(rows[i]) for i in kept]
         self._left_padding = [self._left_padding[i] for i in kept]
+        if self._lengths is not None:
+            self._lengths = [self._lengths[i] for i in kept]
         least = min(self._left_padding, default=0)
         if least > 0:
             self._index -= least
@@ -343,13 +349,15 @@ class BatchCompressedKVCache(AttendedCache):
     def state(self):
         self.check_whole()
         rows = [(type(row).__name__, row.state) for row in self.rows]
-        return self._index, self._left_padding, rows
+        return self._index, self._left_padding, rows, self._lengths
 
     @state.setter
     def state(self, v):
-        index, left_padding, rows = v
+        # Older files have no lengths.
+        index, left_padding, rows, *lengths = v
         self.__init__(left_padding)
         self._index = index
+        self._lengths = next(iter(lengths), None)
         self._rows = [_KINDS[kind].from_state(state) for kind, state in rows]
 
     def __copy__(self):
