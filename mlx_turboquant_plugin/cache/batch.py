@@ -1,6 +1,7 @@
 """The compressed KV cache of a batch of sequences."""
 
 import functools
+import operator
 from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import mlx.core as mx
@@ -261,7 +262,7 @@ class BatchCompressedKVCache(AttendedCache):
         Raises:
             ValueError: see :meth:`CompressedKVCache.trim`; or padding on the right is expected.
         """
-        n = max(0, min(self._index, n))
+        n = max(0, min(self._index, operator.index(n)))
         if n and self._lengths is not None:
             raise ValueError(
                 "a BatchCompressedKVCache that expects padding on the right can't be trimmed, "

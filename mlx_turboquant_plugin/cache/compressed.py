@@ -1,5 +1,6 @@
 """The compressed KV cache of one sequence."""
 
+import operator
 from typing import Any, Callable, List, Optional, Tuple
 
 import mlx.core as mx
@@ -380,7 +381,7 @@ class CompressedKVCache(AttendedCache):
         Raises:
             ValueError: it is not trimmable and ``n`` is not 0; nothing is forgotten then.
         """
-        n = max(0, min(self.offset, n))
+        n = max(0, min(self.offset, operator.index(n)))
         with AllOrNothing(self):
             rewind(self, self.offset - n)
             release(self.arrays)
