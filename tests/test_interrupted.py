@@ -94,6 +94,17 @@ def test_a_cache_is_refused_until_it_is_trimmed(model, layer, part, after, count
     np.testing.assert_allclose(again, expected, atol=1e-3)
 
 
+def test_parts_of_a_model_refuse_too(model):
+    """Programs that want hidden states call them by themselves."""
+    model, tokens = model
+    tokens, caches = mx.array([tokens]), made(model)
+    model.model(tokens[:, :LENGTH], cache=caches)
+    with interrupted(model, 1, "mlp", False):
+        model.model(tokens[:, LENGTH : LENGTH + 5], cache=caches)
+    with pytest.raises(RuntimeError, match=f"interrupted: trim each to {LENGTH}"):
+        model.model(tokens[:, LENGTH : LENGTH + 5], cache=caches)
+
+
 def generated(model, prompt, caches, count=6):
     """(tokens, logprobs) of ``count`` steps."""
     steps = generate_step(

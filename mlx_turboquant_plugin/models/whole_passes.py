@@ -18,6 +18,12 @@ from .calibration import same_objects
 Compressed = Union[CompressedKVCache, BatchCompressedKVCache]
 
 
+def guard_all(model: Any) -> None:
+    """:func:`guard` a model and the parts that run its layers: programs call these, too."""
+    for kind in {type(one) for _, one in model.named_modules() if hasattr(one, "layers")}:
+        guard(kind)
+
+
 def guard(model: type) -> None:
     """Have models of this class refuse compressed caches that an earlier pass left uneven."""
     owner = next((kind for kind in model.__mro__ if "__call__" in vars(kind)), None)
@@ -30,7 +36,7 @@ def guard(model: type) -> None:
 
 def _model_call(parameters, wrapped, instance, args, kwargs):
     caches = kwargs["cache"] if "cache" in kwargs else dict(zip(parameters, args)).get("cache")
-    parts = _parts(caches or ())
+    parts = _parts(caches if isinstance(caches, (list, tuple)) else ())
     ours = [one for one in parts if isinstance(one, AttendedCache)]
     if not ours:
         return wrapped(*args, **kwargs)
