@@ -20,7 +20,8 @@ Compressed = Union[CompressedKVCache, BatchCompressedKVCache]
 
 def guard_all(model: Any) -> None:
     """:func:`guard` a model and the parts that run its layers: programs call these, too."""
-    for kind in {type(one) for _, one in model.named_modules() if hasattr(one, "layers")}:
+    parts = (one for _, one in model.named_modules() if hasattr(one, "layers"))
+    for kind in {type(model), *map(type, parts)}:
         guard(kind)
 
 
