@@ -36,7 +36,6 @@ def _row(name):
     mlx_turboquant_plugin.enable()
     made = mlx_lm_cache.make_prompt_cache(model)
     [report] = [line for line in prompt_cache.report() if line.startswith(f"{model.model_type}: ")]
-    mlx_turboquant_plugin.disable()
     kinds, codecs = [], []
     for before, after in zip(stock, made):
         parts = getattr(after, "caches", [after])
@@ -48,6 +47,8 @@ def _row(name):
         knows.append("balanced")
     if any(codec.bias is not None for codec in codecs):
         knows.append("centred")
+    # Now that the codecs have learned: they measure only while it is on.
+    mlx_turboquant_plugin.disable()
     through = f" (through {table.THROUGH[name]})" if name in table.THROUGH else ""
     _, _, others = report.partition("; the others not: ")
     return (

@@ -1,13 +1,21 @@
 """The batched cache is the same as its rows by themselves, whatever joins and leaves."""
 
 import copy
+import pickle
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
-from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
+from mlx_lm.models.cache import (
+    BatchKVCache,
+    KVCache,
+    QuantizedKVCache,
+    load_prompt_cache,
+    save_prompt_cache,
+)
 
+import mlx_turboquant_plugin
 from mlx_turboquant_plugin.attention import dispatch
 from mlx_turboquant_plugin.attention.dispatch import attend
 from mlx_turboquant_plugin.cache import (
@@ -266,6 +274,65 @@ def test_mlx_lms_own_caches_can_join():
         single().merge([single(), QuantizedKVCache()])
 
 
+def _twice(batch):
+    batch.filter([0, 0, 1])
+    return batch, [0, 0, 1], []
+
+
+def _copied(batch):
+    return copy.copy(batch), [0, 1], [batch]
+
+
+def _joined_twice(batch):
+    other = copy.deepcopy(batch)
+    for _ in range(2):
+        batch.extend(other)
+    return batch, [0, 1, 0, 1, 0, 1], [other]
+
+
+def _joined_itself(batch):
+    batch.extend(batch)
+    return batch, [0, 1, 0, 1], []
+
+
+@pytest.mark.parametrize("counts", [(5, 1), (1, 1)])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("make", [_twice, _copied, _joined_twice, _joined_itself])
+def test_what_is_there_twice_grows_apart(make, packed, counts):
+    """Beam search repeats rows, and BatchKVCache shares nothing with its copies."""
+    schedule = Schedule(2, iter(range(2)))
+    schedule.prompt([150, 70], chunk=64)
+    if packed:
+        tokens = mx.random.normal((2, KV_HEADS, 1, DIM))
+        schedule.batch.update_and_fetch(tokens, tokens)
+        for row, cache in enumerate(schedule.alone):
+            cache.update_and_fetch(tokens[row : row + 1], tokens[row : row + 1])
+    batch, rows, others = make(schedule.batch)
+    alone = [copy.copy(schedule.alone[row]) for row in rows]
+    left = [(other, other.keys_and_values()[0]) for other in others]
+    for count in counts:
+        keys = mx.random.normal((len(rows), KV_HEADS, count, DIM))
+        batch.update_and_fetch(keys, keys)
+        for row, cache in enumerate(alone):
+            cache.update_and_fetch(keys[row : row + 1], keys[row : row + 1])
+    for row, cache in zip(batch.rows, alone):
+        np.testing.assert_array_equal(row.keys_and_values()[0], cache.keys_and_values()[0])
+    for other, keys in left:
+        np.testing.assert_array_equal(other.keys_and_values()[0], keys)
+
+
+def test_rings_with_fewer_tokens_than_they_keep():
+    rows = [single(40), single(40)]
+    rows[0].update_and_fetch(*mx.random.normal((2, 1, KV_HEADS, 30, DIM)))
+    batch = rows[0].merge(rows)
+    batch.prepare(lengths=[9, 2], right_padding=[0, 7])
+    x = mx.random.normal((2, KV_HEADS, 9, DIM))
+    keys, _ = batch.update_and_fetch(x, x)
+    assert keys.shape[2] == 39
+    np.testing.assert_array_equal(keys[1, :, 30:32], x[1, :, :2])
+    assert not keys[1, :, :30].any() and not keys[1, :, 32:].any()
+
+
 def test_left_padding_comes_before_any_token():
     batch = single().merge([single(), single()])
     x = mx.zeros((2, KV_HEADS, 1, DIM))
@@ -327,6 +394,38 @@ def test_state_round_trip():
         row.bind(CODEC, "", "compiled", True, None)
     schedule.decode(5)
     schedule.check()
+
+
+def _saved(batch, folder):
+    path = str(folder / "batch.safetensors")
+    save_prompt_cache(path, [batch])
+    return load_prompt_cache(path)[0]
+
+
+@pytest.mark.parametrize(
+    "change, kept",
+    [
+        (lambda batch, folder: BatchCompressedKVCache.from_state(batch.state), [0, 1, 2]),
+        (_saved, [0, 1, 2]),
+        (lambda batch, folder: batch.filter([2, 0]) or batch, [2, 0]),
+        (lambda batch, folder: pickle.loads(pickle.dumps(batch)), [0, 1, 2]),
+    ],
+)
+def test_padding_that_is_to_come_is_not_forgotten(change, kept, tmp_path):
+    mlx_turboquant_plugin.enable()
+    batch = single().merge([single(), single(), single()])
+    lengths = [9, 3, 6]
+    batch.prepare(lengths=lengths, right_padding=[0, 6, 3])
+    x = mx.random.normal((3, KV_HEADS, 9, DIM))
+    batch.update_and_fetch(x[:, :, :4], x[:, :, :4])
+    batch = change(batch, tmp_path)
+    rest = x[mx.array(kept), :, 4:]
+    batch.update_and_fetch(rest, rest)
+    batch.finalize()
+    assert batch.offset.tolist() == [lengths[row] for row in kept]
+    for number, row in enumerate(kept):
+        keys, _ = batch.extract(number).keys_and_values()
+        np.testing.assert_array_equal(keys[0], x[row, :, : lengths[row]])
 
 
 def test_the_bridge_serves_packed_rows(monkeypatch):

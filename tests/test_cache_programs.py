@@ -138,11 +138,18 @@ class Program:
                 batch = rows[0].merge(rows)
             pairs.append(batch)
         self.ours, self.theirs = pairs
+        # After a ring turns, mlx-lm's mask for a chunk hides a short row's first tokens.
+        count = None if self.ring is None else 1
         for _ in range(steps):
-            # After a ring turns, mlx-lm's mask for a chunk hides a short row's first tokens.
-            self.append(rows=2, count=None if self.ring is None else 1)
+            self.append(2, count)
+        if self.draw.random() < 0.3:
+            left, self.ours = self.ours, copy.copy(self.ours)
+            left.update_and_fetch(*self.tokens(self.count(), 2)[1:])
         if self.draw.random() < 0.5:
-            self.ours.filter([row]), self.theirs.filter([row])
+            kept = [row] * self.draw.randint(1, 2)
+            self.done.append(f"filter {kept}")
+            self.ours.filter(kept), self.theirs.filter(kept)
+            self.append(len(kept), count)
             row = 0
         elif plain:
             left = self.ours.extract(1 - row)

@@ -1,6 +1,7 @@
 """A pass that ends in the middle: the cache goes on right, or is refused. Never a wrong answer."""
 
 import copy
+import pickle
 from contextlib import contextmanager
 from operator import attrgetter
 
@@ -93,6 +94,17 @@ def test_a_cache_is_refused_until_it_is_trimmed(model, layer, part, after, count
     np.testing.assert_allclose(again, expected, atol=1e-3)
 
 
+def test_parts_of_a_model_refuse_too(model):
+    """Programs that want hidden states call them by themselves."""
+    model, tokens = model
+    tokens, caches = mx.array([tokens]), made(model)
+    model.model(tokens[:, :LENGTH], cache=caches)
+    with interrupted(model, 1, "mlp", False):
+        model.model(tokens[:, LENGTH : LENGTH + 5], cache=caches)
+    with pytest.raises(RuntimeError, match=f"interrupted: trim each to {LENGTH}"):
+        model.model(tokens[:, LENGTH : LENGTH + 5], cache=caches)
+
+
 def generated(model, prompt, caches, count=6):
     """(tokens, logprobs) of ``count`` steps."""
     steps = generate_step(
@@ -151,17 +163,52 @@ def test_a_batch_generator(layer, part, after, model):
             generator.next()
 
 
-def test_a_recurrent_state_can_not_go_back():
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_recurrent_state_can_not_go_back(rows, tmp_path):
     model = tiny_models.build("falcon_h1")
     mlx_turboquant_plugin.enable()
-    caches, tokens = made(model), mx.arange(20)[None]
+    caches, tokens = made(model, rows), mx.stack([mx.arange(20)] * rows)
     model(tokens, cache=caches)
     copies = copy.deepcopy(caches)
     with interrupted(model, -1, "feed_forward", True):
         model(tokens[:, :1], cache=caches)
-    with pytest.raises(RuntimeError, match="interrupted.*make the prompt cache again"):
-        model(tokens[:, :1], cache=caches)
+    file = str(tmp_path / "cache.safetensors")
+    ways = [
+        lambda caches: model(tokens[:, :1], cache=caches),
+        lambda caches: model(tokens[:, :1], cache=copy.deepcopy(caches)),
+        # None of these may make a cache of it that nobody refuses.
+        pickle.dumps,
+        lambda caches: mlx_lm_cache.save_prompt_cache(file, caches),
+        lambda caches: [cache.merge([cache]) for cache in caches],
+        lambda caches: [cache.extract(0) for cache in caches],
+        lambda caches: [cache.extend(other) for cache, other in zip(copy.deepcopy(copies), caches)],
+    ]
+    for way in (*ways[:4], *(ways[4:5] if rows == 1 else ways[5:])):
+        with pytest.raises(RuntimeError, match="interrupted.*make the prompt cache again"):
+            way(caches)
     model(tokens[:, :1], cache=copies)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", ["falcon_h1", "jamba"])
+def test_what_fails_before_anything_changes_is_forgiven(name, rows):
+    model = tiny_models.build(name)
+    mlx_turboquant_plugin.enable(kernel="eager")
+    caches, tokens = made(model, rows), mx.stack([mx.arange(20)] * rows)
+    model(tokens, cache=caches)
+    expected = model(tokens, cache=copy.deepcopy(caches))
+    with pytest.raises(ValueError, match="integral"):
+        model(tokens.astype(mx.float32), cache=caches)
+    np.testing.assert_array_equal(model(tokens, cache=caches), expected)
+
+
+def test_a_padded_prompt_that_ended_early():
+    batch = apart()
+    batch.prepare(lengths=[30, 3], right_padding=[0, 27])
+    batch.update_and_fetch(*random(10, 2, seed=3))
+    batch.finalize()
+    assert batch.offset.tolist() == [row.offset for row in batch.rows] == [310, 203]
+    assert batch.trim(5) == 5 and batch.offset.tolist() == [305, 198]
 
 
 def test_a_batch_that_expects_padding_is_not_trimmed():

@@ -3,6 +3,7 @@
 import pickle
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from filled_caches import (
     ANY,
@@ -20,8 +21,14 @@ from filled_caches import (
     rows_of,
     same,
 )
-from mlx_lm.models.cache import RotatingKVCache, trim_prompt_cache
+from mlx_lm.models.cache import (
+    RotatingKVCache,
+    load_prompt_cache,
+    save_prompt_cache,
+    trim_prompt_cache,
+)
 
+import mlx_turboquant_plugin
 from mlx_turboquant_plugin.cache import (
     CompressedKVCache,
     RotatingCompressedKVCache,
@@ -57,6 +64,19 @@ def test_an_offset_of_tokens_that_are_not_there_is_refused(make, offset):
     with pytest.raises(ValueError, match=f"offset can't be set to {offset}, .*0 to 300.*trim"):
         cache.offset = offset
     assert cache.offset == 300 and same(cache.keys_and_values(), before)
+
+
+@ANY
+@pytest.mark.parametrize("number", [np.int64, mx.array])
+def test_trims_are_counted_by_any_integer(make, number, tmp_path):
+    mlx_turboquant_plugin.enable()
+    cache, path = make(), str(tmp_path / "cache.safetensors")
+    size = cache.size()
+    assert cache.trim(number(5)) == 5
+    save_prompt_cache(path, [cache])
+    assert load_prompt_cache(path)[0].size() == size - 5
+    with pytest.raises(TypeError):
+        cache.trim(2.0)
 
 
 def test_a_ring_that_has_forgotten_can_not_be_trimmed():

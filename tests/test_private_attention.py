@@ -124,6 +124,11 @@ def over_other_arrays(queries, keys, values, *rest):
     return by_mlx_lm(queries, keys[:, :, :, :], values * 1.0, *rest)
 
 
+def over_attributes(queries, keys, values, cache, *rest):
+    pair = (x[:, :, : cache.offset] for x in (cache.keys, cache.values))
+    return by_itself(queries, *pair, cache, *rest)
+
+
 def in_two_halves(queries, *rest):
     halves = mx.split(queries.reshape(queries.shape[0], 2, -1, *queries.shape[2:]), 2, axis=2)
     outs = [by_mlx_lm(half.flatten(1, 2), *rest) for half in halves]
@@ -131,7 +136,14 @@ def in_two_halves(queries, *rest):
     return mx.concatenate(outs, axis=2).reshape(queries.shape)
 
 
-PRIVATE = [by_itself, by_itself_in_steps, by_itself_in_prompts, over_other_arrays, in_two_halves]
+PRIVATE = [
+    by_itself,
+    by_itself_in_steps,
+    by_itself_in_prompts,
+    over_other_arrays,
+    over_attributes,
+    in_two_halves,
+]
 KINDS = {
     "plain": mlx_lm_cache.make_prompt_cache,
     "ring": rings,

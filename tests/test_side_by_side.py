@@ -71,6 +71,25 @@ def test_a_cache_keeps_the_settings_that_it_was_made_with(made, used, how, lengt
     assert np.abs(again - of_the_others).max() > 1e-3
 
 
+@pytest.mark.parametrize("length", [0, 100])
+def test_a_cache_stays_invariant_or_not(length, text):
+    model, tokens = text
+
+    def begun(invariant):
+        enable(window=32, invariant=invariant)
+        caches = make_prompt_cache(model)
+        if length:
+            logits(model, tokens[:, :length], caches)
+        return caches
+
+    expected = [rest_of(*text, begun(invariant), length) for invariant in (False, True)]
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3
+    for invariant in (False, True):
+        caches = begun(invariant)
+        enable(window=32, invariant=not invariant)
+        np.testing.assert_array_equal(rest_of(*text, caches, length), expected[invariant])
+
+
 def test_bits_of_single_layers_stay_with_their_caches(text):
     model, tokens = text
     count = len(model.layers)

@@ -1,6 +1,7 @@
 """The compressed KV cache of a batch of sequences."""
 
 import functools
+import operator
 from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import mlx.core as mx
@@ -55,7 +56,8 @@ class BatchCompressedKVCache(AttendedCache):
         rows = [row_of(cache) for cache in caches]
         check_alike(rows)
         batch = cls._holding(rows, [row.offset for row in rows], max(row.offset for row in rows))
-        batch.reading = next(c.reading for c in caches if isinstance(c, CompressedKVCache))
+        ours = (cache for cache in caches if isinstance(cache, CompressedKVCache))
+        batch.reading = next((cache.reading for cache in ours), cls.reading)
         return batch
 
     @classmethod
@@ -206,14 +208,20 @@ class BatchCompressedKVCache(AttendedCache):
     def finalize(self) -> None:
         """The padding on the right has been processed: it counts as left padding now."""
         if self._lengths is not None:
-            self._left_padding = [self._index - length for length in self._lengths]
+            # Rows that an interrupted prompt left shorter than was announced have none.
+            self._left_padding = [
+                max(left, self._index - length)
+                for left, length in zip(self._left_padding, self._lengths)
+            ]
             self._lengths = None
 
     def filter(self, batch_indices) -> None:
-        """Keep just the rows with the given indices."""
-        rows = self.rows
-        self._rows = [rows[i] for i in _ints(batch_indices)]
-        self._left_padding = [self._left_padding[i] for i in _ints(batch_indices)]
+        """Keep just the rows with the given indices, each as often as it is named."""
+        rows, kept = self.rows, _ints(batch_indices)
+        self._rows = [shared(rows[i]) for i in kept]
+        self._left_padding = [self._left_padding[i] for i in kept]
+        if self._lengths is not None:
+            self._lengths = [self._lengths[i] for i in kept]
         least = min(self._left_padding, default=0)
         if least > 0:
             self._index -= least
@@ -226,8 +234,11 @@ class BatchCompressedKVCache(AttendedCache):
             TypeError, ValueError: they can't join, see :meth:`merge`; no batch has changed then.
         """
         other = self.of(other)
+        for batch in (self, other):
+            batch.check_whole()
         check_padding(self._lengths or other._lengths)
-        rows = self.rows + other.rows
+        # The other batch may go on, too.
+        rows = [*self.rows, *map(shared, other.rows)]
         check_alike(rows)
         index = max(self._index, other._index)
         self._left_padding = [
@@ -242,6 +253,7 @@ class BatchCompressedKVCache(AttendedCache):
 
     def extract(self, idx: int) -> Any:
         """The cache of one sequence, sharing nothing with the batch; mlx-lm's own if it was one."""
+        self.check_whole()
         return alone(self.rows[idx])
 
     def trim(self, n: int) -> int:
@@ -250,7 +262,7 @@ class BatchCompressedKVCache(AttendedCache):
         Raises:
             ValueError: see :meth:`CompressedKVCache.trim`; or padding on the right is expected.
         """
-        n = max(0, min(self._index, n))
+        n = max(0, min(self._index, operator.index(n)))
         if n and self._lengths is not None:
             raise ValueError(
                 "a BatchCompressedKVCache that expects padding on the right can't be trimmed, "
@@ -336,25 +348,30 @@ class BatchCompressedKVCache(AttendedCache):
 
     @property
     def state(self):
+        self.check_whole()
         rows = [(type(row).__name__, row.state) for row in self.rows]
-        return self._index, self._left_padding, rows
+        return self._index, self._left_padding, rows, self._lengths
 
     @state.setter
     def state(self, v):
-        index, left_padding, rows = v
+        # Older files have no lengths.
+        index, left_padding, rows, *lengths = v
         self.__init__(left_padding)
         self._index = index
+        self._lengths = next(iter(lengths), None)
         self._rows = [_KINDS[kind].from_state(state) for kind, state in rows]
 
-    __copy__ = shared
-
-    def __deepcopy__(self, memo):
+    def __copy__(self):
         other = shared(self)
         other._rows = list(map(shared, self._rows))
         other._packed = self._packed and shared(self._packed)
         return other
 
+    def __deepcopy__(self, memo):
+        return self.__copy__()
+
     def __reduce__(self):
+        self.check_whole()
         place = self._index, self._left_padding, self._lengths
         return unpickled_batch, (type(self), self.rows, *place)
 

@@ -96,7 +96,7 @@ def side_by_side(
             rows.append([mx.zeros((1, x.shape[1], columns, x.shape[3]), x.dtype) for x in like])
             continue
         # What a ring has forgotten leaves a gap.
-        sinks, gap = view.sinks, view.oldest(0)[1] - view.sinks
+        sinks, gap = view.sinks, min(view.oldest(0)[1], view.end) - view.sinks
         parts = [
             [x[:, :, :sinks], mx.zeros((*x.shape[:2], gap, x.shape[3]), x.dtype), x[:, :, sinks:]]
             for x in view.keys_and_values()

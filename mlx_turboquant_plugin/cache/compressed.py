@@ -1,5 +1,6 @@
 """The compressed KV cache of one sequence."""
 
+import operator
 from typing import Any, Callable, List, Optional, Tuple
 
 import mlx.core as mx
@@ -44,7 +45,8 @@ class CompressedKVCache(AttendedCache):
 
     Attributes:
         exact_tokens: the sinks and the newest tokens as they are.
-        keys, values: these, (B, H, E, D) in the model's dtype.
+        keys, values: these, (B, H, E, D) in the model's dtype; to an attention that is running,
+            those of all tokens, the codes dequantised.
         unplaced_bias: that of a file, until it is known how the model's keys turn.
         fingerprint: as a string it tells the layer that fills the cache from others; empty
             where nobody knows.
@@ -253,7 +255,7 @@ class CompressedKVCache(AttendedCache):
         self.exact_tokens = ExactTokens(
             *(
                 mx.concatenate([x[:, :, :sinks], x[:, :, sinks + drop :]], axis=2)
-                for x in (self.keys, self.values)
+                for x in (self.exact_tokens.keys, self.exact_tokens.values)
             )
         )
 
@@ -279,19 +281,25 @@ class CompressedKVCache(AttendedCache):
 
     @property
     def keys(self) -> Optional[mx.array]:
-        return self.exact_tokens.keys
+        return self._shown()[0]
 
     @keys.setter
     def keys(self, v: mx.array):
-        self.exact_tokens = self.exact_tokens.replaced(v, self.values)
+        self.exact_tokens = self.exact_tokens.replaced(v, self.exact_tokens.values)
 
     @property
     def values(self) -> Optional[mx.array]:
-        return self.exact_tokens.values
+        return self._shown()[1]
 
     @values.setter
     def values(self, v: mx.array):
-        self.exact_tokens = self.exact_tokens.replaced(self.keys, v)
+        self.exact_tokens = self.exact_tokens.replaced(self.exact_tokens.keys, v)
+
+    def _shown(self) -> Tuple[Optional[mx.array], Optional[mx.array]]:
+        """What others find in :attr:`keys` and :attr:`values`."""
+        if self.attending and not self.empty():
+            return (self.view or self.newest_view()).keys_and_values()
+        return self.exact_tokens.keys, self.exact_tokens.values
 
     def _view(self, start: int, is_prompt: bool = False) -> View:
         return View(
@@ -331,10 +339,11 @@ class CompressedKVCache(AttendedCache):
 
         A cache that holds codes keeps the codec that it has. So does one that was filled by this
         very layer, but that it learns of it what it has not learned so far. An empty one keeps
-        its bits: other settings may have come into force since it was made.
+        its bits, and any its visibility: other settings may have come into force since it was made.
 
         Args:
             fingerprint: what :attr:`fingerprint` becomes; read only if the cache is filled.
+            invariant: see :class:`Visibility`; for a cache that has none, as from a file.
             place: from a key bias (H, D) to one that turns as this module's keys do.
 
         Raises:
@@ -352,7 +361,8 @@ class CompressedKVCache(AttendedCache):
         self.unplaced_bias = None
         self.fingerprint = fingerprint
         self.kernel = kernel
-        self.visibility = self.visibility._replace(invariant=invariant)
+        if self.visibility.invariant is None:
+            self.visibility = self.visibility._replace(invariant=invariant)
 
     def _kept(self, codec: KVCodec, place: Callable[[mx.array], KeyBias]) -> KVCodec:
         """The codec that made the codes: ``codec`` if that makes the same."""
@@ -371,7 +381,7 @@ class CompressedKVCache(AttendedCache):
         Raises:
             ValueError: it is not trimmable and ``n`` is not 0; nothing is forgotten then.
         """
-        n = max(0, min(self.offset, n))
+        n = max(0, min(self.offset, operator.index(n)))
         with AllOrNothing(self):
             rewind(self, self.offset - n)
             release(self.arrays)
@@ -405,6 +415,7 @@ class CompressedKVCache(AttendedCache):
 
     @property
     def state(self):
+        self.check_whole()
         return saved.to_state(self)
 
     @state.setter

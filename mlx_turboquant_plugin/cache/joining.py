@@ -20,8 +20,10 @@ def row_of(cache: Any) -> CompressedKVCache:
 
     Raises:
         TypeError: the cache is of another kind than the compressed ones, KVCache, RotatingKVCache.
+        RuntimeError: see :meth:`AttendedCache.check_whole`.
     """
     if isinstance(cache, CompressedKVCache):
+        cache.check_whole()
         return shared(cache)
     visibility = Visibility(ENDLESS)
     if type(cache) is KVCache:

@@ -117,6 +117,14 @@ class AttendedCache(_BaseCache):
             model,
         )
 
+    def check_whole(self) -> None:
+        """Raise RuntimeError if a pass over this and the other layers' caches was interrupted."""
+        if self.interrupted:
+            raise RuntimeError(
+                "a pass over this prompt cache was interrupted, and not all of its layers can go "
+                "back to where it began: make the prompt cache again"
+            )
+
     def fetch(self, view: Any) -> Pair:
         """All keys and values that the queries of ``view`` see."""
         # Nobody pays for these but who evaluates them.

@@ -35,12 +35,13 @@ class Visibility(NamedTuple):
     Attributes:
         window: a multiple of 32; at least that many newest tokens are exact.
         sinks: the number of first tokens that are always exact.
-        invariant: whether prompts follow the rule of positions.
+        invariant: whether prompts follow the rule of positions; None is False until the settings
+            of the model that uses the cache say.
     """
 
     window: int = 160
     sinks: int = 4
-    invariant: bool = False
+    invariant: Optional[bool] = None
 
     def is_prompt(self, count: int) -> bool:
         """Whether all queries of a pass of ``count`` tokens read exactly what the first does."""

@@ -22,13 +22,17 @@ FEEDBACK_BLOCK = 4
 
 
 def feedback(
-    query_squares: mx.array, balance: Optional[mx.array], layout: mx.array
+    query_squares: mx.array,
+    balance: Optional[mx.array],
+    layout: mx.array,
+    rotation: Rotation,
 ) -> mx.array:
     """What errors of rotated channels (rows) are multiplied by for those after them (columns).
 
     Args:
         query_squares: mean squares of the queries of each KV head, (H, D).
         balance, layout: see :class:`KVCodec`.
+        rotation: that of the segments.
 
     Returns:
         fp16 (H, 2, D / 2, D / 2), zeros but in columns of later blocks than the row's.
@@ -40,7 +44,7 @@ def feedback(
     heads, dim = weights.shape
     width = dim // 2
     with mx.stream(SETUP):
-        turn = np.array(Rotation.forward(mx.eye(width), Rotation(width).array), np.float64)
+        turn = np.array(Rotation.forward(mx.eye(width), rotation.array), np.float64)
     cost = turn.T @ (weights.reshape(heads, 2, width, 1) * turn)
     # U D^(1/2), by Cholesky's factor of what is reversed.
     upper = np.linalg.cholesky(cost[..., ::-1, ::-1])[..., ::-1, ::-1]

@@ -173,7 +173,7 @@ class KVCodec:
         """How errors are fed back when codes are made, see :func:`feedback`; None: not at all."""
         if self.query_squares is None or self.layout is None:
             return None
-        return feedback(self.query_squares, self.balance, self.layout)
+        return feedback(self.query_squares, self.balance, self.layout, self.key_rotation)
 
     @functools.cached_property
     def keys(self):

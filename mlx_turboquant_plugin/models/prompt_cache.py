@@ -17,7 +17,7 @@ from .calibration import Calibration, distributed
 from .family import attention_of, layers_of
 from .identity import identity_of
 from .layer import known_layer
-from .whole_passes import guard
+from .whole_passes import guard_all
 
 KINDS = (CompressedKVCache, RotatingCompressedKVCache, BatchCompressedKVCache)
 BY_WEIGHTS = "; keys go by the weights alone, since it could not be measured"
@@ -118,7 +118,7 @@ def _compress(model: Any, identity: settings.ModelIdentity, caches: List[Any]) -
     text = f"{_name(identity)}: {count} of {len(layers)} layers compressed, "
     text += _bits(chosen, compressed)
     if not upstream.available():
-        guard(type(model))
+        guard_all(model)
     if reasons:
         text += f"; the others not: {reasons[0]}"
     if identity not in _reports:

@@ -6,15 +6,23 @@ results; compressed ones are refused until they are trimmed alike.
 
 import functools
 import inspect
-from typing import Any, List, Sequence, Union
+from typing import Any, List, Sequence, Tuple, Union
 
 from mlx_lm.models.cache import CacheList
 
 from .. import patching
 from ..cache import BatchCompressedKVCache, CompressedKVCache
 from ..cache.reading import AttendedCache
+from .calibration import same_objects
 
 Compressed = Union[CompressedKVCache, BatchCompressedKVCache]
+
+
+def guard_all(model: Any) -> None:
+    """:func:`guard` a model and the parts that run its layers: programs call these, too."""
+    parts = (one for _, one in model.named_modules() if hasattr(one, "layers"))
+    for kind in {type(model), *map(type, parts)}:
+        guard(kind)
 
 
 def guard(model: type) -> None:
@@ -29,15 +37,18 @@ def guard(model: type) -> None:
 
 def _model_call(parameters, wrapped, instance, args, kwargs):
     caches = kwargs["cache"] if "cache" in kwargs else dict(zip(parameters, args)).get("cache")
-    parts = _parts(caches or ())
+    parts = _parts(caches if isinstance(caches, (list, tuple)) else ())
     ours = [one for one in parts if isinstance(one, AttendedCache)]
     if not ours:
         return wrapped(*args, **kwargs)
     _check(ours)
+    if len(ours) == len(parts):
+        return wrapped(*args, **kwargs)
+    before = _content(parts)
     try:
         return wrapped(*args, **kwargs)
     except BaseException:
-        if len(ours) < len(parts):
+        if not same_objects(_content(parts), before):
             # Nobody can tell what a recurrent state has seen of the pass, or undo it.
             for one in ours:
                 one.interrupted = True
@@ -51,13 +62,26 @@ def _parts(caches: Sequence[Any]) -> List[Any]:
     return parts
 
 
+def _content(caches: Sequence[Any]) -> Tuple[Any, ...]:
+    """Objects that are other ones once a cache has seen tokens."""
+    found: List[Any] = []
+    for cache in caches:
+        if isinstance(cache, AttendedCache):
+            found.append(_length(cache))
+            continue
+        # Keys and values may be written into, but then something is counted.
+        for value in getattr(cache, "__dict__", {}).values():
+            found.extend(value if isinstance(value, list) else [value])
+    return tuple(found)
+
+
+def _length(cache: Compressed) -> int:
+    return cache.offset if isinstance(cache, CompressedKVCache) else cache.size()
+
+
 def _check(caches: Sequence[Compressed]) -> None:
-    if caches[0].interrupted:
-        raise RuntimeError(
-            "a pass over this prompt cache was interrupted, and not all of its layers can go back "
-            "to where it began: make the prompt cache again"
-        )
-    held = {c.offset if isinstance(c, CompressedKVCache) else c.size() for c in caches}
+    caches[0].check_whole()
+    held = set(map(_length, caches))
     if len(held) > 1:
         raise RuntimeError(
             f"the layers of this prompt cache hold from {min(held)} to {max(held)} tokens, since a "
