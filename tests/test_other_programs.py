@@ -22,6 +22,9 @@ from filled_caches import (
     same,
 )
 from mlx_lm.models.cache import (
+    BatchKVCache,
+    BatchRotatingKVCache,
+    KVCache,
     RotatingKVCache,
     load_prompt_cache,
     save_prompt_cache,
@@ -277,3 +280,27 @@ def test_a_ring_that_has_left_its_codes_behind_is_loaded():
         more = random(count, seed=count)
         loaded.visibility = cache.visibility
         assert same(loaded.update_and_fetch(*more), cache.update_and_fetch(*more))
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, missing",
+    [
+        (lambda: KVCache(), plain, {"step"}),
+        (lambda: RotatingKVCache(64, 4), ring, {"step"}),
+        (lambda: BatchKVCache([0, 0]), apart, {"step", "values"}),
+        (
+            lambda: BatchRotatingKVCache(64, [0, 0]),
+            apart,
+            {"step", "values", "max_size", "rotated", "to_quantized"},
+        ),
+    ],
+    ids=["KVCache", "RotatingKVCache", "BatchKVCache", "BatchRotatingKVCache"],
+)
+def test_all_that_mlx_lms_caches_have_is_there_or_says_what_to_use(theirs, ours, missing):
+    original, cache = theirs(), ours()
+    original.update_and_fetch(*random(40, rows_of(cache)))
+    public = {name for name in dir(original) if not name.startswith("_")}
+    assert {name for name in public if not hasattr(cache, name)} == missing
+    for name in missing:
+        with pytest.raises(AttributeError, match=rf"has no {name}, .*to_exact\(\) gives"):
+            getattr(cache, name)

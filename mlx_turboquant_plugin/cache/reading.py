@@ -56,6 +56,16 @@ class AttendedCache(_BaseCache):
     read: Optional[bool] = None
     interrupted = False
 
+    def __getattr__(self, name: str) -> Any:
+        # Of what mlx-lm's caches have, this is about the room in their arrays.
+        advice = "extract(i) gives a row's cache, and its" if hasattr(type(self), "extract") else "its"
+        raise AttributeError(
+            f"a {type(self).__name__} has no {name}, since it keeps codes; {advice} to_exact() gives "
+            "mlx-lm's own with the same tokens",
+            name=name,
+            obj=self,
+        )
+
     def leave(self, view: Any, keys: mx.array, values: mx.array) -> Pair:
         """Leave ``view`` for the queries that come with ``keys`` and ``values``.
 
