@@ -57,9 +57,9 @@ def test_statistics_are_those_of_the_keys_and_queries_of_the_pass():
     seen = {}
     inner = calibration._summary
 
-    def summary(attention, keys, queries):
+    def summary(attention, biases, keys, queries):
         seen[id(attention)] = keys, queries
-        return inner(attention, keys, queries)
+        return inner(attention, biases, keys, queries)
 
     calibration._summary = summary
     try:

@@ -225,7 +225,8 @@ class CompressedKVCache(AttendedCache):
         """The same cache in arrays of its own, not parts of larger ones."""
         other = shared(self)
         if not self.empty():
-            other.exact_tokens = ExactTokens(_own(self.keys), _own(self.values))
+            held = self.exact_tokens
+            other.exact_tokens = ExactTokens(_own(held.keys), _own(held.values))
             other.key_codes = tuple(map(_own, self.key_codes))
             other.value_codes = tuple(map(_own, self.value_codes))
             release(other.arrays)

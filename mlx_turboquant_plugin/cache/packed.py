@@ -55,8 +55,9 @@ class PackedRows:
         """Pack ``rows``, or None: too short ones, or ones that were not encoded alike."""
         if not rows or not all(_alike(row, rows[0]) for row in rows):
             return None
-        keys = _side_by_side([row.keys for row in rows], rows[0].visibility.sinks)
-        values = _side_by_side([row.values for row in rows], rows[0].visibility.sinks)
+        exact = [row.exact_tokens for row in rows]
+        keys = _side_by_side([tokens.keys for tokens in exact], rows[0].visibility.sinks)
+        values = _side_by_side([tokens.values for tokens in exact], rows[0].visibility.sinks)
         longest = max(rows, key=lambda row: row.coded)
         return cls(
             rows[0],

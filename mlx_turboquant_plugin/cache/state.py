@@ -48,8 +48,8 @@ def to_state(cache: "CompressedKVCache") -> tuple:
         ),
         str(cache.fingerprint),
         cache.offset,
-        cache.keys,
-        cache.values,
+        cache.exact_tokens.keys,
+        cache.exact_tokens.values,
         cache.key_codes,
         cache.value_codes,
         *known,
@@ -136,7 +136,8 @@ def _description(
 
 
 def _check_arrays(cache: "CompressedKVCache") -> None:
-    keys, values, spec = cache.keys, cache.values, cache.codec.spec
+    keys, values = cache.exact_tokens.keys, cache.exact_tokens.values
+    spec = cache.codec.spec
     _require(
         isinstance(cache.offset, int)
         and all(isinstance(x, mx.array) and x.ndim == 4 for x in (keys, values))

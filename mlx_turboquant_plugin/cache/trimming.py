@@ -39,7 +39,7 @@ def rewind(cache: "CompressedKVCache", offset: int) -> None:
         value_codes = tuple(mx.contiguous(x[..., :count, :]) for x in cache.value_codes)
     tokens = ExactTokens()
     if offset:
-        held = cache.keys, cache.values
+        held = cache.exact_tokens.keys, cache.exact_tokens.values
         tokens = ExactTokens(*(mx.contiguous(x[:, :, :exact]) for x in held))
     cache.hold(tokens, key_codes, value_codes, first_coded, coded, offset)
 

@@ -237,6 +237,7 @@ class _Layer:
         self.view = cache.view
         out = attend(scaled_dot_product_attention, queries, keys, values, cache, self.scale, mask)
         mx.eval(out)
+        cache.attending = False
         return out
 
     def expected(self) -> Tuple[np.ndarray, float]:
@@ -271,7 +272,8 @@ class _Layer:
         """Whether the exact tokens of all caches are the sinks and the newest."""
         for index, row in enumerate(self.rows):
             slots = min(VISIBILITY.sinks, row.offset), row.exact_start
-            for held, given in ((row.keys, self.keys[index]), (row.values, self.values[index])):
+            exact = row.exact_tokens
+            for held, given in (exact.keys, self.keys[index]), (exact.values, self.values[index]):
                 expected = mx.concatenate([given[:, :, : slots[0]], given[:, :, slots[1] :]], axis=2)
                 if not mx.array_equal(held, expected):
                     return False
