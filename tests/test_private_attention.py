@@ -1,5 +1,6 @@
 """Models whose attention does without mlx-lm's scaled_dot_product_attention, or with more than it."""
 
+import functools
 import logging
 from types import ModuleType
 
@@ -136,6 +137,11 @@ def in_two_halves(queries, *rest):
     return mx.concatenate(outs, axis=2).reshape(queries.shape)
 
 
+def and_mean_key(attend, queries, keys, values, *rest):
+    mean = mx.mean(keys.astype(mx.float32), axis=2, keepdims=True)
+    return attend(queries, keys, values, *rest) + mx.repeat(mean, queries.shape[1] // keys.shape[1], 1)
+
+
 PRIVATE = [
     by_itself,
     by_itself_in_steps,
@@ -145,7 +151,8 @@ PRIVATE = [
     in_two_halves,
 ]
 KINDS = {
-    "plain": mlx_lm_cache.make_prompt_cache,
+    # That of the module changes with the plugin.
+    "plain": lambda model: mlx_lm_cache.make_prompt_cache(model),
     "ring": rings,
     "ring that keeps nothing": lambda model: rings(model, 0),
 }
@@ -169,13 +176,27 @@ def test_attention_may_be_private_now_and_then(attend, monkeypatch):
     assert np.abs(made - expected).max() < 2e-4 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_may_compute_with_keys_beside_mlx_lms_function(kind, monkeypatch, caplog):
+    enable()
+    outputs = []
+    for attend in (by_itself, by_mlx_lm):
+        both = functools.partial(and_mean_key, attend)
+        monkeypatch.setattr(Attention, "attend", staticmethod(both))
+        outputs.append(single(*load(), KINDS[kind]))
+    expected, made = outputs
+    assert np.abs(made - expected).max() < 2e-4 * np.abs(expected).max()
+    [line] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "does not leave its keys" in line
+
+
 def test_it_is_said_once_and_how_to_leave_the_model_out(monkeypatch, caplog):
     enable()
     monkeypatch.setattr(Attention, "attend", staticmethod(by_itself))
     for _ in range(2):
         single(*load(), mlx_lm_cache.make_prompt_cache)
     [line] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert line.startswith("qwen2: its attention does without") and "TURBOQUANT_OPT_OUT=qwen2" in line
+    assert line.startswith("qwen2: its attention does not leave its keys") and "TURBOQUANT_OPT_OUT=qwen2" in line
 
 
 @pytest.mark.parametrize("count", [1, 30])

@@ -1,8 +1,10 @@
 """How attention reads a cache: a view of it, or keys and values as KVCache returns them."""
 
+import io
 from typing import Any, List, Optional, Tuple
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import _BaseCache
 
 from ..log import log_once
@@ -16,8 +18,8 @@ class Reading:
     Args:
         model: the type of its model, as in the setting ``opt_out``.
         casts_keys: whether it casts the keys that it gets; they are the same keys.
-        by_view: whether it reads views, in passes of one token and in passes of more, which
-            may be computed in different ways; None where nobody knows yet.
+        by_view: whether it reads views and nothing else, in passes of one token and in passes
+            of more, which may be computed in different ways; None where nobody knows yet.
     """
 
     __slots__ = ("model", "casts_keys", "by_view")
@@ -31,8 +33,8 @@ class AttendedCache(_BaseCache):
     """A cache that leaves a view for mlx-lm's ``scaled_dot_product_attention`` to read.
 
     An attention that computes scores itself needs all keys and values. Whether it does shows in
-    its first pass: it gets them, and they cost nothing if it reads the view. One that has read
-    a view gets back what it gave from then on, and has to go on reading views.
+    its first pass: it gets them, and they cost nothing if it reads the view alone. One that has
+    read a view alone gets back what it gave from then on, and has to go on like this.
 
     Attributes:
         hooked: whether mlx-lm itself hands this cache to its attention (see patches/): then
@@ -99,8 +101,12 @@ class AttendedCache(_BaseCache):
             self.read = True
         return view
 
-    def settle(self) -> None:
+    def settle(self, inputs: Any = None, outputs: Any = None) -> None:
         """The attention of the newest tokens has ended: learn how it reads.
+
+        Args:
+            inputs, outputs: what it was called with and returned, arrays in trees. Looked at in
+                its first pass.
 
         Raises:
             RuntimeError: it got back what it gave, and did not read the view.
@@ -109,8 +115,10 @@ class AttendedCache(_BaseCache):
             return
         by_view, several = self.reading.by_view, self.view.queries > 1
         if by_view[several] is None:
-            by_view[several] = bool(self.read)
-        if self.read:
+            by_view[several] = bool(self.read) and not _made_of(
+                self.fetched, inputs, outputs
+            )
+        if self.read and (by_view[several] or self.hooked):
             return
         model = self.reading.model
         if not self.whole:
@@ -120,9 +128,9 @@ class AttendedCache(_BaseCache):
                 f"earlier token. Leave the model out with TURBOQUANT_OPT_OUT={model}"
             )
         log_once(
-            "%s: its attention does without mlx-lm's scaled_dot_product_attention, and gets all "
-            "keys and values dequantised: right, but slow, and in KVCache's memory; "
-            "TURBOQUANT_OPT_OUT=%s leaves the model out",
+            "%s: its attention does not leave its keys to mlx-lm's scaled_dot_product_attention "
+            "alone, and gets all keys and values dequantised: right, but slow, and in KVCache's "
+            "memory; TURBOQUANT_OPT_OUT=%s leaves the model out",
             model,
             model,
         )
@@ -139,3 +147,16 @@ class AttendedCache(_BaseCache):
         """All keys and values that the queries of ``view`` see."""
         # Nobody pays for these but who evaluates them.
         return tuple(mx.depends(view.apart.keys_and_values(), self.arrays))
+
+
+def _made_of(arrays: Pair, inputs: Any, outputs: Any) -> bool:
+    """Whether ``outputs``, not evaluated yet, were computed of ``inputs`` and ``arrays``."""
+    inputs, outputs = (
+        [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
+        for tree in (inputs, outputs)
+    )
+    # The graph ends there, and not with the model's first layer.
+    mx.eval(inputs)
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *outputs, keys=arrays[0], values=arrays[1])
+    return any(f'"{name}" ->' in graph.getvalue() for name in ("keys", "values"))
