@@ -38,7 +38,6 @@ def test_the_package_can_be_run():
 
 def test_ctrl_c_keeps_what_was_checked():
     with start("selftest", "--kernel", "eager") as process:
-        # Lines come as they are made, though nobody watches.
         first = [process.stdout.readline() for _ in range(3)]
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
@@ -57,6 +56,21 @@ def test_a_closed_pipe_is_no_traceback():
         process.stdout = None
         _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (cli.CLOSED, "")
+
+
+def test_who_reads_a_pipe_sees_each_line_at_once(monkeypatch):
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+
+    def run(args):
+        sys.stdout.write("a line\n")
+        assert os.read(reading, 100) == b"a line\n"
+        return 0
+
+    monkeypatch.setattr(status_command, "run", run)
+    with os.fdopen(reading), os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.main(["status"]) == 0
 
 
 def test_ctrl_c_that_ends_the_reader_too(monkeypatch):

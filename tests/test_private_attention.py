@@ -228,22 +228,22 @@ def copied(cache):
 
 @pytest.mark.parametrize("attend", [by_mlx_lm, by_itself])
 def test_in_a_list_of_caches(attend, monkeypatch):
+    """As with a cache alone and mlx-lm's function."""
     enable()
-    model, _ = load()
-    attention = model.layers[0].self_attn
-    x = mx.random.normal((1, 300, attention.q_proj.weight.shape[1]))
 
-    def outputs():
-        cache = mlx_lm_cache.make_prompt_cache(model)[0]
-        listed = CacheList(ArraysCache(1), cache)
-        prompt = attention(x, "causal", listed)
-        return [np.array(prompt), *(np.array(attention(x[:, :1], None, listed)) for _ in range(3))]
+    def outputs(listed):
+        model, _ = load()
+        attention, cache = model.layers[0].self_attn, mlx_lm_cache.make_prompt_cache(model)[0]
+        given = CacheList(ArraysCache(1), cache) if listed else cache
+        shape = 1, 300, attention.q_proj.weight.shape[1]
+        x = mx.random.normal(shape, key=mx.random.key(0))
+        prompt = attention(x, "causal", given)
+        assert cache.attention() is attention
+        return [np.array(prompt), *(np.array(attention(x[:, :1], None, given)) for _ in range(3))]
 
-    expected = outputs()
+    expected = outputs(listed=False)
     monkeypatch.setattr(Attention, "attend", staticmethod(attend))
-    model, _ = load()
-    attention = model.layers[0].self_attn
-    for made, other in zip(outputs(), expected):
+    for made, other in zip(outputs(listed=True), expected):
         np.testing.assert_allclose(made, other, atol=1e-5)
 
 
