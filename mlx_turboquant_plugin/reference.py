@@ -44,7 +44,7 @@ SIZES = 2.0 ** (np.arange(256) / 12 - 13)
 
 # What is tried around the root mean square, and the cost of errors along the vector.
 STEPS = (0, -1, 1, -2, 2)
-ALONG = 16
+ALONG = 1
 
 # Channels that are rounded at once, where errors are fed back.
 FEEDBACK_BLOCK = 4

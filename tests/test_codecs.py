@@ -179,7 +179,7 @@ def test_gaussian_error_is_as_expected(bits, dim):
     quantizer = LloydMax(bits)
     decoded = np.array(quantizer.decode(quantizer.encode(mx.array(x))))
     # A size fitted to each short vector does better than one for all.
-    assert 0.83 < relative_error(decoded, x) / LEAST[bits] < 1.05
+    assert 0.8 < relative_error(decoded, x) / LEAST[bits] < 1.02
 
 
 @every_lloyd_max
@@ -189,7 +189,7 @@ def test_the_search_for_the_size_keeps_more_of_the_length_along_the_vector(bits)
     decoded = np.array(quantizer.decode(quantizer.encode(mx.array(x))))
     along = np.sum(decoded * x, axis=-1) / np.sum(x * x, axis=-1)
     # The least error alone shortens by just that error (Max 1960).
-    assert -0.1 < (1 - along.mean()) / LEAST[bits] < 0.7
+    assert 0.6 < (1 - along.mean()) / LEAST[bits] < 0.8
 
 
 @every_dim

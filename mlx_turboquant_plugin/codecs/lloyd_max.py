@@ -60,7 +60,7 @@ SEARCH = (0, -1, 1, -2, 2)
 # How much more an error along the vector itself costs than one across it. The queries
 # that attend to a key point its way, so such an error scales the scores that matter;
 # and it makes all values of an average shorter or longer alike.
-ALONG = 16
+ALONG = 1
 
 
 @dataclass(frozen=True)

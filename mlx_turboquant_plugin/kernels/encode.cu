@@ -118,7 +118,7 @@ __device__ inline int encode_vector(
       along += missing * own[j];
     }
     along = warp_sum(along) / (rms * sqrtf(DIM));
-    error = warp_sum(error) + 16 * along * along;
+    error = warp_sum(error) + along * along;
     if (i == 0 || error < best) best = error, best_scale = scale;
   }
   float size = exp2f(best_scale / 12 - 13) / quantizer.unit;
