@@ -91,6 +91,10 @@ def test_making_caches_evaluates_no_weight(kind):
     assert all(isinstance(cache, CompressedKVCache) for cache in caches)
     assert mx.get_peak_memory() - before < 2**16
     assert not any(map(learned, caches))
+    # Nor does describing passes before there are codes.
+    for count in (20, 1, 1):
+        model(mx.zeros((1, count), mx.int32), cache=caches)
+    assert mx.get_peak_memory() - before < 2**16
     # What was looked at is what weighs so much.
     mx.eval(model.parameters())
     assert mx.get_active_memory() - before > (200e6 if kind != "quantised" else 50e6)

@@ -1,6 +1,7 @@
 """How attention reads a cache: a view of it, or keys and values as KVCache returns them."""
 
 import io
+import weakref
 from typing import Any, List, Optional, Tuple
 
 import mlx.core as mx
@@ -12,21 +13,41 @@ from ..log import log_once
 Pair = Tuple[mx.array, mx.array]
 
 
+# In passes of one token and in passes of more, which may be computed in different ways; None
+# where nobody knows yet.
+Known = List[Optional[bool]]
+
+
 class Reading:
     """What is known of how an attention module reads its caches, which all share it.
 
     Args:
         model: the type of its model, as in the setting ``opt_out``.
         casts_keys: whether it casts the keys that it gets; they are the same keys.
-        by_view: whether it reads views and nothing else, in passes of one token and in passes
-            of more, which may be computed in different ways; None where nobody knows yet.
+        by_view: whether it reads views and nothing else.
+        alone: whether attentions of its class that read views read nothing else; they share it.
     """
 
-    __slots__ = ("model", "casts_keys", "by_view")
+    __slots__ = ("model", "casts_keys", "by_view", "alone")
 
-    def __init__(self, model: str, casts_keys: bool = False, by_view: Optional[bool] = None):
+    def __init__(
+        self,
+        model: str,
+        casts_keys: bool = False,
+        by_view: Optional[bool] = None,
+        alone: Optional[Known] = None,
+    ):
         self.model, self.casts_keys = model, casts_keys
-        self.by_view: List[Optional[bool]] = [by_view, by_view]
+        self.by_view: Known = [by_view, by_view]
+        self.alone: Known = [None, None] if alone is None else alone
+
+
+_alone: "weakref.WeakKeyDictionary[type, Known]" = weakref.WeakKeyDictionary()
+
+
+def reading_of(attention: Any, model: str, casts_keys: bool) -> Reading:
+    """The reading of an attention module that has not read anything yet; see :class:`Reading`."""
+    return Reading(model, casts_keys, alone=_alone.setdefault(type(attention), [None, None]))
 
 
 class AttendedCache(_BaseCache):
@@ -101,23 +122,23 @@ class AttendedCache(_BaseCache):
             self.read = True
         return view
 
-    def settle(self, inputs: Any = None, outputs: Any = None) -> None:
+    def settle(self, outputs: Any = None) -> None:
         """The attention of the newest tokens has ended: learn how it reads.
 
         Args:
-            inputs, outputs: what it was called with and returned, arrays in trees. Looked at in
-                its first pass.
+            outputs: what it returned, arrays in a tree; looked at in the first pass of its class.
 
         Raises:
             RuntimeError: it got back what it gave, and did not read the view.
         """
         if self.view is None:
             return
-        by_view, several = self.reading.by_view, self.view.queries > 1
+        by_view, alone = self.reading.by_view, self.reading.alone
+        several = self.view.queries > 1
+        if self.read and alone[several] is None:
+            alone[several] = not _made_of(self.fetched, outputs)
         if by_view[several] is None:
-            by_view[several] = bool(self.read) and not _made_of(
-                self.fetched, inputs, outputs
-            )
+            by_view[several] = bool(self.read and alone[several])
         if self.read and (by_view[several] or self.hooked):
             return
         model = self.reading.model
@@ -149,14 +170,12 @@ class AttendedCache(_BaseCache):
         return tuple(mx.depends(view.apart.keys_and_values(), self.arrays))
 
 
-def _made_of(arrays: Pair, inputs: Any, outputs: Any) -> bool:
-    """Whether ``outputs``, not evaluated yet, were computed of ``inputs`` and ``arrays``."""
-    inputs, outputs = (
-        [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
-        for tree in (inputs, outputs)
-    )
-    # The graph ends there, and not with the model's first layer.
-    mx.eval(inputs)
+def _made_of(arrays: Pair, outputs: Any) -> bool:
+    """Whether ``outputs``, not evaluated yet, were computed of ``arrays``.
+
+    Their graph goes back to the model's first layer, so that of a later one is long.
+    """
+    outputs = [leaf for _, leaf in tree_flatten(outputs) if isinstance(leaf, mx.array)]
     graph = io.StringIO()
     mx.export_to_dot(graph, *outputs, keys=arrays[0], values=arrays[1])
     return any(f'"{name}" ->' in graph.getvalue() for name in ("keys", "values"))

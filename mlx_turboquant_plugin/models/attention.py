@@ -74,7 +74,7 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
                 cache.settle()
             raise
         if cache.whole or not cache.read:
-            cache.settle(given[parameters[0]], out)
+            cache.settle(out)
         cache.attending, cache.view, cache.fetched = False, None, None
     return out
 

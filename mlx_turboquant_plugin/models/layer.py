@@ -19,7 +19,7 @@ from .. import compiling
 from ..attention.dispatch import BRIDGE
 from ..attention.kernels import resolve_kernel
 from ..cache import Visibility
-from ..cache.reading import Reading
+from ..cache.reading import Reading, reading_of
 from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import SEGMENTED, CodecSpec, Knowledge, KVCodec
 from ..rules import PRESETS
@@ -169,7 +169,7 @@ def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Setti
         settings,
         in_force(),
         rope,
-        Reading(type(attention).__module__.rpartition(".")[2], family.casts_keys),
+        reading_of(attention, type(attention).__module__.rpartition(".")[2], family.casts_keys),
     )
 
 
