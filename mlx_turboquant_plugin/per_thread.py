@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
 
 import mlx.core as mx
 

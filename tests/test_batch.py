@@ -197,7 +197,7 @@ def test_left_padded_prompts_as_batchkvcache_takes_them():
     longest = max(lengths)
     sequences = [Sequence(i) for i in range(3)]
     batch = BatchCompressedKVCache([longest - n for n in lengths])
-    for row, alone in zip(batch.rows, [single() for _ in lengths]):
+    for row in batch.rows:
         row.bind(CODEC, "", "compiled", True, None)
     padded = []
     for name in ("queries", "keys", "values"):

@@ -297,8 +297,9 @@ def test_the_first_prompt_counts_by_itself(measure, monkeypatch):
     """That of KVCache is the first thing that a model does in the process."""
     order = []
     for name, part in (("_prefill", "prefill"), ("_decode", "decode")):
+        original = getattr(ModelBench, name)
 
-        def spy(bench, kind, *args, plain=getattr(ModelBench, name), part=part):
+        def spy(bench, kind, *args, plain=original, part=part):
             order.append((part, kind))
             return plain(bench, kind, *args)
 

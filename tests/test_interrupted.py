@@ -184,7 +184,7 @@ def test_a_recurrent_state_can_not_go_back(rows, tmp_path):
         lambda caches: [cache.extend(other) for cache, other in zip(copy.deepcopy(copies), caches)],
     ]
     for way in (*ways[:4], *(ways[4:5] if rows == 1 else ways[5:])):
-        with pytest.raises(RuntimeError, match="interrupted.*make the prompt cache again"):
+        with pytest.raises(RuntimeError, match=r"interrupted.*make the prompt cache again"):
             way(caches)
     model(tokens[:, :1], cache=copies)
 

@@ -296,7 +296,7 @@ def test_a_full_ring_refuses_arrays_for_one_query(filled, layer):
     attention(mx.random.normal((1, filled, width)), cache.make_mask(filled), cache)
     before, one = contents(cache), mx.random.normal((1, 1, width))
     mask = mx.ones((RING,), mx.bool_)
-    with pytest.raises(ValueError, match="order.*Pass mask=None"):
+    with pytest.raises(ValueError, match=r"order.*Pass mask=None"):
         attention(one, mask, cache)
     for x, y in zip(before, contents(cache)):
         np.testing.assert_array_equal(x, y)
@@ -304,5 +304,5 @@ def test_a_full_ring_refuses_arrays_for_one_query(filled, layer):
     # Where nothing sees the mask before, attention itself refuses it.
     queries, new = random(1, HEADS, 1), random(1, KV_HEADS, 1)
     ours = Caches.single((filled,), RING).ours[0]
-    with pytest.raises(ValueError, match="order.*Pass mask=None"):
+    with pytest.raises(ValueError, match=r"order.*Pass mask=None"):
         attend_by("tiles", appended(ours, new, new), ours, queries, mask)

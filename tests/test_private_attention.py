@@ -215,7 +215,7 @@ def test_who_has_read_views_must_go_on(rows, count, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Attention, "attend", staticmethod(by_itself))
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="attention of qwen2 .*TURBOQUANT_OPT_OUT=qwen2"):
+            with pytest.raises(RuntimeError, match=r"attention of qwen2 .*TURBOQUANT_OPT_OUT=qwen2"):
                 model(tokens[:, :count], cache=caches)
     assert [cache.size() for cache in caches] == before
     again, _ = tiny.logits(model, tokens[:, :count], caches, chunk=count)

@@ -12,7 +12,13 @@ from mlx_turboquant_plugin.codecs.kv_codec import KVCodec
 from mlx_turboquant_plugin.evaluation import selftest
 from mlx_turboquant_plugin.evaluation.cases import QUICK, table
 from mlx_turboquant_plugin.evaluation.selftest import check
-from mlx_turboquant_plugin.kernels import cuda, cuda_encode, cuda_portable, cuda_source, fused_kernels
+from mlx_turboquant_plugin.kernels import (
+    cuda,
+    cuda_encode,
+    cuda_portable,
+    cuda_source,
+    fused_kernels,
+)
 
 PROMPTS = [case for case in QUICK if case.count > 16]
 

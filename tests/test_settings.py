@@ -227,7 +227,7 @@ def test_a_mistake_in_an_override(overrides, message):
 
 
 def test_settings_made_by_hand_are_checked():
-    with pytest.raises(SettingsError, match="window .default. is 33"):
+    with pytest.raises(SettingsError, match=r"window .default. is 33"):
         Settings(window=33)
     assert hash(Settings(sources={"sinks": "here"})) == hash(Settings())
 

@@ -11,7 +11,8 @@ head dims of its first call, such as the factor of the Hadamard transform.
 """
 
 import functools
-from typing import Callable, NamedTuple, Optional, Tuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -25,7 +26,7 @@ MASKED = -1e30
 
 # Over some tokens: the highest score (B, H, R, 1), and, of e to the power of each score less
 # that, the total (B, H, R, 1) and the sum of values weighed with it (B, H, R, D_v).
-Sums = Tuple[mx.array, mx.array, mx.array]
+Sums = tuple[mx.array, mx.array, mx.array]
 
 _traces = 0
 
@@ -60,7 +61,7 @@ class AttentionFunctions(NamedTuple):
     finish: Callable
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
     """The functions for one kind of codec, as they are or under ``mx.compile``."""
     keys = key_quantizer(spec.key_codec, spec.key_bits)
@@ -128,7 +129,7 @@ def _compiled(function: Callable) -> Callable:
     return compiling.compiled(traced)
 
 
-def _masked(scores: mx.array, mask: Optional[mx.array]) -> mx.array:
+def _masked(scores: mx.array, mask: mx.array | None) -> mx.array:
     if mask is None:
         return scores
     if mask.dtype == mx.bool_:

@@ -1,7 +1,7 @@
 """Attention of the newest token of every row of a batch, all rows at once."""
 
 import functools
-from typing import Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -19,9 +19,9 @@ def attend_packed(
     rows: PackedRows,
     scale: float,
     functions: AttentionFunctions,
-    mask: Optional[mx.array],
+    mask: mx.array | None,
     left_padding: Sequence[int],
-    learned_sinks: Optional[mx.array] = None,
+    learned_sinks: mx.array | None = None,
 ) -> mx.array:
     """Attention of ``queries`` (B, H_q, 1, D); returns (B, H_q, 1, D_v).
 
@@ -71,7 +71,7 @@ def _per_head(mask: mx.array, queries: mx.array, rows: PackedRows) -> mx.array:
 @functools.lru_cache(maxsize=4)
 def _masks(
     lengths: Sequence[int], exact_start: Sequence[int], exact: int, visibility: Visibility
-) -> Tuple[mx.array, int, mx.array]:
+) -> tuple[mx.array, int, mx.array]:
     """What the newest token of each row sees.
 
     Args:

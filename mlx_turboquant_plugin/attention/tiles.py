@@ -4,7 +4,6 @@ No array of all the scores and no dequantised copy of all the keys is ever made,
 every query sees what the rule of visibility says, however the prompt was cut into chunks.
 """
 
-from typing import Optional
 
 import mlx.core as mx
 
@@ -25,7 +24,7 @@ def attend_tiles(
     scale: float,
     mask: Mask,
     functions: AttentionFunctions,
-    learned_sinks: Optional[mx.array] = None,
+    learned_sinks: mx.array | None = None,
 ) -> mx.array:
     """Attention of ``queries`` (B, H_q, N, D) over ``view``; returns (B, H_q, N, D_v).
 
@@ -119,7 +118,7 @@ def _masks(
     return exact_mask, code_mask
 
 
-def _per_row(mask: Optional[mx.array], groups: int, kv_heads: int) -> Optional[mx.array]:
+def _per_row(mask: mx.array | None, groups: int, kv_heads: int) -> mx.array | None:
     """A mask (..., N, T), or (T,), for rows that are pairs of a query head and a position."""
     if mask is None or mask.ndim == 1 or groups == 1:
         return mask

@@ -1,7 +1,6 @@
 """Looking at a prompt cache file before mlx-lm reads it."""
 
 import os
-from typing import List, Union
 
 from mlx_lm.models import cache as mlx_lm_cache
 from safetensors import SafetensorError, safe_open
@@ -9,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 REMEDY = "make it again with mlx_lm.cache_prompt or save_prompt_cache"
 
 
-def check_file(path: Union[str, os.PathLike]) -> List[str]:
+def check_file(path: str | os.PathLike) -> list[str]:
     """The classes of the caches in ``path``, a whole file of mlx-lm's ``save_prompt_cache``.
 
     Raises:

@@ -1,7 +1,7 @@
 """How attention reads a cache: a view of it, or keys and values as KVCache returns them."""
 
 import io
-from typing import Any, List, Optional, Tuple
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -9,7 +9,7 @@ from mlx_lm.models.cache import _BaseCache
 
 from ..log import log_once
 
-Pair = Tuple[mx.array, mx.array]
+Pair = tuple[mx.array, mx.array]
 
 
 class Reading:
@@ -22,11 +22,11 @@ class Reading:
             of more, which may be computed in different ways; None where nobody knows yet.
     """
 
-    __slots__ = ("model", "casts_keys", "by_view")
+    __slots__ = ("by_view", "casts_keys", "model")
 
-    def __init__(self, model: str, casts_keys: bool = False, by_view: Optional[bool] = None):
+    def __init__(self, model: str, casts_keys: bool = False, by_view: bool | None = None):
         self.model, self.casts_keys = model, casts_keys
-        self.by_view: List[Optional[bool]] = [by_view, by_view]
+        self.by_view: list[bool | None] = [by_view, by_view]
 
 
 class AttendedCache(_BaseCache):
@@ -53,9 +53,9 @@ class AttendedCache(_BaseCache):
     # Of whoever sets ``attending``.
     reading = Reading("MODEL_TYPE", by_view=True)
     view: Any = None
-    fetched: Optional[Pair] = None
+    fetched: Pair | None = None
     whole = True
-    read: Optional[bool] = None
+    read: bool | None = None
     interrupted = False
 
     def __getattr__(self, name: str) -> Any:

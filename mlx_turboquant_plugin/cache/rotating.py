@@ -1,6 +1,5 @@
 """The compressed KV cache of one sequence that forgets: for ``max_kv_size``."""
 
-from typing import Optional
 
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
@@ -28,7 +27,7 @@ class RotatingCompressedKVCache(CompressedKVCache):
         self,
         max_size: int,
         keep: int = 0,
-        codec: Optional[KVCodec] = None,
+        codec: KVCodec | None = None,
         visibility: Visibility = Visibility(),
         kernel: str = "eager",
     ):
@@ -75,7 +74,7 @@ class RotatingCompressedKVCache(CompressedKVCache):
         return cache
 
     def make_mask(
-        self, N: int, window_size: Optional[int] = None, return_array: bool = False
+        self, N: int, window_size: int | None = None, return_array: bool = False
     ):
         if window_size not in (None, self.max_size):
             raise ValueError(

@@ -2,15 +2,15 @@
 
 import functools
 import json
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
 from ..codecs.segmented import FIRST_BITS
-from ..rules import CODEC_BITS
 from ..per_thread import release
+from ..rules import CODEC_BITS
 from .exact import ExactTokens
 from .visibility import BLOCK, Ring, Visibility
 
@@ -119,11 +119,11 @@ def check_fits(cache: "CompressedKVCache", codec: KVCodec, fingerprint: Any) -> 
 # mlx-lm asks for the state of every layer after every chunk of a prompt.
 @functools.lru_cache(maxsize=64)
 def _description(
-    spec: Optional[CodecSpec],
-    checksum: Optional[int],
+    spec: CodecSpec | None,
+    checksum: int | None,
     visibility: Visibility,
     first_coded: int,
-    ring: Optional[Ring],
+    ring: Ring | None,
 ) -> str:
     parts = {
         "codec": spec and spec._asdict(),

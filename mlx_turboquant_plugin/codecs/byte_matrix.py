@@ -6,14 +6,13 @@ scales are 1 here, and its biases take the offset of the bytes away.
 """
 
 import functools
-from typing import Tuple
 
 import mlx.core as mx
 
 # The columns that share a scale in quantized_matmul.
 GROUP = 32
 
-Prepared = Tuple[mx.array, ...]
+Prepared = tuple[mx.array, ...]
 
 
 def prepare(matrix: mx.array, offset: float) -> Prepared:
@@ -36,7 +35,7 @@ def multiply(a: mx.array, prepared: Prepared, offset: float) -> mx.array:
 
 
 @functools.lru_cache(maxsize=8)
-def constants(shape: Tuple[int, ...], offset: float) -> Tuple[mx.array, mx.array]:
+def constants(shape: tuple[int, ...], offset: float) -> tuple[mx.array, mx.array]:
     """Scales and biases, fp32, for all matrices with as many groups as ``shape`` says."""
     pair = mx.ones(shape), mx.full(shape, -offset)
     mx.eval(pair)

@@ -11,7 +11,7 @@ over the rotary pairs (1, 2) with the angles theta_f of the model's own rope obj
 """
 
 import weakref
-from typing import Any, Dict, Optional, Set, Tuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -28,7 +28,7 @@ SETUP = mx.cpu
 
 # Of the cosines and the sines of each pair, fp32 (B, H, R, 1, F), and what the channels
 # that are not rotated add to every score, (B, H, R, 1), if there are any.
-Coefficients = Tuple[mx.array, mx.array, Optional[mx.array]]
+Coefficients = tuple[mx.array, mx.array, mx.array | None]
 
 
 class RotaryTable:
@@ -57,8 +57,8 @@ class RotaryTable:
 
     def __init__(self, rope: Any, head_dim: int):
         self.head_dim = head_dim
-        self.derived: Dict[Any, Tuple[mx.array, ...]] = {}
-        self.agreeing: Set[type] = set()
+        self.derived: dict[Any, tuple[mx.array, ...]] = {}
+        self.agreeing: set[type] = set()
         self._rope = rope if rope is not None else (lambda x, offset: x)
         with mx.stream(SETUP):
             self._set_up(rope)
@@ -78,7 +78,7 @@ class RotaryTable:
         mx.eval(self.arrays)
 
     @property
-    def arrays(self) -> Tuple[mx.array, ...]:
+    def arrays(self) -> tuple[mx.array, ...]:
         fixed = self.fine, self.even, self.odd, *self.middle
         derived = (x for arrays in self.derived.values() for x in arrays)
         return *fixed, *self.coarse, *derived
@@ -93,7 +93,7 @@ class RotaryTable:
             self.derived = {}
             self._blocks = blocks
 
-    def blocks(self, count: int) -> Tuple[mx.array, mx.array]:
+    def blocks(self, count: int) -> tuple[mx.array, mx.array]:
         """(cos, sin), fp32 (count, F), at the positions 0, BLOCK, 2 BLOCK, ..."""
         self.reach(count)
         cos, sin = self.coarse
@@ -107,7 +107,7 @@ class RotaryTable:
         back = one * cos + two * sin, two * cos - one * sin
         return self.joined(*(y / square for y in back), rest)
 
-    def pairs(self, x: mx.array) -> Tuple[mx.array, mx.array, mx.array]:
+    def pairs(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Both channels of each pair of ``x`` (..., D), (..., F) each, and the other channels."""
         turned, rest = x[..., : self.dims], x[..., self.dims :]
         if self.traditional:
@@ -126,7 +126,7 @@ class RotaryTable:
         shape = (-1, 2) if self.traditional else (2, x.shape[-1] // 2)
         return mx.sum(x.reshape(*x.shape[:-1], *shape), axis=-1 if self.traditional else -2)
 
-    def _turns(self, far: int) -> Tuple[np.ndarray, np.ndarray]:
+    def _turns(self, far: int) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin at the first positions, fp32 (F, BLOCK), of magnitude 1 whatever the rope's.
 
         Multiples of one angle, found by the turns at the positions 1 and ``far``: the rope's own
@@ -138,7 +138,7 @@ class RotaryTable:
         turns = np.exp(1j * angle[:, None] * np.arange(BLOCK))
         return turns.real.astype(np.float32), turns.imag.astype(np.float32)
 
-    def _angles(self, positions: mx.array) -> Tuple[mx.array, mx.array]:
+    def _angles(self, positions: mx.array) -> tuple[mx.array, mx.array]:
         # RoPE turns the pair (1, 0) into (cos, sin).
         count = self.dims // 2
         probe = self.joined(mx.ones(count), mx.zeros(count), mx.zeros(self.head_dim - self.dims))
@@ -195,7 +195,7 @@ class KeyBias:
         mx.eval(self.bias, self._factors)
 
     @property
-    def arrays(self) -> Tuple[mx.array, ...]:
+    def arrays(self) -> tuple[mx.array, ...]:
         """What one layer keeps for its bias, besides the table."""
         return self.bias, self._factors
 
@@ -265,6 +265,6 @@ class KeyBias:
 
 
 @compiled
-def _turn(c: mx.array, s: mx.array, cos: mx.array, sin: mx.array) -> Tuple[mx.array, mx.array]:
+def _turn(c: mx.array, s: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
     """Coefficients (..., 1, F) for positions that are counted from where the angles are."""
     return c * cos + s * sin, s * cos - c * sin

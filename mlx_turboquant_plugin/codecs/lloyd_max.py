@@ -7,8 +7,9 @@ N(0, 1) (Lloyd 1957, Max 1960), and one scale per vector is stored.
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable, Tuple
+from typing import Any
 
 import mlx.core as mx
 
@@ -34,9 +35,9 @@ class Codebook:
         curve: (a, d, shift, b) of the whole-number curve through them, see :func:`level_bytes`.
     """
 
-    levels: Tuple[float, ...]
+    levels: tuple[float, ...]
     unit: float
-    curve: Tuple[int, int, int, int]
+    curve: tuple[int, int, int, int]
 
 
 # Mean squared errors for N(0, 1): 0.11748, 0.03455 and 0.00951, at most 0.15% above
@@ -75,18 +76,18 @@ class LloydMax:
     bits: int
     offset = OFFSET
 
-    def encode(self, x: mx.array) -> Tuple[mx.array, ...]:
+    def encode(self, x: mx.array) -> tuple[mx.array, ...]:
         """The codes of rotated vectors ``x``, fp32 (..., T, D)."""
         codes, scale = searched(x, _coder(self.bits))
         return (*packing.pack(codes, self.bits), scale)
 
-    def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
+    def decode(self, codes: tuple[mx.array, ...]) -> mx.array:
         """The vectors, fp32 (..., T, D) and still rotated, that token-major ``codes`` stand for."""
         *packed, scale = codes
         levels = level_bytes(packing.unpack(packed, self.bits), self.bits)
         return (levels.astype(mx.float32) - OFFSET) * self._width(scale)
 
-    def expand(self, codes: Tuple[mx.array, ...], axis: int) -> Tuple[Prepared, mx.array]:
+    def expand(self, codes: tuple[mx.array, ...], axis: int) -> tuple[Prepared, mx.array]:
         """The levels as a matrix for products, and the scales.
 
         Args:
@@ -143,7 +144,7 @@ def level_bytes(codes: mx.array, bits: int) -> mx.array:
     return (((b + ((j * (a * j + d)) >> shift)) * u >> 8) + 128).astype(mx.uint8)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _levels(bits: int) -> Callable:
     """:func:`level_bytes` of any number of codes, in few passes over them."""
     return compiled(lambda codes: level_bytes(codes, bits))
@@ -172,7 +173,7 @@ def _coder(bits: int) -> Callable:
     return coded
 
 
-def searched(x: mx.array, coded: Callable, shift: Any = 0) -> Tuple[mx.array, mx.array]:
+def searched(x: mx.array, coded: Callable, shift: Any = 0) -> tuple[mx.array, mx.array]:
     """Codes of ``x``, fp32 (..., T, D), with the scale near the root mean square that loses least.
 
     Args:

@@ -8,7 +8,7 @@ nothing is lost to padding.
 """
 
 import functools
-from typing import Callable, Sequence, Tuple
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -17,7 +17,7 @@ from ..compiling import compiled
 FIELDS = {2: 4, 3: 8, 4: 2, 8: 1}
 
 
-def pack(codes: mx.array, bits: int) -> Tuple[mx.array, ...]:
+def pack(codes: mx.array, bits: int) -> tuple[mx.array, ...]:
     """Pack ``codes`` (..., D), uint8, of ``bits`` bits each; D must be a multiple of 8.
 
     Returns:
@@ -38,7 +38,7 @@ def unpack(packed: Sequence[mx.array], bits: int, axis: int = -1) -> mx.array:
     return _joined_fields(bits, axis)(*(x.view(mx.uint32) for x in packed)).view(mx.uint8)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _joined_fields(bits: int, axis: int) -> Callable:
     """The function from packed codes, in bytes or in words, to their fields, joined."""
 

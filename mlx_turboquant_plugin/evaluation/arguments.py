@@ -2,8 +2,9 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, List, Union
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -61,7 +62,7 @@ def _try_to_write(path: Path) -> None:
         path.unlink()
 
 
-def write(path: Path, content: Union[str, bytes]) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Write a file, text in UTF-8.
 
     Raises:
@@ -93,7 +94,7 @@ def add_text_arguments(parser: argparse.ArgumentParser, windows: int) -> None:
     )
 
 
-def read_windows(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> List[np.ndarray]:
+def read_windows(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> list[np.ndarray]:
     """The windows of token ids that the arguments ask for.
 
     Raises:

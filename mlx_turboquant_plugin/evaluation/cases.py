@@ -1,8 +1,8 @@
 """The cases of ``mlx_turboquant selftest``: shapes, codecs, dtypes and what caches hold."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, product
-from typing import Iterable, Iterator, Sequence, Tuple
 
 from ..attention.fused import MAX_QUERIES
 
@@ -31,9 +31,9 @@ class Case:
     value_dim: int = 128
     groups: int = 4
     count: int = 1
-    lengths: Tuple[int, ...] = (333,)
-    keys: Tuple[str, int] = ("lloyd-max", 4)
-    values: Tuple[str, int] = ("lloyd-max", 3)
+    lengths: tuple[int, ...] = (333,)
+    keys: tuple[str, int] = ("lloyd-max", 4)
+    values: tuple[str, int] = ("lloyd-max", 3)
     dtype: str = "float32"
     extras: bool = False
     rope: str = "halves"
@@ -129,7 +129,7 @@ def table(everything: bool = False) -> Iterator[Case]:
 
 # One case in so many for a part of the table. The numbers have no factor in common with the
 # lengths of the axes, so that the values of each are shared out evenly.
-Share = Tuple[int, Iterable[Case]]
+Share = tuple[int, Iterable[Case]]
 
 
 def _decoding() -> Iterator[Share]:
@@ -222,7 +222,7 @@ def _codecs(counts: Sequence[int]) -> Iterator[Case]:
         )
 
 
-def _batches(count: int, shortest: Tuple[int, ...]) -> Iterator[Case]:
+def _batches(count: int, shortest: tuple[int, ...]) -> Iterator[Case]:
     several = (69, 101, 333), (700, 50), (129,) * 5, tuple(range(100, 500, 50))
     for lengths, dim in product((shortest, *several), (80, 128)):
         yield case(dim, count=count, lengths=lengths, groups=2, extras=len(lengths) == 3)

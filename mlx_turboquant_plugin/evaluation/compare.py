@@ -9,9 +9,10 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -133,11 +134,11 @@ class Comparison:
             for arm in self.arms
         }
         self._sizes[EXACT.name] = [bf16_bytes(self.shapes, length) for length in self._lengths]
-        self.parts: List[List[Divergence]] = []
-        self._runs: List[List[Run]] = []
-        self._by_layer: List[float] = []
-        self._generations: Dict[str, Generation] = {}
-        self._answers: List[Answers] = []
+        self.parts: list[list[Divergence]] = []
+        self._runs: list[list[Run]] = []
+        self._by_layer: list[float] = []
+        self._generations: dict[str, Generation] = {}
+        self._answers: list[Answers] = []
 
     def measure(self) -> None:
         """Read the windows, generate, and answer the tasks: what is done is kept."""

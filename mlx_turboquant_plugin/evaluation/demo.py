@@ -2,9 +2,9 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Iterator, Optional
 
 import mlx.core as mx
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _continued(path: str, text: Optional[str], max_tokens: int) -> Iterator[str]:
+def _continued(path: str, text: str | None, max_tokens: int) -> Iterator[str]:
     compiling.here()
     model, tokenizer = load_model(path)
     prompt = tokenizer.encode(PROMPT.read_text("utf-8") if text is None else text)

@@ -10,9 +10,10 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(
-    args: argparse.Namespace, windows: int, heads: List[HeadDrift], layers: List[LayerDrift]
+    args: argparse.Namespace, windows: int, heads: list[HeadDrift], layers: list[LayerDrift]
 ) -> None:
     try:
         sys.stdout.write("\n".join(_lines(args, windows, heads, layers)) + "\n")
@@ -110,8 +111,8 @@ def _show(
 
 
 def measure(
-    model: nn.Module, windows: List[np.ndarray], chunk: int, preset: str
-) -> Iterator[Tuple[List[HeadDrift], List[LayerDrift]]]:
+    model: nn.Module, windows: list[np.ndarray], chunk: int, preset: str
+) -> Iterator[tuple[list[HeadDrift], list[LayerDrift]]]:
     """The errors of every KV head and of every layer, over the windows so far: after each.
 
     Yields:
@@ -152,8 +153,8 @@ def measure(
 
 
 def _drifts(
-    sums: Dict[int, List[np.ndarray]], kls: np.ndarray
-) -> Tuple[List[HeadDrift], List[LayerDrift]]:
+    sums: dict[int, list[np.ndarray]], kls: np.ndarray
+) -> tuple[list[HeadDrift], list[LayerDrift]]:
     """The sums of each window, by layer, and the mean KL of each layer, as ratios."""
     heads, layers = [], []
     for (i, found), kl in zip(sums.items(), kls):
@@ -163,7 +164,7 @@ def _drifts(
     return heads, layers
 
 
-def _ratios(sums: np.ndarray) -> List[float]:
+def _ratios(sums: np.ndarray) -> list[float]:
     score, keys, values, both, output, queries = sums
     return [float(x) for x in np.sqrt([score / queries, *(np.array([keys, values, both]) / output)])]
 
@@ -180,7 +181,7 @@ class Probe(KVCache):
         super().__init__()
         self.codec, self.visibility = codec, visibility
         self.sums: Any = 0.0
-        self._decoded: List[KVCache] = [KVCache()]
+        self._decoded: list[KVCache] = [KVCache()]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array):
         decoded = (
@@ -256,14 +257,14 @@ def _queries_seen(model: nn.Module) -> Iterator[None]:
             setattr(module, name, original)
 
 
-def outstanding(layers: List[LayerDrift]) -> List[LayerDrift]:
+def outstanding(layers: list[LayerDrift]) -> list[LayerDrift]:
     """The layers whose KL is more than twice the median of all layers'."""
     limit = OUTSTANDING * statistics.median(layer.kl for layer in layers)
     return [layer for layer in layers if layer.kl > limit]
 
 
 def _lines(
-    args: argparse.Namespace, windows: int, heads: List[HeadDrift], layers: List[LayerDrift]
+    args: argparse.Namespace, windows: int, heads: list[HeadDrift], layers: list[LayerDrift]
 ) -> Iterator[str]:
     yield (
         f"{args.model}, preset {args.preset}: {windows} x {args.length} tokens in chunks of "

@@ -1,7 +1,7 @@
 """The charts of the page that ``mlx_turboquant compare`` writes."""
 
+from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Iterator, List, Optional, Sequence, Tuple
 
 from . import plots
 from .report import Report, Result
@@ -42,7 +42,7 @@ def _quality_against_size(report: Report, lossy: Sequence[int]) -> tuple:
     )
 
 
-def _rise(r: Result) -> Optional[Tuple[float, float]]:
+def _rise(r: Result) -> tuple[float, float] | None:
     """The interval of the KL, for a logarithmic axis."""
     kl = r.summary.kl
     return None if kl.low is None else (max(kl.low, FLOOR), max(kl.high, FLOOR))
@@ -118,7 +118,7 @@ def _by_layer(report: Report) -> tuple:
 
 
 def _changes(report: Report, shown: Sequence[int]) -> tuple:
-    points: List[plots.Point] = []
+    points: list[plots.Point] = []
     ends = [-0.1, 0.1]
     for row, i in enumerate(shown):
         name, change = report.results[i].name, report.results[i].summary.change

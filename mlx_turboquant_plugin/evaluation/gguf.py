@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import mlx.core as mx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -46,7 +46,7 @@ def convert(source: Path, folder: Path) -> None:
     _tokenizer(metadata).save_pretrained(folder)
 
 
-def dense(arrays: Dict[str, mx.array], heads: int, kv_heads: int) -> Dict[str, mx.array]:
+def dense(arrays: dict[str, mx.array], heads: int, kv_heads: int) -> dict[str, mx.array]:
     """mlx-lm's weights, bfloat16, from the arrays of ``mx.load``: a GGUF's, quantised or not.
 
     GGUF has the pairs of channels that RoPE turns side by side, mlx-lm in two halves of a head.
@@ -72,7 +72,7 @@ def dense(arrays: Dict[str, mx.array], heads: int, kv_heads: int) -> Dict[str, m
     return weights
 
 
-def _config(metadata: Dict[str, Any], tied: bool) -> Dict[str, Any]:
+def _config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
     def number(key):
         return metadata[f"llama.{key}"].item()
 
@@ -93,7 +93,7 @@ def _config(metadata: Dict[str, Any], tied: bool) -> Dict[str, Any]:
     }
 
 
-def _tokenizer(metadata: Dict[str, Any]) -> PreTrainedTokenizerFast:
+def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
     """SmolLM's: bytes in pairs, digits one by one."""
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]

@@ -1,9 +1,9 @@
 """The report of ``mlx_turboquant compare`` as one page that needs nothing else."""
 
 import re
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import Iterator, Sequence
 
 from . import plots
 from .figures import QUOTED, figures

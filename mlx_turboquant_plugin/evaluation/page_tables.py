@@ -1,7 +1,8 @@
 """The tables of the page that ``mlx_turboquant compare`` writes."""
 
+from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 from . import plots
 from .figures import FLOOR, QUOTED

@@ -4,9 +4,9 @@ Only questions that one of the two answers and the other does not tell them apar
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Sequence
 
 from .statistics import CONFIDENCE, Interval
 

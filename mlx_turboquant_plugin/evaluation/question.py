@@ -1,6 +1,7 @@
 """The demo on a real model: a document is read once, and asked about uncompressed and compressed."""
 
-from typing import Any, Iterator, List
+from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,12 +42,12 @@ def ask(model: nn.Module, tokenizer: Any, document: str, max_tokens: int) -> Ite
     return _lines(snapshot, start, exact, ours, _token_bytes(caches), _code_bytes(ours_caches))
 
 
-def _chat(tokenizer: Any, text: str) -> List[int]:
+def _chat(tokenizer: Any, text: str) -> list[int]:
     messages = [{"role": "user", "content": text}]
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
 
-def _read(model: nn.Module, tokens: mx.array) -> List[KVCache]:
+def _read(model: nn.Module, tokens: mx.array) -> list[KVCache]:
     """Uncompressed caches that hold ``tokens`` (1, L)."""
     caches = prompt_cache(model)
     # On a CPU a stream is one thread: two chunks follow each other through the layers.
@@ -58,7 +59,7 @@ def _read(model: nn.Module, tokens: mx.array) -> List[KVCache]:
     return caches
 
 
-def _copied(caches: List[KVCache], empty: List[Any]) -> List[Any]:
+def _copied(caches: list[KVCache], empty: list[Any]) -> list[Any]:
     """``empty`` caches, filled with what the others hold."""
     for cache, other in zip(caches, empty):
         other.update_and_fetch(*(x[..., : cache.offset, :] for x in (cache.keys, cache.values)))
@@ -66,12 +67,12 @@ def _copied(caches: List[KVCache], empty: List[Any]) -> List[Any]:
     return empty
 
 
-def _token_bytes(caches: List[KVCache]) -> float:
+def _token_bytes(caches: list[KVCache]) -> float:
     """Bytes of a token in all layers together."""
     return sum((cache.keys.nbytes + cache.values.nbytes) / cache.keys.shape[2] for cache in caches)
 
 
-def _code_bytes(caches: List[Any]) -> float:
+def _code_bytes(caches: list[Any]) -> float:
     """Bytes of a token that is compressed, in all layers together."""
     return sum(
         sum(x.nbytes for x in (*cache.key_codes, *cache.value_codes)) / cache.coded

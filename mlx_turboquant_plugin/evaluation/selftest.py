@@ -69,10 +69,11 @@ import functools
 import signal
 import sys
 import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
-from typing import Iterator, List, NamedTuple, Sequence, Tuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -85,8 +86,8 @@ from ..attention.fused import MAX_QUERIES, fallbacks_heard
 from ..attention.kernels import available_kernels, resolve_kernel
 from ..cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
 from ..codecs.key_bias import KeyBias
+from ..codecs.kv_codec import CodecSpec, Codes, KVCodec
 from ..codecs.segmented import FIRST_BITS, USUAL_BITS
-from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
 from ..kernels import FUSED, fused_kernels
 from ..rules import KERNELS
 from . import stored
@@ -240,7 +241,7 @@ class _Layer:
         cache.attending = False
         return out
 
-    def expected(self) -> Tuple[np.ndarray, float]:
+    def expected(self) -> tuple[np.ndarray, float]:
         """The same in fp64, and how far off it may be."""
         outs, score, value = [], 0.0, 0.0
         for index, length in enumerate(self.case.lengths):
@@ -328,7 +329,7 @@ class _Layer:
         return reference.feedback(np.split(weights[self._cut[0][h]], 2)[segment])
 
     @property
-    def _cut(self) -> Tuple[np.ndarray, np.ndarray]:
+    def _cut(self) -> tuple[np.ndarray, np.ndarray]:
         """The order of the channels, (H, D), and the bits of the first segment, (H,)."""
         if self.layout is None:
             return np.array([range(self.case.dim)] * KV_HEADS), np.array([USUAL_BITS] * KV_HEADS)
@@ -350,10 +351,10 @@ class _Layer:
         return inexact
 
     @functools.cached_property
-    def _fp64_rows(self) -> List[Tuple[np.ndarray, ...]]:
+    def _fp64_rows(self) -> list[tuple[np.ndarray, ...]]:
         return [self._row(index) for index in range(len(self.rows))]
 
-    def _row(self, index: int) -> Tuple[np.ndarray, ...]:
+    def _row(self, index: int) -> tuple[np.ndarray, ...]:
         """Keys and values of a sequence in fp64, and as decoded: zeros where they are exact."""
         row = self.coded[index]
         keys, values = _fp64(self.keys[index]), _fp64(self.values[index])

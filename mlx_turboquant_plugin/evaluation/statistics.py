@@ -5,9 +5,9 @@ Both runs read the same windows, so each draw takes both sides of a window (pair
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Callable, Optional, Sequence
 
 import numpy as np
 
@@ -42,8 +42,8 @@ class Interval:
     """An estimate and its 95% confidence interval; None with too few windows for one."""
 
     estimate: float
-    low: Optional[float]
-    high: Optional[float]
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)

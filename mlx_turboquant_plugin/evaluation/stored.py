@@ -3,7 +3,7 @@
 For ``mlx_turboquant selftest``. Codes are token-major arrays, rotated vectors (..., T, D).
 """
 
-from typing import Sequence, Tuple
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def levels(arrays: Sequence[np.ndarray], codec: str, bits: int) -> np.ndarray:
 
 def segments(
     arrays: Sequence[np.ndarray], first_bits: np.ndarray
-) -> Sequence[Tuple[np.ndarray, np.ndarray]]:
+) -> Sequence[tuple[np.ndarray, np.ndarray]]:
     """Codes and sizes of both segments of keys, see :func:`reference.encode_segments`."""
     packed, sizes = (x.astype(int) for x in arrays)
     place = 2 ** (8 - first_bits)[:, None, None]

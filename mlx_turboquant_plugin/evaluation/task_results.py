@@ -1,7 +1,8 @@
 """How each arm's answers to the tasks compare with the exact run's."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Callable, Dict, Iterator, List, Sequence
+from typing import Any
 
 import mlx.nn as nn
 import numpy as np
@@ -64,13 +65,13 @@ class TaskReport:
         answers: each single answer, as plain data.
     """
 
-    results: List[TaskResult]
-    cells: List[Cell]
-    answers: List[Dict[str, Any]]
+    results: list[TaskResult]
+    cells: list[Cell]
+    answers: list[dict[str, Any]]
 
 
 # By arm and origin of the cache.
-Answers = Dict[str, Dict[str, Answer]]
+Answers = dict[str, dict[str, Answer]]
 
 
 def answers(
@@ -165,7 +166,7 @@ def lines(report: TaskReport) -> Iterator[str]:
 def by_place(cells: Sequence[Cell]) -> tuple:
     """Columns, one for each length and depth, and rows, one for each arm, of a table."""
     places = dict.fromkeys((cell.length, cell.depth) for cell in cells)
-    rows: Dict[str, Dict[tuple, Cell]] = {}
+    rows: dict[str, dict[tuple, Cell]] = {}
     for cell in cells:
         rows.setdefault(cell.arm, {})[cell.length, cell.depth] = cell
     columns = [Column("arm", "<", lambda row: next(iter(row.values())).arm)]

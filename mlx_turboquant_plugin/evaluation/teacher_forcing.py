@@ -5,8 +5,9 @@ of them, and the logits of one chunk are all that is ever held.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, List, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -83,7 +84,7 @@ def join(parts: Sequence[Divergence]) -> Divergence:
 
 
 def diverge(
-    model: nn.Module, tokens: mx.array, chunk: int, exact: List[Any], compressed: List[Any]
+    model: nn.Module, tokens: mx.array, chunk: int, exact: list[Any], compressed: list[Any]
 ) -> Divergence:
     """Feed ``tokens`` (L,) through two empty prompt caches and compare the logits.
 
@@ -108,14 +109,14 @@ def lockstep(
     tokens: mx.array,
     chunk: int,
     progress: Callable[[int], Any] = lambda done: None,
-) -> List[Divergence]:
+) -> list[Divergence]:
     """Feed ``tokens`` (L,) to the exact run and to ``runs``; the divergence of each of these.
 
     Args:
         chunk: tokens per forward pass; the last chunk may be shorter.
         progress: called with the number of tokens after each forward pass.
     """
-    parts: List[List[Divergence]] = [[] for _ in runs]
+    parts: list[list[Divergence]] = [[] for _ in runs]
     for start in range(0, tokens.size, chunk):
         inputs = tokens[start : start + chunk]
         targets = tokens[start + 1 : start + 1 + chunk]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, List, Optional
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +29,7 @@ def read_token_file(path: str) -> np.ndarray:
     return tokens.astype(np.int64)
 
 
-def read_text_file(path: Optional[str], tokenizer: Any) -> np.ndarray:
+def read_text_file(path: str | None, tokenizer: Any) -> np.ndarray:
     """The token ids (T,) of a text, as the tokenizer makes them.
 
     Args:
@@ -50,7 +50,7 @@ def read_text_file(path: Optional[str], tokenizer: Any) -> np.ndarray:
     return np.array(tokenizer.encode(text), dtype=np.int64)
 
 
-def windows(tokens: np.ndarray, count: int, length: int, first_repeats: bool) -> List[np.ndarray]:
+def windows(tokens: np.ndarray, count: int, length: int, first_repeats: bool) -> list[np.ndarray]:
     """The first ``count`` windows of ``length`` tokens.
 
     Args:

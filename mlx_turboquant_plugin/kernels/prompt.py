@@ -4,12 +4,13 @@ Describing launches to MLX takes longer than running them, and all layers launch
 each pass is traced by ``mx.compile`` for the first layer and repeated for the others.
 """
 
-from typing import Callable, NamedTuple, Optional, Tuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..codecs.key_bias import RotaryTable
-from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
+from ..codecs.kv_codec import CodecSpec, Codes, KVCodec
 from ..per_thread import cached_per_thread
 from . import encodes, fused_kernel
 from .dequantize import Pair, Places, Tokens, lay_out
@@ -93,9 +94,9 @@ def _traced(
     balanced: bool,
     ordered: bool,
     fed_back: bool,
-    table: Optional[RotaryTable],
-    older_count: Optional[int],
-    shape: Tuple[int, ...],
+    table: RotaryTable | None,
+    older_count: int | None,
+    shape: tuple[int, ...],
     key_dtype: mx.Dtype,
     value_dtype: mx.Dtype,
     coded: int,

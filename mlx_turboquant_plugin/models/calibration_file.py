@@ -6,8 +6,9 @@ measuring is repeated by the next process.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,7 +35,7 @@ class Statistics(NamedTuple):
         query_square: mean square of the queries after RoPE, (H_q, D).
     """
 
-    mean: Optional[mx.array]
+    mean: mx.array | None
     key_square: mx.array
     query_square: mx.array
 
@@ -52,7 +53,7 @@ class Statistics(NamedTuple):
 
 
 def fingerprint(
-    model: nn.Module, attentions: Sequence[Optional[nn.Module]], tokens: mx.array
+    model: nn.Module, attentions: Sequence[nn.Module | None], tokens: mx.array
 ) -> str:
     """What tells statistics from others: the tokens, the model, and how its keys turn.
 
@@ -82,7 +83,7 @@ def _turned(attention: nn.Module) -> mx.array:
     return mx.concatenate([name, *(x.view(mx.uint8) for x in turned)])
 
 
-def load(key: str, count: int) -> Optional[List[Optional[Statistics]]]:
+def load(key: str, count: int) -> list[Statistics | None] | None:
     """The statistics of the ``count`` layers of the model with this fingerprint, or None."""
     try:
         path = _path(key)
@@ -99,12 +100,12 @@ def load(key: str, count: int) -> Optional[List[Optional[Statistics]]]:
     return found
 
 
-def _layer(arrays, index: int) -> Optional[Statistics]:
+def _layer(arrays, index: int) -> Statistics | None:
     parts = [arrays.get(f"{index}.{name}") for name in Statistics._fields]
     return Statistics(*parts) if any(x is not None for x in parts) else None
 
 
-def save(key: str, statistics: Sequence[Optional[Statistics]]) -> None:
+def save(key: str, statistics: Sequence[Statistics | None]) -> None:
     """Keep what was measured, whole or not at all."""
     arrays = {
         f"{index}.{name}": x

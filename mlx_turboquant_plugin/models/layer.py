@@ -8,8 +8,9 @@ import functools
 import json
 import weakref
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -73,18 +74,18 @@ class _Known(NamedTuple):
     """A layer and what it was made of."""
 
     attention: weakref.ref
-    norm: Optional[nn.Module]
-    parts: Tuple[Any, ...]
+    norm: nn.Module | None
+    parts: tuple[Any, ...]
     layer: Layer
 
 
-_layers: Dict[int, _Known] = {}
+_layers: dict[int, _Known] = {}
 
 
 def known_layer(
     attention: nn.Module,
-    norm: Optional[nn.Module] = None,
-    settings: Optional[Settings] = None,
+    norm: nn.Module | None = None,
+    settings: Settings | None = None,
 ) -> Layer:
     """The layer of an attention module, made again if its weights or settings changed.
 
@@ -127,7 +128,7 @@ def _general() -> Settings:
     return replace(general, **bits)
 
 
-def _parts(attention: nn.Module, norm: Optional[nn.Module]) -> Tuple[Any, ...]:
+def _parts(attention: nn.Module, norm: nn.Module | None) -> tuple[Any, ...]:
     """What is replaced when a layer is loaded, quantised, sharded, trained or adapted."""
     # Not the attention itself, which nobody here may keep.
     modules = [module for _, module in attention.named_modules() if module is not attention]
@@ -137,7 +138,7 @@ def _parts(attention: nn.Module, norm: Optional[nn.Module]) -> Tuple[Any, ...]:
     return (norm, *modules, *(x for _, x in weights))
 
 
-def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Settings) -> Layer:
+def _read_layer(attention: nn.Module, norm: nn.Module | None, settings: Settings) -> Layer:
     family = family_of(attention)
     obstacle = family.obstacle(attention)
     if obstacle:
@@ -174,8 +175,8 @@ def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Setti
 
 
 def _learn(
-    attention_found: Callable[[], Optional[nn.Module]],
-    norm_found: Optional[Callable[[], Optional[nn.Module]]],
+    attention_found: Callable[[], nn.Module | None],
+    norm_found: Callable[[], nn.Module | None] | None,
     balanced: bool,
     spec: CodecSpec,
 ) -> Knowledge:
@@ -218,8 +219,8 @@ def _has_bias(family: Family, attention: nn.Module) -> bool:
 
 
 def _head_dims(
-    family: Family, attention: nn.Module, projections: Tuple[Projection, ...]
-) -> Tuple[int, int]:
+    family: Family, attention: nn.Module, projections: tuple[Projection, ...]
+) -> tuple[int, int]:
     if family.dims:
         dims = tuple(getattr(attention, name) for name in family.dims)
     else:
@@ -244,10 +245,10 @@ def key_codec(settings: Settings, head_dim: int) -> str:
 def _rms_and_bias(
     family: Family,
     attention: nn.Module,
-    norm: Optional[nn.Module],
+    norm: nn.Module | None,
     head_dim: int,
-    statistics: Optional[Statistics],
-) -> Tuple[Optional[Tuple[mx.array, mx.array]], Optional[KeyBias], bool]:
+    statistics: Statistics | None,
+) -> tuple[tuple[mx.array, mx.array] | None, KeyBias | None, bool]:
     """Root mean squares of what is coded of keys, (H, D), and of queries, (H_q, D), and the bias
     of the keys, where there are any; and whether they were measured."""
     heads, kv_heads = family.head_counts(attention)

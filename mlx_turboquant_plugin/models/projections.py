@@ -1,6 +1,6 @@
 """Where an attention module keeps the projections of its queries, keys and values."""
 
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +16,7 @@ class Projection(NamedTuple):
     """
 
     linear: nn.Module
-    rows: Optional[mx.array] = None
+    rows: mx.array | None = None
 
     @property
     def outputs(self) -> int:
@@ -38,7 +38,7 @@ class Projection(NamedTuple):
             )
         return weight.astype(mx.float32)
 
-    def bias(self) -> Optional[mx.array]:
+    def bias(self) -> mx.array | None:
         """The bias, (outputs,), or None."""
         return self._chosen(self.linear.bias) if "bias" in self.linear else None
 
@@ -53,7 +53,7 @@ def base_linear(projection: nn.Module) -> nn.Module:
 
 def fused_projections(
     linear: nn.Module, heads: int, kv_heads: int, grouped: bool
-) -> Tuple[Projection, Projection, Projection]:
+) -> tuple[Projection, Projection, Projection]:
     """The queries', keys' and values' parts of one projection.
 
     Args:

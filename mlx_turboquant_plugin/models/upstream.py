@@ -6,7 +6,8 @@ mlx_lm: it is asked while mlx_lm is being imported.
 """
 
 import functools
-from typing import Any, Callable, List, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 def available() -> bool:
@@ -17,7 +18,7 @@ def available() -> bool:
 
 
 def register(
-    hook: Callable[[Any, List[Any], bool], List[Any]], attend: Callable, kinds: Sequence[type]
+    hook: Callable[[Any, list[Any], bool], list[Any]], attend: Callable, kinds: Sequence[type]
 ) -> None:
     """Have mlx-lm's prompt caches pass through ``hook``, and serve the classes it brings in.
 

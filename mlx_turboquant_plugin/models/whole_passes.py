@@ -6,7 +6,8 @@ results; compressed ones are refused until they are trimmed alike.
 
 import functools
 import inspect
-from typing import Any, List, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import Any
 
 from mlx_lm.models.cache import CacheList
 
@@ -15,7 +16,7 @@ from ..cache import BatchCompressedKVCache, CompressedKVCache
 from ..cache.reading import AttendedCache
 from .calibration import same_objects
 
-Compressed = Union[CompressedKVCache, BatchCompressedKVCache]
+Compressed = CompressedKVCache | BatchCompressedKVCache
 
 
 def guard_all(model: Any) -> None:
@@ -55,16 +56,16 @@ def _model_call(parameters, wrapped, instance, args, kwargs):
         raise
 
 
-def _parts(caches: Sequence[Any]) -> List[Any]:
-    parts: List[Any] = []
+def _parts(caches: Sequence[Any]) -> list[Any]:
+    parts: list[Any] = []
     for cache in caches:
         parts.extend(cache.caches if type(cache) is CacheList else [cache])
     return parts
 
 
-def _content(caches: Sequence[Any]) -> Tuple[Any, ...]:
+def _content(caches: Sequence[Any]) -> tuple[Any, ...]:
     """Objects that are other ones once a cache has seen tokens."""
-    found: List[Any] = []
+    found: list[Any] = []
     for cache in caches:
         if isinstance(cache, AttendedCache):
             found.append(_length(cache))

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Optional
 
 import mlx.core as mx
 import numpy as np
@@ -34,8 +33,8 @@ OPTIONS = "-std=c++20 -O1 -w -fPIC".split()
 POISON, ALIGNMENT = 0xFF, 64
 
 
-@functools.lru_cache(maxsize=None)
-def compiler() -> Optional[str]:
+@functools.cache
+def compiler() -> str | None:
     """A compiler of C++ with half precision, or None."""
     for path in filter(None, map(shutil.which, ("g++", "clang++", "clang++-19"))):
         command = [path, "-x", "c++", "-fsyntax-only", "-"]
@@ -138,14 +137,14 @@ def _constant(name: str, value) -> str:
     return f"using {name} = {TYPES[value]};\n"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _folder() -> Path:
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     return Path(folder.name)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _header() -> Path:
     """A copy of the emulator's header, compiled once: a third of the time of each kernel."""
     header = Path(shutil.copy(HERE / "cuda_emulator.h", _folder()))
@@ -154,7 +153,7 @@ def _header() -> Path:
     return header
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _runtime() -> ctypes.CDLL:
     """The library that runs kernels; theirs are linked to it."""
     library = _folder() / "runtime.so"
@@ -162,7 +161,7 @@ def _runtime() -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiled(source: str):
     # Loaded, it needs its file no more.
     with tempfile.TemporaryDirectory(dir=_folder()) as folder:

@@ -2,8 +2,9 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -156,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show(args: argparse.Namespace, notes: Dict[str, Any], results: Results) -> None:
+def _show(args: argparse.Namespace, notes: dict[str, Any], results: Results) -> None:
     try:
         sys.stdout.write("\n".join(lines(notes, results)) + "\n")
     finally:
@@ -177,11 +178,11 @@ class Job(NamedTuple):
 def _measure(
     args: argparse.Namespace,
     chosen: settings.Settings,
-    overrides: Dict[str, Any],
-    notes: Dict[str, Any],
+    overrides: dict[str, Any],
+    notes: dict[str, Any],
     results: Results,
 ) -> None:
-    jobs: List[Job] = []
+    jobs: list[Job] = []
     if {"decode", "prefill"} & set(args.parts):
         model = random_model(args.shape) if args.shape else load_model(args.model)[0]
         if args.model_dtype:
@@ -203,7 +204,7 @@ def _measure(
 
 def _layer_jobs(
     args: argparse.Namespace, chosen: settings.Settings, results: Results
-) -> List[Job]:
+) -> list[Job]:
     bench = LayerBench(
         Layer(*args.heads, args.head_dim), chosen, args.layers, args.kv_bits, GPU
     )
@@ -219,7 +220,7 @@ def _layer_jobs(
     ]
 
 
-def _model_jobs(args: argparse.Namespace, bench: ModelBench, results: Results) -> List[Job]:
+def _model_jobs(args: argparse.Namespace, bench: ModelBench, results: Results) -> list[Job]:
     jobs = []
     # Before all others: its first times are to be those of a new process.
     if "prefill" in args.parts:
@@ -245,7 +246,7 @@ def _model_jobs(args: argparse.Namespace, bench: ModelBench, results: Results) -
     return jobs
 
 
-def _notes(args: argparse.Namespace, chosen: settings.Settings) -> Dict[str, Any]:
+def _notes(args: argparse.Namespace, chosen: settings.Settings) -> dict[str, Any]:
     """What the figures depend on."""
     state = status()
     query, kv = args.heads

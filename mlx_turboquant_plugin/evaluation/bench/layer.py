@@ -2,8 +2,9 @@
 
 import itertools
 import time
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Callable, List, Mapping, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,8 +20,19 @@ from ...codecs.kv_codec import CodecSpec, KVCodec
 from ...models.balance import layout, query_squares
 from ...models.layer import key_codec
 from ..runs import kv_bytes, table_bytes
-from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, ROUND
-from .measurement import Results, Sample, Situation, filled, quantized_group, too_large
+from .measurement import (
+    BATCH_KVCACHE,
+    COMPRESSED,
+    KVCACHE,
+    QUANTIZED,
+    ROUND,
+    Results,
+    Sample,
+    Situation,
+    filled,
+    quantized_group,
+    too_large,
+)
 
 WARM_UP = 3
 
@@ -97,13 +109,13 @@ class LayerBench:
         self,
         situation: Situation,
         timer: Callable,
-        arms: Mapping[str, List[Any]],
+        arms: Mapping[str, list[Any]],
         query: mx.array,
         token: mx.array,
         rounds: int,
         tick: Callable,
     ) -> None:
-        tables = {kind: 0 for kind in arms}
+        tables = dict.fromkeys(arms, 0)
         if COMPRESSED in arms:
             tables[COMPRESSED] = table_bytes([CompressedKVCache(self._codec)])
 
@@ -121,7 +133,7 @@ class LayerBench:
         turns = situation.attempt_all({kind: partial(warmed_up, kind) for kind in arms})
         situation.take_turns(turns, rounds * ROUND, tick)
 
-    def _filled(self, kind: str, tokens: int, batch: int, dtype: mx.Dtype) -> List[Any]:
+    def _filled(self, kind: str, tokens: int, batch: int, dtype: mx.Dtype) -> list[Any]:
         """A filled cache for every layer. All rows of a batch are alike."""
         layer, caches = self.layer, []
         for _ in range(self.layers):
@@ -155,7 +167,7 @@ def _like_a_models(spec: CodecSpec, kv_heads: int) -> KVCodec:
     return KVCodec(spec, balance, bias, layout(*rms, None), query_squares(*rms, None))
 
 
-def _one_call(caches: List[Any], query: mx.array, token: mx.array) -> Callable[[], float]:
+def _one_call(caches: list[Any], query: mx.array, token: mx.array) -> Callable[[], float]:
     """Times a step of one layer, from the call in Python to the result; another layer each time."""
     turn = itertools.cycle(caches)
 
@@ -168,7 +180,7 @@ def _one_call(caches: List[Any], query: mx.array, token: mx.array) -> Callable[[
     return run
 
 
-def _one_chain(caches: List[Any], query: mx.array, token: mx.array) -> Callable[[], float]:
+def _one_chain(caches: list[Any], query: mx.array, token: mx.array) -> Callable[[], float]:
     """Times a layer in a chain of all: each one's output is the query of the next.
 
     Only the evaluation is timed: while a model generates, Python prepares a step during

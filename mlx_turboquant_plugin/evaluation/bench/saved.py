@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 from ...rules import SettingsError
 from ..arguments import write
@@ -13,12 +13,12 @@ from .report import as_json
 CHANGING = {"fallbacks"}
 
 
-def save(path: Path, notes: Dict[str, Any], results: Results) -> None:
+def save(path: Path, notes: dict[str, Any], results: Results) -> None:
     """Write everything that was found so far."""
     write(path, json.dumps(as_json(notes, results), indent=2) + "\n")
 
 
-def resume(path: Path, notes: Dict[str, Any]) -> Results:
+def resume(path: Path, notes: dict[str, Any]) -> Results:
     """What an earlier run with the same ``notes`` has saved; nothing if there is no file yet.
 
     Raises:

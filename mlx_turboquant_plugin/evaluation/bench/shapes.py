@@ -1,14 +1,14 @@
 """Models that can be measured without their weights."""
 
 from importlib import import_module
-from typing import Any, Dict
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 # What mlx-lm's loader reads from a config.json.
-SHAPES: Dict[str, Dict[str, Any]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": {
         "model_type": "qwen3",
         "hidden_size": 4096,
