@@ -32,8 +32,7 @@ LEVELS = {bits: np.concatenate([-half[::-1], half]) for bits, half in POSITIVE_L
 UNIFORM_STEPS = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041}
 FACTOR = 2**-5.5
 UNIFORM_LEVELS = {
-    bits: FACTOR * ((np.arange(2**bits) + 0.5) * 2 ** (8 - bits) - 127.5)
-    for bits in UNIFORM_STEPS
+    bits: FACTOR * ((np.arange(2**bits) + 0.5) * 2 ** (8 - bits) - 127.5) for bits in UNIFORM_STEPS
 }
 UNIFORM_SHIFTS = {
     bits: 12 * np.log2(step / (FACTOR * 2 ** (8 - bits))) for bits, step in UNIFORM_STEPS.items()
@@ -106,7 +105,9 @@ def feedback(weights):
     added = np.zeros((dim, dim))
     for first in range(0, dim - FEEDBACK_BLOCK, FEEDBACK_BLOCK):
         after = first + FEEDBACK_BLOCK
-        added[first:after, after:] = -cost[first:after, after:] @ np.linalg.inv(cost[after:, after:])
+        added[first:after, after:] = -cost[first:after, after:] @ np.linalg.inv(
+            cost[after:, after:]
+        )
     return added
 
 

@@ -105,8 +105,7 @@ RULES: dict[str, Rule] = {
     "bypass": _choice(None, *BYPASSES, from_text=_text_or_none),
     "opt_out": Rule(
         "a list of glob patterns",
-        lambda value: isinstance(value, tuple)
-        and all(isinstance(p, str) and p for p in value),
+        lambda value: isinstance(value, tuple) and all(isinstance(p, str) and p for p in value),
         _patterns,
         "glob patterns, separated by commas",
     ),

@@ -340,11 +340,16 @@ def test_an_interrupted_run_shows_what_it_has(monkeypatch, tmp_path, capsys):
     assert run(*SHORT, "--json", files[0], "--plot", files[1]) == 130
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == "interrupted: this is what was measured until then"
-    first, ours = (line.split() for line in out if line.split()[3:4] in (["KVCache"], ["compressed"]))
+    first, ours = (
+        line.split() for line in out if line.split()[3:4] in (["KVCache"], ["compressed"])
+    )
     # First times, and no others.
     assert first[4] != "-" and ours[4] != "-" and first[6:10] == ["-"] * 4
     measured = json.loads(files[0].read_text())["measurements"]
-    assert [(m["cache"], m["seconds"]) for m in measured] == [("KVCache", None), ("compressed", None)]
+    assert [(m["cache"], m["seconds"]) for m in measured] == [
+        ("KVCache", None),
+        ("compressed", None),
+    ]
     assert all(m["first"] > 0 and m["cache_bytes"] > 0 for m in measured)
     assert files[1].exists()
 

@@ -151,7 +151,9 @@ def test_a_folder_that_can_not_be_written_costs_the_repetition_only(passes, fold
     assert len(passes) == 2
 
 
-def test_parts_of_a_distributed_model_are_measured_by_all_processes_alike(passes, monkeypatch, folder):
+def test_parts_of_a_distributed_model_are_measured_by_all_processes_alike(
+    passes, monkeypatch, folder
+):
     monkeypatch.setenv("MLX_RANK", "1")
     model = model_of()
     for _ in range(2):

@@ -241,7 +241,9 @@ def test_one_of_two_models_is_opted_out(caplog):
 
 def test_settings_of_one_model(tmp_path):
     path = tmp_path / "turboquant.toml"
-    path.write_text('[turboquant.models.llama]\nkey_bits = 2\n\n[turboquant.models.qwen3]\npreset = "small"\n')
+    path.write_text(
+        '[turboquant.models.llama]\nkey_bits = 2\n\n[turboquant.models.qwen3]\npreset = "small"\n'
+    )
     mlx_turboquant_plugin.enable(config=str(path))
     bits = {}
     for name in tiny.PATHS:

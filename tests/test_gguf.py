@@ -119,7 +119,9 @@ def test_what_fails_halfway_leaves_nothing(prepare, tmp_path, monkeypatch):
 
 def test_a_cache_folder_that_cannot_be_made_is_named(prepare, tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(SettingsError, match=r"can't be written to .*mlx_turboquant.*XDG_CACHE_HOME"):
+    with pytest.raises(
+        SettingsError, match=r"can't be written to .*mlx_turboquant.*XDG_CACHE_HOME"
+    ):
         prepare()
 
 

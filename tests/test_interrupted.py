@@ -74,7 +74,9 @@ def test_a_cache_is_refused_until_it_is_trimmed(model, layer, part, after, count
     tokens = mx.array([tokens] * rows)
     mlx_turboquant_plugin.disable()
     # Forty tokens are too many to forget them without trace.
-    mlx_turboquant_plugin.enable(window=32, kernel="eager", bypass="identity" if count > 16 else None)
+    mlx_turboquant_plugin.enable(
+        window=32, kernel="eager", bypass="identity" if count > 16 else None
+    )
     caches = made(model, rows)
     tiny.logits(model, tokens[:, :LENGTH], caches)
     new = tokens[:, LENGTH : LENGTH + count]

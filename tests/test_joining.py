@@ -93,7 +93,12 @@ class Requests:
 @pytest.mark.parametrize("max_kv_size", [None, 350])
 def test_each_gives_the_text_that_it_gives_alone(max_kv_size, tmp_path):
     requests = Requests(max_kv_size, tmp_path)
-    for order, at_once in ((0, 2, 1, 3), 1), ((2, 0, 3, 1), 1), ((1, 3, 0, 2), 4), ((3, 1, 2, 0), 4):
+    for order, at_once in (
+        ((0, 2, 1, 3), 1),
+        ((2, 0, 3, 1), 1),
+        ((1, 3, 0, 2), 4),
+        ((3, 1, 2, 0), 4),
+    ):
         requests.together(order, at_once)
 
 

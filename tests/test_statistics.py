@@ -38,7 +38,9 @@ def summary(change, kl=(1e-4, 1e-4, 1e-4), top1=(0.99, 0.99, 0.99), windows=8, l
     )
 
 
-@pytest.mark.parametrize("freedom, expected", [(5, 2.5706), (9, 2.2622), (15, 2.1314), (60, 2.0003)])
+@pytest.mark.parametrize(
+    "freedom, expected", [(5, 2.5706), (9, 2.2622), (15, 2.1314), (60, 2.0003)]
+)
 def test_t_quantile(freedom, expected):
     assert t_quantile(0.975, freedom) == pytest.approx(expected, rel=2e-3)
 

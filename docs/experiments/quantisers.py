@@ -243,8 +243,10 @@ def main():
     mse = {
         name: [float(((q(b)(gauss) - gauss) ** 2).mean()) for b in (k, v)]
         for name, q in (
-            ("Lloyd-Max, simulated", lloyd_max), ("trellis, 8 states", trellis),
-            ("E8 in a ball", e8), ("entropy coded", Entropy),
+            ("Lloyd-Max, simulated", lloyd_max),
+            ("trellis, 8 states", trellis),
+            ("E8 in a ball", e8),
+            ("entropy coded", Entropy),
         )
     }
     for one in entropy:

@@ -143,9 +143,7 @@ def _in_steps(tokens: int) -> int:
     return -(-tokens // STEP) * STEP
 
 
-def laid_out(
-    source: View | PackedRows, layout: Layout, slot: int
-) -> tuple[mx.array, mx.array]:
+def laid_out(source: View | PackedRows, layout: Layout, slot: int) -> tuple[mx.array, mx.array]:
     """Keys and values (B, H, T, D), in the dtypes of the exact ones, as ``layout`` says.
 
     Args:

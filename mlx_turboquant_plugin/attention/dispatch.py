@@ -154,9 +154,7 @@ def _attend_packed(
         else:
             fall_back(rows.kernel, missing)
     if _on_gpu() or rows.kernel == BRIDGE:
-        return attend_packed_dequantized(
-            original, queries, rows, scale, mask, left_padding, sinks
-        )
+        return attend_packed_dequantized(original, queries, rows, scale, mask, left_padding, sinks)
     given = mask if isinstance(mask, mx.array) else None
     return attend_packed(queries, rows, scale, _functions(rows), given, left_padding, sinks)
 

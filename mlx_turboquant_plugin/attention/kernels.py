@@ -1,6 +1,5 @@
 """Which attention kernels this machine can run. Must not import mlx_lm."""
 
-
 from ..kernels import fused_kernels
 from ..rules import SettingsError
 from ..settings import Settings

@@ -161,9 +161,7 @@ def forget_masks() -> None:
 
 # All layers ask for the same. By thread, since lazy arrays must not be shared by threads.
 @cached_per_thread(maxsize=2)
-def _visible(
-    rows: tuple[Row, ...], count: int, causal: bool, dtype: mx.Dtype
-) -> mx.array:
+def _visible(rows: tuple[Row, ...], count: int, causal: bool, dtype: mx.Dtype) -> mx.array:
     """Zero where a query sees a token and reads it as it stands there, else very low."""
     places, is_code = (
         mx.array(np.stack(x)[:, None, None])

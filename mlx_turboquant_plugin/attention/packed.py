@@ -31,9 +31,7 @@ def attend_packed(
         learned_sinks: (H_q,), see :func:`attend_codes`.
     """
     sinks, held = rows.visibility.sinks, rows.exact_tokens.count
-    exact_mask, codes_end, code_mask = _masks(
-        rows.lengths, rows.exact_start, held, rows.visibility
-    )
+    exact_mask, codes_end, code_mask = _masks(rows.lengths, rows.exact_start, held, rows.visibility)
     if mask is not None:
         padding = mx.array(left_padding)[:, None]
         newest = mx.array(rows.lengths)[:, None] + mx.arange(sinks - held, 0)

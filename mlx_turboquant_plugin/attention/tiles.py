@@ -4,7 +4,6 @@ No array of all the scores and no dequantised copy of all the keys is ever made,
 every query sees what the rule of visibility says, however the prompt was cut into chunks.
 """
 
-
 import mlx.core as mx
 
 from ..cache.view import View

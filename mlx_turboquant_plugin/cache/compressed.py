@@ -123,9 +123,7 @@ class CompressedKVCache(AttendedCache):
             self._check_codec()
         return super().fetch(view)
 
-    def append(
-        self, keys: mx.array, values: mx.array, is_prompt: bool | None = None
-    ) -> View:
+    def append(self, keys: mx.array, values: mx.array, is_prompt: bool | None = None) -> View:
         """Append keys and values (B, H, N, D); returns what their queries see.
 
         Args:
@@ -138,9 +136,7 @@ class CompressedKVCache(AttendedCache):
         with AllOrNothing(self):
             return self._append(keys, values, is_prompt)
 
-    def _append(
-        self, keys: mx.array, values: mx.array, is_prompt: bool | None = None
-    ) -> View:
+    def _append(self, keys: mx.array, values: mx.array, is_prompt: bool | None = None) -> View:
         start, shape, exact = self._offset, keys.shape, self.exact_tokens
         if self.codec is None:
             self.codec = KVCodec(CodecSpec(shape[-1], values.shape[-1]))

@@ -22,7 +22,9 @@ def check_file(path: str | os.PathLike) -> list[str]:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"prompt cache {path}: damaged or cut short ({error}): {REMEDY}") from error
+        raise ValueError(
+            f"prompt cache {path}: damaged or cut short ({error}): {REMEDY}"
+        ) from error
     # save_prompt_cache flattens [metadata, class names, scalars].
     classes = [name for key, name in metadata.items() if key.startswith("1.")]
     if not classes:

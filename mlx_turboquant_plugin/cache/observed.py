@@ -1,6 +1,5 @@
 """A cache that keeps what a model's attention is given, for calibration."""
 
-
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 

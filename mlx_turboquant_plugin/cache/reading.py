@@ -60,7 +60,9 @@ class AttendedCache(_BaseCache):
 
     def __getattr__(self, name: str) -> Any:
         # Of what mlx-lm's caches have, this is about the room in their arrays.
-        advice = "extract(i) gives a row's cache, and its" if hasattr(type(self), "extract") else "its"
+        advice = (
+            "extract(i) gives a row's cache, and its" if hasattr(type(self), "extract") else "its"
+        )
         raise AttributeError(
             f"a {type(self).__name__} has no {name}, since it keeps codes; {advice} to_exact() gives "
             "mlx-lm's own with the same tokens",
@@ -115,9 +117,7 @@ class AttendedCache(_BaseCache):
             return
         by_view, several = self.reading.by_view, self.view.queries > 1
         if by_view[several] is None:
-            by_view[several] = bool(self.read) and not _made_of(
-                self.fetched, inputs, outputs
-            )
+            by_view[several] = bool(self.read) and not _made_of(self.fetched, inputs, outputs)
         if self.read and (by_view[several] or self.hooked):
             return
         model = self.reading.model

@@ -1,6 +1,5 @@
 """The compressed KV cache of one sequence that forgets: for ``max_kv_size``."""
 
-
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 
@@ -73,9 +72,7 @@ class RotatingCompressedKVCache(CompressedKVCache):
             release((cache.keys, cache.values))
         return cache
 
-    def make_mask(
-        self, N: int, window_size: int | None = None, return_array: bool = False
-    ):
+    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
         if window_size not in (None, self.max_size):
             raise ValueError(
                 f"a sliding window of {window_size} tokens over a compressed cache of "

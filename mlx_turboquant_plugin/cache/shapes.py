@@ -1,6 +1,5 @@
 """What keys and values must look like to be appended to a cache."""
 
-
 from ..codecs.kv_codec import CodecSpec
 
 Shape = tuple[int, ...]

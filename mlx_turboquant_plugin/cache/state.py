@@ -181,7 +181,10 @@ def _check_arrays(cache: "CompressedKVCache") -> None:
             x is None or x.shape == shape,
             f"its {name} does not have the shape of its description",
         )
-    positive = {"key balance": cache.codec.balance, "table of query squares": cache.codec.query_squares}
+    positive = {
+        "key balance": cache.codec.balance,
+        "table of query squares": cache.codec.query_squares,
+    }
     for name, x in (*positive.items(), ("key bias", cache.bias)):
         _require(
             x is None or (mx.issubdtype(x.dtype, mx.floating) and mx.isfinite(x).all().item()),

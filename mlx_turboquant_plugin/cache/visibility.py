@@ -105,9 +105,7 @@ class Ring(NamedTuple):
             return None
         return min(self.max_size - 1, start) + count
 
-    def mask(
-        self, start: int, count: int, return_array: bool = False
-    ) -> str | mx.array | None:
+    def mask(self, start: int, count: int, return_array: bool = False) -> str | mx.array | None:
         """The mask of a chunk of ``count`` tokens for the tokens that its first query sees."""
         if count == 1:
             return None

@@ -31,9 +31,7 @@ class VectorAffine:
         steps = packing.unpack(packed, self.bits)
         return steps.astype(mx.float32) * scale.astype(mx.float32) + zero.astype(mx.float32)
 
-    def expand(
-        self, codes: tuple[mx.array, ...], axis: int
-    ) -> tuple[Prepared, mx.array, mx.array]:
+    def expand(self, codes: tuple[mx.array, ...], axis: int) -> tuple[Prepared, mx.array, mx.array]:
         *packed, scale, zero = codes
         steps = packing.unpack(packed, self.bits, axis)
         return prepare(steps, 0.0), scale, zero

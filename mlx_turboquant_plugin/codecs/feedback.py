@@ -8,7 +8,6 @@ the least. This is LDLQ (arXiv 2307.13304, section 3) in the form of GPTQ (arXiv
 queries in the place of a layer's inputs. It takes no bits, and who reads the codes need not know.
 """
 
-
 import mlx.core as mx
 import numpy as np
 

@@ -143,9 +143,7 @@ class RotaryTable:
         count = self.dims // 2
         probe = self.joined(mx.ones(count), mx.zeros(count), mx.zeros(self.head_dim - self.dims))
         # Whole arrays: MLX's rope on CUDA writes its output with the strides of its input.
-        probe = mx.contiguous(
-            mx.broadcast_to(probe, (positions.shape[0], 1, 1, self.head_dim))
-        )
+        probe = mx.contiguous(mx.broadcast_to(probe, (positions.shape[0], 1, 1, self.head_dim)))
         return self.pairs(self._rope(probe, offset=positions)[:, 0, 0])[:2]
 
 

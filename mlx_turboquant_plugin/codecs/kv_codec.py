@@ -264,9 +264,7 @@ class KVCodec:
     def _rotate(self, x: mx.array) -> mx.array:
         return Rotation.forward(self._cut(x), self.key_rotation.array).flatten(-2)
 
-    def encode_values(
-        self, values: mx.array, older: Codes = (), part: slice = ALL
-    ) -> Codes:
+    def encode_values(self, values: mx.array, older: Codes = (), part: slice = ALL) -> Codes:
         """Codes of ``values`` (B, H, T, D); ``older`` and ``part`` as in :meth:`encode_keys`."""
 
         def encode(x, first):

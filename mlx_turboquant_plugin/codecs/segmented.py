@@ -48,9 +48,7 @@ class Segmented:
         feedback: see :attr:`KVCodec.feedback`.
     """
 
-    def __init__(
-        self, first_bits: mx.array | None = None, feedback: mx.array | None = None
-    ):
+    def __init__(self, first_bits: mx.array | None = None, feedback: mx.array | None = None):
         first = np.array(USUAL_BITS if first_bits is None else first_bits)
         if first.ndim:
             first = first[:, None, None]
@@ -101,9 +99,7 @@ class Segmented:
             axis=-1,
         )
 
-    def expand(
-        self, codes: tuple[mx.array, mx.array], axis: int
-    ) -> tuple[Prepared, mx.array]:
+    def expand(self, codes: tuple[mx.array, mx.array], axis: int) -> tuple[Prepared, mx.array]:
         """The levels of both segments as matrices for products, (..., 2, D / 2, T), and scales.
 
         Args:

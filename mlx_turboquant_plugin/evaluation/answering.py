@@ -46,7 +46,9 @@ def answer(
     run = Run(arm, model)
     run.read(prompt.context, chunk)
     progress(prompt.context.size)
-    return {origin: _answer(make(run, prompt, chunk), prompt, chunk) for origin, make in ORIGINS.items()}
+    return {
+        origin: _answer(make(run, prompt, chunk), prompt, chunk) for origin, make in ORIGINS.items()
+    }
 
 
 def _read(run: Run, prompt: Prompt, chunk: int) -> Run:

@@ -62,7 +62,8 @@ class Arm:
         if self.layer is None:
             return caches
         return [
-            cache if index == self.layer or not isinstance(cache, CompressedKVCache)
+            cache
+            if index == self.layer or not isinstance(cache, CompressedKVCache)
             else cache.to_exact()
             for index, cache in enumerate(caches)
         ]

@@ -46,33 +46,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser, windows=6)
     parser.epilog = f"Verdicts. {RULE}"
     parser.add_argument(
-        "--presets", nargs="+", metavar="NAME", choices=list(PRESETS), default=list(PRESETS),
+        "--presets",
+        nargs="+",
+        metavar="NAME",
+        choices=list(PRESETS),
+        default=list(PRESETS),
         help=f"some of {', '.join(PRESETS)} (all)",
     )
     parser.add_argument(
-        "--beside", nargs="*", metavar="NAME", choices=list(BESIDE),
+        "--beside",
+        nargs="*",
+        metavar="NAME",
+        choices=list(BESIDE),
         default=["identity", "mlx-lm-4bit", "mlx-lm-8bit"],
         help=f"what else to measure, bypasses and mlx-lm's own quantised caches: some of "
         f"{', '.join(BESIDE)} (all but bridge)",
     )
     parser.add_argument(
-        "--generate", type=at_least(0), metavar="N", default=256,
+        "--generate",
+        type=at_least(0),
+        metavar="N",
+        default=256,
         help="tokens to generate greedily (256); 0 leaves it out",
     )
     parser.add_argument(
-        "--tasks", type=at_least(0), metavar="N", default=0,
+        "--tasks",
+        type=at_least(0),
+        metavar="N",
+        default=0,
         help="retrieval and tracking with known answers: prompts of each task and length (0)",
     )
     parser.add_argument(
-        "--task-lengths", type=at_least(1), nargs="+", metavar="N", default=[1024, 2048],
+        "--task-lengths",
+        type=at_least(1),
+        nargs="+",
+        metavar="N",
+        default=[1024, 2048],
         help="tokens of these prompts (1024 2048)",
     )
     parser.add_argument(
-        "--depths", type=depth, nargs="+", metavar="SHARE", default=[0.0, 0.25, 0.5, 0.75],
+        "--depths",
+        type=depth,
+        nargs="+",
+        metavar="SHARE",
+        default=[0.0, 0.25, 0.5, 0.75],
         help=f"where in a prompt the answer is, taken in turn, 0 to {DEEPEST} (0 0.25 0.5 0.75)",
     )
     parser.add_argument(
-        "--json", type=output_file("json"), metavar="FILE", help="write everything that was measured"
+        "--json",
+        type=output_file("json"),
+        metavar="FILE",
+        help="write everything that was measured",
     )
     parser.add_argument(
         "--html", type=output_file("html"), metavar="FILE", help="write a page with plots"

@@ -89,9 +89,7 @@ def _continued(path: str, text: str | None, max_tokens: int) -> Iterator[str]:
     )
 
 
-def _generated(
-    snapshot: Status, prompt: int, exact: Generation, ours: Generation
-) -> Iterator[str]:
+def _generated(snapshot: Status, prompt: int, exact: Generation, ours: Generation) -> Iterator[str]:
     yield snapshot.models[-1]
     yield (
         f"prompt of {prompt} tokens, {len(exact.tokens)} generated; {ours.coded} of the "

@@ -69,12 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
     add_text_arguments(parser, windows=1)
     parser.add_argument(
-        "--preset", metavar="NAME", choices=list(PRESETS), default="default",
+        "--preset",
+        metavar="NAME",
+        choices=list(PRESETS),
+        default="default",
         help=f"one of {', '.join(PRESETS)} (default)",
     )
     parser.add_argument("--heads", action="store_true", help="a line for each KV head, too")
     parser.add_argument(
-        "--json", type=output_file("json"), metavar="FILE", help="write everything that was measured"
+        "--json",
+        type=output_file("json"),
+        metavar="FILE",
+        help="write everything that was measured",
     )
 
 
@@ -166,7 +172,9 @@ def _drifts(
 
 def _ratios(sums: np.ndarray) -> list[float]:
     score, keys, values, both, output, queries = sums
-    return [float(x) for x in np.sqrt([score / queries, *(np.array([keys, values, both]) / output)])]
+    return [
+        float(x) for x in np.sqrt([score / queries, *(np.array([keys, values, both]) / output)])
+    ]
 
 
 class Probe(KVCache):

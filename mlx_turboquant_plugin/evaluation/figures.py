@@ -96,7 +96,9 @@ def _by_length(report: Report) -> tuple:
         plots.line_chart(
             "memory by length",
             plots.doublings("tokens in the cache", report.lengths),
-            plots.linear("times smaller", 0, max(v for line in lines for _, v in line.points) + 0.5),
+            plots.linear(
+                "times smaller", 0, max(v for line in lines for _, v in line.points) + 0.5
+            ),
             lines,
         ),
         shown,
@@ -111,7 +113,11 @@ def _by_layer(report: Report) -> tuple:
         f"One layer compressed at a time by the preset {escape(report.layer_arm)}, the others "
         "exact; first window. A layer that stands out deserves more bits.",
         plots.bar_chart(
-            "KL by layer", "layer", plots.linear("mean KL, nats", 0, 1.05 * top), report.kl_by_layer, series
+            "KL by layer",
+            "layer",
+            plots.linear("mean KL, nats", 0, 1.05 * top),
+            report.kl_by_layer,
+            series,
         ),
         [],
     )

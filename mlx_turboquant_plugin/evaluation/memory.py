@@ -48,7 +48,10 @@ def bytes_by_length(
             for start in range(filled, length, PIECE):
                 count = min(PIECE, length - start)
                 cache.update_and_fetch(
-                    *(mx.random.normal((1, heads, count, dim)).astype(dtype) for heads, dim in shape)
+                    *(
+                        mx.random.normal((1, heads, count, dim)).astype(dtype)
+                        for heads, dim in shape
+                    )
                 )
                 mx.eval(cache.state)
             filled = length

@@ -141,7 +141,9 @@ def lines(report: Report) -> Iterator[str]:
         yield ""
     columns = [
         Column("arm", "<", lambda r: r.name),
-        Column("verdict", "<", lambda r: "no verdict" if r.verdict.word == "none" else r.verdict.word),
+        Column(
+            "verdict", "<", lambda r: "no verdict" if r.verdict.word == "none" else r.verdict.word
+        ),
         Column("because", "<", lambda r: r.verdict.reason),
     ]
     yield from table(columns, report.results)

@@ -35,11 +35,15 @@ def load_model(path: str) -> tuple[nn.Module, Any]:
     if not Path(path).exists() and not _HUB_ID.fullmatch(path):
         raise SettingsError(f"--model is {path!r}, which does not exist: {advice}")
     if _is_gguf(Path(path)):
-        raise SettingsError(f"--model is {path!r}, which is GGUF, and mlx-lm reads safetensors: {advice}")
+        raise SettingsError(
+            f"--model is {path!r}, which is GGUF, and mlx-lm reads safetensors: {advice}"
+        )
     try:
         model, tokenizer = mlx_lm.load(path)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"--model is {path!r}, which can't be loaded ({error}): {advice}") from error
+        raise SettingsError(
+            f"--model is {path!r}, which can't be loaded ({error}): {advice}"
+        ) from error
     others = {type(cache).__name__ for cache in prompt_cache(model) if type(cache) is not KVCache}
     if others:
         raise SettingsError(

@@ -275,7 +275,9 @@ class _Layer:
             slots = min(VISIBILITY.sinks, row.offset), row.exact_start
             exact = row.exact_tokens
             for held, given in (exact.keys, self.keys[index]), (exact.values, self.values[index]):
-                expected = mx.concatenate([given[:, :, : slots[0]], given[:, :, slots[1] :]], axis=2)
+                expected = mx.concatenate(
+                    [given[:, :, : slots[0]], given[:, :, slots[1] :]], axis=2
+                )
                 if not mx.array_equal(held, expected):
                     return False
         return True
@@ -289,7 +291,9 @@ class _Layer:
             if count == 0:
                 continue
             some = np.linspace(row.first_coded, row.coded - 1, min(count, SAMPLE)).astype(int)
-            keys, values, decoded_keys, decoded_values = (x[:, :, some] for x in self._fp64_rows[index])
+            keys, values, decoded_keys, decoded_values = (
+                x[:, :, some] for x in self._fp64_rows[index]
+            )
             bias = np.zeros_like(keys) + self._rotated_bias(some)
             keys, decoded_keys = ((x - bias) / balance for x in (keys, decoded_keys))
             turned = np.linalg.norm(bias / balance, axis=-1) * some

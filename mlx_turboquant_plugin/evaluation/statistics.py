@@ -148,7 +148,9 @@ def verdict(summary: Summary, coded: float) -> Verdict:
     """
     if summary.least_change > BROKEN_CHANGE:
         # No choice of text makes so much of nothing: this needs no interval.
-        return Verdict("broken", f"perplexity grows by {summary.least_change:.0%} or more in every window")
+        return Verdict(
+            "broken", f"perplexity grows by {summary.least_change:.0%} or more in every window"
+        )
     if summary.windows < FEWEST_WINDOWS:
         missing = FEWEST_WINDOWS - summary.windows
         return Verdict("none", f"{missing} more windows are needed: --windows {FEWEST_WINDOWS}")

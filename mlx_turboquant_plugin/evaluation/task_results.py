@@ -105,7 +105,14 @@ def task_report(
         for name in names
     ]
     answers = [
-        {"task": p.task, "length": p.length, "depth": p.depth, "arm": name, "cache": origin, **asdict(one)}
+        {
+            "task": p.task,
+            "length": p.length,
+            "depth": p.depth,
+            "arm": name,
+            "cache": origin,
+            **asdict(one),
+        }
         for f, p in zip(found, prompts)
         for name, by_origin in f.items()
         for origin, one in by_origin.items()
@@ -117,9 +124,7 @@ def _place(prompt: Prompt) -> tuple:
     return prompt.task, prompt.length, prompt.depth
 
 
-def _result(
-    task: str, name: str, origin: str, found: Sequence[Answers]
-) -> TaskResult:
+def _result(task: str, name: str, origin: str, found: Sequence[Answers]) -> TaskResult:
     ours = [answers[name][origin] for answers in found]
     exact = [answers[EXACT.name]["read"] for answers in found]
     changes = np.array([(a.nats - b.nats, 1) for a, b in zip(ours, exact)], dtype=np.float64)

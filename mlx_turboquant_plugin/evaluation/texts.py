@@ -19,7 +19,9 @@ def read_token_file(path: str) -> np.ndarray:
     try:
         tokens = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise SettingsError(f"--tokens is {path!r}, which can't be read ({error}): {advice}") from error
+        raise SettingsError(
+            f"--tokens is {path!r}, which can't be read ({error}): {advice}"
+        ) from error
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         shown = getattr(tokens, "dtype", type(tokens).__name__)
         raise SettingsError(

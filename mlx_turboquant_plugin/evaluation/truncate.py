@@ -63,18 +63,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
     add_text_arguments(parser, windows=1)
     parser.add_argument(
-        "--preset", metavar="NAME", choices=list(PRESETS), default="default",
+        "--preset",
+        metavar="NAME",
+        choices=list(PRESETS),
+        default="default",
         help=f"one of {', '.join(PRESETS)} (default)",
     )
     parser.add_argument(
         "--at", type=at_least(1), nargs="+", metavar="N", help="tokens to keep (some places)"
     )
     parser.add_argument(
-        "--remove", type=at_least(1), nargs="+", metavar="N", default=[1, 16, 17, 300],
+        "--remove",
+        type=at_least(1),
+        nargs="+",
+        metavar="N",
+        default=[1, 16, 17, 300],
         help="tokens to trim off at each place (1 16 17 300)",
     )
     parser.add_argument(
-        "--json", type=output_file("json"), metavar="FILE", help="write everything that was measured"
+        "--json",
+        type=output_file("json"),
+        metavar="FILE",
+        help="write everything that was measured",
     )
 
 

@@ -1,6 +1,5 @@
 """What ``bias.cu`` needs to know of rotary positions."""
 
-
 import mlx.core as mx
 import numpy as np
 

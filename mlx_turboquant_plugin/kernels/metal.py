@@ -143,9 +143,7 @@ def encode_keys(
     return joined(older, _encode(codec, keys[:, :, part], True, start), axis=-1)
 
 
-def encode_values(
-    codec: KVCodec, values: mx.array, older: Codes = (), part: slice = ALL
-) -> Codes:
+def encode_values(codec: KVCodec, values: mx.array, older: Codes = (), part: slice = ALL) -> Codes:
     """As :meth:`KVCodec.encode_values`; see :func:`encode`."""
     if not encodes(codec.spec.value_codec, values):
         return codec.encode_values(values, older, part)

@@ -91,9 +91,7 @@ class Kernel:
                 constants.append(f"  using {name} = {TYPES[value]};\n")
             else:
                 constants.append(f"  constexpr int {name} = {int(value)};\n")
-        text = (
-            f"({', '.join(parameters)}) {{\n{''.join(constants)}{self.body}\n}}\n"
-        )
+        text = f"({', '.join(parameters)}) {{\n{''.join(constants)}{self.body}\n}}\n"
         version = zlib.crc32((self.header + text).encode())
         name = f"turboquant_{self.name}_{version:08x}"
         signature = f'extern "C" __global__ __launch_bounds__({self.bounds}) void {name}'
@@ -108,7 +106,11 @@ def compile_cubin(source: str, name: str) -> bytes:
     """
     info = mx.device_info()
     arch = f"{info['compute_capability_major']}{info['compute_capability_minor']}"
-    options = [f"--gpu-architecture=sm_{arch}", "--std=c++17", "--device-as-default-execution-space"]
+    options = [
+        f"--gpu-architecture=sm_{arch}",
+        "--std=c++17",
+        "--device-as-default-execution-space",
+    ]
     library, program = _library(), ctypes.c_void_p()
     _check(
         library.nvrtcCreateProgram(

@@ -63,9 +63,7 @@ def norm_rms(norm: nn.Module, heads: int, dim: int) -> mx.array:
     return mx.abs(made.astype(mx.float32)).reshape(heads, dim)
 
 
-def balance(
-    key_rms: mx.array, query_rms: mx.array, rope: Any, whitened: float = 0.0
-) -> mx.array:
+def balance(key_rms: mx.array, query_rms: mx.array, rope: Any, whitened: float = 0.0) -> mx.array:
     """The factors s of a layer.
 
     Args:

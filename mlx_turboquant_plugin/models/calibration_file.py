@@ -52,9 +52,7 @@ class Statistics(NamedTuple):
         )
 
 
-def fingerprint(
-    model: nn.Module, attentions: Sequence[nn.Module | None], tokens: mx.array
-) -> str:
+def fingerprint(model: nn.Module, attentions: Sequence[nn.Module | None], tokens: mx.array) -> str:
     """What tells statistics from others: the tokens, the model, and how its keys turn.
 
     Of the model all shapes and dtypes count, all vectors (biases, norms), and some rows of all

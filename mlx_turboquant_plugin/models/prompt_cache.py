@@ -153,9 +153,7 @@ def _prepare(model: Any, caches: list[Any], new: bool) -> list[Any]:
     return caches
 
 
-def _compressed(
-    model: str, layer: Any, cache: Any, chosen: settings.Settings
-) -> tuple[Any, str]:
+def _compressed(model: str, layer: Any, cache: Any, chosen: settings.Settings) -> tuple[Any, str]:
     """A compressed cache for one layer of a model of this type, or None and the reason."""
     if type(cache) is CacheList:
         return _compressed_in_list(model, layer, cache, chosen)

@@ -90,9 +90,7 @@ FAMILIES: dict[str, Family] = {
         layer_norm="norm_attn_norm.norm_1",
         projections=("Wqkv",),
     ),
-    "deepseek": replace(
-        HF, attention="DeepseekAttention", kv_heads="num_kv_heads"
-    ),
+    "deepseek": replace(HF, attention="DeepseekAttention", kv_heads="num_kv_heads"),
     "dots1": replace(OWN, attention="Dots1Attention"),
     "ernie4_5": OWN,
     "ernie4_5_moe": OWN,
@@ -116,9 +114,7 @@ FAMILIES: dict[str, Family] = {
         kv_heads="n_head",
         projections=("c_attn",),
     ),
-    "gpt_bigcode": replace(
-        OWN, layer_attention="attn", layer_norm="ln_1", projections=("c_attn",)
-    ),
+    "gpt_bigcode": replace(OWN, layer_attention="attn", layer_norm="ln_1", projections=("c_attn",)),
     "gpt_neox": Family(
         layer_attention="attention",
         heads="num_attention_heads",
@@ -196,9 +192,7 @@ FAMILIES: dict[str, Family] = {
     "olmo3": replace(HF, attention="Olmo3Attention", layer_norm=None),
     "olmo_hybrid": replace(HF, layer_norm=None),
     "olmoe": OWN,
-    "openelm": replace(
-        OWN, layer_attention="attn", layer_norm="attn_norm", projections=FUSED
-    ),
+    "openelm": replace(OWN, layer_attention="attn", layer_norm="attn_norm", projections=FUSED),
     "phi": replace(MIXED, attention="PhiAttention"),
     "phi3": replace(OWN, projections=FUSED),
     "phi3small": replace(

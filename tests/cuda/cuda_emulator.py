@@ -53,9 +53,7 @@ class EmulatedKernel:
         self.name, self.inputs, self.outputs, self.body = name, inputs, outputs, body
         self.ensure_row_contiguous = ensure_row_contiguous
 
-    def __call__(
-        self, *, inputs, grid, threadgroup, output_shapes, output_dtypes, template=()
-    ):
+    def __call__(self, *, inputs, grid, threadgroup, output_shapes, output_dtypes, template=()):
         run = _compiled(self._source([x.dtype for x in inputs], output_dtypes, template))
         if self.ensure_row_contiguous:
             inputs = [mx.contiguous(x) for x in inputs]

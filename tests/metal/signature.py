@@ -122,8 +122,7 @@ def generate(
     text += f"[[kernel]] void {function}(\n{''.join(lines)}{source}\n}}\n"
     if template:
         text += (
-            f'\ntemplate [[host_name("{function}")]] [[kernel]] '
-            f"decltype({instance}) {instance};\n"
+            f'\ntemplate [[host_name("{function}")]] [[kernel]] decltype({instance}) {instance};\n'
         )
     return Signature(text, instance, parameters, attributes)
 

@@ -73,7 +73,13 @@ class LayerBench:
         self._kernel = kernel_of(chosen)
 
     def measure(
-        self, results: Results, tokens: int, batch: int, dtype: mx.Dtype, rounds: int, tick: Callable
+        self,
+        results: Results,
+        tokens: int,
+        batch: int,
+        dtype: mx.Dtype,
+        rounds: int,
+        tick: Callable,
     ) -> None:
         """Measure one length and batch size: ``rounds`` times 32 steps of every cache."""
         layer = self.layer

@@ -154,8 +154,7 @@ class ModelBench:
             reason = "mlx-lm can't quantise heads of this size"
         elif slow_when_quantized(self.dtype):
             reason = (
-                f"many times slower in {dtype_name(self.dtype)} on a CPU: try "
-                "--model-dtype float32"
+                f"many times slower in {dtype_name(self.dtype)} on a CPU: try --model-dtype float32"
             )
         else:
             return [KVCACHE, QUANTIZED, COMPRESSED]

@@ -160,7 +160,11 @@ def in_words(panel: Panel, measured: list[Measurement]) -> list[str]:
     found = []
     for other in (KVCACHE, BATCH_KVCACHE):
         theirs, ours = (
-            {(m.tokens, m.dtype, m.batch): panel.figure(m).value for m in measured if m.cache == cache}
+            {
+                (m.tokens, m.dtype, m.batch): panel.figure(m).value
+                for m in measured
+                if m.cache == cache
+            }
             for cache in (other, COMPRESSED)
         )
         ratios = [
