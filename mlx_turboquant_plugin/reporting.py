@@ -125,8 +125,8 @@ def _why_off(configuration: settings.Configuration | None, error: str | None) ->
         return f"{missed}: install the package with pip (a folder on the path is not enough)"
     customize = Path(__file__).parents[1] / "sitecustomize.py"
     return (
-        f"{missed}, for which only site-packages is searched, not the folder of pip install --target: "
-        f"echo '{START_UP}' >> {customize}, or call mlx_turboquant_plugin.enable()"
+        f"{missed}, for which only site-packages is searched, not the folder of pip install "
+        f"--target: echo '{START_UP}' >> {customize}, or call mlx_turboquant_plugin.enable()"
     )
 
 

@@ -269,7 +269,8 @@ def _file(path: str) -> tuple[_Layer, list[tuple[str, _Layer]]]:
         ) from error
     except ValueError as error:
         raise SettingsError(
-            f"the settings file {path} is not TOML in UTF-8 ({error}): correct it, or unset {CONFIG}"
+            f"the settings file {path} is not TOML in UTF-8 ({error}): correct it, or unset "
+            f"{CONFIG}"
         ) from error
     found = [
         (header, dict(parent["turboquant"]))

@@ -14,8 +14,8 @@ from .reporting import Status, status
 
 CONSISTENT, NOT_IN_FORCE, BAD_SETTINGS = 0, 1, 2
 NO_CACHE = (
-    "but not in mlx_lm.perplexity, which makes no cache and gives the same as without: measure with "
-    "mlx_turboquant compare"
+    "but not in mlx_lm.perplexity, which makes no cache and gives the same as without: measure "
+    "with mlx_turboquant compare"
 )
 
 

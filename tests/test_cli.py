@@ -27,9 +27,13 @@ COMMAND = [sys.executable, "-m", "mlx_turboquant_plugin"]
 def start(*arguments, **options):
     environ = clean_environ(PYTHONPATH=str(ROOT))
     return subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ,
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environ,
         **options,
-    )  # fmt: skip
+    )
 
 
 def test_the_package_can_be_run():

@@ -121,5 +121,8 @@ def test_arguments_are_checked(capsys):
 
 
 def test_nothing_of_mlx_is_imported():
-    code = "import sys, mlx_turboquant_plugin.reporting as r; r.status(); print('mlx.core' in sys.modules)"
+    code = (
+        "import sys, mlx_turboquant_plugin.reporting as r; r.status(); "
+        "print('mlx.core' in sys.modules)"
+    )
     assert run_python("-c", code).stdout.strip() == "False"

@@ -35,7 +35,7 @@ def of_mlx_lm(length=300, max_size=None):
 
 
 class Requests:
-    """Prompts that go on after caches made with the plugin and without, and what each gives alone."""
+    """Prompts that go on after caches made with the plugin or without; what each gives alone."""
 
     def __init__(self, max_kv_size, folder):
         self.model, tokenizer = tiny.load("tiny-qwen3")

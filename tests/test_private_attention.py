@@ -1,4 +1,4 @@
-"""Models whose attention does without mlx-lm's scaled_dot_product_attention, or with more than it."""
+"""Models whose attention does not call mlx-lm's function, or does more than call it."""
 
 import functools
 import logging

@@ -155,6 +155,6 @@ def _fold_pieces(
 
 @functools.lru_cache(maxsize=8)
 def from_oldest(oldest: int, start: int, stop: int) -> mx.array:
-    """Which of the positions start, ..., stop - 1 are not before ``oldest``: bool (stop - start,)."""
+    """Which of the positions start, ..., stop - 1 are not before ``oldest``: (stop - start,)."""
     # By way of NumPy, since lazy arrays must not be shared by threads.
     return mx.array(np.arange(start, stop) >= oldest)

@@ -64,8 +64,8 @@ class AttendedCache(_BaseCache):
             "extract(i) gives a row's cache, and its" if hasattr(type(self), "extract") else "its"
         )
         raise AttributeError(
-            f"a {type(self).__name__} has no {name}, since it keeps codes; {advice} to_exact() gives "
-            "mlx-lm's own with the same tokens",
+            f"a {type(self).__name__} has no {name}, since it keeps codes; {advice} to_exact() "
+            "gives mlx-lm's own with the same tokens",
             name=name,
             obj=self,
         )

@@ -29,8 +29,8 @@ def to_state(cache: "CompressedKVCache") -> tuple:
     """What mlx-lm saves and evaluates: strings, the offset and arrays.
 
     (format, description, fingerprint, offset, keys, values, key codes, value codes,
-    balance, layout, bias, query squares); the description is JSON: the codec, the window, the sinks, a
-    checksum of the rotations, the first position that has codes, and for rotating caches
+    balance, layout, bias, query squares); the description is JSON: the codec, the window, the
+    sinks, a checksum of the rotations, the first position that has codes, and for rotating caches
     how many tokens they hold. The last four are None if no codes needed them so far.
     """
     codec = cache.codec

@@ -85,7 +85,8 @@ def _continued(path: str, text: str | None, max_tokens: int) -> Iterator[str]:
     yield ""
     yield (
         f"agreement, both fed the {forced.positions} tokens of the uncompressed run (in float32): "
-        f"the same next token is likeliest at {forced.top1:.2%} of them, mean KL {forced.kl:.1e} nats"
+        f"the same next token is likeliest at {forced.top1:.2%} of them, mean KL "
+        f"{forced.kl:.1e} nats"
     )
 
 

@@ -280,7 +280,10 @@ def _lines(
     )
     yield "errors of each layer's own attention; KL of the model with that layer alone compressed"
     yield ""
-    yield f"{'layer':>5} {'head':>5} {'score, nats':>12} {'keys':>7} {'values':>7} {'both':>7} {'mean KL':>9}"
+    yield (
+        f"{'layer':>5} {'head':>5} {'score, nats':>12} {'keys':>7} {'values':>7} {'both':>7} "
+        f"{'mean KL':>9}"
+    )
     for layer in layers:
         yield f"{_row(layer.layer, 'all', layer)} {layer.kl:>9.1e}"
         if args.heads:

@@ -36,7 +36,8 @@ def _quality_against_size(report: Report, lossy: Sequence[int]) -> tuple:
     y = plots.decades("mean KL, nats", min(ends), max(ends))
     return (
         "Quality against size",
-        f"Best is low and to the right. Size at {QUOTED:,} tokens; bars are 95% confidence intervals.",
+        f"Best is low and to the right. Size at {QUOTED:,} tokens; bars are 95% confidence "
+        "intervals.",
         plots.scatter("mean KL against size", x, y, points),
         [],
     )

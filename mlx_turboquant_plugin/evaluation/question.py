@@ -1,4 +1,4 @@
-"""The demo on a real model: a document is read once, and asked about uncompressed and compressed."""
+"""The demo on a real model: one reading of a document, asked about exact and compressed."""
 
 from collections.abc import Iterator
 from typing import Any

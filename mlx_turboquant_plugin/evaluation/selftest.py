@@ -51,7 +51,8 @@ Codes are not compared: by rounding one can fall to the other side of a threshol
 size, with all codes of its vector, to the other side of a tie. That costs little, so
 what a vector x loses, by the measure that the codec minimises, may be
 
-    1.2 (what it loses in the codes of reference.py) + sqrt(1 + ALONG) (u (64 |x| + t |b|) + 4 U |x|)
+    1.2 (what it loses in the codes of reference.py)
+    + sqrt(1 + ALONG) (u (64 |x| + t |b|) + 4 U |x|)
 
 - 64 u |x|: the rotation, and sizes that are powers of two.
 - u t |b|: angles up to t are rounded, and turn the bias b that is taken away from keys.
@@ -370,7 +371,7 @@ class _Layer:
         return keys, values, decoded_keys, decoded_values
 
     def _remembered(self, length: int):
-        """What queries see of a ring, as a bool mask (N, T): what mlx-lm's RotatingKVCache holds."""
+        """What queries see of a ring, as a bool mask (N, T): what a RotatingKVCache holds."""
         if not self.case.ring:
             return True
         start, tokens = length - self.case.count, np.arange(length)

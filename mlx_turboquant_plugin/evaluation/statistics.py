@@ -29,11 +29,12 @@ BROKEN_CHANGE = 0.10
 
 # What :func:`verdict` goes by, in words.
 RULE = (
-    f"same: perplexity within {SAME_CHANGE:.1%}, mean KL within {SAME_KL:g} nats and top-1 agreement "
-    f"from {SAME_TOP1:.0%} up, each with its whole 95% interval. costs: one of them surely worse. "
-    f"broken: perplexity grows by more than {BROKEN_CHANGE:.0%}, with its whole interval or in every "
-    "window. no verdict: the sample is too small to tell, as it is with fewer than "
-    f"{FEWEST_WINDOWS} windows, or where fewer than {LEAST_CODED:.0%} of the positions read codes."
+    f"same: perplexity within {SAME_CHANGE:.1%}, mean KL within {SAME_KL:g} nats and top-1 "
+    f"agreement from {SAME_TOP1:.0%} up, each with its whole 95% interval. costs: one of them "
+    f"surely worse. broken: perplexity grows by more than {BROKEN_CHANGE:.0%}, with its whole "
+    "interval or in every window. no verdict: the sample is too small to tell, as it is with fewer "
+    f"than {FEWEST_WINDOWS} windows, or where fewer than {LEAST_CODED:.0%} of the positions "
+    "read codes."
 )
 
 

@@ -16,8 +16,9 @@ from .tasks import TASKS, Prompt
 
 NOTE = (
     "likeliest: the right answer is more probable than all wrong ones; greedy: it is what greedy "
-    "generation gives; difference of the shares with Tango's 95% interval; p: McNemar's exact test, "
-    "not adjusted for the number of rows; log p: change of the right answer's log-probability, nats"
+    "generation gives; difference of the shares with Tango's 95% interval; p: McNemar's exact "
+    "test, not adjusted for the number of rows; log p: change of the right answer's "
+    "log-probability, nats"
 )
 ORIGIN_NOTE = (
     "cache: the context was read, or loaded from a file, or reached by trimming what had been read "

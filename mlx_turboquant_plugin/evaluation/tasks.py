@@ -5,7 +5,7 @@ each prompt ends in a sentence that the answer completes. Everything follows fro
 
 - passkey: one sentence in the context tells the secret word.
 - keys: four sentences tell the words of four cities; one of them is asked for.
-- variables: three things each change hands twice; the way of one is shown, that of another asked for.
+- variables: three things each change hands twice; one way is shown, that of another asked for.
 - words: the word that occurs most often among many.
 """
 

@@ -1,4 +1,4 @@
-"""The fused attention kernel for NVIDIA GPUs (compute capability 8.0 and later), and the encoder."""
+"""The fused attention kernel and the encoder for NVIDIA GPUs (compute capability 8.0 on)."""
 
 import functools
 from collections.abc import Callable

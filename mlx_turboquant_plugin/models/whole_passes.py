@@ -86,5 +86,6 @@ def _check(caches: Sequence[Compressed]) -> None:
     if len(held) > 1:
         raise RuntimeError(
             f"the layers of this prompt cache hold from {min(held)} to {max(held)} tokens, since a "
-            f"pass over it was interrupted: trim each to {min(held)}, or make the prompt cache again"
+            f"pass over it was interrupted: trim each to {min(held)}, or make the prompt cache "
+            "again"
         )

@@ -43,14 +43,16 @@ def resume(path: Path, notes: dict[str, Any]) -> Results:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(
-            f"--resume: {str(path)!r} is not what bench --json writes ({error!r}): name another file"
+            f"--resume: {str(path)!r} is not what bench --json writes ({error!r}): name "
+            "another file"
         ) from error
     # As JSON gives it back.
     now = json.loads(json.dumps(notes))
     for name in {**before, **now}:
         if name not in CHANGING and before.get(name) != now.get(name):
             raise SettingsError(
-                f"--resume: {str(path)!r} was measured with {name} {before.get(name)!r}, and now it is "
-                f"{now.get(name)!r}: use the same arguments on the same machine, or another file"
+                f"--resume: {str(path)!r} was measured with {name} {before.get(name)!r}, and now "
+                f"it is {now.get(name)!r}: use the same arguments on the same machine, or another "
+                "file"
             )
     return results
