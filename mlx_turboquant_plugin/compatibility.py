@@ -37,5 +37,5 @@ def check() -> str | None:
 
 def _release(version: str) -> tuple[int, ...]:
     """The first three numbers of a version: a pre-release counts as its release."""
-    numbers = re.match(r"[\d.]*", version).group().split(".")
+    numbers = re.split(r"[^\d.]", version, maxsplit=1)[0].split(".")
     return (*(int(n) for n in numbers if n), 0, 0)[:3]

@@ -130,7 +130,8 @@ def uncompiled() -> str | None:
 def finished(job: str) -> Path:
     """The file that says so; it goes when the libraries go."""
     name = f"turboquant-{__version__}-{zlib.crc32(job.encode()):08x}"
-    return Path(tempfile.gettempdir()) / "mlx" / mx.__version__ / "cpu" / name
+    version = mx.__version__  # type: ignore[attr-defined]
+    return Path(tempfile.gettempdir()) / "mlx" / version / "cpu" / name
 
 
 def _update() -> None:

@@ -60,7 +60,7 @@ def signs(dim, seed=SEED):
 
 def walsh_hadamard(order):
     """The orthonormal Walsh-Hadamard matrix of a power of two, by Sylvester's doubling."""
-    matrix = np.ones((1, 1))
+    matrix: np.ndarray = np.ones((1, 1))
     while len(matrix) < order:
         matrix = np.kron([[1, 1], [1, -1]], matrix)
     return matrix / np.sqrt(order)
@@ -126,9 +126,10 @@ def quantize(x, bits, uniform=False, fed_back=None):
         Codes (..., D), the indices of levels, and sizes (..., 1), indices of SIZES; ints.
     """
     x = np.asarray(x, np.float64)
-    levels, shift = LEVELS.get(bits), 0
     if uniform:
         levels, shift = UNIFORM_LEVELS[bits], UNIFORM_SHIFTS[bits]
+    else:
+        levels, shift = LEVELS[bits], 0
     norm = np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-20)
     start = np.round(12 * (np.log2(norm / np.sqrt(x.shape[-1])) + 13) + shift).astype(int)
     tried = []

@@ -79,7 +79,7 @@ def status() -> Status:
 
         device, kernels, compiler = _device(), available_kernels(), uncompiled()
         try:
-            kernel = configuration and kernel_of(configuration.general)
+            kernel = kernel_of(configuration.general) if configuration else None
         except settings.SettingsError as bad:
             error = str(bad)
     prompt_cache = sys.modules.get(f"{__package__}.models.prompt_cache")
@@ -99,8 +99,8 @@ def status() -> Status:
             for h in activation.hooks()
         ],
         patched=patching.replaced(),
-        config=configuration and configuration.config,
-        settings=configuration and _values(configuration.general),
+        config=configuration.config if configuration else None,
+        settings=_values(configuration.general) if configuration else None,
         model_settings={
             pattern: _values(model)
             for pattern, model in (configuration.models if configuration else ())
@@ -109,7 +109,7 @@ def status() -> Status:
     )
 
 
-def _why_off(configuration: settings.Configuration | None, error: str | None) -> str:
+def _why_off(configuration: settings.Configuration | None, error: str | None) -> str | None:
     if activation.off_because():
         return activation.off_because()
     if configuration is None:

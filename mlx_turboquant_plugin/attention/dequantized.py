@@ -108,7 +108,7 @@ def attend_rows_dequantized(
         else laid_out(row.view, layout, row.view.slot(layout.exact.start))
         for row, layout in zip(rows, layouts)
     ]
-    keys, values = (mx.concatenate(side) for side in zip(*pairs))
+    keys, values = (mx.concatenate(list(side)) for side in zip(*pairs))
     out = original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
     return _paced(out, keys, values, some)
 
@@ -196,12 +196,14 @@ def _by_operations(
         if layout.left or right:
             joined = mx.pad(joined, [(0, 0), (0, 0), (layout.left, right), (0, 0)])
         out.append(joined)
-    return tuple(out)
+    keys, values = out
+    return keys, values
 
 
 def _zeros(like: View, total: int) -> tuple[mx.array, mx.array]:
     """Keys and values of a row without tokens."""
     tokens = like.exact_tokens
-    return tuple(
+    keys, values = (
         mx.zeros((1, x.shape[1], total, x.shape[3]), x.dtype) for x in (tokens.keys, tokens.values)
     )
+    return keys, values

@@ -1,6 +1,6 @@
 """Which attention answers a call of mlx-lm's function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -141,7 +141,7 @@ def _attend_packed(
     rows: PackedRows,
     scale: float,
     mask: Mask,
-    left_padding: list[int],
+    left_padding: Sequence[int],
     sinks,
 ) -> mx.array:
     if rows.kernel in FUSED and rows.key_codes:

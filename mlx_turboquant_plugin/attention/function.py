@@ -12,7 +12,7 @@ head dims of its first call, such as the factor of the Hadamard transform.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -108,15 +108,15 @@ def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
             out = out + Rotation.inverse(rotated_out, rotation)
         return out / total
 
-    functions = (rotate, begin, fold, finish)
+    functions: tuple[Callable, ...] = (rotate, begin, fold, finish)
     return AttentionFunctions(*(map(_compiled, functions) if compiled else functions))
 
 
 def _added(top: mx.array, *sums: Sums) -> Sums:
     """The sums over all tokens of ``sums``, none of which has a score above ``top``."""
     shrinks = [mx.exp(own_top - top) for own_top, _, _ in sums]
-    total = sum(total * shrink for shrink, (_, total, _) in zip(shrinks, sums))
-    out = sum(out * shrink for shrink, (_, _, out) in zip(shrinks, sums))
+    total: Any = sum(total * shrink for shrink, (_, total, _) in zip(shrinks, sums))
+    out: Any = sum(out * shrink for shrink, (_, _, out) in zip(shrinks, sums))
     return top, total, out
 
 

@@ -42,10 +42,14 @@ class Layout(NamedTuple):
     def positions(self) -> np.ndarray:
         """The position at each place, int32 (T,), and -1 where there is none."""
         out = np.full(self.total, -1, np.int32)
-        exact = np.array(self.exact, np.int32)
+        exact: np.ndarray = np.array(self.exact, np.int32)
         # In a batch, places of exact tokens may be there that a short row has no token for.
         exact = np.where(exact < self.sinks, -1, exact)
-        tokens = [np.arange(self.sinks), np.array(self.decoded, np.int32), exact]
+        tokens: list[np.ndarray] = [
+            np.arange(self.sinks),
+            np.array(self.decoded, np.int32),
+            exact,
+        ]
         out[self.left :][: self.tokens] = np.concatenate(tokens)
         return out
 

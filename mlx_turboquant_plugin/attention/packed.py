@@ -33,7 +33,7 @@ def attend_packed(
     sinks, held = rows.visibility.sinks, rows.exact_tokens.count
     exact_mask, codes_end, code_mask = _masks(rows.lengths, rows.exact_start, held, rows.visibility)
     if mask is not None:
-        padding = mx.array(left_padding)[:, None]
+        padding = mx.array(list(left_padding))[:, None]
         newest = mx.array(rows.lengths)[:, None] + mx.arange(sinks - held, 0)
         places = mx.concatenate([mx.zeros_like(padding) + mx.arange(sinks), newest], axis=1)
         exact_mask, code_mask = (

@@ -35,7 +35,7 @@ def attend_tiles(
     batch, heads, count, _ = queries.shape
     per_query = 4 * batch * heads * min(view.end, PIECE)
     rows = max(BLOCK, TILE_BYTES // per_query)
-    tiles = []
+    tiles: list[mx.array] = []
     for i in range(0, count, rows):
         tile = queries[:, :, i : i + rows]
         if tiles:

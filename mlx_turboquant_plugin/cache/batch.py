@@ -357,7 +357,7 @@ class BatchCompressedKVCache(AttendedCache):
     def state(self, v):
         # Older files have no lengths.
         index, left_padding, rows, *lengths = v
-        self.__init__(left_padding)
+        BatchCompressedKVCache.__init__(self, left_padding)
         self._index = index
         self._lengths = next(iter(lengths), None)
         self._rows = [_KINDS[kind].from_state(state) for kind, state in rows]
@@ -386,8 +386,9 @@ def _positions(index: int, left_padding: tuple[int, ...]) -> mx.array:
     return mx.array(np.array([index - padding for padding in left_padding], np.int32))
 
 
-def _ints(indices) -> list[int]:
-    return indices.tolist() if isinstance(indices, mx.array) else list(indices)
+def _ints(indices: Any) -> list[int]:
+    listed: Any = indices.tolist() if isinstance(indices, mx.array) else list(indices)
+    return listed
 
 
 CompressedKVCache.batch_type = BatchCompressedKVCache

@@ -103,7 +103,8 @@ def side_by_side(
         ]
         around = [(0, 0), (0, 0), (padding, columns - padding - view.end), (0, 0)]
         rows.append([mx.pad(mx.concatenate(x, axis=2), around) for x in parts])
-    return tuple(map(mx.concatenate, zip(*rows)))
+    keys, values = (mx.concatenate(list(side)) for side in zip(*rows))
+    return keys, values
 
 
 # All layers get the same, which tells it from the masks of others. By thread, since lazy

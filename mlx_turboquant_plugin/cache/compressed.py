@@ -58,7 +58,7 @@ class CompressedKVCache(AttendedCache):
 
     ring: Ring | None = None
     # Set by the module of the batch, which imports this one.
-    batch_type: type
+    batch_type: Any
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class CompressedKVCache(AttendedCache):
         self.kernel = kernel
         self.unplaced_bias: mx.array | None = None
         self.fingerprint: Any = ""
-        self.attention = None
+        self.attention: Callable[[], Any] | None = None
         self.hold(ExactTokens())
 
     def hold(
@@ -270,7 +270,8 @@ class CompressedKVCache(AttendedCache):
         """The key bias (H, D) that the codes leave out, or None."""
         if self.unplaced_bias is not None:
             return self.unplaced_bias
-        return self.codec and self.codec.bias and self.codec.bias.bias
+        known = self.codec and self.codec.bias
+        return known.bias if known else None
 
     @property
     def informed(self) -> bool:
@@ -430,7 +431,7 @@ class CompressedKVCache(AttendedCache):
         return self.ring.columns(self.offset, count)
 
     def make_mask(self, *args, **kwargs):
-        return create_attention_mask(*args, offset=self.offset, **kwargs)
+        return create_attention_mask(*args, offset=self.offset, **kwargs)  # type: ignore[misc]
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "CompressedKVCache":
         """Stay as it is: the cache is quantised already."""

@@ -18,7 +18,7 @@ def shared(cache: Cache) -> Cache:
     return other
 
 
-def unpickled(kind: type, state: tuple, visibility: Visibility, kernel: str) -> "CompressedKVCache":
+def unpickled(kind: Any, state: tuple, visibility: Visibility, kernel: str) -> "CompressedKVCache":
     """A cache of ``kind`` as it was pickled, but for the layer that it served.
 
     The model makes itself known to it again, as to one from a file.

@@ -75,7 +75,8 @@ class ExactTokens:
             keys, values, shift = parts.keys, parts.values, parts.drop
             if first < parts.sinks or last + shift > keys.shape[2]:
                 (keys, values), shift = self._joined(), 0
-        return tuple(x[:, :, first + shift : last + shift] for x in (keys, values))
+        keys, values = (x[:, :, first + shift : last + shift] for x in (keys, values))
+        return keys, values
 
     def before(self, count: int) -> tuple[mx.array, mx.array] | None:
         """Keys and values of all but the newest ``count`` tokens, or None if there are none."""

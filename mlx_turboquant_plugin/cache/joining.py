@@ -44,10 +44,8 @@ def row_of(cache: Any) -> CompressedKVCache:
     return row
 
 
-def rows_of(
-    batch: BatchKVCache | BatchRotatingKVCache,
-) -> tuple[list[CompressedKVCache], list[int], int]:
-    """The rows of a batch of mlx-lm's, their offsets, negative in padding, and all it counts.
+def rows_of(batch: Any) -> tuple[list[CompressedKVCache], list[int], int]:
+    """The rows of mlx-lm's batch cache, their offsets, negative in padding, and all it counts.
 
     Raises:
         TypeError: it is of another kind.
@@ -89,11 +87,13 @@ def check_padding(expected: Any | None) -> None:
         raise ValueError("a batch that expects padded tokens can't be joined: finalize() it first")
 
 
-def _tokens(cache: KVCache | RotatingKVCache) -> tuple[mx.array, mx.array]:
-    """Keys and values (B, H, T, D) of what the next query can see."""
+def _tokens(cache: Any) -> tuple[mx.array, mx.array]:
+    """Keys and values (B, H, T, D) of what the next query of mlx-lm's cache can see."""
     if type(cache) is KVCache:
-        return tuple(map(mx.contiguous, cache.keys_and_values()))
+        keys, values = map(mx.contiguous, cache.keys_and_values())
+        return keys, values
     pair = cache._temporal_order(cache.keys), cache._temporal_order(cache.values)
     # A chunk leaves more than that: what its first query saw.
     first = max(0, pair[0].shape[2] - cache.max_size) + cache.keep
-    return tuple(mx.concatenate([x[:, :, : cache.keep], x[:, :, first:]], axis=2) for x in pair)
+    keys, values = (mx.concatenate([x[:, :, : cache.keep], x[:, :, first:]], axis=2) for x in pair)
+    return keys, values

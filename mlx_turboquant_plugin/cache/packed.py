@@ -144,7 +144,8 @@ class PackedRows:
             mx.concatenate([x[own, :, :sinks], x[own, :, x.shape[2] - tokens :]], axis=2)
             for x in (self.keys, self.values)
         )
-        key_codes = value_codes = ()
+        key_codes: Codes = ()
+        value_codes: Codes = ()
         if coded:
             key_codes = tuple(x[own, :, :, :coded] for x in self.key_codes)
             value_codes = tuple(x[own, :, :coded] for x in self.value_codes)

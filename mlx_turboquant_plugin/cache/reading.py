@@ -152,7 +152,7 @@ class AttendedCache(_BaseCache):
 def _made_of(arrays: Pair, inputs: Any, outputs: Any) -> bool:
     """Whether ``outputs``, not evaluated yet, were computed of ``inputs`` and ``arrays``."""
     inputs, outputs = (
-        [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
+        [leaf for _, leaf in list(tree_flatten(tree)) if isinstance(leaf, mx.array)]
         for tree in (inputs, outputs)
     )
     # The graph ends there, and not with the model's first layer.

@@ -63,7 +63,7 @@ class RotatingCompressedKVCache(CompressedKVCache):
     def size(self) -> int:
         return min(self.offset, self.max_size)
 
-    def to_exact(self) -> RotatingKVCache:
+    def to_exact(self) -> RotatingKVCache:  # type: ignore[override]
         """mlx-lm's RotatingKVCache with the same tokens, the codes dequantised."""
         cache = RotatingKVCache(self.max_size, self.keep)
         if not self.empty():

@@ -109,10 +109,11 @@ class View(NamedTuple):
         if first == self.exact_start and last == self.end:
             return self.exact_tokens.keys, self.exact_tokens.values
         sinks, skip = self.sinks, self.sinks - self.exact_start
-        return tuple(
+        keys, values = (
             mx.concatenate([x[:, :, :sinks], x[:, :, first + skip : last + skip]], axis=2)
             for x in (self.exact_tokens.keys, self.exact_tokens.values)
         )
+        return keys, values
 
     def codes(self, first: int, last: int) -> tuple[Codes, Codes]:
         """Codes of keys and values of the positions first, ..., last - 1."""
@@ -133,12 +134,13 @@ class View(NamedTuple):
             self.codec.decode_keys(key_codes, oldest),
             self.codec.decode_values(value_codes),
         )
-        return tuple(
+        keys, values = (
             mx.concatenate(
                 [x[:, :, : self.sinks], d.astype(x.dtype), x[:, :, self.sinks :]], axis=2
             )
             for x, d in zip(exact, decoded)
         )
+        return keys, values
 
 
 def code_range(key_codes: Codes, value_codes: Codes, first: int, last: int) -> tuple[Codes, Codes]:

@@ -64,16 +64,20 @@ class GroupAffine:
         return codes, scale.astype(mx.float16), zero.astype(mx.float16)
 
     def decode(self, codes: tuple[mx.array, ...]) -> mx.array:
-        x = mx.dequantize(*self._widen(codes), group_size=self.group_size, bits=self.bits)
+        packed, scale, zero = self._widen(codes)
+        x = mx.dequantize(packed, scale, zero, group_size=self.group_size, bits=self.bits)
         return self._unpad(x)
 
     def expand(self, codes: tuple[mx.array, ...], axis: int) -> tuple[mx.array, ...]:
         return codes
 
     def mix(self, p: mx.array, *codes: mx.array) -> mx.array:
+        packed, scale, zero = self._widen(codes)
         out = mx.quantized_matmul(
             p,
-            *self._widen(codes),
+            packed,
+            scale,
+            zero,
             transpose=False,
             group_size=self.group_size,
             bits=self.bits,

@@ -31,7 +31,8 @@ def multiply(a: mx.array, prepared: Prepared, offset: float) -> mx.array:
     """``a @ (matrix - offset)`` for ``a`` fp32 (..., M, K): fp32 (..., M, N)."""
     if len(prepared) == 1:
         return a @ (prepared[0].astype(mx.float32) - offset)
-    return mx.quantized_matmul(a, *prepared, transpose=False, group_size=GROUP, bits=8)
+    words, scales, biases = prepared
+    return mx.quantized_matmul(a, words, scales, biases, transpose=False, group_size=GROUP, bits=8)
 
 
 @functools.lru_cache(maxsize=8)

@@ -104,8 +104,8 @@ class RotaryTable:
         cos, sin = self._angles(mx.arange(x.shape[-2]))
         square = cos**2 + sin**2
         one, two, rest = self.pairs(x)
-        back = one * cos + two * sin, two * cos - one * sin
-        return self.joined(*(y / square for y in back), rest)
+        one, two = one * cos + two * sin, two * cos - one * sin
+        return self.joined(one / square, two / square, rest)
 
     def pairs(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Both channels of each pair of ``x`` (..., D), (..., F) each, and the other channels."""
@@ -245,7 +245,7 @@ class KeyBias:
         return mx.concatenate([before, after], axis=-1)
 
     def _agrees(self, rope: Any) -> bool:
-        shared, largest = self.table, mx.abs(self.bias).max().item()
+        shared, largest = self.table, float(mx.abs(self.bias).max())
         # Looking far ahead makes a table grow.
         self.table = RotaryTable(rope, self.bias.shape[-1])
         errors = [self._error(rope, position) for position in (1, 300, 70_001)]
@@ -259,7 +259,7 @@ class KeyBias:
     def _error(self, rope: Any, position: int) -> float:
         x = self.bias[None, :, None]
         expected = rope(x, offset=position)[0] if rope is not None else x[0]
-        return mx.abs(self.rotated(position, 1) - expected).max().item()
+        return float(mx.abs(self.rotated(position, 1) - expected).max())
 
 
 @compiled

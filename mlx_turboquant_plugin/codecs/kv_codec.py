@@ -186,7 +186,7 @@ class KVCodec:
         """Whether codes made by ``other``, which leave out a key bias (H, D), are its own."""
         return (
             self.spec == other.spec
-            and _equal(self.bias and self.bias.bias, bias)
+            and _equal(self.bias.bias if self.bias else None, bias)
             and _equal(self.balance, other.balance)
             and _equal(self.layout, other.layout)
         )
@@ -281,7 +281,7 @@ class KVCodec:
 def _equal(a: mx.array | None, b: mx.array | None) -> bool:
     if a is None or b is None:
         return a is b
-    return a is b or mx.array_equal(a, b).item()
+    return a is b or bool(mx.array_equal(a, b))
 
 
 def _chosen(x: mx.array, channels: mx.array) -> mx.array:
@@ -298,14 +298,14 @@ def joined(older: Codes, newer: Codes, axis: int) -> Codes:
     """The codes of both, or of the newer ones if there are no others."""
     if not older:
         return newer
-    return tuple(mx.concatenate(pair, axis=axis) for pair in zip(older, newer))
+    return tuple(mx.concatenate(list(pair), axis=axis) for pair in zip(older, newer))
 
 
 def _in_steps(encode: Callable, x: mx.array, axis: int) -> Codes:
     """Codes of ``x`` (B, H, T, D), made for some tokens at a time and joined along ``axis``."""
     batch, heads, length, dim = x.shape
     tokens = max(32, STEP[mx.default_device().type] // (batch * heads * dim))
-    steps = []
+    steps: list[Codes] = []
     for first in range(0, length, tokens):
         part = x[:, :, first : first + tokens]
         if steps:
@@ -314,4 +314,4 @@ def _in_steps(encode: Callable, x: mx.array, axis: int) -> Codes:
         steps.append(encode(part, first))
     if len(steps) == 1:
         return steps[0]
-    return tuple(mx.concatenate(parts, axis=axis) for parts in zip(*steps))
+    return tuple(mx.concatenate(list(parts), axis=axis) for parts in zip(*steps))

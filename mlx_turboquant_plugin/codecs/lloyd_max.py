@@ -184,7 +184,7 @@ def searched(x: mx.array, coded: Callable, shift: Any = 0) -> tuple[mx.array, mx
     rms = mx.maximum(mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True)), 1e-20)
     norm = rms * math.sqrt(x.shape[-1])
     start = mx.round((mx.log2(rms) - LOWEST_OCTAVE) * STEPS_PER_OCTAVE + shift)
-    best = None
+    best: list[mx.array] = []
     # Not compiled: encoding is rare, and MLX would take half a minute for it on a CPU, and NVRTC
     # two minutes.
     for step in SEARCH:
@@ -193,10 +193,11 @@ def searched(x: mx.array, coded: Callable, shift: Any = 0) -> tuple[mx.array, mx
         missing = x - values
         along = mx.sum(missing * x, axis=-1, keepdims=True) / norm
         error = mx.sum(missing * missing, axis=-1, keepdims=True) + ALONG * along * along
-        found = error, codes, scale
-        if best is None:
+        found = [error, codes, scale]
+        if not best:
             best = found
         else:
             better = error < best[0]
-            best = tuple(mx.where(better, new, old) for new, old in zip(found, best))
-    return best[1:]
+            best = [mx.where(better, new, old) for new, old in zip(found, best)]
+    _, codes, scale = best
+    return codes, scale

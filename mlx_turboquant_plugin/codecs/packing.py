@@ -9,6 +9,7 @@ nothing is lost to padding.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -23,7 +24,7 @@ def pack(codes: mx.array, bits: int) -> tuple[mx.array, ...]:
     Returns:
         One uint8 array (..., D * bits / 8), or three (..., D / 8) for 3 bits.
     """
-    fields = mx.split(codes, FIELDS[bits], axis=-1)
+    fields: Any = mx.split(codes, FIELDS[bits], axis=-1)  # A list, whatever MLX's stubs say.
     if bits != 3:
         return (_join(fields, bits),)
     low = [field & 3 for field in fields]
@@ -46,7 +47,7 @@ def _joined_fields(bits: int, axis: int) -> Callable:
         # The same bits of every byte of a word.
         every = 0x01010101 if packed[0].dtype == mx.uint32 else 1
         if bits == 8:
-            fields = packed
+            fields = list(packed)
         elif bits == 3:
             *low, high = packed
             fields = [

@@ -68,15 +68,15 @@ class Segmented:
 
     def encode(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The codes of ``x``, fp32 (..., T, D)."""
-        segments = mx.stack(mx.split(x, 2, axis=-1), axis=-3)
+        segments = mx.stack([*mx.split(x, 2, axis=-1)], axis=-3)
         coded = functools.partial(_coded, bits=self._bits)
         codes, scale = searched(segments, coded, self._shift)
         if self._feedback is not None:
-            codes = self._with_feedback(segments, size_of(scale))
+            codes = self._with_feedback(segments, size_of(scale), self._feedback)
         first, second = (codes[..., segment, :, :] for segment in range(2))
         return (first << self._second) | second, mx.swapaxes(scale[..., 0], -1, -2)
 
-    def _with_feedback(self, x: mx.array, size: mx.array) -> mx.array:
+    def _with_feedback(self, x: mx.array, size: mx.array, feedback: mx.array) -> mx.array:
         """Codes of ``x`` (..., 2, T, D / 2), block by block; sizes: (..., 2, T, 1)."""
         codes = []
         for first in range(0, x.shape[-1], FEEDBACK_BLOCK):
@@ -85,7 +85,7 @@ class Segmented:
             codes.append(found)
             if x.shape[-1]:
                 after = first + FEEDBACK_BLOCK
-                x = x + (values - own) @ self._feedback[..., first:after, after:]
+                x = x + (values - own) @ feedback[..., first:after, after:]
         return mx.concatenate(codes, axis=-1)
 
     def decode(self, codes: tuple[mx.array, mx.array]) -> mx.array:
@@ -106,7 +106,7 @@ class Segmented:
             axis: that of the channels: -2, as only channel-major codes are multiplied.
         """
         packed, scale = codes
-        return prepare(mx.stack(self._levels(packed), axis=-3), OFFSET), scale
+        return prepare(mx.stack([*self._levels(packed)], axis=-3), OFFSET), scale
 
     def _levels(self, packed: mx.array) -> tuple[mx.array, mx.array]:
         """The levels of both segments, as bytes; what lies above the second code overflows."""

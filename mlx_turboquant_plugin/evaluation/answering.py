@@ -93,4 +93,4 @@ def _nats(run: Run, first: mx.array, tokens: list[int]) -> float:
     if len(tokens) > 1:
         rest = log_probabilities(run.fork()(mx.array(tokens[:-1])))
         nats = nats + mx.sum(rest[mx.arange(len(tokens) - 1), mx.array(tokens[1:])])
-    return nats.item()
+    return float(nats)

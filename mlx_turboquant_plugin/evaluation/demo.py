@@ -105,6 +105,6 @@ def _generated(snapshot: Status, prompt: int, exact: Generation, ours: Generatio
     yield ""
     yield from texts(exact, ours)
     yield ""
-    peaks = (f"{run.peak_bytes:,}" for run in (exact, ours))
-    row = ("peak memory, bytes", *peaks, "  beyond the weights")
+    first, second = (f"{run.peak_bytes:,}" for run in (exact, ours))
+    row = ("peak memory, bytes", first, second, "  beyond the weights")
     yield from table(exact, ours, "prompt", "generation", row)

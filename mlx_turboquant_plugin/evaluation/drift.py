@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args.model)
     windows = read_windows(args, model, tokenizer)
     model.set_dtype(mx.float32)
-    found = 0, [], []
+    found: tuple[int, list, list] = 0, [], []
     try:
         for count, errors in enumerate(measure(model, windows, args.chunk, args.preset), 1):
             found = count, *errors
@@ -137,7 +137,7 @@ def measure(
             f"--length is {length}, and no token of so short a text is read as a code: choose more "
             f"than {visibility.window + visibility.sinks + 32}"
         )
-    sums = {i: [] for i in probed}
+    sums: dict[int, list[np.ndarray]] = {i: [] for i in probed}
     kls = []
     with progress(len(windows) * length * (2 + len(probed)), "tokens") as bar:
         for window in windows:
@@ -166,7 +166,8 @@ def _drifts(
     for (i, found), kl in zip(sums.items(), kls):
         total = np.sum(found, axis=0)
         heads += [HeadDrift(i, head, *_ratios(row)) for head, row in enumerate(total)]
-        layers.append(LayerDrift(i, *_ratios(total.sum(axis=0)), float(kl)))
+        score, keys, values, both = _ratios(total.sum(axis=0))
+        layers.append(LayerDrift(i, score, keys, values, both, float(kl)))
     return heads, layers
 
 

@@ -35,7 +35,8 @@ def convert(source: Path, folder: Path) -> None:
         KeyError: it holds another kind of model.
         OSError: ``folder`` can't be written.
     """
-    arrays, metadata = mx.load(str(source), return_metadata=True)
+    loaded: Any = mx.load(str(source), return_metadata=True)
+    arrays, metadata = loaded
     config = _config(metadata, "output.weight" not in arrays)
     weights = dense(arrays, config["num_attention_heads"], config["num_key_value_heads"])
     try:

@@ -1,6 +1,7 @@
 """The tables of the page that ``mlx_turboquant compare`` writes."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -28,7 +29,7 @@ def figures_table(report: Report) -> Iterator[str]:
         Column(
             f"smaller at {plots.count(length)}",
             ">",
-            lambda r, length=length: f"{report.smaller(r, length):.2f}×",
+            partial(lambda length, r: f"{report.smaller(r, length):.2f}×", length),
         )
         for length in sorted({report.length, QUOTED})
     ]

@@ -39,7 +39,7 @@ def load_model(path: str) -> tuple[nn.Module, Any]:
             f"--model is {path!r}, which is GGUF, and mlx-lm reads safetensors: {advice}"
         )
     try:
-        model, tokenizer = mlx_lm.load(path)
+        model, tokenizer = mlx_lm.load(path)[:2]
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"--model is {path!r}, which can't be loaded ({error}): {advice}"

@@ -74,7 +74,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -140,8 +140,8 @@ def check(tested: Case, kernel: str) -> Result:
     if not layer.holds_what_was_given():
         notes.append("exact tokens are not those that were given")
     expected, tolerance = layer.expected()
-    error = np.abs(out - expected).max()
-    return Result(float(error), tolerance, "; ".join(notes))
+    largest = np.abs(out - expected).max()
+    return Result(float(largest), tolerance, "; ".join(notes))
 
 
 class _Layer:
@@ -156,7 +156,7 @@ class _Layer:
         rotary = dim // 2 if rope == "partial" else dim
         self.rope = {"traditional": rope == "traditional", "dims": rotary}
         self.bias = self.balance = self.layout = self.query_squares = None
-        codec_parts = ()
+        codec_parts: tuple[Any, ...] = ()
         if tested.extras:
             size = PROMPT_BIAS_SIZE if self.is_prompt else BIAS_SIZE
             self.bias = size * self._normal(KV_HEADS, dim)
@@ -195,7 +195,7 @@ class _Layer:
         keys = self._normal(1, KV_HEADS, length, self.case.dim)
         return self._array(keys + self._rotated_bias(range(length)))
 
-    def _rotated_bias(self, positions: Sequence[int]):
+    def _rotated_bias(self, positions: Sequence[int] | np.ndarray):
         if self.bias is None:
             return 0.0
         bias = np.repeat(self.bias[:, None], len(positions), axis=1)
@@ -317,12 +317,13 @@ class _Layer:
         return max(
             stored.share_of_segment(
                 half[:, h] @ rotation,
-                *(y[:, h] for y in codes),
+                codes[:, h],
+                sizes[:, h],
                 bits[h],
                 self._inexact(half[:, h], turned[:, h]),
                 self._fed_back(h, segment),
             )
-            for segment, (half, codes, bits) in enumerate(parts)
+            for segment, (half, (codes, sizes), bits) in enumerate(parts)
             for h in range(KV_HEADS)
         )
 

@@ -68,8 +68,9 @@ def least_loss(x: np.ndarray, bits: int, inexact: np.ndarray, uniform: bool) -> 
         uniform: see :func:`reference.quantize`.
     """
     near = (x * (1 + sign * inexact[..., None]) for sign in (-1, 1))
-    codes = (reference.quantize(y, bits, uniform) for y in near)
-    return np.maximum(*(loss(x, reference.dequantize(*found, bits, uniform)) for found in codes))
+    found = (reference.quantize(y, bits, uniform) for y in near)
+    one, two = (loss(x, reference.dequantize(codes, s, bits, uniform)) for codes, s in found)
+    return np.maximum(one, two)
 
 
 def share(

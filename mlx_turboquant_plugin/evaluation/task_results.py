@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import mlx.nn as nn
@@ -180,7 +181,7 @@ def by_place(cells: Sequence[Cell]) -> tuple:
         Column(
             f"{length} at {depth:.0%}",
             ">",
-            lambda row, place=(length, depth): f"{row[place].right}/{row[place].count}",
+            partial(lambda place, row: f"{row[place].right}/{row[place].count}", (length, depth)),
         )
         for length, depth in places
     ]

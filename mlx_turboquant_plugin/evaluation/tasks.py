@@ -98,7 +98,7 @@ def _keys(rng: random.Random, depth: float, room: int) -> _Draft:
 def _variables(rng: random.Random, depth: float, room: int) -> _Draft:
     things, names = rng.sample(WORDS, 3), rng.sample(NAMES, 9)
     shown, asked, third = names[:3], names[3:6], names[6:]
-    facts = []
+    facts: list[tuple[float, str]] = []
     for thing, chain in zip(things, (shown, asked, third)):
         depths = sorted(DEEPEST * rng.random() for _ in chain)
         if chain is asked:

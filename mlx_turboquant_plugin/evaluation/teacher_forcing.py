@@ -139,10 +139,13 @@ def _compare(p: mx.array, q: mx.array, targets: mx.array) -> Divergence:
     """Compare log probabilities (N, vocabulary); ``targets`` may lack the last position's."""
     rows = mx.arange(targets.size)
     kls = mx.sum(mx.exp(p) * (p - q), axis=-1)
-    choices = [mx.argmax(x, axis=-1) for x in (p, q)]
+    exact_choices, choices = (mx.argmax(x, axis=-1) for x in (p, q))
     exact_nlls, nlls = (-x[rows, targets] for x in (p, q))
-    mx.eval(kls, choices, exact_nlls, nlls)
-    exact_nlls, nlls = (np.array(x, dtype=np.float64) for x in (exact_nlls, nlls))
+    mx.eval(kls, exact_choices, choices, exact_nlls, nlls)
     return Divergence(
-        np.array(kls, dtype=np.float64), *(np.array(x) for x in choices), exact_nlls, nlls
+        np.array(kls, dtype=np.float64),
+        np.array(exact_choices),
+        np.array(choices),
+        np.array(exact_nlls, dtype=np.float64),
+        np.array(nlls, dtype=np.float64),
     )

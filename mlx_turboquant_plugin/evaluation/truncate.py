@@ -188,9 +188,9 @@ def _same_codes(reference: list[Any], other: list[Any], at: int) -> float:
             *((x, y, -1) for x, y in zip(a.key_codes, b.key_codes)),
             *((x, y, -2) for x, y in zip(a.value_codes, b.value_codes)),
         ):
-            one, two = (np.array(x).take(kept, axis=axis) for x in (one, two))
-            equal += int((one == two).sum())
-            total += one.size
+            ours, theirs = (np.array(x).take(kept, axis=axis) for x in (one, two))
+            equal += int((ours == theirs).sum())
+            total += ours.size
     return equal / total if total else 1.0
 
 

@@ -1,6 +1,6 @@
 """The single tokens at which a run is farthest from the exact one, in words."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ def worst_tokens(
 def _token(
     tokenizer: Any, tokens: np.ndarray, part: Divergence, kl: float, window: int, at: int
 ) -> WorstToken:
-    def words(ids: Sequence[int]) -> str:
+    def words(ids: Iterable[int]) -> str:
         return tokenizer.decode([int(one) for one in ids])
 
     context = words(tokens[max(0, at + 1 - CONTEXT) : at + 1])

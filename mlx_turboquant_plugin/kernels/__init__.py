@@ -41,7 +41,7 @@ def _runs_here(name: str) -> bool:
     if not getattr(mx, name).is_available():
         return False
     # The CUDA kernels need instructions of Ampere, compute capability 8.0.
-    return name != "cuda" or mx.device_info().get("compute_capability_major", 8) >= 8
+    return name != "cuda" or int(mx.device_info().get("compute_capability_major", 8)) >= 8
 
 
 @functools.cache

@@ -77,7 +77,7 @@ def _rotations(*rotations: Rotation) -> mx.array:
     return side_by_side(*(rotation.array for rotation in rotations))
 
 
-def side_by_side(*arrays: mx.array) -> mx.array:
+def side_by_side(*arrays: mx.array | np.ndarray) -> mx.array:
     """Arrays of words of 32 bits as one of fp32, without a change of any bit."""
     # By way of NumPy, since lazy arrays must not be shared by threads.
     return mx.array(np.concatenate([np.array(x).view(np.float32).ravel() for x in arrays]))

@@ -5,7 +5,7 @@ each pass is traced by ``mx.compile`` for the first layer and repeated for the o
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -81,8 +81,8 @@ def run_pass(kernel: str, codec: KVCodec, tokens: Tokens, plan: Plan) -> Pass:
         tokens.first_coded,
         plan,
     )
-    known = codec.balance, codec.layout, codec.feedback, bias and bias.bias
-    known = [x for x in known if x is not None]
+    parts = codec.balance, codec.layout, codec.feedback, bias.bias if bias else None
+    known = [x for x in parts if x is not None]
     return Pass(*run(tokens.older or (), tokens.newer, tokens.key_codes, tokens.value_codes, known))
 
 
@@ -117,7 +117,8 @@ def _traced(
         balance, layout, feedback = (
             next(arrays) if is_there else None for is_there in (balanced, ordered, fed_back)
         )
-        codec = KVCodec(spec, balance, table and _Bias(next(arrays), table), layout)
+        bias: Any = table and _Bias(next(arrays), table)
+        codec = KVCodec(spec, balance, bias, layout)
         # Given, since what it is made of has no values here.
         codec.feedback = feedback
         tokens = Tokens(older or None, newer, key_codes, value_codes, first_coded)

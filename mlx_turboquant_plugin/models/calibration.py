@@ -15,7 +15,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 from mlx_lm.utils import get_total_parameters
 
@@ -26,6 +25,7 @@ from ..log import logger
 from . import calibration_file
 from .calibration_file import Statistics
 from .family import attention_of, family_of, layers_of
+from .projections import weights_of
 
 # As many as tell all they can: with half of them the text's loss is 5% larger.
 TOKENS = 512
@@ -156,7 +156,7 @@ def same_objects(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
 
 def _leaves(attention: nn.Module) -> tuple[mx.array, ...]:
     """All its weights, those of adapters too."""
-    return tuple(x for _, x in tree_flatten(attention.parameters()))
+    return tuple(x for _, x in weights_of(attention))
 
 
 def distributed() -> bool:

@@ -8,16 +8,16 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ..cache_folder import cache_folder
 from ..log import logger
 from .family import family_of
+from .projections import weights_of
 
 FORMAT = "turboquant-statistics/1"
 EMBEDDINGS = nn.Embedding, nn.QuantizedEmbedding
@@ -48,7 +48,7 @@ class Statistics(NamedTuple):
             (dim, query_heads % heads) == (query_dim, 0)
             and (self.mean is None or self.mean.shape == (heads, dim))
             and all(x.dtype == mx.float32 and mx.isfinite(x).all().item() for x in arrays)
-            and all((x >= 0).all().item() and x.sum().item() > 0 for x in self[1:])
+            and all(bool((x >= 0).all()) and float(x.sum()) > 0 for x in self[1:])
         )
 
 
@@ -60,7 +60,7 @@ def fingerprint(model: nn.Module, attentions: Sequence[nn.Module | None], tokens
     """
     digest = hashlib.sha256(FORMAT.encode() + bytes(tokens.view(mx.uint8)))
     parts = [_turned(attention) for attention in attentions if attention is not None]
-    for name, x in tree_flatten(model.parameters()):
+    for name, x in weights_of(model):
         digest.update(f"{name} {x.shape} {x.dtype};".encode())
         rows = x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x[None]
         parts.append(mx.contiguous(rows[:: max(1, rows.shape[0] // ROWS)]).view(mx.uint8))
@@ -87,7 +87,8 @@ def load(key: str, count: int) -> list[Statistics | None] | None:
         path = _path(key)
         if not os.path.exists(path):
             return None
-        arrays, metadata = mx.load(str(path), return_metadata=True)
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        arrays, metadata = loaded
         found = [_layer(arrays, index) for index in range(count)]
         fits = metadata.get("format") == FORMAT and metadata.get("layers") == str(count)
         if not fits or not all(one.usable() for one in found if one is not None):

@@ -65,7 +65,7 @@ class Family:
 
     def norm_of(self, layer: Any) -> nn.Module | None:
         """The norm before the attention of a layer, or None."""
-        return self.layer_norm and _deep(layer, self.layer_norm)
+        return _deep(layer, self.layer_norm) if self.layer_norm else None
 
     def head_counts(self, attention: nn.Module) -> tuple[int, int]:
         """The numbers of query heads and of KV heads."""

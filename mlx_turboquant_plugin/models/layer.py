@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from .. import compiling
 from ..attention.dispatch import BRIDGE
@@ -29,7 +28,7 @@ from .balance import WHITENED, balance, layout, norm_rms, projection_rms, query_
 from .calibration import same_objects, statistics_for
 from .calibration_file import Statistics
 from .family import Family, family_of
-from .projections import Projection
+from .projections import Projection, weights_of
 
 
 class Fingerprint:
@@ -132,9 +131,9 @@ def _parts(attention: nn.Module, norm: nn.Module | None) -> tuple[Any, ...]:
     """What is replaced when a layer is loaded, quantised, sharded, trained or adapted."""
     # Not the attention itself, which nobody here may keep.
     modules = [module for _, module in attention.named_modules() if module is not attention]
-    weights = tree_flatten(attention.parameters())
+    weights = weights_of(attention)
     if norm is not None:
-        weights += tree_flatten(norm.parameters())
+        weights += weights_of(norm)
     return (norm, *modules, *(x for _, x in weights))
 
 
@@ -150,9 +149,9 @@ def _read_layer(attention: nn.Module, norm: nn.Module | None, settings: Settings
         head_dim,
         value_dim,
         "exact" if exact else key_codec(settings, head_dim),
-        settings.key_bits,
+        settings.key_bits,  # type: ignore[arg-type]
         "exact" if exact else settings.value_codec,
-        settings.value_bits,
+        settings.value_bits,  # type: ignore[arg-type]
     )
     rope = _rope_of(family, attention)
     if _has_bias(family, attention) and type(rope) not in (nn.RoPE, type(None)):
@@ -201,7 +200,7 @@ def _learn(
     # Weights say too little of what queries tell apart.
     fed_back = measured and cut is not None
     factors = balance(*rms, rope, WHITENED * fed_back) if rms and balanced else None
-    squares = query_squares(*rms, rope) if fed_back else None
+    squares = query_squares(rms[0], rms[1], rope) if rms and fed_back else None
     mx.eval([x for x in (factors, cut, squares) if x is not None])
     return Knowledge(factors, bias, cut, squares)
 
@@ -257,7 +256,7 @@ def _rms_and_bias(
     if statistics is not None and tuple(x.shape for x in statistics[1:]) != shapes:
         statistics = None
     if statistics is not None and (statistics.mean is not None or family.dims):
-        rms = tuple(map(mx.sqrt, statistics[1:]))
+        rms = mx.sqrt(statistics[1]), mx.sqrt(statistics[2])
         try:
             bias = None if statistics.mean is None else KeyBias(statistics.mean, rope)
             return rms, bias, True

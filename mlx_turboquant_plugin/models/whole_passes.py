@@ -39,7 +39,7 @@ def guard(model: type) -> None:
 def _model_call(parameters, wrapped, instance, args, kwargs):
     caches = kwargs["cache"] if "cache" in kwargs else dict(zip(parameters, args)).get("cache")
     parts = _parts(caches if isinstance(caches, (list, tuple)) else ())
-    ours = [one for one in parts if isinstance(one, AttendedCache)]
+    ours: list[Any] = [one for one in parts if isinstance(one, AttendedCache)]
     if not ours:
         return wrapped(*args, **kwargs)
     _check(ours)
@@ -76,7 +76,7 @@ def _content(caches: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _length(cache: Compressed) -> int:
+def _length(cache: Any) -> int:
     return cache.offset if isinstance(cache, CompressedKVCache) else cache.size()
 
 

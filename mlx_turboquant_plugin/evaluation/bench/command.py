@@ -229,7 +229,9 @@ def _measure(
 
 
 def _layer_jobs(args: argparse.Namespace, chosen: settings.Settings, results: Results) -> list[Job]:
-    bench = LayerBench(Layer(*args.heads, args.head_dim), chosen, args.layers, args.kv_bits, GPU)
+    bench = LayerBench(
+        Layer(args.heads[0], args.heads[1], args.head_dim), chosen, args.layers, args.kv_bits, GPU
+    )
     return [
         Job(
             f"layer, {dtype}, batch {batch}, {tokens} tokens",

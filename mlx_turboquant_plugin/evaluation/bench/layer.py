@@ -64,9 +64,9 @@ class LayerBench:
             dim,
             dim,
             key_codec(chosen, dim),
-            chosen.key_bits,
+            chosen.key_bits,  # type: ignore[arg-type]
             chosen.value_codec,
-            chosen.value_bits,
+            chosen.value_bits,  # type: ignore[arg-type]
         )
         self._codec = _like_a_models(spec, layer.kv_heads)
         self._visibility = Visibility(chosen.window, chosen.sinks, chosen.invariant)
@@ -169,8 +169,9 @@ def _like_a_models(spec: CodecSpec, kv_heads: int) -> KVCodec:
     bias = KeyBias(mx.random.normal(shape), nn.RoPE(spec.head_dim))
     if spec.segments == 1:
         return KVCodec(spec, balance, bias)
-    rms = [mx.exp(mx.random.normal(shape)) for _ in range(2)]
-    return KVCodec(spec, balance, bias, layout(*rms, None), query_squares(*rms, None))
+    keys, queries = (mx.exp(mx.random.normal(shape)) for _ in range(2))
+    cut, squares = layout(keys, queries, None), query_squares(keys, queries, None)
+    return KVCodec(spec, balance, bias, cut, squares)
 
 
 def _one_call(caches: list[Any], query: mx.array, token: mx.array) -> Callable[[], float]:

@@ -186,7 +186,8 @@ class Situation:
             arms: by cache; each does its work once.
             tick: called after each round.
         """
-        arms, firsts = dict(arms), {}
+        arms = dict(arms)
+        firsts: dict[str, float] = {}
         for turn in range(rounds):
             for cache, arm in list(arms.items()):
                 every = 1

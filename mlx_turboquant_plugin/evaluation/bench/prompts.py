@@ -60,7 +60,8 @@ def process_batch(
         model, max_tokens=1, prefill_batch_size=len(prompts), prefill_step_size=chunk
     )
     with closing(generator):
-        generator.insert([prompt.tolist() for prompt in prompts], caches=caches)
+        tokens: list[Any] = [prompt.tolist() for prompt in prompts]
+        generator.insert(tokens, caches=caches)
         done: list[Any] = []
         while responses := generator.next_generated():
             for response in responses:

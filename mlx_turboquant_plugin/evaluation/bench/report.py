@@ -88,7 +88,7 @@ def _cell(column: Column, m: Measurement, base: Measurement) -> str:
 
 
 def _median(m: Measurement) -> float | None:
-    return m.seconds and m.seconds.median
+    return m.seconds.median if m.seconds else None
 
 
 def _ratio(value: Callable[[Measurement], float | None]) -> Callable:
@@ -115,7 +115,7 @@ TIMES = [
     Column("spread", 7, ".1%", lambda m, base: m.seconds and m.seconds.spread),
     Column("speed", 6, ".2f", _ratio(_median)),
 ]
-MEANS = [Column("means", 6, ".2f", _ratio(lambda m: m.seconds and m.seconds.mean))]
+MEANS = [Column("means", 6, ".2f", _ratio(lambda m: m.seconds.mean if m.seconds else None))]
 THROUGHPUT = [
     Column("tokens/s", 9, ".1f", lambda m, base: m.seconds and m.processed / m.seconds.median)
 ]
