@@ -131,7 +131,9 @@ class Settings:
                     f"{name} ({self.source(name)}) has {len(bits)} numbers, and the model has "
                     f"{count} layers: give one number for all layers, or one for each"
                 )
-        return [replace(self, key_bits=k, value_bits=v) for k, v in zip(*columns.values())]
+        return [
+            replace(self, key_bits=k, value_bits=v) for k, v in zip(*columns.values(), strict=True)
+        ]
 
     def opted_out(self, identity: ModelIdentity) -> str | None:
         """The first ``opt_out`` pattern that matches the model, or None."""

@@ -200,10 +200,13 @@ class BatchCompressedKVCache(AttendedCache):
                 raise ValueError(
                     "Left padding can only be added to an empty BatchCompressedKVCache"
                 )
-            self._left_padding = [a + b for a, b in zip(self._left_padding, left_padding)]
+            self._left_padding = [
+                a + b for a, b in zip(self._left_padding, left_padding, strict=True)
+            ]
         if right_padding is not None and max(right_padding) > 0:
             self._lengths = [
-                self._index - left + length for length, left in zip(lengths, self._left_padding)
+                self._index - left + length
+                for length, left in zip(lengths, self._left_padding, strict=True)
             ]
 
     def finalize(self) -> None:

@@ -163,7 +163,7 @@ def _drifts(
 ) -> tuple[list[HeadDrift], list[LayerDrift]]:
     """The sums of each window, by layer, and the mean KL of each layer, as ratios."""
     heads, layers = [], []
-    for (i, found), kl in zip(sums.items(), kls):
+    for (i, found), kl in zip(sums.items(), kls, strict=True):
         total = np.sum(found, axis=0)
         heads += [HeadDrift(i, head, *_ratios(row)) for head, row in enumerate(total)]
         score, keys, values, both = _ratios(total.sum(axis=0))

@@ -105,7 +105,11 @@ def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     kinds = metadata["tokenizer.ggml.token_type"].tolist()
     tokenizer.add_special_tokens(
-        [AddedToken(t, special=True) for t, kind in zip(tokens, kinds) if kind == CONTROL_TOKEN]
+        [
+            AddedToken(t, special=True)
+            for t, kind in zip(tokens, kinds, strict=True)
+            if kind == CONTROL_TOKEN
+        ]
     )
     end = tokens[metadata["tokenizer.ggml.eos_token_id"].item()]
     fast = PreTrainedTokenizerFast(

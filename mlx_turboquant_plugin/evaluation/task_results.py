@@ -129,7 +129,9 @@ def _place(prompt: Prompt) -> tuple:
 def _result(task: str, name: str, origin: str, found: Sequence[Answers]) -> TaskResult:
     ours = [answers[name][origin] for answers in found]
     exact = [answers[EXACT.name]["read"] for answers in found]
-    changes = np.array([(a.nats - b.nats, 1) for a, b in zip(ours, exact)], dtype=np.float64)
+    changes = np.array(
+        [(a.nats - b.nats, 1) for a, b in zip(ours, exact, strict=True)], dtype=np.float64
+    )
     return TaskResult(
         task,
         name,

@@ -109,7 +109,7 @@ def statistics_of(
     except Exception as error:  # Whatever a model does when it is run in an unusual way.
         logger.info("not calibrated: %s: %s", type(error).__name__, error)
         found = [None] * len(layers)
-    for attention, statistics in zip(attentions, found):
+    for attention, statistics in zip(attentions, found, strict=True):
         if attention is not None:
             _keep(_measured, attention, _leaves(attention), statistics)
     return found
