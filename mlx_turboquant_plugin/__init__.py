@@ -5,7 +5,7 @@ when they are first used.
 """
 
 __version__ = "0.1.0"
-__all__ = ["CompressedKVCache", "disable", "enable", "status", "__version__"]
+__all__ = ["CompressedKVCache", "__version__", "disable", "enable", "status"]
 
 _HOMES = {
     "CompressedKVCache": "cache",

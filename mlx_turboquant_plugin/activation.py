@@ -8,7 +8,7 @@ once it is imported. Other packages can ship such entry points too.
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import wrapt
 
@@ -71,8 +71,8 @@ class Hook:
             self.outcome = "applied"
 
 
-_hooks: Dict[Tuple[str, str], Hook] = {}
-_off_because: Optional[str] = None
+_hooks: dict[tuple[str, str], Hook] = {}
+_off_because: str | None = None
 
 
 def enable(**overrides: Any) -> None:
@@ -136,12 +136,12 @@ def disable() -> None:
     _off_because = "disable() was called"
 
 
-def off_because() -> Optional[str]:
+def off_because() -> str | None:
     """Why TurboQuant was refused or switched off, or None if neither happened."""
     return _off_because
 
 
-def hooks() -> List[Hook]:
+def hooks() -> list[Hook]:
     """Every hook that was found, in the order of registration."""
     return list(_hooks.values())
 

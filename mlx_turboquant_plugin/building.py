@@ -7,13 +7,17 @@ layers of models do, which leaves MLX's folder full of the libraries that they n
 import json
 import os
 import sys
+from typing import Any
 
 from .codecs.kv_codec import CodecSpec
 from .compiling import finished
 from .evaluation.selftest import Case, check
 
 # Prompts, then decoding over several pieces of codes.
-WORK = ({"count": 64, "lengths": (1600,)}, {"lengths": (9000,), "steps": 33})
+WORK: tuple[dict[str, Any], ...] = (
+    {"count": 64, "lengths": (1600,)},
+    {"lengths": (9000,), "steps": 33},
+)
 
 
 def build(job: str) -> None:

@@ -10,7 +10,6 @@ import os
 import shlex
 import sys
 from importlib import import_module
-from typing import List, Optional
 
 from . import __version__, log
 from .rules import SettingsError
@@ -32,7 +31,7 @@ BAD_SETTINGS = 2
 INTERRUPTED, CLOSED = 130, 141
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run a subcommand.
 
     Args:
@@ -53,7 +52,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return CLOSED
 
 
-def _outcome(argv: List[str]) -> int:
+def _outcome(argv: list[str]) -> int:
     try:
         return _run(argv)
     except SettingsError as error:
@@ -64,7 +63,7 @@ def _outcome(argv: List[str]) -> int:
         return INTERRUPTED
 
 
-def _run(argv: List[str]) -> int:
+def _run(argv: list[str]) -> int:
     _check_working_directory()
     parser = argparse.ArgumentParser(
         prog="mlx_turboquant", description="Compressed KV caches for mlx-lm."

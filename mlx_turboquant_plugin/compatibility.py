@@ -2,17 +2,16 @@
 
 import re
 from importlib import metadata
-from typing import Dict, Optional, Tuple
 
 # Distribution -> first supported version, first unsupported one. pyproject.toml
 # repeats these ranges for installers; a test checks that they agree.
-SUPPORTED: Dict[str, Tuple[str, str]] = {
+SUPPORTED: dict[str, tuple[str, str]] = {
     "mlx-lm": ("0.32.0", "0.33"),
     "mlx": ("0.32.2", "0.33"),
 }
 
 
-def installed_version(distribution: str) -> Optional[str]:
+def installed_version(distribution: str) -> str | None:
     """The version of an installed distribution, or None."""
     try:
         return metadata.version(distribution)
@@ -20,7 +19,7 @@ def installed_version(distribution: str) -> Optional[str]:
         return None
 
 
-def check() -> Optional[str]:
+def check() -> str | None:
     """None if the installed versions are supported, else a sentence that says why not."""
     for name, (first, end) in SUPPORTED.items():
         required = f"{name}>={first},<{end}"
@@ -36,7 +35,7 @@ def check() -> Optional[str]:
     return None
 
 
-def _release(version: str) -> Tuple[int, ...]:
+def _release(version: str) -> tuple[int, ...]:
     """The first three numbers of a version: a pre-release counts as its release."""
-    numbers = re.match(r"[\d.]*", version).group().split(".")
+    numbers = re.split(r"[^\d.]", version, maxsplit=1)[0].split(".")
     return (*(int(n) for n in numbers if n), 0, 0)[:3]

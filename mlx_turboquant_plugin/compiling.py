@@ -15,8 +15,8 @@ import sys
 import tempfile
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
 
 import mlx.core as mx
 
@@ -24,7 +24,7 @@ from . import __version__
 from .log import logger
 
 _lock = threading.Lock()
-_builders: Dict[str, Optional[subprocess.Popen]] = {}
+_builders: dict[str, subprocess.Popen | None] = {}
 _building = False
 _here = False
 
@@ -43,7 +43,7 @@ def compiled(function: Callable) -> Callable:
     return call
 
 
-def problem() -> Optional[str]:
+def problem() -> str | None:
     """Why MLX compiles nothing for the CPU and what to do, or None. Asks MLX once, then remembers.
 
     With a compiler that fails every run of mlx_lm would end in an error: ``mx.compile`` is
@@ -55,8 +55,8 @@ def problem() -> Optional[str]:
         return _problem()
 
 
-@functools.lru_cache(maxsize=None)
-def _problem() -> Optional[str]:
+@functools.cache
+def _problem() -> str | None:
     traces = []
     number = _compiler_id()
 
@@ -120,7 +120,7 @@ def update() -> None:
         _update()
 
 
-def uncompiled() -> Optional[str]:
+def uncompiled() -> str | None:
     """Why functions run as they are: a :func:`problem`, or they are not ready yet."""
     if _building:
         return "still being built, once for this machine: it runs uncompiled meanwhile, slower"
@@ -130,7 +130,8 @@ def uncompiled() -> Optional[str]:
 def finished(job: str) -> Path:
     """The file that says so; it goes when the libraries go."""
     name = f"turboquant-{__version__}-{zlib.crc32(job.encode()):08x}"
-    return Path(tempfile.gettempdir()) / "mlx" / mx.__version__ / "cpu" / name
+    version = mx.__version__  # type: ignore[attr-defined]
+    return Path(tempfile.gettempdir()) / "mlx" / version / "cpu" / name
 
 
 def _update() -> None:
@@ -139,8 +140,8 @@ def _update() -> None:
     _building = any(builder and builder.poll() is None for builder in builders)
 
 
-def _start(job: str) -> Optional[subprocess.Popen]:
-    command: List[str] = [sys.executable, "-m", f"{__package__}.building", job]
+def _start(job: str) -> subprocess.Popen | None:
+    command: list[str] = [sys.executable, "-m", f"{__package__}.building", job]
     try:
         builder = subprocess.Popen(
             command,

@@ -2,14 +2,14 @@
 
 import functools
 import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator, Optional
 
 logger = logging.getLogger(__package__)
-_handler: Optional[logging.Handler] = None
+_handler: logging.Handler | None = None
 
 
-def start(level: Optional[str]) -> None:
+def start(level: str | None) -> None:
     """Write messages of this level and above to stderr; None leaves logging alone."""
     global _handler
     if level is None:
@@ -49,7 +49,7 @@ def shown(name: str) -> Iterator[None]:
         told.propagate = True
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def log_once(message: str, *args) -> None:
     """Warn about something that is the same for every cache, once until :func:`stop`."""
     logger.warning(message, *args)

@@ -7,11 +7,12 @@ outlive :func:`undo` in modules that imported it: each wrapper therefore asks
 """
 
 import sys
-from typing import Any, Callable, List, Tuple
+from collections.abc import Callable
+from typing import Any
 
 import wrapt
 
-_replaced: List[Tuple[Any, str, Any, Any]] = []
+_replaced: list[tuple[Any, str, Any, Any]] = []
 _active = False
 
 
@@ -26,7 +27,7 @@ def active() -> bool:
     return _active
 
 
-def replaced() -> List[str]:
+def replaced() -> list[str]:
     """Dotted names of what is replaced now, in the order of replacement."""
     return [f"{_name(owner)}.{name}" for owner, name, _, _ in _replaced]
 

@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
 
 import mlx.core as mx
 
@@ -30,7 +30,7 @@ def cached_per_thread(maxsize: int) -> Callable:
                 cached = local.cached = functools.lru_cache(maxsize)(function)
             return cached(*args, **kwargs)
 
-        call.cache_clear = lambda: local.__dict__.clear()
+        call.cache_clear = lambda: local.__dict__.clear()  # type: ignore[attr-defined]
         return call
 
     return decorate

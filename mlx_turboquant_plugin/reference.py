@@ -32,8 +32,7 @@ LEVELS = {bits: np.concatenate([-half[::-1], half]) for bits, half in POSITIVE_L
 UNIFORM_STEPS = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041}
 FACTOR = 2**-5.5
 UNIFORM_LEVELS = {
-    bits: FACTOR * ((np.arange(2**bits) + 0.5) * 2 ** (8 - bits) - 127.5)
-    for bits in UNIFORM_STEPS
+    bits: FACTOR * ((np.arange(2**bits) + 0.5) * 2 ** (8 - bits) - 127.5) for bits in UNIFORM_STEPS
 }
 UNIFORM_SHIFTS = {
     bits: 12 * np.log2(step / (FACTOR * 2 ** (8 - bits))) for bits, step in UNIFORM_STEPS.items()
@@ -61,7 +60,7 @@ def signs(dim, seed=SEED):
 
 def walsh_hadamard(order):
     """The orthonormal Walsh-Hadamard matrix of a power of two, by Sylvester's doubling."""
-    matrix = np.ones((1, 1))
+    matrix: np.ndarray = np.ones((1, 1))
     while len(matrix) < order:
         matrix = np.kron([[1, 1], [1, -1]], matrix)
     return matrix / np.sqrt(order)
@@ -106,7 +105,9 @@ def feedback(weights):
     added = np.zeros((dim, dim))
     for first in range(0, dim - FEEDBACK_BLOCK, FEEDBACK_BLOCK):
         after = first + FEEDBACK_BLOCK
-        added[first:after, after:] = -cost[first:after, after:] @ np.linalg.inv(cost[after:, after:])
+        added[first:after, after:] = -cost[first:after, after:] @ np.linalg.inv(
+            cost[after:, after:]
+        )
     return added
 
 
@@ -125,9 +126,10 @@ def quantize(x, bits, uniform=False, fed_back=None):
         Codes (..., D), the indices of levels, and sizes (..., 1), indices of SIZES; ints.
     """
     x = np.asarray(x, np.float64)
-    levels, shift = LEVELS.get(bits), 0
     if uniform:
         levels, shift = UNIFORM_LEVELS[bits], UNIFORM_SHIFTS[bits]
+    else:
+        levels, shift = LEVELS[bits], 0
     norm = np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-20)
     start = np.round(12 * (np.log2(norm / np.sqrt(x.shape[-1])) + 13) + shift).astype(int)
     tried = []

@@ -5,7 +5,7 @@ import platform
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 from . import __version__, activation, patching, settings, startup
 from .compatibility import installed_version
@@ -38,29 +38,29 @@ class Status:
     """
 
     active: bool
-    reason: Optional[str]
-    settings_error: Optional[str]
-    versions: Dict[str, Optional[str]]
-    device: Optional[str]
-    kernels: Optional[List[str]]
-    kernel: Optional[str]
-    compiler: Optional[str]
-    fallbacks: List[str]
-    hooks: List[Dict[str, str]]
-    patched: List[str]
-    config: Optional[str]
-    settings: Optional[Dict[str, Dict[str, Any]]]
-    model_settings: Dict[str, Dict[str, Dict[str, Any]]]
-    models: List[str]
+    reason: str | None
+    settings_error: str | None
+    versions: dict[str, str | None]
+    device: str | None
+    kernels: list[str] | None
+    kernel: str | None
+    compiler: str | None
+    fallbacks: list[str]
+    hooks: list[dict[str, str]]
+    patched: list[str]
+    config: str | None
+    settings: dict[str, dict[str, Any]] | None
+    model_settings: dict[str, dict[str, dict[str, Any]]]
+    models: list[str]
 
     @property
-    def kernel_in_words(self) -> Optional[str]:
+    def kernel_in_words(self) -> str | None:
         """The kernel, and what keeps it from being what its name says."""
         if self.kernel == "compiled" and self.compiler:
             return f"compiled, but {self.compiler}"
         return self.kernel
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """The snapshot as nested dicts and lists."""
         return asdict(self)
 
@@ -79,7 +79,7 @@ def status() -> Status:
 
         device, kernels, compiler = _device(), available_kernels(), uncompiled()
         try:
-            kernel = configuration and kernel_of(configuration.general)
+            kernel = kernel_of(configuration.general) if configuration else None
         except settings.SettingsError as bad:
             error = str(bad)
     prompt_cache = sys.modules.get(f"{__package__}.models.prompt_cache")
@@ -99,8 +99,8 @@ def status() -> Status:
             for h in activation.hooks()
         ],
         patched=patching.replaced(),
-        config=configuration and configuration.config,
-        settings=configuration and _values(configuration.general),
+        config=configuration.config if configuration else None,
+        settings=_values(configuration.general) if configuration else None,
         model_settings={
             pattern: _values(model)
             for pattern, model in (configuration.models if configuration else ())
@@ -109,7 +109,7 @@ def status() -> Status:
     )
 
 
-def _why_off(configuration: Optional[settings.Configuration], error: Optional[str]) -> str:
+def _why_off(configuration: settings.Configuration | None, error: str | None) -> str | None:
     if activation.off_because():
         return activation.off_because()
     if configuration is None:
@@ -125,12 +125,12 @@ def _why_off(configuration: Optional[settings.Configuration], error: Optional[st
         return f"{missed}: install the package with pip (a folder on the path is not enough)"
     customize = Path(__file__).parents[1] / "sitecustomize.py"
     return (
-        f"{missed}, for which only site-packages is searched, not the folder of pip install --target: "
-        f"echo '{START_UP}' >> {customize}, or call mlx_turboquant_plugin.enable()"
+        f"{missed}, for which only site-packages is searched, not the folder of pip install "
+        f"--target: echo '{START_UP}' >> {customize}, or call mlx_turboquant_plugin.enable()"
     )
 
 
-def _versions() -> Dict[str, Optional[str]]:
+def _versions() -> dict[str, str | None]:
     libraries = {name: installed_version(name) for name in ("mlx-lm", "mlx", "wrapt")}
     return {
         DISTRIBUTION: __version__,
@@ -148,7 +148,7 @@ def _device() -> str:
     return f"{device} {name}" if name else str(device)
 
 
-def _values(values: settings.Settings) -> Dict[str, Dict[str, Any]]:
+def _values(values: settings.Settings) -> dict[str, dict[str, Any]]:
     return {
         f.name: {"value": getattr(values, f.name), "source": values.source(f.name)}
         for f in fields(values)

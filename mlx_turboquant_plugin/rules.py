@@ -1,9 +1,10 @@
 """What each setting may be, and how it is written in the environment."""
 
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Tuple, Union
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 # Every preset sets the same keys, so that naming one undoes another.
-PRESETS: Dict[str, Dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"key_bits": 4, "value_bits": 4, "window": 512},
     "default": {"key_bits": 4, "value_bits": 4, "window": 160},
     "small": {"key_bits": 4, "value_bits": 3, "window": 128},
@@ -28,7 +29,7 @@ class Rule(NamedTuple):
     allowed: str
     accepts: Callable[[Any], bool]
     from_text: Callable[[str], Any] = str
-    allowed_text: Optional[str] = None
+    allowed_text: str | None = None
 
 
 def one_of(allowed: Iterable) -> str:
@@ -55,7 +56,7 @@ def _integer(low: int, high: int, step: int = 1) -> Rule:
     )
 
 
-def each(bits: Union[int, Tuple[int, ...]]) -> Tuple[int, ...]:
+def each(bits: int | tuple[int, ...]) -> tuple[int, ...]:
     """The bits of each layer, or the one number that all layers have."""
     return bits if isinstance(bits, tuple) else (bits,)
 
@@ -72,15 +73,15 @@ def _bits() -> Rule:
     )
 
 
-def _patterns(text: str) -> Tuple[str, ...]:
+def _patterns(text: str) -> tuple[str, ...]:
     return tuple(p.strip() for p in text.split(",") if p.strip())
 
 
-def _text_or_none(text: str) -> Optional[str]:
+def _text_or_none(text: str) -> str | None:
     return None if text.lower() == "none" else text
 
 
-def _level_or_none(text: str) -> Optional[str]:
+def _level_or_none(text: str) -> str | None:
     return text.upper() if text.upper() in LOG_LEVELS else _text_or_none(text)
 
 
@@ -90,7 +91,7 @@ _SWITCH = Rule(
     lambda text: {"1": True, "0": False}.get(text, text),
     "1 or 0",
 )
-RULES: Dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     "preset": _choice(*PRESETS),
     "key_bits": _bits(),
     "value_bits": _bits(),
@@ -104,8 +105,7 @@ RULES: Dict[str, Rule] = {
     "bypass": _choice(None, *BYPASSES, from_text=_text_or_none),
     "opt_out": Rule(
         "a list of glob patterns",
-        lambda value: isinstance(value, tuple)
-        and all(isinstance(p, str) and p for p in value),
+        lambda value: isinstance(value, tuple) and all(isinstance(p, str) and p for p in value),
         _patterns,
         "glob patterns, separated by commas",
     ),
@@ -119,5 +119,5 @@ def check(name: str, value: Any, where: str, from_text: bool = False) -> None:
     """Raise SettingsError, which says ``where``, if a setting can't have this value."""
     rule = RULES[name]
     if not rule.accepts(value):
-        allowed = from_text and rule.allowed_text or rule.allowed
+        allowed = (from_text and rule.allowed_text) or rule.allowed
         raise SettingsError(f"{where} is {value!r}; allowed is {allowed}: change or remove it")

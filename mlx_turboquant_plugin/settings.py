@@ -12,10 +12,11 @@ Standard library only: this is read before mlx is.
 import difflib
 import os
 import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
+from typing import Any
 
 from .rules import (
     CODEC_BITS,
@@ -45,8 +46,8 @@ class ModelIdentity:
     """
 
     type: str
-    path: Optional[str] = None
-    hub_id: Optional[str] = None
+    path: str | None = None
+    hub_id: str | None = None
 
     def matches(self, pattern: str) -> bool:
         """True if the glob fits the type, the hub id, the path or the folder's name."""
@@ -84,8 +85,8 @@ class Settings:
     """
 
     preset: str = "default"
-    key_bits: Union[int, Tuple[int, ...]] = PRESETS["default"]["key_bits"]
-    value_bits: Union[int, Tuple[int, ...]] = PRESETS["default"]["value_bits"]
+    key_bits: int | tuple[int, ...] = PRESETS["default"]["key_bits"]
+    value_bits: int | tuple[int, ...] = PRESETS["default"]["value_bits"]
     key_codec: str = "lloyd-max"
     value_codec: str = "lloyd-max"
     window: int = PRESETS["default"]["window"]
@@ -93,9 +94,9 @@ class Settings:
     balance: bool = True
     invariant: bool = False
     kernel: str = "auto"
-    bypass: Optional[str] = None
-    opt_out: Tuple[str, ...] = ()
-    log: Optional[str] = None
+    bypass: str | None = None
+    opt_out: tuple[str, ...] = ()
+    log: str | None = None
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
@@ -115,7 +116,7 @@ class Settings:
         """Where the value of a setting came from, in words."""
         return self.sources.get(name, "default")
 
-    def for_layers(self, count: int) -> List["Settings"]:
+    def for_layers(self, count: int) -> list["Settings"]:
         """The settings of each layer of a model with ``count`` layers: bits are one number.
 
         Raises:
@@ -131,10 +132,10 @@ class Settings:
                     f"{count} layers: give one number for all layers, or one for each"
                 )
         return [
-            replace(self, key_bits=k, value_bits=v) for k, v in zip(*columns.values())
+            replace(self, key_bits=k, value_bits=v) for k, v in zip(*columns.values(), strict=True)
         ]
 
-    def opted_out(self, identity: ModelIdentity) -> Optional[str]:
+    def opted_out(self, identity: ModelIdentity) -> str | None:
         """The first ``opt_out`` pattern that matches the model, or None."""
         return next((p for p in self.opt_out if identity.matches(p)), None)
 
@@ -152,8 +153,8 @@ class Configuration:
 
     enabled: bool = False
     general: Settings = field(default_factory=Settings)
-    models: Tuple[Tuple[str, Settings], ...] = ()
-    config: Optional[str] = None
+    models: tuple[tuple[str, Settings], ...] = ()
+    config: str | None = None
 
     def for_model(self, identity: ModelIdentity) -> Settings:
         """The settings of one model: the first per-model table that matches decides."""
@@ -162,14 +163,14 @@ class Configuration:
                 return settings
         return self.general
 
-    def all_settings(self) -> List[Settings]:
+    def all_settings(self) -> list[Settings]:
         """The general settings, then those of each per-model table."""
         return [self.general, *(settings for _, settings in self.models)]
 
 
 def load(
-    environ: Optional[Mapping[str, str]] = None,
-    overrides: Optional[Mapping[str, Any]] = None,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Configuration:
     """Read and check every layer.
 
@@ -195,7 +196,7 @@ def load(
     )
 
 
-def switched_on(environ: Optional[Mapping[str, str]] = None) -> bool:
+def switched_on(environ: Mapping[str, str] | None = None) -> bool:
     """True if ``TURBOQUANT`` is 1, False if it is 0, empty or unset.
 
     Raises:
@@ -211,7 +212,7 @@ def switched_on(environ: Optional[Mapping[str, str]] = None) -> bool:
 
 
 # Name -> (value, source): what one source sets.
-_Layer = Dict[str, Tuple[Any, str]]
+_Layer = dict[str, tuple[Any, str]]
 
 
 def _unknown(name: str, where: str, known: Iterable[str]) -> SettingsError:
@@ -259,7 +260,7 @@ def _table(table: Mapping[str, Any], source: str, rules: Mapping[str, Rule]) -> 
     return layer
 
 
-def _file(path: str) -> Tuple[_Layer, List[Tuple[str, _Layer]]]:
+def _file(path: str) -> tuple[_Layer, list[tuple[str, _Layer]]]:
     """Read a TOML file into its general layer and its per-model layers."""
     try:
         document = tomllib.loads(Path(path).expanduser().read_text("utf-8"))
@@ -270,7 +271,8 @@ def _file(path: str) -> Tuple[_Layer, List[Tuple[str, _Layer]]]:
         ) from error
     except ValueError as error:
         raise SettingsError(
-            f"the settings file {path} is not TOML in UTF-8 ({error}): correct it, or unset {CONFIG}"
+            f"the settings file {path} is not TOML in UTF-8 ({error}): correct it, or unset "
+            f"{CONFIG}"
         ) from error
     found = [
         (header, dict(parent["turboquant"]))
@@ -307,8 +309,8 @@ def _file(path: str) -> Tuple[_Layer, List[Tuple[str, _Layer]]]:
 
 def _merge(layers: Iterable[_Layer]) -> Settings:
     """Stack layers, weakest first."""
-    values: Dict[str, Any] = {}
-    sources: Dict[str, str] = {}
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     for layer in layers:
         if "preset" in layer:
             preset, _ = layer["preset"]

@@ -6,15 +6,16 @@ import json
 import logging
 import os
 import sys
-from typing import Any, Dict, Iterator, List, Tuple
+from collections.abc import Iterator
+from typing import Any
 
 from . import activation, log, settings, startup
 from .reporting import Status, status
 
 CONSISTENT, NOT_IN_FORCE, BAD_SETTINGS = 0, 1, 2
 NO_CACHE = (
-    "but not in mlx_lm.perplexity, which makes no cache and gives the same as without: measure with "
-    "mlx_turboquant compare"
+    "but not in mlx_lm.perplexity, which makes no cache and gives the same as without: measure "
+    "with mlx_turboquant compare"
 )
 
 
@@ -47,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
     return CONSISTENT
 
 
-def _import_what_a_run_imports() -> List[str]:
+def _import_what_a_run_imports() -> list[str]:
     """Import mlx and, if TurboQuant waits for it, mlx_lm; say what failed."""
-    problems: List[str] = []
+    problems: list[str] = []
     # An error that is logged is in the report, too.
     silence = logging.NullHandler()
     log.logger.addHandler(silence)
@@ -100,16 +101,16 @@ def _lines(snapshot: Status) -> Iterator[str]:
             yield from _section(f'settings of models like "{pattern}"', _sourced(different))
 
 
-def _together(named: List[Tuple[str, Any]]) -> Iterator[Tuple[str, Any]]:
+def _together(named: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """The names of the same kind in one row, each with its kind."""
-    kinds: Dict[Any, List[str]] = {}
+    kinds: dict[Any, list[str]] = {}
     for name, kind in named:
         kinds.setdefault(kind, []).append(name)
     for kind, (first, *others) in kinds.items():
         yield f"{first} and {len(others)} others like it" if others else first, kind
 
 
-def _section(title: str, rows: Dict[str, Any]) -> Iterator[str]:
+def _section(title: str, rows: dict[str, Any]) -> Iterator[str]:
     if not rows:
         return
     width = max(map(len, rows))
@@ -118,5 +119,5 @@ def _section(title: str, rows: Dict[str, Any]) -> Iterator[str]:
         yield f"  {name:{width}}  {value}".rstrip()
 
 
-def _sourced(table: Dict[str, Dict[str, Any]]) -> Dict[str, str]:
+def _sourced(table: dict[str, dict[str, Any]]) -> dict[str, str]:
     return {name: f"{row['value']}  ({row['source']})" for name, row in table.items()}

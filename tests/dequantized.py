@@ -1,7 +1,6 @@
 """The kernel that dequantises, and what prompts do with it, against MLX's operations."""
 
 from dataclasses import dataclass
-from typing import Tuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,10 +37,10 @@ class Case:
 
     dim: int = 64
     value_dim: int = 64
-    keys: Tuple[str, int] = ("lloyd-max", 4)
-    values: Tuple[str, int] = ("lloyd-max", 3)
+    keys: tuple[str, int] = ("lloyd-max", 4)
+    values: tuple[str, int] = ("lloyd-max", 3)
     dtype: str = "float32"
-    chunks: Tuple[int, ...] = (150, 100)
+    chunks: tuple[int, ...] = (150, 100)
     batch: int = 1
     rope: str = ""
     ring: int = 0

@@ -47,7 +47,9 @@ def generate(model, tokenizer):
 def main():
     kind, path = sys.argv[1:]
     group = mx.distributed.init(backend="ring", strict=True)
-    model, tokenizer = sharded_load(path, *{"pipeline": (group, None), "tensor": (None, group)}[kind])
+    model, tokenizer = sharded_load(
+        path, *{"pipeline": (group, None), "tensor": (None, group)}[kind]
+    )
     # Sums that are split between ranks round otherwise: little in fp32.
     model.set_dtype(mx.float32)
     mx.eval(model.parameters())

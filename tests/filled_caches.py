@@ -60,4 +60,6 @@ def rows_of(cache):
 
 
 SINGLE = pytest.mark.parametrize("make", [plain, ring])
-ANY = pytest.mark.parametrize("make", [lambda: filled(plain()), lambda: filled(ring()), apart, packed])
+ANY = pytest.mark.parametrize(
+    "make", [lambda: filled(plain()), lambda: filled(ring()), apart, packed]
+)

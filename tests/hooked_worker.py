@@ -42,7 +42,9 @@ def logits_of(model, tokens):
     ring, rings = tiny.logits(model, mx.array(tokens)[None], _rings(model))
     found["ring"] = ring
     generated, handed = [], _saved_and_loaded(model, caches)
-    for _, logprobs in generate_step(mx.array(tokens[:3]), model, max_tokens=NEW, prompt_cache=handed):
+    for _, logprobs in generate_step(
+        mx.array(tokens[:3]), model, max_tokens=NEW, prompt_cache=handed
+    ):
         generated.append(logprobs)
     found["handed in"] = mx.stack(generated)
     drafts = _saved_and_loaded(model, caches) + _saved_and_loaded(model, caches)

@@ -52,8 +52,7 @@ def _row(name):
     through = f" (through {table.THROUGH[name]})" if name in table.THROUGH else ""
     _, _, others = report.partition("; the others not: ")
     return (
-        f"| {name}{through} | {', '.join(dict.fromkeys(kinds))} | {', '.join(knows)} "
-        f"| {others} |"
+        f"| {name}{through} | {', '.join(dict.fromkeys(kinds))} | {', '.join(knows)} | {others} |"
     )
 
 

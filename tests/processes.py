@@ -43,7 +43,7 @@ def write_stand_in(root, hooks=("greeting_hooks:patch",)):
 
     The stand-in has none of the modules that the plugin's own hooks wait for.
     """
-    points = "\n".join(f'mlx_lm.models.greeting = {hook}' for hook in hooks)
+    points = "\n".join(f"mlx_lm.models.greeting = {hook}" for hook in hooks)
     write_tree(
         root,
         {

@@ -215,7 +215,9 @@ def test_the_log(run):
 @pytest.mark.skipif(not INSTALLED, reason="the plugin's own entry points need pip install")
 @pytest.mark.parametrize("first", ["plugin.enable()", "import mlx_lm"])
 def test_the_real_mlx_lm(first):
-    code = PRELUDE + f"""
+    code = (
+        PRELUDE
+        + f"""
 {first}
 import mlx_lm, mlx_lm.models.qwen2, mlx_lm.models.qwen3, mlx_lm.models.llama
 if not plugin.status().active:
@@ -233,6 +235,7 @@ print(hasattr(cache.make_prompt_cache, "__wrapped__"))
 for module in [m for n, m in sys.modules.items() if n.startswith("mlx_lm")]:
     assert not hasattr(getattr(module, "scaled_dot_product_attention", None), "__wrapped__")
 """
+    )
     lines = run_python("-c", code).stdout.splitlines()
     assert lines == ["[{'applied'}, {'waiting'}] True", "True", "False"]
 

@@ -200,7 +200,7 @@ def test_one_trace_serves_a_thousand_tokens():
     case = Case(dim=32, length=300, key_bits=2, value_bits=2)
     cache = case.cache("compiled")
     traces = []
-    for i in range(1000):
+    for _ in range(1000):
         token = mx.random.normal((1, 2, 1, 32))
         mx.eval(step(cache, case.queries, token, token, case.scale, None))
         traces.append(function.trace_count())

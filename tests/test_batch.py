@@ -106,7 +106,10 @@ class Schedule:
     def check_row(self, row, out, part):
         s = self.sequences[row]
         expected = forward(
-            self.alone[row], s.queries[None, :, part], s.keys[None, :, part], s.values[None, :, part]
+            self.alone[row],
+            s.queries[None, :, part],
+            s.keys[None, :, part],
+            s.values[None, :, part],
         )
         np.testing.assert_allclose(out, expected[0], atol=2e-5)
 
@@ -144,9 +147,9 @@ class Schedule:
     def check(self):
         offsets = [cache.offset for cache in self.alone]
         assert self.batch.offset.tolist() == offsets
-        assert (self.batch.left_padding + self.batch.offset).tolist() == [
-            self.batch.size()
-        ] * len(offsets)
+        assert (self.batch.left_padding + self.batch.offset).tolist() == [self.batch.size()] * len(
+            offsets
+        )
 
 
 def test_prompts_of_every_length_decode_as_alone():
@@ -197,17 +200,21 @@ def test_left_padded_prompts_as_batchkvcache_takes_them():
     longest = max(lengths)
     sequences = [Sequence(i) for i in range(3)]
     batch = BatchCompressedKVCache([longest - n for n in lengths])
-    for row, alone in zip(batch.rows, [single() for _ in lengths]):
+    for row in batch.rows:
         row.bind(CODEC, "", "compiled", True, None)
     padded = []
     for name in ("queries", "keys", "values"):
         rows = [getattr(s, name)[:, :n] for s, n in zip(sequences, lengths)]
-        padded.append(np.stack([np.pad(r, [(0, 0), (longest - r.shape[1], 0), (0, 0)]) for r in rows]))
+        padded.append(
+            np.stack([np.pad(r, [(0, 0), (longest - r.shape[1], 0), (0, 0)]) for r in rows])
+        )
     outs = [forward(batch, *(x[:, :, a : a + 90] for x in padded)) for a in (0, 90, 180)]
     out = np.concatenate(outs, axis=2)
     for row, (s, n) in enumerate(zip(sequences, lengths)):
         alone = CompressedKVCache(CODEC, kernel="compiled")
-        expected = forward(alone, *(getattr(s, x)[None, :, :n] for x in ("queries", "keys", "values")))
+        expected = forward(
+            alone, *(getattr(s, x)[None, :, :n] for x in ("queries", "keys", "values"))
+        )
         np.testing.assert_allclose(out[row, :, longest - n :], expected[0], atol=2e-5)
         assert not out[row, :, : longest - n].any()
     assert batch.offset.tolist() == lengths

@@ -297,8 +297,9 @@ def test_the_first_prompt_counts_by_itself(measure, monkeypatch):
     """That of KVCache is the first thing that a model does in the process."""
     order = []
     for name, part in (("_prefill", "prefill"), ("_decode", "decode")):
+        original = getattr(ModelBench, name)
 
-        def spy(bench, kind, *args, plain=getattr(ModelBench, name), part=part):
+        def spy(bench, kind, *args, plain=original, part=part):
             order.append((part, kind))
             return plain(bench, kind, *args)
 
@@ -339,11 +340,16 @@ def test_an_interrupted_run_shows_what_it_has(monkeypatch, tmp_path, capsys):
     assert run(*SHORT, "--json", files[0], "--plot", files[1]) == 130
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == "interrupted: this is what was measured until then"
-    first, ours = (line.split() for line in out if line.split()[3:4] in (["KVCache"], ["compressed"]))
+    first, ours = (
+        line.split() for line in out if line.split()[3:4] in (["KVCache"], ["compressed"])
+    )
     # First times, and no others.
     assert first[4] != "-" and ours[4] != "-" and first[6:10] == ["-"] * 4
     measured = json.loads(files[0].read_text())["measurements"]
-    assert [(m["cache"], m["seconds"]) for m in measured] == [("KVCache", None), ("compressed", None)]
+    assert [(m["cache"], m["seconds"]) for m in measured] == [
+        ("KVCache", None),
+        ("compressed", None),
+    ]
     assert all(m["first"] > 0 and m["cache_bytes"] > 0 for m in measured)
     assert files[1].exists()
 

@@ -23,7 +23,11 @@ def test_turns():
         return turn
 
     ticks, results = [], Results([], [])
-    arms = {"KVCache": arm("a", 1.0), "QuantizedKVCache": arm("q", 20.0), "compressed": arm("b", 2.0)}
+    arms = {
+        "KVCache": arm("a", 1.0),
+        "QuantizedKVCache": arm("q", 20.0),
+        "compressed": arm("b", 2.0),
+    }
     situation = Situation(results, "decode", 300, 1, mx.float32, 1)
     situation.take_turns(arms, 6, lambda: ticks.append(1))
     assert "".join(order) == "aqb" + "ab" * 4 + "aqb"
@@ -125,7 +129,11 @@ def test_resuming_needs_a_file(caplog):
 
 @pytest.mark.parametrize(
     "message",
-    ["QuantizedMatmul has no CUDA implementation.", "[QQMatmul] NYI", "[gather] not yet implemented"],
+    [
+        "QuantizedMatmul has no CUDA implementation.",
+        "[QQMatmul] NYI",
+        "[gather] not yet implemented",
+    ],
 )
 def test_what_mlx_cannot_run_here_is_said(message):
     results = Results()
@@ -146,7 +154,9 @@ def test_ratios_in_words():
         measured(2048, "KVCache", 3.0, 800), measured(2048, "compressed", 2.0, 100),
         measured(4096, "compressed", 2.0, 100),
     ]  # fmt: skip
-    words = {panel.title: plot.in_words(panel, rows) for panel in plot.PANELS if panel.part == "decode"}
+    words = {
+        panel.title: plot.in_words(panel, rows) for panel in plot.PANELS if panel.part == "decode"
+    }
     assert words == {
         "decoding": ["compressed: 0.50 to 1.50 times as fast as KVCache"],
         "cache": ["compressed: 4.00 to 8.00 times smaller than KVCache"],

@@ -93,7 +93,12 @@ def test_without_arguments_it_is_used_like_kvcache():
         keys, values = random(count)
         assert same(ours.update_and_fetch(keys, values), stock.update_and_fetch(keys, values))
         assert ours.offset == stock.offset == ours.size()
-        for n, return_array, window in ((5, True, None), (5, False, None), (1, False, None), (5, False, 4)):
+        for n, return_array, window in (
+            (5, True, None),
+            (5, False, None),
+            (1, False, None),
+            (5, False, 4),
+        ):
             a, b = (
                 cache.make_mask(n, return_array=return_array, window_size=window)
                 for cache in (ours, stock)

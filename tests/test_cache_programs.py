@@ -60,7 +60,9 @@ class Program:
     def tokens(self, count, rows=1):
         """Queries, keys and values of ``count`` tokens."""
         heads = HEADS, KV_HEADS, KV_HEADS
-        return [mx.array(self.rng.standard_normal((rows, h, count, DIM), np.float32)) for h in heads]
+        return [
+            mx.array(self.rng.standard_normal((rows, h, count, DIM), np.float32)) for h in heads
+        ]
 
     def count(self):
         return self.draw.choice([1, 1, 2, 16, 17, 33, self.draw.randint(1, 300)])
@@ -192,7 +194,10 @@ class Program:
         if self.ring is None or count <= self.ring:
             return pair
         # After a chunk there are more for its first query.
-        return [mx.concatenate([x[:, :, :keep], x[:, :, count - self.ring + keep :]], axis=2) for x in pair]
+        return [
+            mx.concatenate([x[:, :, :keep], x[:, :, count - self.ring + keep :]], axis=2)
+            for x in pair
+        ]
 
 
 def run(seeds, folder):

@@ -27,9 +27,13 @@ COMMAND = [sys.executable, "-m", "mlx_turboquant_plugin"]
 def start(*arguments, **options):
     environ = clean_environ(PYTHONPATH=str(ROOT))
     return subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ,
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environ,
         **options,
-    )  # fmt: skip
+    )
 
 
 def test_the_package_can_be_run():
@@ -105,13 +109,18 @@ BENCH = ["bench", "--model", "no-such-model"]
     [
         ([*BENCH, "--plot", "/proc/speed.png"], "'/proc/speed.png' can't be written: "),
         ([*BENCH, "--json", "/proc/speed.json"], "'/proc/speed.json' can't be written: "),
-        ([*BENCH, "--plot", "speed.html"], "it is named like html, and png is written: name it .png"),
+        (
+            [*BENCH, "--plot", "speed.html"],
+            "it is named like html, and png is written: name it .png",
+        ),
         ([*BENCH, "--plot", "speed.SVG"], "named like svg"),
         (["compare", "--model", "x", "--html", "/proc/report.html"], "can't be written: "),
         (["compare", "--model", "x", "--html", "report.json"], "named like json"),
     ],
 )
-def test_files_that_can_not_be_written_are_found_first(arguments, named, capsys, tmp_path, monkeypatch):
+def test_files_that_can_not_be_written_are_found_first(
+    arguments, named, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
@@ -199,9 +208,13 @@ def test_ctrl_c_keeps_what_was_measured(module, name, arguments, kept, monkeypat
 
 def test_ctrl_c_leaves_the_generations_of_the_demo(monkeypatch, capsys):
     monkeypatch.setattr(demo, "diverge", raising(KeyboardInterrupt, 0)(None))
-    assert cli.main(["demo", "--prompt", "Once upon a time", "--max-tokens", "2"]) == cli.INTERRUPTED
+    assert (
+        cli.main(["demo", "--prompt", "Once upon a time", "--max-tokens", "2"]) == cli.INTERRUPTED
+    )
     out = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("KV cache, bytes") for line in out) and out[-1].startswith("interrupted")
+    assert any(line.startswith("KV cache, bytes") for line in out) and out[-1].startswith(
+        "interrupted"
+    )
 
 
 def test_progress_without_a_terminal(monkeypatch, capsys):

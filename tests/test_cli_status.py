@@ -100,9 +100,7 @@ def test_a_failed_hook_is_not_in_force(status):
 def test_a_broken_mlx_lm_is_not_in_force(status):
     write_stand_in(status.folder)
     code = f"import sys; sys.modules['mlx_lm.models'] = None\n{COMMAND}"
-    done = run_python(
-        "-c", code, "status", path=[status.folder], check=False, TURBOQUANT="1"
-    )
+    done = run_python("-c", code, "status", path=[status.folder], check=False, TURBOQUANT="1")
     assert done.returncode == 1
     assert "mlx_lm can't be imported" in done.stdout
 
@@ -110,9 +108,7 @@ def test_a_broken_mlx_lm_is_not_in_force(status):
 def test_asked_for_without_the_start_up_file(status):
     write_stand_in(status.folder)
     code = COMMAND.replace("startup.main()", "startup.withdraw()")
-    done = run_python(
-        "-c", code, "status", path=[status.folder], check=False, TURBOQUANT="1"
-    )
+    done = run_python("-c", code, "status", path=[status.folder], check=False, TURBOQUANT="1")
     assert done.returncode == 1
     assert "start-up file" in done.stdout
 
@@ -125,5 +121,8 @@ def test_arguments_are_checked(capsys):
 
 
 def test_nothing_of_mlx_is_imported():
-    code = "import sys, mlx_turboquant_plugin.reporting as r; r.status(); print('mlx.core' in sys.modules)"
+    code = (
+        "import sys, mlx_turboquant_plugin.reporting as r; r.status(); "
+        "print('mlx.core' in sys.modules)"
+    )
     assert run_python("-c", code).stdout.strip() == "False"

@@ -306,9 +306,7 @@ def kv_codec_with_bias(dim, heads=2, **spec):
 
 
 def mx_rope(x, offset):
-    return mx.fast.rope(
-        x, x.shape[-1], traditional=False, base=10000.0, scale=1.0, offset=offset
-    )
+    return mx.fast.rope(x, x.shape[-1], traditional=False, base=10000.0, scale=1.0, offset=offset)
 
 
 def keys_with_bias(codec, tokens, start):
@@ -363,7 +361,9 @@ def test_codec_is_the_oracles(dim):
 def test_half_precision_is_encoded_as_the_same_numbers_in_fp32(dim, dtype):
     codec = kv_codec_with_bias(dim)
     keys = mx.array(keys_with_bias(codec, 40, start=5)).astype(dtype)
-    assert equal_part(codec.encode_keys(keys, 5), codec.encode_keys(keys.astype(mx.float32), 5)) == 1
+    assert (
+        equal_part(codec.encode_keys(keys, 5), codec.encode_keys(keys.astype(mx.float32), 5)) == 1
+    )
     assert equal_part(codec.encode_values(keys), codec.encode_values(keys.astype(mx.float32))) == 1
     assert codec.decode_values(codec.encode_values(keys)).dtype == mx.float32
 

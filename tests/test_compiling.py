@@ -96,7 +96,8 @@ def test_functions_run_as_they_are_while_another_process_compiles(monkeypatch, t
     assert len(traces) == 2
     process = compiling._builders[job]
     process.communicate(b"\n")
-    assert "still being built" in compiling.uncompiled()  # Until somebody asks, so that no generation changes midway.
+    # Until somebody asks, so that no generation changes midway.
+    assert "still being built" in compiling.uncompiled()
     compiling.update()
     assert compiling.uncompiled() is None
     for _ in range(2):

@@ -40,8 +40,12 @@ def expected(codec, queries, keys, values, scale):
             coded = [VISIBILITY.sinks <= t < begins for t in range(position + 1)]
             if not any(coded):
                 continue
-            ks = np.where(np.array(coded)[:, None], coded_k[own, : position + 1], k[own, : position + 1])
-            vs = np.where(np.array(coded)[:, None], coded_v[own, : position + 1], v[own, : position + 1])
+            ks = np.where(
+                np.array(coded)[:, None], coded_k[own, : position + 1], k[own, : position + 1]
+            )
+            vs = np.where(
+                np.array(coded)[:, None], coded_v[own, : position + 1], v[own, : position + 1]
+            )
             exact = scale * k[own, : position + 1] @ q[head, position]
             other = scale * ks @ q[head, position]
             p, r = (np.exp(s - s.max()) / np.exp(s - s.max()).sum() for s in (exact, other))

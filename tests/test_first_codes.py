@@ -247,7 +247,10 @@ def test_a_norms_new_weight_makes_another_layer(monkeypatch):
 def test_the_attention_of_a_layer_does_not_depend_on_hashes(monkeypatch):
     one, other = nn.Linear(8, 8), nn.RMSNorm(8)
     layer = SimpleNamespace(one=one, other=other)
-    found = [(nn.Linear, Family(layer_attention="one")), (nn.RMSNorm, Family(layer_attention="other"))]
+    found = [
+        (nn.Linear, Family(layer_attention="one")),
+        (nn.RMSNorm, Family(layer_attention="other")),
+    ]
     for order, first in ((found, one), (found[::-1], other)):
         monkeypatch.setattr(family, "_families", dict(order))
         assert family.attention_of(layer)[0] is first
@@ -273,7 +276,10 @@ def test_a_bias_that_can_not_be_taken_out_is_refused_before_any_code():
     before = mx.get_active_memory()
     caches = make_prompt_cache(model)
     assert [type(cache) for cache in caches] == [CompressedKVCache] + [KVCache] * 7
-    assert "can't be separated from keys rotated by Folding" in mlx_turboquant_plugin.status().models[-1]
+    assert (
+        "can't be separated from keys rotated by Folding"
+        in mlx_turboquant_plugin.status().models[-1]
+    )
     # A single matrix takes 9 MB.
     assert mx.get_peak_memory() - before < 4e6
 
@@ -310,7 +316,9 @@ def test_a_replaced_projection_leaves_its_layers_uncompressed(wrap, every, caplo
     kinds = [type(cache) for cache in caches]
     assert kinds[0] is KVCache and (kinds[-1] is KVCache) == every
     kind = type(model.layers[0].self_attn.k_proj).__name__
-    assert f"its k_proj is a {kind}, not a linear layer" in mlx_turboquant_plugin.status().models[-1]
+    assert (
+        f"its k_proj is a {kind}, not a linear layer" in mlx_turboquant_plugin.status().models[-1]
+    )
     if every:
         assert mx.array_equal(model(tokens(LONG), cache=caches), expected)
         assert caplog.text.count("runs uncompressed") == 1

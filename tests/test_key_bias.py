@@ -140,9 +140,7 @@ class MixesPairs(nn.RoPE):
     """Its halves are other than its attribute says."""
 
     def __call__(self, x, offset=0):
-        return mx.fast.rope(
-            x, self.dims, traditional=True, base=1e4, scale=1.0, offset=offset
-        )
+        return mx.fast.rope(x, self.dims, traditional=True, base=1e4, scale=1.0, offset=offset)
 
 
 class TakesPositions:

@@ -176,9 +176,7 @@ def test_what_sees_nothing_stays_a_number(count, dtype):
             for (path, _), cache in zip(WAYS, Caches.single().ours):
                 cache = cache.merge([cache] * 3) if kind == "batch" else cache
                 for new in filter(None, (before, count)):
-                    tokens = [
-                        (4 + random(rows, KV_HEADS, new)).astype(dtype) for _ in range(2)
-                    ]
+                    tokens = [(4 + random(rows, KV_HEADS, new)).astype(dtype) for _ in range(2)]
                     view = appended(cache, *tokens)
                 for mask in masks:
                     for learned in sinks:
@@ -223,8 +221,9 @@ def test_a_batch_knows_its_own_mask(ring, count, monkeypatch):
     monkeypatch.setattr(
         dispatch,
         "attend_tiles",
-        lambda queries, view, scale, mask, *rest: seen.append(mask)
-        or tiles(queries, view, scale, mask, *rest),
+        lambda queries, view, scale, mask, *rest: (
+            seen.append(mask) or tiles(queries, view, scale, mask, *rest)
+        ),
     )
     cache = Caches.batch(((150,), (120,)), ring).ours[0]
     queries, new = random(2, HEADS, count), random(2, KV_HEADS, count)
@@ -258,7 +257,9 @@ def layer():
 
     def make(ring=None, batch=False):
         cache = mlx_lm_cache.make_prompt_cache(model, ring)[0]
-        return cache.merge([cache, mlx_lm_cache.make_prompt_cache(model, ring)[0]]) if batch else cache
+        return (
+            cache.merge([cache, mlx_lm_cache.make_prompt_cache(model, ring)[0]]) if batch else cache
+        )
 
     return model.layers[0].self_attn, make
 
@@ -296,7 +297,7 @@ def test_a_full_ring_refuses_arrays_for_one_query(filled, layer):
     attention(mx.random.normal((1, filled, width)), cache.make_mask(filled), cache)
     before, one = contents(cache), mx.random.normal((1, 1, width))
     mask = mx.ones((RING,), mx.bool_)
-    with pytest.raises(ValueError, match="order.*Pass mask=None"):
+    with pytest.raises(ValueError, match=r"order.*Pass mask=None"):
         attention(one, mask, cache)
     for x, y in zip(before, contents(cache)):
         np.testing.assert_array_equal(x, y)
@@ -304,5 +305,5 @@ def test_a_full_ring_refuses_arrays_for_one_query(filled, layer):
     # Where nothing sees the mask before, attention itself refuses it.
     queries, new = random(1, HEADS, 1), random(1, KV_HEADS, 1)
     ours = Caches.single((filled,), RING).ours[0]
-    with pytest.raises(ValueError, match="order.*Pass mask=None"):
+    with pytest.raises(ValueError, match=r"order.*Pass mask=None"):
         attend_by("tiles", appended(ours, new, new), ours, queries, mask)

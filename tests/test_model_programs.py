@@ -54,7 +54,10 @@ def fused(model):
 def sharing():
     """Its last two layers have no keys of their own."""
     return tiny_models.build(
-        "gemma4_text", num_hidden_layers=4, num_kv_shared_layers=2, layer_types=tiny_models.SLIDING * 2
+        "gemma4_text",
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        layer_types=tiny_models.SLIDING * 2,
     )
 
 
@@ -114,7 +117,11 @@ def server(model):
     known, out = LRUPromptCache(), []
     rounds = [PROMPTS, [[*p, 5, 6, 7] for p in PROMPTS], [PROMPT[:120] + [9, 8]] * 2]
     for prompts in rounds:
-        generator, steps, uids = BatchGenerator(model, max_tokens=COUNT, prefill_step_size=STEP), {}, []
+        generator, steps, uids = (
+            BatchGenerator(model, max_tokens=COUNT, prefill_step_size=STEP),
+            {},
+            [],
+        )
         for prompt in prompts:
             cache, rest = known.fetch_nearest_cache("model", prompt)
             done = prompt[: len(prompt) - len(rest)]

@@ -87,7 +87,7 @@ def test_a_ring_that_has_forgotten_can_not_be_trimmed():
     before = cache.keys_and_values()
     assert not cache.is_trimmable()
     for trim in (lambda: cache.trim(1), lambda: setattr(cache, "offset", 299)):
-        with pytest.raises(ValueError, match="RotatingCompressedKVCache.*forgotten.*is_trimmable"):
+        with pytest.raises(ValueError, match=r"RotatingCompressedKVCache.*forgotten.*is_trimmable"):
             trim()
         assert cache.offset == 300 and same(cache.keys_and_values(), before)
     assert cache.trim(0) == 0
@@ -102,7 +102,7 @@ def test_a_ring_that_has_forgotten_can_not_be_trimmed():
 def test_the_offset_of_a_batch_is_not_for_others(make):
     batch = make()
     before = batch.offset.tolist()
-    with pytest.raises(AttributeError, match="BatchCompressedKVCache.*trim"):
+    with pytest.raises(AttributeError, match=r"BatchCompressedKVCache.*trim"):
         batch.offset -= 1
     # In-place arithmetic changes the very array that it is given.
     offset = batch.offset

@@ -64,11 +64,15 @@ def test_hooks_and_monkeypatches_give_the_same_bits(hooked, tmp_path):
     assert report["mlx_lm"] == str(hooked / "mlx_lm") != patched["mlx_lm"]
     assert report["patched"] == [] != patched["patched"]
     assert report["models"] == patched["models"] and len(report["models"]) == len(MODELS)
-    assert report["caches"] == patched["caches"] == [
-        "BatchCompressedKVCache",
-        "CompressedKVCache",
-        "RotatingCompressedKVCache",
-    ]
+    assert (
+        report["caches"]
+        == patched["caches"]
+        == [
+            "BatchCompressedKVCache",
+            "CompressedKVCache",
+            "RotatingCompressedKVCache",
+        ]
+    )
     assert len(logits) == 7 * len(MODELS)
     assert same(logits, expected)
 

@@ -1,4 +1,4 @@
-"""Models whose attention does without mlx-lm's scaled_dot_product_attention, or with more than it."""
+"""Models whose attention does not call mlx-lm's function, or does more than call it."""
 
 import functools
 import logging
@@ -140,7 +140,9 @@ def in_two_halves(queries, *rest):
 
 def and_mean_key(attend, queries, keys, values, *rest):
     mean = mx.mean(keys.astype(mx.float32), axis=2, keepdims=True)
-    return attend(queries, keys, values, *rest) + mx.repeat(mean, queries.shape[1] // keys.shape[1], 1)
+    return attend(queries, keys, values, *rest) + mx.repeat(
+        mean, queries.shape[1] // keys.shape[1], 1
+    )
 
 
 PRIVATE = [
@@ -200,7 +202,10 @@ def test_it_is_said_once_and_how_to_leave_the_model_out(monkeypatch, caplog):
     for _ in range(2):
         single(*load(), mlx_lm_cache.make_prompt_cache)
     [line] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert line.startswith("qwen2: its attention does not leave its keys") and "TURBOQUANT_OPT_OUT=qwen2" in line
+    assert (
+        line.startswith("qwen2: its attention does not leave its keys")
+        and "TURBOQUANT_OPT_OUT=qwen2" in line
+    )
 
 
 @pytest.mark.parametrize("count", [1, 30])
@@ -219,7 +224,9 @@ def test_who_has_read_views_must_go_on(rows, count, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Attention, "attend", staticmethod(by_itself))
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="attention of qwen2 .*TURBOQUANT_OPT_OUT=qwen2"):
+            with pytest.raises(
+                RuntimeError, match=r"attention of qwen2 .*TURBOQUANT_OPT_OUT=qwen2"
+            ):
                 model(tokens[:, :count], cache=caches)
     assert [cache.size() for cache in caches] == before
     again, _ = tiny.logits(model, tokens[:, :count], caches, chunk=count)

@@ -102,7 +102,9 @@ def test_cuts_of_invariant_prompts_differ_by_rounding_and_the_codes_that_it_tips
     whole, caches = tiny.logits(model, tokens, chunk=330)
     for chunk in (16, 64):
         cut, others = tiny.logits(model, tokens, chunk=chunk)
-        tipped = sum((x != y).any(axis=-1).sum() for x, y in zip(codes_of(caches), codes_of(others)))
+        tipped = sum(
+            (x != y).any(axis=-1).sum() for x, y in zip(codes_of(caches), codes_of(others))
+        )
         # Of 2000 vectors.
         assert tipped <= 5
         assert mx.max(mx.abs(cut - whole)).item() < 1e-4 + TIP * tipped

@@ -80,7 +80,9 @@ def test_segments_lose_what_their_bits_do(dim):
     keys, _, balance, _ = keys_of(one)
     decoded = one.decode_keys(one.encode_keys(mx.array(keys), START), START)
     lost = one.sorted((decoded - keys) / balance)
-    first, second = (np.mean(np.square(part), axis=(0, 2, 3)) for part in np.split(lost, 2, axis=-1))
+    first, second = (
+        np.mean(np.square(part), axis=(0, 2, 3)) for part in np.split(lost, 2, axis=-1)
+    )
     # A size for each short vector does better than one for all.
     for h, bits in enumerate(FIRST_BITS):
         assert 0.55 * ERRORS[bits] < first[h] < 1.05 * ERRORS[bits]

@@ -12,7 +12,13 @@ from mlx_turboquant_plugin.codecs.kv_codec import KVCodec
 from mlx_turboquant_plugin.evaluation import selftest
 from mlx_turboquant_plugin.evaluation.cases import QUICK, table
 from mlx_turboquant_plugin.evaluation.selftest import check
-from mlx_turboquant_plugin.kernels import cuda, cuda_encode, cuda_portable, cuda_source, fused_kernels
+from mlx_turboquant_plugin.kernels import (
+    cuda,
+    cuda_encode,
+    cuda_portable,
+    cuda_source,
+    fused_kernels,
+)
 
 PROMPTS = [case for case in QUICK if case.count > 16]
 
@@ -77,9 +83,9 @@ def test_codes_that_lose_too_much_fail(side, monkeypatch):
 
 def test_a_kernel_that_leaves_its_work_to_another_fails(monkeypatch):
     monkeypatch.setattr(fused, "_fallbacks", [])
-    monkeypatch.setattr(dispatch, "attend_fused", lambda kernel, problem: dispatch.fall_back(
-        kernel, "anything"
-    ))
+    monkeypatch.setattr(
+        dispatch, "attend_fused", lambda kernel, problem: dispatch.fall_back(kernel, "anything")
+    )
     monkeypatch.setattr(compressed, "encoder", lambda kernel: KVCodec)
     monkeypatch.setattr(compressed, "can_pass", lambda *args: False)
     # Whether or not the same has been said before.
@@ -164,7 +170,9 @@ def test_a_gpu_compiles_few_kernels(monkeypatch):
     monkeypatch.setattr(dispatch, "_on_gpu", lambda: True)
     # Nothing need be computed.
     monkeypatch.setattr(
-        selftest, "scaled_dot_product_attention", lambda queries, *args, **kw: mx.zeros_like(queries)
+        selftest,
+        "scaled_dot_product_attention",
+        lambda queries, *args, **kw: mx.zeros_like(queries),
     )
     mx.disable_compile()
     for maker in makers:

@@ -50,7 +50,15 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log = log
-        command = [sys.executable, "-m", "mlx_lm.server", "--model", model_path, "--port", self.port]
+        command = [
+            sys.executable,
+            "-m",
+            "mlx_lm.server",
+            "--model",
+            model_path,
+            "--port",
+            self.port,
+        ]
         command += ["--chat-template", TEMPLATE, "--log-level", "DEBUG", *arguments]
         with open(log, "w") as out:
             self.process = subprocess.Popen(

@@ -73,7 +73,10 @@ def test_an_empty_variable_counts_as_unset():
         ({"TURBOQUANT": "true"}, ["TURBOQUANT is 'true'", "1 (on) or 0 (off)", "unset"]),
         ({"TURBOQUANT_KEY_BIT": "4"}, ["TURBOQUANT_KEY_BIT", "mean TURBOQUANT_KEY_BITS?"]),
         ({"TURBOQUANT_XYZZY": ""}, ["TURBOQUANT_XYZZY", "TURBOQUANT_WINDOW", "remove"]),
-        ({"TURBOQUANT_KEY_BITS": "5"}, ["_KEY_BITS is 5", "2, 3, 4 or 8 (8 with affine only)", "change"]),
+        (
+            {"TURBOQUANT_KEY_BITS": "5"},
+            ["_KEY_BITS is 5", "2, 3, 4 or 8 (8 with affine only)", "change"],
+        ),
         ({"turboquant_window": "64"}, ["turboquant_window", "mean TURBOQUANT_WINDOW?"]),
         ({"Turboquant_Windwo": "64"}, ["Turboquant_Windwo", "mean TURBOQUANT_WINDOW?"]),
         ({"turboquant": "1"}, ["setting turboquant in", "mean TURBOQUANT?"]),
@@ -227,7 +230,7 @@ def test_a_mistake_in_an_override(overrides, message):
 
 
 def test_settings_made_by_hand_are_checked():
-    with pytest.raises(SettingsError, match="window .default. is 33"):
+    with pytest.raises(SettingsError, match=r"window .default. is 33"):
         Settings(window=33)
     assert hash(Settings(sources={"sinks": "here"})) == hash(Settings())
 

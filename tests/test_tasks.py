@@ -62,9 +62,13 @@ def test_answers_follow_from_contexts(tokenizer, made):
         if p.task == "keys":
             sentence = question.split("? ")[1]
             assert f"{sentence}{right}." in context
-            assert all(f"{word}." in context and f"{sentence}{word}." not in context for word in wrong)
+            assert all(
+                f"{word}." in context and f"{sentence}{word}." not in context for word in wrong
+            )
         elif p.task == "words":
-            assert all(context.count(f"is{right}.") > 2 * context.count(f"is{w}.") > 0 for w in wrong)
+            assert all(
+                context.count(f"is{right}.") > 2 * context.count(f"is{w}.") > 0 for w in wrong
+            )
         elif p.task == "variables":
             links = f"{question.rsplit('? ')[-1].strip()}{right}.".split(". ")
             places = [context.index(link.rstrip(".") + ".") for link in links]
@@ -165,7 +169,16 @@ def test_command(tmp_path, monkeypatch, capsys):
         monkeypatch.delitem(TASKS, left_out)
     code = main(
         ["compare", "--model", str(tiny.PATHS["tiny-llama"]), "--windows", "1", "--length", "64"]
-        + ["--presets", "small", "--beside", "identity", "--generate", "0", "--text", str(tiny.TEXT)]
+        + [
+            "--presets",
+            "small",
+            "--beside",
+            "identity",
+            "--generate",
+            "0",
+            "--text",
+            str(tiny.TEXT),
+        ]
         + ["--tasks", "1", "--task-lengths", "300", "--depths", "0.2"]
         + ["--json", str(tmp_path / "report.json")]
     )

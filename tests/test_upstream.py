@@ -28,7 +28,15 @@ pytestmark = [
 
 def passed(file, report, **environment):
     """The names of the tests of a file that pass."""
-    command = [sys.executable, "-m", "pytest", "-q", f"--rootdir={FOLDER}", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        f"--rootdir={FOLDER}",
+        "-p",
+        "no:cacheprovider",
+    ]
     run([*command, FOLDER / file, f"--junitxml={report}"], check=False, **environment)
     cases = ElementTree.parse(report).iter("testcase")
     return {case.get("name") for case in cases if not len(case)}

@@ -16,7 +16,7 @@ PATHS = {
 TEXT = ROOT / "mlx_turboquant_plugin" / "evaluation" / "demo_prompt.txt"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load(name):
     """(model in fp32, tokenizer), loaded once in a test run: tests must not change them."""
     model, tokenizer = mlx_lm.load(str(PATHS[name]))

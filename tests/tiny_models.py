@@ -135,12 +135,20 @@ SPECIAL = {
     "gemma3": text("gemma3_text", sliding_window_pattern=2, query_pre_attn_scalar=32),
     "gemma3_text": dict(sliding_window_pattern=2, query_pre_attn_scalar=32),
     "gemma4": text(
-        "gemma4_text", layer_types=SLIDING, num_kv_shared_layers=0, hidden_size_per_layer_input=0,
-        global_head_dim=64, vocab_size_per_layer_input=64,
+        "gemma4_text",
+        layer_types=SLIDING,
+        num_kv_shared_layers=0,
+        hidden_size_per_layer_input=0,
+        global_head_dim=64,
+        vocab_size_per_layer_input=64,
     ),
     "gemma4_text": dict(
-        layer_types=SLIDING, num_kv_shared_layers=0, hidden_size_per_layer_input=0,
-        global_head_dim=64, vocab_size_per_layer_input=64, attention_k_eq_v=True,
+        layer_types=SLIDING,
+        num_kv_shared_layers=0,
+        hidden_size_per_layer_input=0,
+        global_head_dim=64,
+        vocab_size_per_layer_input=64,
+        attention_k_eq_v=True,
         num_global_key_value_heads=2,
     ),
     "glm4_moe": dict(rope_scaling=None, topk_method="noaux_tc"),
@@ -439,7 +447,10 @@ def build(name, **special):
     module = importlib.import_module(f"mlx_lm.models.{name}")
     for part in table.THROUGH.get(name, name).split(", "):
         if part in table.FAMILIES:
-            described, family = importlib.import_module(f"mlx_lm.models.{part}"), table.FAMILIES[part]
+            described, family = (
+                importlib.import_module(f"mlx_lm.models.{part}"),
+                table.FAMILIES[part],
+            )
             register(getattr(described, family.attention), described.__name__, family)
     mx.random.seed(zlib.crc32(name.encode()))
     config = {**COMMON, **SPECIAL.get(name, {}), **special, "model_type": name}

@@ -2,7 +2,8 @@
 
 import argparse
 import weakref
-from typing import Any, Callable, Dict, List, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,7 +33,7 @@ def load(description: str):
     return model, windows, args
 
 
-def changed_caches(model: nn.Module, change: Change) -> List[Any]:
+def changed_caches(model: nn.Module, change: Change) -> list[Any]:
     """Compressed caches whose codecs are ``change(index, codec)``; inside ``compressed()``."""
     caches = compressed_prompt_cache(model)
     for index, (layer, cache) in enumerate(zip(model.layers, caches)):
@@ -45,9 +46,9 @@ def changed_caches(model: nn.Module, change: Change) -> List[Any]:
 
 def measure(
     model: nn.Module, windows, chunk: int, arms: Mapping[str, Change], **settings: Any
-) -> Dict[str, Divergence]:
+) -> dict[str, Divergence]:
     """The divergence of each arm from the exact run, over all windows."""
-    found: Dict[str, List[Divergence]] = {name: [] for name in arms}
+    found: dict[str, list[Divergence]] = {name: [] for name in arms}
 
     def forward(caches):
         return lambda inputs: model(inputs[None], cache=caches)[0]

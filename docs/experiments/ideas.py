@@ -1,5 +1,7 @@
 """What the exact key bias and the balance are worth: each left out in turn.
 
+Run it as
+
     python docs/experiments/ideas.py --model PATH --tokens FILE
 """
 

@@ -36,7 +36,9 @@ def alone(layer, side):
     other = {"key": "value_codec", "value": "key_codec"}[side]
 
     def change(index, codec):
-        exact = {other: "exact"} if index == layer else {"key_codec": "exact", "value_codec": "exact"}
+        exact = (
+            {other: "exact"} if index == layer else {"key_codec": "exact", "value_codec": "exact"}
+        )
         return KVCodec(codec.spec._replace(**exact), codec.balance, codec.bias, codec.layout)
 
     return change

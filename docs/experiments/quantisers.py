@@ -22,7 +22,7 @@ KEY_BITS, VALUE_BITS = 4, 3
 SAMPLES = np.random.default_rng(7).standard_normal(200_000)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def lloyd_max_levels(count: int) -> np.ndarray:
     """The levels of the best scalar quantiser of N(0, 1)."""
     quantiles = (np.arange(count) + 0.5) / count
@@ -77,7 +77,7 @@ def viterbi(z: np.ndarray, levels: np.ndarray) -> np.ndarray:
     return out
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def trellis_levels(bits: int) -> np.ndarray:
     """Levels trained on N(0, 1) (Marcellin and Fischer, IEEE Trans. Comm. 38, 1990)."""
     levels = lloyd_max_levels(2 ** (bits + 1)).copy()
@@ -111,7 +111,7 @@ def nearest_e8(x: np.ndarray) -> np.ndarray:
     return np.where(closer[:, None], *found)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def e8_unit(bits: int) -> float:
     """Lattice units per standard deviation with the least error for N(0, 1)."""
     x = SAMPLES[:80_000].reshape(-1, 8)
@@ -243,8 +243,10 @@ def main():
     mse = {
         name: [float(((q(b)(gauss) - gauss) ** 2).mean()) for b in (k, v)]
         for name, q in (
-            ("Lloyd-Max, simulated", lloyd_max), ("trellis, 8 states", trellis),
-            ("E8 in a ball", e8), ("entropy coded", Entropy),
+            ("Lloyd-Max, simulated", lloyd_max),
+            ("trellis, 8 states", trellis),
+            ("E8 in a ball", e8),
+            ("entropy coded", Entropy),
         )
     }
     for one in entropy:

@@ -1,5 +1,7 @@
 """How many tokens should stay exact: the newest ones (window) and the first ones (sinks).
 
+Run it as
+
     python docs/experiments/window.py --model PATH --tokens FILE
 """
 

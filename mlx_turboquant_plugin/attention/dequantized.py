@@ -4,7 +4,7 @@ So GPUs process prompts: a layer's codes are dequantised once for all queries, i
 arrays that MLX is given, and nothing of it outlives the layer.
 """
 
-from typing import Callable, List, Optional, Sequence, Tuple, Union
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -29,7 +29,7 @@ def attend_dequantized(
     view: View,
     scale: float,
     mask: Mask,
-    learned_sinks: Optional[mx.array] = None,
+    learned_sinks: mx.array | None = None,
 ) -> mx.array:
     """Attention of ``queries`` (B, H_q, N, D) over a view; returns (B, H_q, N, D_v).
 
@@ -68,7 +68,7 @@ def attend_rows_dequantized(
     scale: float,
     mask: Mask,
     left_padding: Sequence[int],
-    learned_sinks: Optional[mx.array] = None,
+    learned_sinks: mx.array | None = None,
 ) -> mx.array:
     """The same for the rows of a batch, all in one call.
 
@@ -108,7 +108,7 @@ def attend_rows_dequantized(
         else laid_out(row.view, layout, row.view.slot(layout.exact.start))
         for row, layout in zip(rows, layouts)
     ]
-    keys, values = (mx.concatenate(side) for side in zip(*pairs))
+    keys, values = (mx.concatenate(list(side)) for side in zip(*pairs))
     out = original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
     return _paced(out, keys, values, some)
 
@@ -120,7 +120,7 @@ def attend_packed_dequantized(
     scale: float,
     mask: Mask,
     left_padding: Sequence[int],
-    learned_sinks: Optional[mx.array] = None,
+    learned_sinks: mx.array | None = None,
 ) -> mx.array:
     """The same for the newest token of every row of a packed batch."""
     sinks, held = packed.visibility.sinks, packed.exact_tokens.count
@@ -143,9 +143,7 @@ def _in_steps(tokens: int) -> int:
     return -(-tokens // STEP) * STEP
 
 
-def laid_out(
-    source: Union[View, PackedRows], layout: Layout, slot: int
-) -> Tuple[mx.array, mx.array]:
+def laid_out(source: View | PackedRows, layout: Layout, slot: int) -> tuple[mx.array, mx.array]:
     """Keys and values (B, H, T, D), in the dtypes of the exact ones, as ``layout`` says.
 
     Args:
@@ -178,10 +176,10 @@ def laid_out(
 
 
 def _by_operations(
-    source: Union[View, PackedRows], layout: Layout, slot: int
-) -> Tuple[mx.array, mx.array]:
-    out: List[mx.array] = []
-    decoded: Tuple[Optional[mx.array], ...] = None, None
+    source: View | PackedRows, layout: Layout, slot: int
+) -> tuple[mx.array, mx.array]:
+    out: list[mx.array] = []
+    decoded: tuple[mx.array | None, ...] = None, None
     if layout.decoded:
         first, last = (p - source.first_coded for p in (layout.decoded.start, layout.decoded.stop))
         key_codes, value_codes = code_range(source.key_codes, source.value_codes, first, last)
@@ -198,12 +196,14 @@ def _by_operations(
         if layout.left or right:
             joined = mx.pad(joined, [(0, 0), (0, 0), (layout.left, right), (0, 0)])
         out.append(joined)
-    return tuple(out)
+    keys, values = out
+    return keys, values
 
 
-def _zeros(like: View, total: int) -> Tuple[mx.array, mx.array]:
+def _zeros(like: View, total: int) -> tuple[mx.array, mx.array]:
     """Keys and values of a row without tokens."""
     tokens = like.exact_tokens
-    return tuple(
+    keys, values = (
         mx.zeros((1, x.shape[1], total, x.shape[3]), x.dtype) for x in (tokens.keys, tokens.values)
     )
+    return keys, values

@@ -1,6 +1,7 @@
 """Which attention answers a call of mlx-lm's function."""
 
-from typing import Any, Callable, List, Optional, Union
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -29,7 +30,7 @@ def attend(
     cache: Any,
     scale: float,
     mask: Mask,
-    sinks: Optional[mx.array] = None,
+    sinks: mx.array | None = None,
 ) -> mx.array:
     """mlx-lm's ``scaled_dot_product_attention``, for compressed caches too.
 
@@ -140,7 +141,7 @@ def _attend_packed(
     rows: PackedRows,
     scale: float,
     mask: Mask,
-    left_padding: List[int],
+    left_padding: Sequence[int],
     sinks,
 ) -> mx.array:
     if rows.kernel in FUSED and rows.key_codes:
@@ -153,21 +154,19 @@ def _attend_packed(
         else:
             fall_back(rows.kernel, missing)
     if _on_gpu() or rows.kernel == BRIDGE:
-        return attend_packed_dequantized(
-            original, queries, rows, scale, mask, left_padding, sinks
-        )
+        return attend_packed_dequantized(original, queries, rows, scale, mask, left_padding, sinks)
     given = mask if isinstance(mask, mx.array) else None
     return attend_packed(queries, rows, scale, _functions(rows), given, left_padding, sinks)
 
 
-def _missing(causal: bool, sinks: Optional[mx.array]) -> Optional[str]:
+def _missing(causal: bool, sinks: mx.array | None) -> str | None:
     """What fused kernels can't do about such an attention, or None."""
     if sinks is not None:
         return LEARNED_SINKS
     return None if causal else OTHER_MASKS
 
 
-def _functions(view: Union[View, PackedRows]) -> AttentionFunctions:
+def _functions(view: View | PackedRows) -> AttentionFunctions:
     # What a fused kernel leaves to others is for the compiled functions.
     return attention_functions(view.codec.spec, view.kernel in ("compiled", *FUSED))
 

@@ -11,7 +11,8 @@ head dims of its first call, such as the factor of the Hadamard transform.
 """
 
 import functools
-from typing import Callable, NamedTuple, Optional, Tuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -25,7 +26,7 @@ MASKED = -1e30
 
 # Over some tokens: the highest score (B, H, R, 1), and, of e to the power of each score less
 # that, the total (B, H, R, 1) and the sum of values weighed with it (B, H, R, D_v).
-Sums = Tuple[mx.array, mx.array, mx.array]
+Sums = tuple[mx.array, mx.array, mx.array]
 
 _traces = 0
 
@@ -60,7 +61,7 @@ class AttentionFunctions(NamedTuple):
     finish: Callable
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
     """The functions for one kind of codec, as they are or under ``mx.compile``."""
     keys = key_quantizer(spec.key_codec, spec.key_bits)
@@ -107,15 +108,15 @@ def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
             out = out + Rotation.inverse(rotated_out, rotation)
         return out / total
 
-    functions = (rotate, begin, fold, finish)
+    functions: tuple[Callable, ...] = (rotate, begin, fold, finish)
     return AttentionFunctions(*(map(_compiled, functions) if compiled else functions))
 
 
 def _added(top: mx.array, *sums: Sums) -> Sums:
     """The sums over all tokens of ``sums``, none of which has a score above ``top``."""
     shrinks = [mx.exp(own_top - top) for own_top, _, _ in sums]
-    total = sum(total * shrink for shrink, (_, total, _) in zip(shrinks, sums))
-    out = sum(out * shrink for shrink, (_, _, out) in zip(shrinks, sums))
+    total: Any = sum(total * shrink for shrink, (_, total, _) in zip(shrinks, sums))
+    out: Any = sum(out * shrink for shrink, (_, _, out) in zip(shrinks, sums))
     return top, total, out
 
 
@@ -128,7 +129,7 @@ def _compiled(function: Callable) -> Callable:
     return compiling.compiled(traced)
 
 
-def _masked(scores: mx.array, mask: Optional[mx.array]) -> mx.array:
+def _masked(scores: mx.array, mask: mx.array | None) -> mx.array:
     if mask is None:
         return scores
     if mask.dtype == mx.bool_:

@@ -5,8 +5,9 @@ in ``kernels``; long blocks of queries and array masks are served by tiles.
 """
 
 import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -22,8 +23,8 @@ from ..log import log_once
 # Speculative decoding verifies a few tokens at once; more are better served by tiles.
 MAX_QUERIES = 8
 
-_fallbacks: List[str] = []
-_listening: List[List[str]] = []
+_fallbacks: list[str] = []
+_listening: list[list[str]] = []
 
 
 class Problem(NamedTuple):
@@ -55,7 +56,7 @@ class Problem(NamedTuple):
     scale: float
 
 
-def attend_fused(kernel: str, problem: Problem) -> Optional[mx.array]:
+def attend_fused(kernel: str, problem: Problem) -> mx.array | None:
     """The attention (B, H_q, N, D_v), or None if the kernel can't do it, which is logged."""
     missing = unsupported(problem)
     if missing is None:
@@ -73,7 +74,7 @@ def fall_back(kernel: str, missing: str) -> None:
     log_once(message)
 
 
-def fallbacks() -> List[str]:
+def fallbacks() -> list[str]:
     """What fused kernels had to leave to the compiled functions since it was last forgotten."""
     return list(_fallbacks)
 
@@ -84,9 +85,9 @@ def forget_fallbacks() -> None:
 
 
 @contextmanager
-def fallbacks_heard() -> Iterator[List[str]]:
+def fallbacks_heard() -> Iterator[list[str]]:
     """A list that fills with what falls back meanwhile, also if it did so before."""
-    heard: List[str] = []
+    heard: list[str] = []
     _listening.append(heard)
     try:
         yield heard
@@ -129,7 +130,7 @@ def _bounds_of_view(
     first_coded: int,
     coded: int,
     visibility: Visibility,
-    ring: Optional[Ring],
+    ring: Ring | None,
 ) -> mx.array:
     bounds = []
     for position in range(start, end):
@@ -160,7 +161,7 @@ def problem_of_rows(queries: mx.array, rows: PackedRows, scale: float) -> Proble
 # All layers ask for the same.
 @functools.lru_cache(maxsize=4)
 def _bounds_of_rows(
-    lengths: Tuple[int, ...], exact_start: Tuple[int, ...], coded: int, visibility: Visibility
+    lengths: tuple[int, ...], exact_start: tuple[int, ...], coded: int, visibility: Visibility
 ) -> mx.array:
     bounds = []
     for length, start in zip(lengths, exact_start):
@@ -171,13 +172,13 @@ def _bounds_of_rows(
 
 def _bound(
     first_sink: int, first_code: int, exact_from: int, coded: int, end: int
-) -> Tuple[int, int, int, int]:
+) -> tuple[int, int, int, int]:
     """What :class:`Problem` says of one query that reads exactly from ``exact_from`` on."""
     return first_sink, first_code, max(0, coded - exact_from), end - exact_from
 
 
 # Later steps ask for the same.
 @functools.lru_cache(maxsize=256)
-def _bounds_array(bounds: Sequence[Sequence[Tuple[int, int, int, int]]]) -> mx.array:
+def _bounds_array(bounds: Sequence[Sequence[tuple[int, int, int, int]]]) -> mx.array:
     # By way of NumPy, since lazy arrays must not be shared by threads.
     return mx.array(np.array(bounds, np.int32))

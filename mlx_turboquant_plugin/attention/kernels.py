@@ -1,13 +1,11 @@
 """Which attention kernels this machine can run. Must not import mlx_lm."""
 
-from typing import List
-
 from ..kernels import fused_kernels
 from ..rules import SettingsError
 from ..settings import Settings
 
 
-def available_kernels() -> List[str]:
+def available_kernels() -> list[str]:
     """The kernels that this machine can run, the best first."""
     return [*fused_kernels(), "compiled", "eager"]
 

@@ -1,6 +1,7 @@
 """Where tokens stand in the arrays that MLX's own attention is given, and who sees them."""
 
-from typing import NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -41,10 +42,14 @@ class Layout(NamedTuple):
     def positions(self) -> np.ndarray:
         """The position at each place, int32 (T,), and -1 where there is none."""
         out = np.full(self.total, -1, np.int32)
-        exact = np.array(self.exact, np.int32)
+        exact: np.ndarray = np.array(self.exact, np.int32)
         # In a batch, places of exact tokens may be there that a short row has no token for.
         exact = np.where(exact < self.sinks, -1, exact)
-        tokens = [np.arange(self.sinks), np.array(self.decoded, np.int32), exact]
+        tokens: list[np.ndarray] = [
+            np.arange(self.sinks),
+            np.array(self.decoded, np.int32),
+            exact,
+        ]
         out[self.left :][: self.tokens] = np.concatenate(tokens)
         return out
 
@@ -82,7 +87,7 @@ class Row(NamedTuple):
     exact_start: int
     is_prompt: bool
     visibility: Visibility
-    ring: Optional[Ring] = None
+    ring: Ring | None = None
 
     @classmethod
     def of(cls, view: View, layout: Layout, first: int = 0) -> "Row":
@@ -97,7 +102,7 @@ class Row(NamedTuple):
             view.ring,
         )
 
-    def limits(self, count: int) -> Tuple[np.ndarray, ...]:
+    def limits(self, count: int) -> tuple[np.ndarray, ...]:
         """For each query, int32 (N,): its position, its first exact one, the oldest sink and
         the oldest later token that it sees."""
         queries = np.arange(count) - self.first
@@ -110,7 +115,7 @@ class Row(NamedTuple):
         limits = positions, np.maximum(begins, oldest), hidden, oldest
         return tuple(x.astype(np.int32) for x in limits)
 
-    def columns(self, padding: Optional[int]) -> np.ndarray:
+    def columns(self, padding: int | None) -> np.ndarray:
         """For each place, int32 (T,), the column of a mask for mlx-lm's own cache.
 
         Args:
@@ -128,7 +133,7 @@ def combined_mask(
     rows: Sequence[Row],
     count: int,
     mask: Mask,
-    left_padding: Sequence[Optional[int]],
+    left_padding: Sequence[int | None],
     dtype: mx.Dtype,
 ) -> mx.array:
     """What each row's queries see, and a given mask lets them see, as an additive mask.
@@ -160,9 +165,7 @@ def forget_masks() -> None:
 
 # All layers ask for the same. By thread, since lazy arrays must not be shared by threads.
 @cached_per_thread(maxsize=2)
-def _visible(
-    rows: Tuple[Row, ...], count: int, causal: bool, dtype: mx.Dtype
-) -> mx.array:
+def _visible(rows: tuple[Row, ...], count: int, causal: bool, dtype: mx.Dtype) -> mx.array:
     """Zero where a query sees a token and reads it as it stands there, else very low."""
     places, is_code = (
         mx.array(np.stack(x)[:, None, None])

@@ -1,12 +1,12 @@
 """Masks as mlx-lm's attention takes them, and which tokens and queries they are about."""
 
-from typing import Optional, Sequence, Union
+from collections.abc import Sequence
 
 import mlx.core as mx
 
 # None (every query sees every token), "causal", or an array that broadcasts to
 # (B, H_q, N, T): bool, or what is added to scores.
-Mask = Optional[Union[str, mx.array]]
+Mask = str | mx.array | None
 
 
 def lowest(dtype: mx.Dtype) -> float:
@@ -15,7 +15,7 @@ def lowest(dtype: mx.Dtype) -> float:
     return max(-1e30, mx.finfo(dtype).min / 2)
 
 
-def check(mask: Mask, shape: Sequence[Optional[int]]) -> None:
+def check(mask: Mask, shape: Sequence[int | None]) -> None:
     """Raise if no attention over a compressed cache can honour ``mask``.
 
     Args:
@@ -45,7 +45,7 @@ def check(mask: Mask, shape: Sequence[Optional[int]]) -> None:
         )
 
 
-def checked(mask: Mask, queries: mx.array, columns: Optional[int]) -> Mask:
+def checked(mask: Mask, queries: mx.array, columns: int | None) -> Mask:
     """``mask`` as it is, or an array made (B or 1, H_q or 1, N, T), bool or additive.
 
     Args:
@@ -67,7 +67,7 @@ def checked(mask: Mask, queries: mx.array, columns: Optional[int]) -> Mask:
     return mx.broadcast_to(mask, (*mask.shape[:2], *shape[2:]))
 
 
-def both(ours: Optional[mx.array], given: mx.array) -> mx.array:
+def both(ours: mx.array | None, given: mx.array) -> mx.array:
     """What a bool mask, or None, and a given one show, both of the same tokens.
 
     Returns:

@@ -2,7 +2,6 @@
 
 import threading
 from collections import deque
-from typing import Deque
 
 import mlx.core as mx
 
@@ -17,7 +16,7 @@ class _Pace(threading.local):
     def __init__(self):
         self.first: object = None
         self.start = self.bytes = 0
-        self.under_way: Deque[mx.array] = deque()
+        self.under_way: deque[mx.array] = deque()
 
 
 _pace = _Pace()

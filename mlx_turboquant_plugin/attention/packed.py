@@ -1,7 +1,7 @@
 """Attention of the newest token of every row of a batch, all rows at once."""
 
 import functools
-from typing import Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -19,9 +19,9 @@ def attend_packed(
     rows: PackedRows,
     scale: float,
     functions: AttentionFunctions,
-    mask: Optional[mx.array],
+    mask: mx.array | None,
     left_padding: Sequence[int],
-    learned_sinks: Optional[mx.array] = None,
+    learned_sinks: mx.array | None = None,
 ) -> mx.array:
     """Attention of ``queries`` (B, H_q, 1, D); returns (B, H_q, 1, D_v).
 
@@ -31,11 +31,9 @@ def attend_packed(
         learned_sinks: (H_q,), see :func:`attend_codes`.
     """
     sinks, held = rows.visibility.sinks, rows.exact_tokens.count
-    exact_mask, codes_end, code_mask = _masks(
-        rows.lengths, rows.exact_start, held, rows.visibility
-    )
+    exact_mask, codes_end, code_mask = _masks(rows.lengths, rows.exact_start, held, rows.visibility)
     if mask is not None:
-        padding = mx.array(left_padding)[:, None]
+        padding = mx.array(list(left_padding))[:, None]
         newest = mx.array(rows.lengths)[:, None] + mx.arange(sinks - held, 0)
         places = mx.concatenate([mx.zeros_like(padding) + mx.arange(sinks), newest], axis=1)
         exact_mask, code_mask = (
@@ -71,7 +69,7 @@ def _per_head(mask: mx.array, queries: mx.array, rows: PackedRows) -> mx.array:
 @functools.lru_cache(maxsize=4)
 def _masks(
     lengths: Sequence[int], exact_start: Sequence[int], exact: int, visibility: Visibility
-) -> Tuple[mx.array, int, mx.array]:
+) -> tuple[mx.array, int, mx.array]:
     """What the newest token of each row sees.
 
     Args:

@@ -1,8 +1,9 @@
 """Attention over exact tokens and pieces of codes, which streams share where that pays."""
 
 import functools
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Callable, List, NamedTuple, Optional
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -28,7 +29,7 @@ class Exact(NamedTuple):
 
     keys: mx.array
     values: mx.array
-    mask: Optional[mx.array]
+    mask: mx.array | None
 
 
 class Coded(NamedTuple):
@@ -45,7 +46,7 @@ class Coded(NamedTuple):
     codes: Callable
     positions: range
     oldest: int
-    mask: Optional[mx.array]
+    mask: mx.array | None
 
 
 def attend_codes(
@@ -54,7 +55,7 @@ def attend_codes(
     coded: Coded,
     scale: float,
     functions: AttentionFunctions,
-    learned_sinks: Optional[mx.array] = None,
+    learned_sinks: mx.array | None = None,
 ) -> mx.array:
     """Attention over exact tokens and coded ones.
 
@@ -75,7 +76,7 @@ def attend_codes(
         learned_sinks = mx.repeat(learned_sinks.astype(mx.float32), count)
         learned_sinks = learned_sinks.reshape(kv_heads, -1, 1)
     exact_sums = functions.begin(q, *exact, learned_sinks)
-    sums: List[Sums] = []
+    sums: list[Sums] = []
     if coded.positions:
         sums = _over_codes(q, exact_sums, coded, count, exact.keys.shape[2], functions)
     out = functions.finish(exact_sums, sums, codec.value_rotation.array)
@@ -84,7 +85,7 @@ def attend_codes(
 
 def _over_codes(
     q: mx.array, exact_sums: Sums, coded: Coded, count: int, held: int, functions
-) -> List[Sums]:
+) -> list[Sums]:
     """Running sums over parts of the coded tokens.
 
     Args:
@@ -122,7 +123,7 @@ def _piece_size(queries: int, channels: int) -> int:
     return max(LEAST_PIECE, SINGLE_QUERY // channels // BLOCK * BLOCK)
 
 
-def _shares(positions: range, exact: int, channels: int, streams: int) -> List[range]:
+def _shares(positions: range, exact: int, channels: int, streams: int) -> list[range]:
     """Parts of ``positions``, whole blocks, for at most so many streams.
 
     The first may be empty: its stream has the ``exact`` tokens as well.
@@ -154,6 +155,6 @@ def _fold_pieces(
 
 @functools.lru_cache(maxsize=8)
 def from_oldest(oldest: int, start: int, stop: int) -> mx.array:
-    """Which of the positions start, ..., stop - 1 are not before ``oldest``: bool (stop - start,)."""
+    """Which of the positions start, ..., stop - 1 are not before ``oldest``: (stop - start,)."""
     # By way of NumPy, since lazy arrays must not be shared by threads.
     return mx.array(np.arange(start, stop) >= oldest)

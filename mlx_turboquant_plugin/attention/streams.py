@@ -5,7 +5,6 @@ MLX runs each stream of the CPU on a thread of its own, and a step of decoding o
 
 import functools
 import os
-from typing import Tuple
 
 import mlx.core as mx
 
@@ -13,8 +12,8 @@ import mlx.core as mx
 MOST = 4
 
 
-@functools.lru_cache(maxsize=None)
-def helpers() -> Tuple[mx.ThreadLocalStream, ...]:
+@functools.cache
+def helpers() -> tuple[mx.ThreadLocalStream, ...]:
     """The streams besides the current one that can work at the same time, on the CPU.
 
     Each thread of Python that enters one gets a stream of its own, as it has its own

@@ -4,8 +4,6 @@ No array of all the scores and no dequantised copy of all the keys is ever made,
 every query sees what the rule of visibility says, however the prompt was cut into chunks.
 """
 
-from typing import Optional
-
 import mlx.core as mx
 
 from ..cache.view import View
@@ -25,7 +23,7 @@ def attend_tiles(
     scale: float,
     mask: Mask,
     functions: AttentionFunctions,
-    learned_sinks: Optional[mx.array] = None,
+    learned_sinks: mx.array | None = None,
 ) -> mx.array:
     """Attention of ``queries`` (B, H_q, N, D) over ``view``; returns (B, H_q, N, D_v).
 
@@ -37,7 +35,7 @@ def attend_tiles(
     batch, heads, count, _ = queries.shape
     per_query = 4 * batch * heads * min(view.end, PIECE)
     rows = max(BLOCK, TILE_BYTES // per_query)
-    tiles = []
+    tiles: list[mx.array] = []
     for i in range(0, count, rows):
         tile = queries[:, :, i : i + rows]
         if tiles:
@@ -119,7 +117,7 @@ def _masks(
     return exact_mask, code_mask
 
 
-def _per_row(mask: Optional[mx.array], groups: int, kv_heads: int) -> Optional[mx.array]:
+def _per_row(mask: mx.array | None, groups: int, kv_heads: int) -> mx.array | None:
     """A mask (..., N, T), or (T,), for rows that are pairs of a query head and a position."""
     if mask is None or mask.ndim == 1 or groups == 1:
         return mask

@@ -2,7 +2,8 @@
 
 import functools
 import operator
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -38,11 +39,11 @@ class BatchCompressedKVCache(AttendedCache):
     """
 
     def __init__(self, left_padding: Sequence[int]):
-        self._rows: List[CompressedKVCache] = [CompressedKVCache() for _ in left_padding]
-        self._packed: Optional[PackedRows] = None
+        self._rows: list[CompressedKVCache] = [CompressedKVCache() for _ in left_padding]
+        self._packed: PackedRows | None = None
         self._left_padding = list(left_padding)
         self._index = 0
-        self._lengths: Optional[List[int]] = None
+        self._lengths: list[int] | None = None
         self.attention = None
 
     @classmethod
@@ -85,26 +86,26 @@ class BatchCompressedKVCache(AttendedCache):
 
     @classmethod
     def _holding(
-        cls, rows: List[CompressedKVCache], offsets: Sequence[int], index: int
+        cls, rows: list[CompressedKVCache], offsets: Sequence[int], index: int
     ) -> "BatchCompressedKVCache":
         batch = cls([index - offset for offset in offsets])
         batch._rows, batch._index = rows, index
         return batch
 
     @property
-    def rows(self) -> List[CompressedKVCache]:
+    def rows(self) -> list[CompressedKVCache]:
         """The cache of each sequence."""
         if self._packed is not None:
             self._unpack()
             release(self.arrays)
         return self._rows
 
-    def _unpack(self) -> List[CompressedKVCache]:
+    def _unpack(self) -> list[CompressedKVCache]:
         if self._packed is not None:
             self._rows, self._packed = self._packed.rows(), None
         return self._rows
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values and return all that the cache holds.
 
         Args:
@@ -137,7 +138,7 @@ class BatchCompressedKVCache(AttendedCache):
         self._index += count
         return view
 
-    def _parts(self, count: int) -> List[Tuple[int, int]]:
+    def _parts(self, count: int) -> list[tuple[int, int]]:
         """Which of the next ``count`` tokens belong to each row: padding is left and right."""
         parts = []
         for row, padding in enumerate(self._left_padding):
@@ -149,7 +150,7 @@ class BatchCompressedKVCache(AttendedCache):
             parts.append((first, max(first, last)))
         return parts
 
-    def _append_packed(self, keys, values) -> Union[PackedRows, List[RowView]]:
+    def _append_packed(self, keys, values) -> PackedRows | list[RowView]:
         if self._packed is None:
             self._pack()
         if self._packed is None:
@@ -167,7 +168,7 @@ class BatchCompressedKVCache(AttendedCache):
             # Or every code would be there twice.
             self._rows = []
 
-    def _append_rows(self, keys, values, parts) -> List[RowView]:
+    def _append_rows(self, keys, values, parts) -> list[RowView]:
         views = []
         for index, (row, (first, last)) in enumerate(zip(self._unpack(), parts)):
             view = None
@@ -178,7 +179,7 @@ class BatchCompressedKVCache(AttendedCache):
             views.append(RowView(view, first, last))
         return views
 
-    def keys_and_values(self) -> Tuple[mx.array, mx.array]:
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All keys and values, zeros in the padding, (B, H, T, D) in the model's dtype."""
         # Only to look at: what is packed stays packed.
         rows = self._rows if self._packed is None else self._packed.rows()
@@ -199,10 +200,13 @@ class BatchCompressedKVCache(AttendedCache):
                 raise ValueError(
                     "Left padding can only be added to an empty BatchCompressedKVCache"
                 )
-            self._left_padding = [a + b for a, b in zip(self._left_padding, left_padding)]
+            self._left_padding = [
+                a + b for a, b in zip(self._left_padding, left_padding, strict=True)
+            ]
         if right_padding is not None and max(right_padding) > 0:
             self._lengths = [
-                self._index - left + length for length, left in zip(lengths, self._left_padding)
+                self._index - left + length
+                for length, left in zip(lengths, self._left_padding, strict=True)
             ]
 
     def finalize(self) -> None:
@@ -289,7 +293,7 @@ class BatchCompressedKVCache(AttendedCache):
         return self._index + count
 
     def make_mask(
-        self, N: int, window_size: Optional[int] = None, return_array: bool = False
+        self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array:
         """The mask of BatchKVCache; for rings what each sees, if no other window is asked for."""
         ring = self._ring
@@ -298,7 +302,7 @@ class BatchCompressedKVCache(AttendedCache):
         return batch_mask(N, self._index, tuple(self._left_padding), window=window_size)
 
     @property
-    def _ring(self) -> Optional[Ring]:
+    def _ring(self) -> Ring | None:
         # Rings are never packed.
         return self._rows[0].ring if self._rows else None
 
@@ -319,7 +323,7 @@ class BatchCompressedKVCache(AttendedCache):
         return mx.array(self._left_padding)
 
     @property
-    def keys(self) -> Optional[mx.array]:
+    def keys(self) -> mx.array | None:
         """Exact keys, of the first row unless all are packed: callers hang dependencies here."""
         holder = self._packed if self._packed is not None else self._rows[0]
         return holder.keys
@@ -337,12 +341,12 @@ class BatchCompressedKVCache(AttendedCache):
         return sum(row.nbytes for row in self._rows)
 
     @property
-    def holders(self) -> Tuple[Any, ...]:
+    def holders(self) -> tuple[Any, ...]:
         """See :attr:`CompressedKVCache.holders`."""
         return (self, *self._rows) if self._packed is None else (self, self._packed)
 
     @property
-    def arrays(self) -> Tuple[mx.array, ...]:
+    def arrays(self) -> tuple[mx.array, ...]:
         """All arrays that it holds."""
         return tuple(array for holder in self.holders[1:] for array in holder.arrays)
 
@@ -356,7 +360,7 @@ class BatchCompressedKVCache(AttendedCache):
     def state(self, v):
         # Older files have no lengths.
         index, left_padding, rows, *lengths = v
-        self.__init__(left_padding)
+        BatchCompressedKVCache.__init__(self, left_padding)
         self._index = index
         self._lengths = next(iter(lengths), None)
         self._rows = [_KINDS[kind].from_state(state) for kind, state in rows]
@@ -381,12 +385,13 @@ _KINDS = {kind.__name__: kind for kind in (CompressedKVCache, RotatingCompressed
 
 # All layers ask for the same. By way of NumPy, since lazy arrays must not be shared by threads.
 @functools.lru_cache(maxsize=4)
-def _positions(index: int, left_padding: Tuple[int, ...]) -> mx.array:
+def _positions(index: int, left_padding: tuple[int, ...]) -> mx.array:
     return mx.array(np.array([index - padding for padding in left_padding], np.int32))
 
 
-def _ints(indices) -> List[int]:
-    return indices.tolist() if isinstance(indices, mx.array) else list(indices)
+def _ints(indices: Any) -> list[int]:
+    listed: Any = indices.tolist() if isinstance(indices, mx.array) else list(indices)
+    return listed
 
 
 CompressedKVCache.batch_type = BatchCompressedKVCache

@@ -1,7 +1,7 @@
 """What the attention of one forward pass reads from a batch, and the mask that fits it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import List, Optional, Sequence, Tuple, Union
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +17,7 @@ from .visibility import Ring
 class RowView:
     """What the queries of one sequence see: those from ``first`` to before ``last``."""
 
-    view: Optional[View]
+    view: View | None
     first: int
     last: int
 
@@ -44,11 +44,11 @@ class BatchView:
         ring: how far back rings see, or None.
     """
 
-    rows: Union[PackedRows, List[RowView]]
+    rows: PackedRows | list[RowView]
     index: int
-    new: Tuple[mx.array, mx.array]
-    left_padding: Tuple[int, ...]
-    ring: Optional[Ring]
+    new: tuple[mx.array, mx.array]
+    left_padding: tuple[int, ...]
+    ring: Ring | None
 
     def knows(self, mask: mx.array) -> bool:
         """Whether ``mask`` is what the batch itself made for this pass."""
@@ -67,7 +67,7 @@ class BatchView:
             return replace(self, rows=self.rows.apart)
         return replace(self, rows=[row.apart for row in self.rows])
 
-    def keys_and_values(self) -> Tuple[mx.array, mx.array]:
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All that the queries see, (B, H, T, D) in the model's dtype, codes dequantised.
 
         Tokens stand where the batch's mask has them, among zeros.
@@ -80,11 +80,11 @@ class BatchView:
 
 
 def side_by_side(
-    views: Sequence[Optional[View]],
+    views: Sequence[View | None],
     left_padding: Sequence[int],
     columns: int,
-    like: Tuple[mx.array, mx.array],
-) -> Tuple[mx.array, mx.array]:
+    like: tuple[mx.array, mx.array],
+) -> tuple[mx.array, mx.array]:
     """Keys and values of rows, each behind its padding, (B, H, ``columns``, D).
 
     Args:
@@ -103,7 +103,8 @@ def side_by_side(
         ]
         around = [(0, 0), (0, 0), (padding, columns - padding - view.end), (0, 0)]
         rows.append([mx.pad(mx.concatenate(x, axis=2), around) for x in parts])
-    return tuple(map(mx.concatenate, zip(*rows)))
+    keys, values = (mx.concatenate(list(side)) for side in zip(*rows))
+    return keys, values
 
 
 # All layers get the same, which tells it from the masks of others. By thread, since lazy
@@ -112,9 +113,9 @@ def side_by_side(
 def batch_mask(
     count: int,
     index: int,
-    left_padding: Tuple[int, ...],
-    window: Optional[int] = None,
-    ring: Optional[Ring] = None,
+    left_padding: tuple[int, ...],
+    window: int | None = None,
+    ring: Ring | None = None,
 ) -> mx.array:
     """Which tokens ``count`` queries of a batch see: bool (B, 1, N, T).
 

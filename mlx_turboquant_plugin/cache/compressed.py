@@ -1,13 +1,14 @@
 """The compressed KV cache of one sequence."""
 
 import operator
-from typing import Any, Callable, List, Optional, Tuple
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from ..codecs.key_bias import KeyBias
-from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
+from ..codecs.kv_codec import CodecSpec, Codes, KVCodec
 from ..kernels import FUSED, STEADY, encoder
 from ..kernels.dequantize import Tokens
 from ..kernels.prompt import can_pass, run_pass
@@ -55,22 +56,22 @@ class CompressedKVCache(AttendedCache):
         offset: the number of tokens seen; setting it to less trims.
     """
 
-    ring: Optional[Ring] = None
+    ring: Ring | None = None
     # Set by the module of the batch, which imports this one.
-    batch_type: type
+    batch_type: Any
 
     def __init__(
         self,
-        codec: Optional[KVCodec] = None,
+        codec: KVCodec | None = None,
         visibility: Visibility = Visibility(),
         kernel: str = "eager",
     ):
         self.codec = codec
         self.visibility = visibility
         self.kernel = kernel
-        self.unplaced_bias: Optional[mx.array] = None
+        self.unplaced_bias: mx.array | None = None
         self.fingerprint: Any = ""
-        self.attention = None
+        self.attention: Callable[[], Any] | None = None
         self.hold(ExactTokens())
 
     def hold(
@@ -97,7 +98,7 @@ class CompressedKVCache(AttendedCache):
         # Programs that know KVCache go back like that.
         self.trim(self._offset - checked_offset(self, v))
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values and return all that the cache holds.
 
         Args:
@@ -117,14 +118,12 @@ class CompressedKVCache(AttendedCache):
         view = self.append(keys, values)
         return self.leave(view, keys, values) if self.hooked else self.fetch(view)
 
-    def fetch(self, view: View) -> Tuple[mx.array, mx.array]:
+    def fetch(self, view: View) -> tuple[mx.array, mx.array]:
         if self.coded:
             self._check_codec()
         return super().fetch(view)
 
-    def append(
-        self, keys: mx.array, values: mx.array, is_prompt: Optional[bool] = None
-    ) -> View:
+    def append(self, keys: mx.array, values: mx.array, is_prompt: bool | None = None) -> View:
         """Append keys and values (B, H, N, D); returns what their queries see.
 
         Args:
@@ -137,9 +136,7 @@ class CompressedKVCache(AttendedCache):
         with AllOrNothing(self):
             return self._append(keys, values, is_prompt)
 
-    def _append(
-        self, keys: mx.array, values: mx.array, is_prompt: Optional[bool] = None
-    ) -> View:
+    def _append(self, keys: mx.array, values: mx.array, is_prompt: bool | None = None) -> View:
         start, shape, exact = self._offset, keys.shape, self.exact_tokens
         if self.codec is None:
             self.codec = KVCodec(CodecSpec(shape[-1], values.shape[-1]))
@@ -167,7 +164,7 @@ class CompressedKVCache(AttendedCache):
         same = self.exact_tokens.dtypes == (keys.dtype, values.dtype)
         return same and self.kernel in FUSED and can_pass(self.codec, keys, values)
 
-    def _pass(self, start: int, keys: mx.array, values: mx.array) -> Optional[View]:
+    def _pass(self, start: int, keys: mx.array, values: mx.array) -> View | None:
         """Have fused kernels do all that a prompt's tokens from ``start`` on ask for at once.
 
         Returns:
@@ -269,11 +266,12 @@ class CompressedKVCache(AttendedCache):
         return self.offset - (self.exact_tokens.count - self._sinks())
 
     @property
-    def bias(self) -> Optional[mx.array]:
+    def bias(self) -> mx.array | None:
         """The key bias (H, D) that the codes leave out, or None."""
         if self.unplaced_bias is not None:
             return self.unplaced_bias
-        return self.codec and self.codec.bias and self.codec.bias.bias
+        known = self.codec and self.codec.bias
+        return known.bias if known else None
 
     @property
     def informed(self) -> bool:
@@ -281,7 +279,7 @@ class CompressedKVCache(AttendedCache):
         return self.unplaced_bias is not None or (self.codec is not None and self.codec.informed)
 
     @property
-    def keys(self) -> Optional[mx.array]:
+    def keys(self) -> mx.array | None:
         return self._shown()[0]
 
     @keys.setter
@@ -289,14 +287,14 @@ class CompressedKVCache(AttendedCache):
         self.exact_tokens = self.exact_tokens.replaced(v, self.exact_tokens.values)
 
     @property
-    def values(self) -> Optional[mx.array]:
+    def values(self) -> mx.array | None:
         return self._shown()[1]
 
     @values.setter
     def values(self, v: mx.array):
         self.exact_tokens = self.exact_tokens.replaced(self.exact_tokens.keys, v)
 
-    def _shown(self) -> Tuple[Optional[mx.array], Optional[mx.array]]:
+    def _shown(self) -> tuple[mx.array | None, mx.array | None]:
         """What others find in :attr:`keys` and :attr:`values`."""
         if self.attending and not self.empty():
             return (self.view or self.newest_view()).keys_and_values()
@@ -318,7 +316,7 @@ class CompressedKVCache(AttendedCache):
             self.ring,
         )
 
-    def keys_and_values(self) -> Tuple[mx.array, mx.array]:
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All keys and values, (B, H, T, D) in the model's dtype, codes dequantised."""
         if self.coded:
             self._check_codec()
@@ -405,12 +403,12 @@ class CompressedKVCache(AttendedCache):
         return self.exact_tokens.nbytes + sum(array.nbytes for array in codes)
 
     @property
-    def holders(self) -> Tuple[Any, ...]:
+    def holders(self) -> tuple[Any, ...]:
         """The objects whose attributes make up this cache."""
         return (self,)
 
     @property
-    def arrays(self) -> Tuple[mx.array, ...]:
+    def arrays(self) -> tuple[mx.array, ...]:
         """All arrays that it holds, exact tokens joined or not."""
         return *self.exact_tokens.arrays, *self.key_codes, *self.value_codes
 
@@ -423,7 +421,7 @@ class CompressedKVCache(AttendedCache):
     def state(self, v):
         saved.restore(self, v)
 
-    def columns(self, count: int) -> Optional[int]:
+    def columns(self, count: int) -> int | None:
         """T of a mask (B, H, N, T) for the next ``count`` tokens.
 
         So many tokens mlx-lm's own cache would return; None if not in the order of time.
@@ -433,7 +431,7 @@ class CompressedKVCache(AttendedCache):
         return self.ring.columns(self.offset, count)
 
     def make_mask(self, *args, **kwargs):
-        return create_attention_mask(*args, offset=self.offset, **kwargs)
+        return create_attention_mask(*args, offset=self.offset, **kwargs)  # type: ignore[misc]
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "CompressedKVCache":
         """Stay as it is: the cache is quantised already."""
@@ -454,7 +452,7 @@ class CompressedKVCache(AttendedCache):
         return cache
 
     @classmethod
-    def merge(cls, caches: List[Any]):
+    def merge(cls, caches: list[Any]):
         """The caches of several sequences as the cache of a batch; mlx-lm's KVCaches, too."""
         return cls.batch_type.merge(caches)
 

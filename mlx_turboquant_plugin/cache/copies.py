@@ -1,6 +1,6 @@
 """Copies of caches, which share their arrays, and pickles, which hold what files hold."""
 
-from typing import TYPE_CHECKING, Any, List, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .visibility import Visibility
 
@@ -18,7 +18,7 @@ def shared(cache: Cache) -> Cache:
     return other
 
 
-def unpickled(kind: type, state: tuple, visibility: Visibility, kernel: str) -> "CompressedKVCache":
+def unpickled(kind: Any, state: tuple, visibility: Visibility, kernel: str) -> "CompressedKVCache":
     """A cache of ``kind`` as it was pickled, but for the layer that it served.
 
     The model makes itself known to it again, as to one from a file.
@@ -28,7 +28,7 @@ def unpickled(kind: type, state: tuple, visibility: Visibility, kernel: str) -> 
     return cache
 
 
-def unpickled_batch(kind: type, rows: List[Any], *place: Any) -> "BatchCompressedKVCache":
+def unpickled_batch(kind: type, rows: list[Any], *place: Any) -> "BatchCompressedKVCache":
     """A batch of ``kind`` as it was pickled."""
     batch = kind([0] * len(rows))
     batch._rows = rows

@@ -1,7 +1,7 @@
 """The tokens of a cache that are held as they are."""
 
 import copy
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -34,11 +34,11 @@ class ExactTokens:
         dtypes: of the keys and of the values, or None.
     """
 
-    __slots__ = ("_keys", "_values", "_unjoined", "count", "heads", "dtypes")
+    __slots__ = ("_keys", "_unjoined", "_values", "count", "dtypes", "heads")
 
-    def __init__(self, keys: Optional[mx.array] = None, values: Optional[mx.array] = None):
+    def __init__(self, keys: mx.array | None = None, values: mx.array | None = None):
         self._keys, self._values = keys, values
-        self._unjoined: Optional[Unjoined] = None
+        self._unjoined: Unjoined | None = None
         if keys is None:
             self.count, self.heads, self.dtypes = 0, None, None
         else:
@@ -67,7 +67,7 @@ class ExactTokens:
         """The same tokens in another object, which can be joined while this one is not."""
         return copy.copy(self)
 
-    def part(self, first: int, last: int) -> Tuple[mx.array, mx.array]:
+    def part(self, first: int, last: int) -> tuple[mx.array, mx.array]:
         """Keys and values of the tokens first, ..., last - 1, which need not be joined for it."""
         keys, values, shift = self._keys, self._values, 0
         parts = self._unjoined
@@ -75,9 +75,10 @@ class ExactTokens:
             keys, values, shift = parts.keys, parts.values, parts.drop
             if first < parts.sinks or last + shift > keys.shape[2]:
                 (keys, values), shift = self._joined(), 0
-        return tuple(x[:, :, first + shift : last + shift] for x in (keys, values))
+        keys, values = (x[:, :, first + shift : last + shift] for x in (keys, values))
+        return keys, values
 
-    def before(self, count: int) -> Optional[Tuple[mx.array, mx.array]]:
+    def before(self, count: int) -> tuple[mx.array, mx.array] | None:
         """Keys and values of all but the newest ``count`` tokens, or None if there are none."""
         older = self.count - count
         if older == 0:
@@ -88,7 +89,7 @@ class ExactTokens:
         self._joined()
         return self._keys[:, :, :older], self._values[:, :, :older]
 
-    def replaced(self, keys: Optional[mx.array], values: Optional[mx.array]) -> "ExactTokens":
+    def replaced(self, keys: mx.array | None, values: mx.array | None) -> "ExactTokens":
         """The same tokens in other arrays, as ``mx.depends`` makes them.
 
         Raises:
@@ -104,7 +105,7 @@ class ExactTokens:
         return ExactTokens(keys, values)
 
     @property
-    def arrays(self) -> Tuple[mx.array, ...]:
+    def arrays(self) -> tuple[mx.array, ...]:
         """What it holds now, joined or not."""
         if self._unjoined is not None:
             return self._unjoined[:4]
@@ -117,7 +118,7 @@ class ExactTokens:
         return sum(x.nbytes // x.shape[2] * self.count for x in arrays if x.shape[2])
 
     @property
-    def unjoined(self) -> Optional[Unjoined]:
+    def unjoined(self) -> Unjoined | None:
         """What is still to be joined, or None."""
         return self._unjoined
 
@@ -126,16 +127,16 @@ class ExactTokens:
         self._keys, self._values, self._unjoined = keys, values, None
 
     @property
-    def keys(self) -> Optional[mx.array]:
+    def keys(self) -> mx.array | None:
         """(B, H, E, D), or None."""
         return self._joined()[0]
 
     @property
-    def values(self) -> Optional[mx.array]:
+    def values(self) -> mx.array | None:
         """(B, H, E, D), or None."""
         return self._joined()[1]
 
-    def _joined(self) -> Tuple[Optional[mx.array], Optional[mx.array]]:
+    def _joined(self) -> tuple[mx.array | None, mx.array | None]:
         parts = self._unjoined
         if parts is not None:
             pairs = (parts.keys, parts.new_keys), (parts.values, parts.new_values)
@@ -143,7 +144,7 @@ class ExactTokens:
         return self._keys, self._values
 
 
-def _kind(x: Optional[mx.array]) -> str:
+def _kind(x: mx.array | None) -> str:
     return "none" if x is None else f"{x.shape} {x.dtype}"
 
 

@@ -1,7 +1,6 @@
 """Looking at a prompt cache file before mlx-lm reads it."""
 
 import os
-from typing import List, Union
 
 from mlx_lm.models import cache as mlx_lm_cache
 from safetensors import SafetensorError, safe_open
@@ -9,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 REMEDY = "make it again with mlx_lm.cache_prompt or save_prompt_cache"
 
 
-def check_file(path: Union[str, os.PathLike]) -> List[str]:
+def check_file(path: str | os.PathLike) -> list[str]:
     """The classes of the caches in ``path``, a whole file of mlx-lm's ``save_prompt_cache``.
 
     Raises:
@@ -23,7 +22,9 @@ def check_file(path: Union[str, os.PathLike]) -> List[str]:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"prompt cache {path}: damaged or cut short ({error}): {REMEDY}") from error
+        raise ValueError(
+            f"prompt cache {path}: damaged or cut short ({error}): {REMEDY}"
+        ) from error
     # save_prompt_cache flattens [metadata, class names, scalars].
     classes = [name for key, name in metadata.items() if key.startswith("1.")]
     if not classes:

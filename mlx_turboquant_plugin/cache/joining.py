@@ -1,7 +1,8 @@
 """mlx-lm's own caches in a batch of compressed ones: they stay as exact as they are alone."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, RotatingKVCache
@@ -43,10 +44,8 @@ def row_of(cache: Any) -> CompressedKVCache:
     return row
 
 
-def rows_of(
-    batch: Union[BatchKVCache, BatchRotatingKVCache],
-) -> Tuple[List[CompressedKVCache], List[int], int]:
-    """The rows of a batch of mlx-lm's, their offsets, negative in padding, and all it counts.
+def rows_of(batch: Any) -> tuple[list[CompressedKVCache], list[int], int]:
+    """The rows of mlx-lm's batch cache, their offsets, negative in padding, and all it counts.
 
     Raises:
         TypeError: it is of another kind.
@@ -66,7 +65,7 @@ def rows_of(
     return list(map(row_of, caches)), offsets, index
 
 
-def alone(row: CompressedKVCache) -> Union[CompressedKVCache, KVCache, RotatingKVCache]:
+def alone(row: CompressedKVCache) -> CompressedKVCache | KVCache | RotatingKVCache:
     """A row as it leaves the batch, in arrays of its own; mlx-lm's caches as such."""
     return row.to_exact() if row.visibility.window == ENDLESS else row.detached()
 
@@ -82,17 +81,19 @@ def check_alike(rows: Sequence[CompressedKVCache]) -> None:
         )
 
 
-def check_padding(expected: Optional[Any]) -> None:
+def check_padding(expected: Any | None) -> None:
     """Raise ValueError if a batch still expects padding on the right."""
     if expected is not None:
         raise ValueError("a batch that expects padded tokens can't be joined: finalize() it first")
 
 
-def _tokens(cache: Union[KVCache, RotatingKVCache]) -> Tuple[mx.array, mx.array]:
-    """Keys and values (B, H, T, D) of what the next query can see."""
+def _tokens(cache: Any) -> tuple[mx.array, mx.array]:
+    """Keys and values (B, H, T, D) of what the next query of mlx-lm's cache can see."""
     if type(cache) is KVCache:
-        return tuple(map(mx.contiguous, cache.keys_and_values()))
+        keys, values = map(mx.contiguous, cache.keys_and_values())
+        return keys, values
     pair = cache._temporal_order(cache.keys), cache._temporal_order(cache.values)
     # A chunk leaves more than that: what its first query saw.
     first = max(0, pair[0].shape[2] - cache.max_size) + cache.keep
-    return tuple(mx.concatenate([x[:, :, : cache.keep], x[:, :, first:]], axis=2) for x in pair)
+    keys, values = (mx.concatenate([x[:, :, : cache.keep], x[:, :, first:]], axis=2) for x in pair)
+    return keys, values

@@ -1,7 +1,5 @@
 """A cache that keeps what a model's attention is given, for calibration."""
 
-from typing import List, Optional, Tuple
-
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
@@ -11,14 +9,14 @@ class ObservedKVCache(KVCache):
 
     def __init__(self):
         super().__init__()
-        self._queries: List[mx.array] = []
+        self._queries: list[mx.array] = []
 
     def observe(self, queries: mx.array) -> None:
         """Remember the queries (B, H_q, N, D) of a pass."""
         self._queries.append(queries)
 
     @property
-    def seen(self) -> Tuple[Optional[mx.array], Optional[mx.array]]:
+    def seen(self) -> tuple[mx.array | None, mx.array | None]:
         """Keys (B, H, T, D) and queries (B, H_q, T, D), or None where there are none."""
         if self.keys is None or not self._queries:
             return None, None

@@ -1,7 +1,7 @@
 """The rows of a batch side by side in arrays, for decoding."""
 
 import functools
-from typing import List, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import mlx.core as mx
 
@@ -51,7 +51,7 @@ class PackedRows:
         self._steps = self._steps_until_codes()
 
     @classmethod
-    def of(cls, rows: Sequence[CompressedKVCache]) -> Optional["PackedRows"]:
+    def of(cls, rows: Sequence[CompressedKVCache]) -> "PackedRows | None":
         """Pack ``rows``, or None: too short ones, or ones that were not encoded alike."""
         if not rows or not all(_alike(row, rows[0]) for row in rows):
             return None
@@ -128,11 +128,11 @@ class PackedRows:
         other.exact_tokens = self.exact_tokens.apart()
         return other
 
-    def rows(self) -> List[CompressedKVCache]:
+    def rows(self) -> list[CompressedKVCache]:
         """The rows as caches of their own."""
         return [self._row(i) for i in range(len(self.lengths))]
 
-    def views(self) -> List[View]:
+    def views(self) -> list[View]:
         """What the newest token of each row sees, row by row."""
         return [row.newest_view() for row in self.rows()]
 
@@ -144,7 +144,8 @@ class PackedRows:
             mx.concatenate([x[own, :, :sinks], x[own, :, x.shape[2] - tokens :]], axis=2)
             for x in (self.keys, self.values)
         )
-        key_codes = value_codes = ()
+        key_codes: Codes = ()
+        value_codes: Codes = ()
         if coded:
             key_codes = tuple(x[own, :, :, :coded] for x in self.key_codes)
             value_codes = tuple(x[own, :, :coded] for x in self.value_codes)
@@ -158,7 +159,7 @@ class PackedRows:
         return self.exact_tokens.nbytes + sum(array.nbytes for array in codes)
 
     @property
-    def arrays(self) -> Tuple[mx.array, ...]:
+    def arrays(self) -> tuple[mx.array, ...]:
         """All arrays that it holds, exact tokens joined or not."""
         return *self.exact_tokens.arrays, *self.key_codes, *self.value_codes
 
@@ -166,8 +167,8 @@ class PackedRows:
 # All layers ask for the same.
 @functools.lru_cache(maxsize=4)
 def _grown(
-    lengths: Tuple[int, ...], exact_start: Tuple[int, ...], held: int
-) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
+    lengths: tuple[int, ...], exact_start: tuple[int, ...], held: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Lengths of rows that are one token longer, and what is exact if they hold ``held``."""
     lengths = tuple(length + 1 for length in lengths)
     return lengths, tuple(max(x, length - held) for x, length in zip(exact_start, lengths))

@@ -1,7 +1,7 @@
 """Where tokens go when they come: counted once for all layers."""
 
 import functools
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from ..kernels.dequantize import Places
 from ..kernels.prompt import Plan
@@ -48,7 +48,7 @@ def plan_pass(
     held: int,
     start: int,
     end: int,
-) -> Optional[Plan]:
+) -> Plan | None:
     """The pass of the tokens start, ..., end - 1, or None if nothing is to be encoded.
 
     Args:

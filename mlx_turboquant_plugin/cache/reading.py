@@ -2,7 +2,7 @@
 
 import io
 import weakref
-from typing import Any, List, Optional, Tuple
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -10,12 +10,11 @@ from mlx_lm.models.cache import _BaseCache
 
 from ..log import log_once
 
-Pair = Tuple[mx.array, mx.array]
-
+Pair = tuple[mx.array, mx.array]
 
 # In passes of one token and in passes of more, which may be computed in different ways; None
 # where nobody knows yet.
-Known = List[Optional[bool]]
+Known = list[bool | None]
 
 
 class Reading:
@@ -28,14 +27,14 @@ class Reading:
         alone: whether attentions of its class that read views read nothing else; they share it.
     """
 
-    __slots__ = ("model", "casts_keys", "by_view", "alone")
+    __slots__ = ("alone", "by_view", "casts_keys", "model")
 
     def __init__(
         self,
         model: str,
         casts_keys: bool = False,
-        by_view: Optional[bool] = None,
-        alone: Optional[Known] = None,
+        by_view: bool | None = None,
+        alone: Known | None = None,
     ):
         self.model, self.casts_keys = model, casts_keys
         self.by_view: Known = [by_view, by_view]
@@ -74,17 +73,17 @@ class AttendedCache(_BaseCache):
     # Of whoever sets ``attending``.
     reading = Reading("MODEL_TYPE", by_view=True)
     view: Any = None
-    fetched: Optional[Pair] = None
+    fetched: Pair | None = None
     whole = True
-    read: Optional[bool] = None
+    read: bool | None = None
     interrupted = False
 
     def __getattr__(self, name: str) -> Any:
         # Of what mlx-lm's caches have, this is about the room in their arrays.
-        advice = "extract(i) gives a row's cache, and its" if hasattr(type(self), "extract") else "its"
+        row = "extract(i) gives a row's cache, and " if hasattr(type(self), "extract") else ""
         raise AttributeError(
-            f"a {type(self).__name__} has no {name}, since it keeps codes; {advice} to_exact() gives "
-            "mlx-lm's own with the same tokens",
+            f"a {type(self).__name__} has no {name}, since it keeps codes; {row}its to_exact() "
+            "gives mlx-lm's own with the same tokens",
             name=name,
             obj=self,
         )
@@ -175,7 +174,9 @@ def _made_of(arrays: Pair, outputs: Any) -> bool:
 
     Their graph goes back to the model's first layer, so that of a later one is long.
     """
-    outputs = [leaf for _, leaf in tree_flatten(outputs) if isinstance(leaf, mx.array)]
+    leaves: Any = tree_flatten(outputs)
     graph = io.StringIO()
-    mx.export_to_dot(graph, *outputs, keys=arrays[0], values=arrays[1])
+    mx.export_to_dot(
+        graph, *(x for _, x in leaves if isinstance(x, mx.array)), keys=arrays[0], values=arrays[1]
+    )
     return any(f'"{name}" ->' in graph.getvalue() for name in ("keys", "values"))

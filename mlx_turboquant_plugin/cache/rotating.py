@@ -1,7 +1,5 @@
 """The compressed KV cache of one sequence that forgets: for ``max_kv_size``."""
 
-from typing import Optional
-
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 
@@ -28,7 +26,7 @@ class RotatingCompressedKVCache(CompressedKVCache):
         self,
         max_size: int,
         keep: int = 0,
-        codec: Optional[KVCodec] = None,
+        codec: KVCodec | None = None,
         visibility: Visibility = Visibility(),
         kernel: str = "eager",
     ):
@@ -65,7 +63,7 @@ class RotatingCompressedKVCache(CompressedKVCache):
     def size(self) -> int:
         return min(self.offset, self.max_size)
 
-    def to_exact(self) -> RotatingKVCache:
+    def to_exact(self) -> RotatingKVCache:  # type: ignore[override]
         """mlx-lm's RotatingKVCache with the same tokens, the codes dequantised."""
         cache = RotatingKVCache(self.max_size, self.keep)
         if not self.empty():
@@ -74,9 +72,7 @@ class RotatingCompressedKVCache(CompressedKVCache):
             release((cache.keys, cache.values))
         return cache
 
-    def make_mask(
-        self, N: int, window_size: Optional[int] = None, return_array: bool = False
-    ):
+    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
         if window_size not in (None, self.max_size):
             raise ValueError(
                 f"a sliding window of {window_size} tokens over a compressed cache of "

@@ -1,13 +1,11 @@
 """What keys and values must look like to be appended to a cache."""
 
-from typing import Optional, Tuple
-
 from ..codecs.kv_codec import CodecSpec
 
-Shape = Tuple[int, ...]
+Shape = tuple[int, ...]
 
 
-def check_shapes(keys: Shape, values: Shape, spec: CodecSpec, held: Optional[Shape]) -> None:
+def check_shapes(keys: Shape, values: Shape, spec: CodecSpec, held: Shape | None) -> None:
     """Raise ValueError unless keys and values of these shapes fit.
 
     Args:

@@ -2,15 +2,15 @@
 
 import functools
 import json
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
 from ..codecs.segmented import FIRST_BITS
-from ..rules import CODEC_BITS
 from ..per_thread import release
+from ..rules import CODEC_BITS
 from .exact import ExactTokens
 from .visibility import BLOCK, Ring, Visibility
 
@@ -29,12 +29,12 @@ def to_state(cache: "CompressedKVCache") -> tuple:
     """What mlx-lm saves and evaluates: strings, the offset and arrays.
 
     (format, description, fingerprint, offset, keys, values, key codes, value codes,
-    balance, layout, bias, query squares); the description is JSON: the codec, the window, the sinks, a
-    checksum of the rotations, the first position that has codes, and for rotating caches
+    balance, layout, bias, query squares); the description is JSON: the codec, the window, the
+    sinks, a checksum of the rotations, the first position that has codes, and for rotating caches
     how many tokens they hold. The last four are None if no codes needed them so far.
     """
     codec = cache.codec
-    known = None, None, None, None
+    known: tuple[mx.array | None, ...] = (None,) * 4
     if cache.informed:
         known = codec.balance, codec.layout, cache.bias, codec.query_squares
     return (
@@ -74,7 +74,7 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
     balance, layout, bias, query_squares = (*known, None, None, None)[:4]
     try:
         parts = json.loads(description)
-        cache.__init__(**parts["ring"])
+        type(cache).__init__(cache, **parts["ring"])
         cache.fingerprint = fingerprint
         if parts["codec"] is None:
             return
@@ -119,11 +119,11 @@ def check_fits(cache: "CompressedKVCache", codec: KVCodec, fingerprint: Any) -> 
 # mlx-lm asks for the state of every layer after every chunk of a prompt.
 @functools.lru_cache(maxsize=64)
 def _description(
-    spec: Optional[CodecSpec],
-    checksum: Optional[int],
+    spec: CodecSpec | None,
+    checksum: int | None,
     visibility: Visibility,
     first_coded: int,
-    ring: Optional[Ring],
+    ring: Ring | None,
 ) -> str:
     parts = {
         "codec": spec and spec._asdict(),
@@ -171,24 +171,27 @@ def _check_arrays(cache: "CompressedKVCache") -> None:
             fits = fits and list(array.shape) == shape and array.dtype == expected.dtype
         _require(fits, "its codes do not have the shapes of its description")
     dim = spec.head_dim
-    for name, x, shape in (
+    for name, x, wanted in (
         ("key balance", cache.codec.balance, (heads, 1, dim)),
         ("key layout", cache.codec.layout, (heads, dim + 1)),
         ("key bias", cache.bias, (heads, dim)),
         ("table of query squares", cache.codec.query_squares, (heads, dim)),
     ):
         _require(
-            x is None or x.shape == shape,
+            x is None or x.shape == wanted,
             f"its {name} does not have the shape of its description",
         )
-    positive = {"key balance": cache.codec.balance, "table of query squares": cache.codec.query_squares}
+    positive = {
+        "key balance": cache.codec.balance,
+        "table of query squares": cache.codec.query_squares,
+    }
     for name, x in (*positive.items(), ("key bias", cache.bias)):
         _require(
-            x is None or (mx.issubdtype(x.dtype, mx.floating) and mx.isfinite(x).all().item()),
+            x is None or (mx.issubdtype(x.dtype, mx.floating) and bool(mx.isfinite(x).all())),
             f"its {name} is not made of numbers",
         )
     for name, x in positive.items():
-        _require(x is None or (x > 0).all().item(), f"its {name} is not positive")
+        _require(x is None or bool((x > 0).all()), f"its {name} is not positive")
     _require(
         cache.codec.layout is None or _is_layout(cache.codec.layout, spec),
         "its key layout is no order of the channels and bits of their first segment",
@@ -216,7 +219,7 @@ def _is_layout(layout: mx.array, spec: CodecSpec) -> bool:
         return False
     order, first_bits = np.split(np.array(layout), [-1], axis=-1)
     channels = np.arange(spec.head_dim)
-    return (np.sort(order) == channels).all() and np.isin(first_bits, FIRST_BITS).all()
+    return bool((np.sort(order) == channels).all() and np.isin(first_bits, FIRST_BITS).all())
 
 
 def _require(condition: bool, problem: str) -> None:

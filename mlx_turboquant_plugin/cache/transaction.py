@@ -9,7 +9,7 @@ class AllOrNothing:
     Arrays are never written into, so the attributes are all that a cache is.
     """
 
-    __slots__ = ("_objects", "_before")
+    __slots__ = ("_before", "_objects")
 
     def __init__(self, *objects: Any):
         self._objects = objects

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, SupportsIndex
 
 import mlx.core as mx
 
+from ..codecs.kv_codec import Codes
 from .exact import ExactTokens
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def rewind(cache: "CompressedKVCache", offset: int) -> None:
     sinks, exact_start = cache.visibility.sinks, cache.exact_start
     exact = sinks + max(0, offset - exact_start) if offset > sinks else offset
     coded = min(cache.coded, offset, max(cache.visibility.exact_from(offset), exact_start))
+    key_codes: Codes
+    value_codes: Codes
     if coded <= sinks:
         key_codes, value_codes, first_coded, coded = (), (), 0, 0
     elif coded == cache.coded:

@@ -1,6 +1,6 @@
 """What the attention of one forward pass reads from a cache."""
 
-from typing import NamedTuple, Optional, Tuple, Union
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -36,8 +36,8 @@ class View(NamedTuple):
     start: int
     end: int
     is_prompt: bool
-    ring: Optional[Ring] = None
-    laid_out: Optional[Tuple[mx.array, mx.array]] = None
+    ring: Ring | None = None
+    laid_out: tuple[mx.array, mx.array] | None = None
 
     @property
     def queries(self) -> int:
@@ -63,7 +63,7 @@ class View(NamedTuple):
         return max(self.visibility.exact_from(position), self.exact_start)
 
     @property
-    def columns(self) -> Optional[int]:
+    def columns(self) -> int | None:
         """See :meth:`CompressedKVCache.columns`."""
         if self.ring is None:
             return self.end
@@ -88,7 +88,7 @@ class View(NamedTuple):
             return 0, self.sinks
         return self.ring.oldest(self.start, query)
 
-    def knows(self, mask: Optional[Union[str, mx.array]]) -> bool:
+    def knows(self, mask: str | mx.array | None) -> bool:
         """Whether ``mask`` is what a ring itself made for this pass."""
         return mask is self.ring.mask(self.start, self.queries, isinstance(mask, mx.array))
 
@@ -104,24 +104,25 @@ class View(NamedTuple):
             return self
         return self._replace(ring=self.ring._replace(whole=True))
 
-    def exact(self, first: int, last: int) -> Tuple[mx.array, mx.array]:
+    def exact(self, first: int, last: int) -> tuple[mx.array, mx.array]:
         """Exact keys and values of the sinks and of the positions first, ..., last - 1."""
         if first == self.exact_start and last == self.end:
             return self.exact_tokens.keys, self.exact_tokens.values
         sinks, skip = self.sinks, self.sinks - self.exact_start
-        return tuple(
+        keys, values = (
             mx.concatenate([x[:, :, :sinks], x[:, :, first + skip : last + skip]], axis=2)
             for x in (self.exact_tokens.keys, self.exact_tokens.values)
         )
+        return keys, values
 
-    def codes(self, first: int, last: int) -> Tuple[Codes, Codes]:
+    def codes(self, first: int, last: int) -> tuple[Codes, Codes]:
         """Codes of keys and values of the positions first, ..., last - 1."""
         if (first, last) == (self.first_coded, self.coded):
             return self.key_codes, self.value_codes
         first, last = first - self.first_coded, last - self.first_coded
         return code_range(self.key_codes, self.value_codes, first, last)
 
-    def keys_and_values(self) -> Tuple[mx.array, mx.array]:
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All that the queries see, (B, H, T, D) in the model's dtype, codes dequantised."""
         oldest = self.oldest(0)[1]
         coded = max(oldest, min(self.coded, self.exact_from(self.end - 1)))
@@ -133,15 +134,16 @@ class View(NamedTuple):
             self.codec.decode_keys(key_codes, oldest),
             self.codec.decode_values(value_codes),
         )
-        return tuple(
+        keys, values = (
             mx.concatenate(
                 [x[:, :, : self.sinks], d.astype(x.dtype), x[:, :, self.sinks :]], axis=2
             )
             for x, d in zip(exact, decoded)
         )
+        return keys, values
 
 
-def code_range(key_codes: Codes, value_codes: Codes, first: int, last: int) -> Tuple[Codes, Codes]:
+def code_range(key_codes: Codes, value_codes: Codes, first: int, last: int) -> tuple[Codes, Codes]:
     """The tokens first, ..., last - 1 of codes, in arrays of their own.
 
     Elementwise work on strided arrays is slow, copying packed codes is not.

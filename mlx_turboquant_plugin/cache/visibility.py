@@ -1,6 +1,6 @@
 """Who sees what: which tokens a query reads exactly and which through their codes."""
 
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -41,7 +41,7 @@ class Visibility(NamedTuple):
 
     window: int = 160
     sinks: int = 4
-    invariant: Optional[bool] = None
+    invariant: bool | None = None
 
     def is_prompt(self, count: int) -> bool:
         """Whether all queries of a pass of ``count`` tokens read exactly what the first does."""
@@ -99,15 +99,13 @@ class Ring(NamedTuple):
         hidden = _at_least(0, before + query + 1 - self.max_size)
         return hidden, _at_least(self.keep, hidden) + start - before
 
-    def columns(self, start: int, count: int) -> Optional[int]:
+    def columns(self, start: int, count: int) -> int | None:
         """How many tokens RotatingKVCache returns for a chunk of ``count``; None if rotated."""
         if count == 1 and start >= self.max_size:
             return None
         return min(self.max_size - 1, start) + count
 
-    def mask(
-        self, start: int, count: int, return_array: bool = False
-    ) -> Optional[Union[str, mx.array]]:
+    def mask(self, start: int, count: int, return_array: bool = False) -> str | mx.array | None:
         """The mask of a chunk of ``count`` tokens for the tokens that its first query sees."""
         if count == 1:
             return None

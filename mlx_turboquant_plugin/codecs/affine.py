@@ -1,7 +1,6 @@
 """The affine codecs: x is close to scale * code + zero point, from the minimum and maximum."""
 
 from dataclasses import dataclass
-from typing import Tuple
 
 import mlx.core as mx
 
@@ -19,7 +18,7 @@ class VectorAffine:
 
     bits: int
 
-    def encode(self, x: mx.array) -> Tuple[mx.array, ...]:
+    def encode(self, x: mx.array) -> tuple[mx.array, ...]:
         zero = mx.min(x, axis=-1, keepdims=True).astype(mx.float16)
         span = mx.max(x, axis=-1, keepdims=True) - zero.astype(mx.float32)
         scale = (span / (2**self.bits - 1)).astype(mx.float16)
@@ -27,14 +26,12 @@ class VectorAffine:
         codes = mx.clip(mx.round(steps), 0, 2**self.bits - 1).astype(mx.uint8)
         return (*packing.pack(codes, self.bits), scale, zero)
 
-    def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
+    def decode(self, codes: tuple[mx.array, ...]) -> mx.array:
         *packed, scale, zero = codes
         steps = packing.unpack(packed, self.bits)
         return steps.astype(mx.float32) * scale.astype(mx.float32) + zero.astype(mx.float32)
 
-    def expand(
-        self, codes: Tuple[mx.array, ...], axis: int
-    ) -> Tuple[Prepared, mx.array, mx.array]:
+    def expand(self, codes: tuple[mx.array, ...], axis: int) -> tuple[Prepared, mx.array, mx.array]:
         *packed, scale, zero = codes
         steps = packing.unpack(packed, self.bits, axis)
         return prepare(steps, 0.0), scale, zero
@@ -59,24 +56,28 @@ class GroupAffine:
     def group_size(self) -> int:
         return 64 if self.head_dim % 64 == 0 else 32
 
-    def encode(self, x: mx.array) -> Tuple[mx.array, ...]:
+    def encode(self, x: mx.array) -> tuple[mx.array, ...]:
         padding = -self.head_dim % self.group_size
         if padding:
             x = mx.concatenate([x, mx.zeros((*x.shape[:-1], padding))], axis=-1)
         codes, scale, zero = mx.quantize(x, group_size=self.group_size, bits=self.bits)
         return codes, scale.astype(mx.float16), zero.astype(mx.float16)
 
-    def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
-        x = mx.dequantize(*self._widen(codes), group_size=self.group_size, bits=self.bits)
+    def decode(self, codes: tuple[mx.array, ...]) -> mx.array:
+        packed, scale, zero = self._widen(codes)
+        x = mx.dequantize(packed, scale, zero, group_size=self.group_size, bits=self.bits)
         return self._unpad(x)
 
-    def expand(self, codes: Tuple[mx.array, ...], axis: int) -> Tuple[mx.array, ...]:
+    def expand(self, codes: tuple[mx.array, ...], axis: int) -> tuple[mx.array, ...]:
         return codes
 
     def mix(self, p: mx.array, *codes: mx.array) -> mx.array:
+        packed, scale, zero = self._widen(codes)
         out = mx.quantized_matmul(
             p,
-            *self._widen(codes),
+            packed,
+            scale,
+            zero,
             transpose=False,
             group_size=self.group_size,
             bits=self.bits,

@@ -6,14 +6,13 @@ scales are 1 here, and its biases take the offset of the bytes away.
 """
 
 import functools
-from typing import Tuple
 
 import mlx.core as mx
 
 # The columns that share a scale in quantized_matmul.
 GROUP = 32
 
-Prepared = Tuple[mx.array, ...]
+Prepared = tuple[mx.array, ...]
 
 
 def prepare(matrix: mx.array, offset: float) -> Prepared:
@@ -32,11 +31,12 @@ def multiply(a: mx.array, prepared: Prepared, offset: float) -> mx.array:
     """``a @ (matrix - offset)`` for ``a`` fp32 (..., M, K): fp32 (..., M, N)."""
     if len(prepared) == 1:
         return a @ (prepared[0].astype(mx.float32) - offset)
-    return mx.quantized_matmul(a, *prepared, transpose=False, group_size=GROUP, bits=8)
+    words, scales, biases = prepared
+    return mx.quantized_matmul(a, words, scales, biases, transpose=False, group_size=GROUP, bits=8)
 
 
 @functools.lru_cache(maxsize=8)
-def constants(shape: Tuple[int, ...], offset: float) -> Tuple[mx.array, mx.array]:
+def constants(shape: tuple[int, ...], offset: float) -> tuple[mx.array, mx.array]:
     """Scales and biases, fp32, for all matrices with as many groups as ``shape`` says."""
     pair = mx.ones(shape), mx.full(shape, -offset)
     mx.eval(pair)

@@ -1,7 +1,6 @@
 """The codec that loses nothing: rotated vectors in fp32, for ``TURBOQUANT_BYPASS=identity``."""
 
 from dataclasses import dataclass
-from typing import Tuple
 
 import mlx.core as mx
 
@@ -10,13 +9,13 @@ import mlx.core as mx
 class Exact:
     """Methods are those of :class:`LloydMax`; ``codes`` are the vectors."""
 
-    def encode(self, x: mx.array) -> Tuple[mx.array, ...]:
+    def encode(self, x: mx.array) -> tuple[mx.array, ...]:
         return (x,)
 
-    def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
+    def decode(self, codes: tuple[mx.array, ...]) -> mx.array:
         return codes[0]
 
-    def expand(self, codes: Tuple[mx.array, ...], axis: int) -> Tuple[mx.array, ...]:
+    def expand(self, codes: tuple[mx.array, ...], axis: int) -> tuple[mx.array, ...]:
         return codes
 
     def scores(self, q: mx.array, x: mx.array) -> mx.array:

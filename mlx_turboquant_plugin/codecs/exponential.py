@@ -5,6 +5,7 @@ as long as what follows, which compilers turn into operations on several numbers
 """
 
 import math
+from typing import Any
 
 import mlx.core as mx
 
@@ -33,7 +34,7 @@ def exp2(x: mx.array) -> mx.array:
 
 
 def _taylor(f: mx.array) -> mx.array:
-    result = TAYLOR[-1]
+    result: Any = TAYLOR[-1]
     for coefficient in reversed(TAYLOR[:-1]):
         result = result * f + coefficient
     return result

@@ -8,8 +8,6 @@ the least. This is LDLQ (arXiv 2307.13304, section 3) in the form of GPTQ (arXiv
 queries in the place of a layer's inputs. It takes no bits, and who reads the codes need not know.
 """
 
-from typing import Optional
-
 import mlx.core as mx
 import numpy as np
 
@@ -23,7 +21,7 @@ FEEDBACK_BLOCK = 4
 
 def feedback(
     query_squares: mx.array,
-    balance: Optional[mx.array],
+    balance: mx.array | None,
     layout: mx.array,
     rotation: Rotation,
 ) -> mx.array:

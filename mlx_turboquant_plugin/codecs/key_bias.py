@@ -11,7 +11,7 @@ over the rotary pairs (1, 2) with the angles theta_f of the model's own rope obj
 """
 
 import weakref
-from typing import Any, Dict, Optional, Set, Tuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -28,7 +28,7 @@ SETUP = mx.cpu
 
 # Of the cosines and the sines of each pair, fp32 (B, H, R, 1, F), and what the channels
 # that are not rotated add to every score, (B, H, R, 1), if there are any.
-Coefficients = Tuple[mx.array, mx.array, Optional[mx.array]]
+Coefficients = tuple[mx.array, mx.array, mx.array | None]
 
 
 class RotaryTable:
@@ -57,8 +57,8 @@ class RotaryTable:
 
     def __init__(self, rope: Any, head_dim: int):
         self.head_dim = head_dim
-        self.derived: Dict[Any, Tuple[mx.array, ...]] = {}
-        self.agreeing: Set[type] = set()
+        self.derived: dict[Any, tuple[mx.array, ...]] = {}
+        self.agreeing: set[type] = set()
         self._rope = rope if rope is not None else (lambda x, offset: x)
         with mx.stream(SETUP):
             self._set_up(rope)
@@ -78,7 +78,7 @@ class RotaryTable:
         mx.eval(self.arrays)
 
     @property
-    def arrays(self) -> Tuple[mx.array, ...]:
+    def arrays(self) -> tuple[mx.array, ...]:
         fixed = self.fine, self.even, self.odd, *self.middle
         derived = (x for arrays in self.derived.values() for x in arrays)
         return *fixed, *self.coarse, *derived
@@ -93,7 +93,7 @@ class RotaryTable:
             self.derived = {}
             self._blocks = blocks
 
-    def blocks(self, count: int) -> Tuple[mx.array, mx.array]:
+    def blocks(self, count: int) -> tuple[mx.array, mx.array]:
         """(cos, sin), fp32 (count, F), at the positions 0, BLOCK, 2 BLOCK, ..."""
         self.reach(count)
         cos, sin = self.coarse
@@ -104,10 +104,10 @@ class RotaryTable:
         cos, sin = self._angles(mx.arange(x.shape[-2]))
         square = cos**2 + sin**2
         one, two, rest = self.pairs(x)
-        back = one * cos + two * sin, two * cos - one * sin
-        return self.joined(*(y / square for y in back), rest)
+        one, two = one * cos + two * sin, two * cos - one * sin
+        return self.joined(one / square, two / square, rest)
 
-    def pairs(self, x: mx.array) -> Tuple[mx.array, mx.array, mx.array]:
+    def pairs(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Both channels of each pair of ``x`` (..., D), (..., F) each, and the other channels."""
         turned, rest = x[..., : self.dims], x[..., self.dims :]
         if self.traditional:
@@ -126,7 +126,7 @@ class RotaryTable:
         shape = (-1, 2) if self.traditional else (2, x.shape[-1] // 2)
         return mx.sum(x.reshape(*x.shape[:-1], *shape), axis=-1 if self.traditional else -2)
 
-    def _turns(self, far: int) -> Tuple[np.ndarray, np.ndarray]:
+    def _turns(self, far: int) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin at the first positions, fp32 (F, BLOCK), of magnitude 1 whatever the rope's.
 
         Multiples of one angle, found by the turns at the positions 1 and ``far``: the rope's own
@@ -138,14 +138,12 @@ class RotaryTable:
         turns = np.exp(1j * angle[:, None] * np.arange(BLOCK))
         return turns.real.astype(np.float32), turns.imag.astype(np.float32)
 
-    def _angles(self, positions: mx.array) -> Tuple[mx.array, mx.array]:
+    def _angles(self, positions: mx.array) -> tuple[mx.array, mx.array]:
         # RoPE turns the pair (1, 0) into (cos, sin).
         count = self.dims // 2
         probe = self.joined(mx.ones(count), mx.zeros(count), mx.zeros(self.head_dim - self.dims))
         # Whole arrays: MLX's rope on CUDA writes its output with the strides of its input.
-        probe = mx.contiguous(
-            mx.broadcast_to(probe, (positions.shape[0], 1, 1, self.head_dim))
-        )
+        probe = mx.contiguous(mx.broadcast_to(probe, (positions.shape[0], 1, 1, self.head_dim)))
         return self.pairs(self._rope(probe, offset=positions)[:, 0, 0])[:2]
 
 
@@ -195,7 +193,7 @@ class KeyBias:
         mx.eval(self.bias, self._factors)
 
     @property
-    def arrays(self) -> Tuple[mx.array, ...]:
+    def arrays(self) -> tuple[mx.array, ...]:
         """What one layer keeps for its bias, besides the table."""
         return self.bias, self._factors
 
@@ -247,7 +245,7 @@ class KeyBias:
         return mx.concatenate([before, after], axis=-1)
 
     def _agrees(self, rope: Any) -> bool:
-        shared, largest = self.table, mx.abs(self.bias).max().item()
+        shared, largest = self.table, float(mx.abs(self.bias).max())
         # Looking far ahead makes a table grow.
         self.table = RotaryTable(rope, self.bias.shape[-1])
         errors = [self._error(rope, position) for position in (1, 300, 70_001)]
@@ -261,10 +259,10 @@ class KeyBias:
     def _error(self, rope: Any, position: int) -> float:
         x = self.bias[None, :, None]
         expected = rope(x, offset=position)[0] if rope is not None else x[0]
-        return mx.abs(self.rotated(position, 1) - expected).max().item()
+        return float(mx.abs(self.rotated(position, 1) - expected).max())
 
 
 @compiled
-def _turn(c: mx.array, s: mx.array, cos: mx.array, sin: mx.array) -> Tuple[mx.array, mx.array]:
+def _turn(c: mx.array, s: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
     """Coefficients (..., 1, F) for positions that are counted from where the angles are."""
     return c * cos + s * sin, s * cos - c * sin

@@ -2,7 +2,8 @@
 
 import functools
 import zlib
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -14,7 +15,7 @@ from .lloyd_max import LloydMax
 from .rotation import SEED, Rotation
 from .segmented import Segmented
 
-Codes = Tuple[mx.array, ...]
+Codes = tuple[mx.array, ...]
 
 # The codec of keys that are cut in two before they are rotated.
 SEGMENTED = "segmented"
@@ -26,7 +27,7 @@ ALL = slice(None)
 STEP = {mx.cpu: 2**16, mx.gpu: 2**23}
 
 
-def key_quantizer(name: str, bits: int, *of_segments: Optional[mx.array]):
+def key_quantizer(name: str, bits: int, *of_segments: mx.array | None):
     """The quantiser of rotated keys called ``name``: segmented, lloyd-max, affine or exact.
 
     ``of_segments`` are the arguments of :class:`Segmented`.
@@ -62,7 +63,7 @@ class CodecSpec(NamedTuple):
     seed: int = SEED
 
     @property
-    def dims(self) -> Tuple[int, int]:
+    def dims(self) -> tuple[int, int]:
         """Of keys and of values."""
         return self.head_dim, self.value_dim
 
@@ -75,10 +76,10 @@ class CodecSpec(NamedTuple):
 class Knowledge(NamedTuple):
     """What a codec knows of its layer, see :class:`KVCodec`."""
 
-    balance: Optional[mx.array] = None
-    bias: Optional[KeyBias] = None
-    layout: Optional[mx.array] = None
-    query_squares: Optional[mx.array] = None
+    balance: mx.array | None = None
+    bias: KeyBias | None = None
+    layout: mx.array | None = None
+    query_squares: mx.array | None = None
 
 
 class KVCodec:
@@ -101,16 +102,16 @@ class KVCodec:
     def __init__(
         self,
         spec: CodecSpec,
-        balance: Optional[mx.array] = None,
-        bias: Optional[KeyBias] = None,
-        layout: Optional[mx.array] = None,
-        query_squares: Optional[mx.array] = None,
+        balance: mx.array | None = None,
+        bias: KeyBias | None = None,
+        layout: mx.array | None = None,
+        query_squares: mx.array | None = None,
     ):
         self.spec = spec
         self._given = Knowledge(balance, bias, layout, query_squares)
-        self._learn: Optional[Callable[[CodecSpec], Knowledge]] = None
+        self._learn: Callable[[CodecSpec], Knowledge] | None = None
         # What kernels have made of it for themselves, each with its ``arrays``.
-        self.derived: Dict[str, Any] = {}
+        self.derived: dict[str, Any] = {}
         self.values = value_quantizer(spec.value_codec, spec.value_bits, spec.value_dim)
         self.key_rotation = Rotation(spec.head_dim // spec.segments, spec.seed)
         self.value_rotation = Rotation(spec.value_dim, spec.seed)
@@ -144,7 +145,7 @@ class KVCodec:
 
     def learn(self) -> None:
         """Learn now what the first codes will need."""
-        self._known  # Kept from now on.
+        _ = self._known  # Kept from now on.
 
     @property
     def informed(self) -> bool:
@@ -153,23 +154,23 @@ class KVCodec:
         return any(x is not None for x in known)
 
     @property
-    def balance(self) -> Optional[mx.array]:
+    def balance(self) -> mx.array | None:
         return self._known.balance
 
     @property
-    def bias(self) -> Optional[KeyBias]:
+    def bias(self) -> KeyBias | None:
         return self._known.bias
 
     @property
-    def layout(self) -> Optional[mx.array]:
+    def layout(self) -> mx.array | None:
         return self._known.layout
 
     @property
-    def query_squares(self) -> Optional[mx.array]:
+    def query_squares(self) -> mx.array | None:
         return self._known.query_squares
 
     @functools.cached_property
-    def feedback(self) -> Optional[mx.array]:
+    def feedback(self) -> mx.array | None:
         """How errors are fed back when codes are made, see :func:`feedback`; None: not at all."""
         if self.query_squares is None or self.layout is None:
             return None
@@ -181,17 +182,17 @@ class KVCodec:
         first_bits = None if self.layout is None else self.layout[:, -1]
         return key_quantizer(self.spec.key_codec, self.spec.key_bits, first_bits, self.feedback)
 
-    def makes_the_codes_of(self, other: "KVCodec", bias: Optional[mx.array]) -> bool:
+    def makes_the_codes_of(self, other: "KVCodec", bias: mx.array | None) -> bool:
         """Whether codes made by ``other``, which leave out a key bias (H, D), are its own."""
         return (
             self.spec == other.spec
-            and _equal(self.bias and self.bias.bias, bias)
+            and _equal(self.bias.bias if self.bias else None, bias)
             and _equal(self.balance, other.balance)
             and _equal(self.layout, other.layout)
         )
 
     @property
-    def tables(self) -> Tuple[mx.array, ...]:
+    def tables(self) -> tuple[mx.array, ...]:
         """What it keeps besides any codes. Layers share the rotations and the rotary table."""
         tables = [self.key_rotation.array, self.value_rotation.array]
         known = self.balance, self.layout, self.query_squares, self.feedback
@@ -210,9 +211,9 @@ class KVCodec:
         keys: mx.array,
         values: mx.array,
         start: int,
-        older: Tuple[Codes, Codes] = ((), ()),
+        older: tuple[Codes, Codes] = ((), ()),
         part: slice = ALL,
-    ) -> Tuple[Codes, Codes]:
+    ) -> tuple[Codes, Codes]:
         """Codes of keys and of values: see :meth:`encode_keys` and :meth:`encode_values`."""
         return (
             self.encode_keys(keys, start, older[0], part),
@@ -263,9 +264,7 @@ class KVCodec:
     def _rotate(self, x: mx.array) -> mx.array:
         return Rotation.forward(self._cut(x), self.key_rotation.array).flatten(-2)
 
-    def encode_values(
-        self, values: mx.array, older: Codes = (), part: slice = ALL
-    ) -> Codes:
+    def encode_values(self, values: mx.array, older: Codes = (), part: slice = ALL) -> Codes:
         """Codes of ``values`` (B, H, T, D); ``older`` and ``part`` as in :meth:`encode_keys`."""
 
         def encode(x, first):
@@ -279,10 +278,10 @@ class KVCodec:
         return Rotation.inverse(self.values.decode(codes), self.value_rotation.array)
 
 
-def _equal(a: Optional[mx.array], b: Optional[mx.array]) -> bool:
+def _equal(a: mx.array | None, b: mx.array | None) -> bool:
     if a is None or b is None:
         return a is b
-    return a is b or mx.array_equal(a, b).item()
+    return a is b or bool(mx.array_equal(a, b))
 
 
 def _chosen(x: mx.array, channels: mx.array) -> mx.array:
@@ -290,7 +289,7 @@ def _chosen(x: mx.array, channels: mx.array) -> mx.array:
     return mx.take_along_axis(x, mx.broadcast_to(channels[:, None], x.shape), axis=-1)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _checksum(*rotations: Rotation) -> int:
     return zlib.crc32(b"".join(rotation.fingerprint() for rotation in rotations))
 
@@ -299,14 +298,14 @@ def joined(older: Codes, newer: Codes, axis: int) -> Codes:
     """The codes of both, or of the newer ones if there are no others."""
     if not older:
         return newer
-    return tuple(mx.concatenate(pair, axis=axis) for pair in zip(older, newer))
+    return tuple(mx.concatenate(list(pair), axis=axis) for pair in zip(older, newer))
 
 
 def _in_steps(encode: Callable, x: mx.array, axis: int) -> Codes:
     """Codes of ``x`` (B, H, T, D), made for some tokens at a time and joined along ``axis``."""
     batch, heads, length, dim = x.shape
     tokens = max(32, STEP[mx.default_device().type] // (batch * heads * dim))
-    steps = []
+    steps: list[Codes] = []
     for first in range(0, length, tokens):
         part = x[:, :, first : first + tokens]
         if steps:
@@ -315,4 +314,4 @@ def _in_steps(encode: Callable, x: mx.array, axis: int) -> Codes:
         steps.append(encode(part, first))
     if len(steps) == 1:
         return steps[0]
-    return tuple(mx.concatenate(parts, axis=axis) for parts in zip(*steps))
+    return tuple(mx.concatenate(list(parts), axis=axis) for parts in zip(*steps))

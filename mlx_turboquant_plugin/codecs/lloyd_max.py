@@ -7,8 +7,9 @@ N(0, 1) (Lloyd 1957, Max 1960), and one scale per vector is stored.
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable, Tuple
+from typing import Any
 
 import mlx.core as mx
 
@@ -34,9 +35,9 @@ class Codebook:
         curve: (a, d, shift, b) of the whole-number curve through them, see :func:`level_bytes`.
     """
 
-    levels: Tuple[float, ...]
+    levels: tuple[float, ...]
     unit: float
-    curve: Tuple[int, int, int, int]
+    curve: tuple[int, int, int, int]
 
 
 # Mean squared errors for N(0, 1): 0.11748, 0.03455 and 0.00951, at most 0.15% above
@@ -44,9 +45,7 @@ class Codebook:
 CODEBOOKS = {
     2: Codebook((35.5, 118.5), 78.4522, (0, 1009, 0, 9061)),
     3: Codebook((13.5, 41.5, 73.5, 117.5), 54.6415, (47, 280, 2, 3439)),
-    4: Codebook(
-        (5.5, 16.5, 28.5, 40.5, 54.5, 70.5, 90.5, 119.5), 43.6528, (5, 30, 3, 1437)
-    ),
+    4: Codebook((5.5, 16.5, 28.5, 40.5, 54.5, 70.5, 90.5, 119.5), 43.6528, (5, 30, 3, 1437)),
 }
 
 # A scale is a power of 2^(1/12): 8 bits from 1.2e-4 to 310, 3% off at most.
@@ -75,18 +74,18 @@ class LloydMax:
     bits: int
     offset = OFFSET
 
-    def encode(self, x: mx.array) -> Tuple[mx.array, ...]:
+    def encode(self, x: mx.array) -> tuple[mx.array, ...]:
         """The codes of rotated vectors ``x``, fp32 (..., T, D)."""
         codes, scale = searched(x, _coder(self.bits))
         return (*packing.pack(codes, self.bits), scale)
 
-    def decode(self, codes: Tuple[mx.array, ...]) -> mx.array:
+    def decode(self, codes: tuple[mx.array, ...]) -> mx.array:
         """The vectors, fp32 (..., T, D) and still rotated, that token-major ``codes`` stand for."""
         *packed, scale = codes
         levels = level_bytes(packing.unpack(packed, self.bits), self.bits)
         return (levels.astype(mx.float32) - OFFSET) * self._width(scale)
 
-    def expand(self, codes: Tuple[mx.array, ...], axis: int) -> Tuple[Prepared, mx.array]:
+    def expand(self, codes: tuple[mx.array, ...], axis: int) -> tuple[Prepared, mx.array]:
         """The levels as a matrix for products, and the scales.
 
         Args:
@@ -143,7 +142,7 @@ def level_bytes(codes: mx.array, bits: int) -> mx.array:
     return (((b + ((j * (a * j + d)) >> shift)) * u >> 8) + 128).astype(mx.uint8)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _levels(bits: int) -> Callable:
     """:func:`level_bytes` of any number of codes, in few passes over them."""
     return compiled(lambda codes: level_bytes(codes, bits))
@@ -172,7 +171,7 @@ def _coder(bits: int) -> Callable:
     return coded
 
 
-def searched(x: mx.array, coded: Callable, shift: Any = 0) -> Tuple[mx.array, mx.array]:
+def searched(x: mx.array, coded: Callable, shift: Any = 0) -> tuple[mx.array, mx.array]:
     """Codes of ``x``, fp32 (..., T, D), with the scale near the root mean square that loses least.
 
     Args:
@@ -185,7 +184,7 @@ def searched(x: mx.array, coded: Callable, shift: Any = 0) -> Tuple[mx.array, mx
     rms = mx.maximum(mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True)), 1e-20)
     norm = rms * math.sqrt(x.shape[-1])
     start = mx.round((mx.log2(rms) - LOWEST_OCTAVE) * STEPS_PER_OCTAVE + shift)
-    best = None
+    best: list[mx.array] = []
     # Not compiled: encoding is rare, and MLX would take half a minute for it on a CPU, and NVRTC
     # two minutes.
     for step in SEARCH:
@@ -194,10 +193,11 @@ def searched(x: mx.array, coded: Callable, shift: Any = 0) -> Tuple[mx.array, mx
         missing = x - values
         along = mx.sum(missing * x, axis=-1, keepdims=True) / norm
         error = mx.sum(missing * missing, axis=-1, keepdims=True) + ALONG * along * along
-        found = error, codes, scale
-        if best is None:
+        found = [error, codes, scale]
+        if not best:
             best = found
         else:
             better = error < best[0]
-            best = tuple(mx.where(better, new, old) for new, old in zip(found, best))
-    return best[1:]
+            best = [mx.where(better, new, old) for new, old in zip(found, best)]
+    _, codes, scale = best
+    return codes, scale

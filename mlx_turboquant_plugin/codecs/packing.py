@@ -8,7 +8,8 @@ nothing is lost to padding.
 """
 
 import functools
-from typing import Callable, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -17,13 +18,13 @@ from ..compiling import compiled
 FIELDS = {2: 4, 3: 8, 4: 2, 8: 1}
 
 
-def pack(codes: mx.array, bits: int) -> Tuple[mx.array, ...]:
+def pack(codes: mx.array, bits: int) -> tuple[mx.array, ...]:
     """Pack ``codes`` (..., D), uint8, of ``bits`` bits each; D must be a multiple of 8.
 
     Returns:
         One uint8 array (..., D * bits / 8), or three (..., D / 8) for 3 bits.
     """
-    fields = mx.split(codes, FIELDS[bits], axis=-1)
+    fields: Any = mx.split(codes, FIELDS[bits], axis=-1)  # A list, whatever MLX's stubs say.
     if bits != 3:
         return (_join(fields, bits),)
     low = [field & 3 for field in fields]
@@ -38,7 +39,7 @@ def unpack(packed: Sequence[mx.array], bits: int, axis: int = -1) -> mx.array:
     return _joined_fields(bits, axis)(*(x.view(mx.uint32) for x in packed)).view(mx.uint8)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _joined_fields(bits: int, axis: int) -> Callable:
     """The function from packed codes, in bytes or in words, to their fields, joined."""
 
@@ -46,7 +47,7 @@ def _joined_fields(bits: int, axis: int) -> Callable:
         # The same bits of every byte of a word.
         every = 0x01010101 if packed[0].dtype == mx.uint32 else 1
         if bits == 8:
-            fields = packed
+            fields = list(packed)
         elif bits == 3:
             *low, high = packed
             fields = [

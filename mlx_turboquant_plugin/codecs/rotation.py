@@ -53,7 +53,7 @@ class Rotation:
         return x @ array.T
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _rotation_array(head_dim: int, seed: int) -> mx.array:
     bits = random.Random(seed * 65536 + head_dim).getrandbits(head_dim)
     signs = mx.array([1.0 if bits >> i & 1 else -1.0 for i in range(head_dim)])

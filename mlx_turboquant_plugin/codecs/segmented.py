@@ -11,7 +11,6 @@ of all bytes that begin so: no table, and the same function for any number of bi
 """
 
 import functools
-from typing import Optional, Tuple
 
 import mlx.core as mx
 import numpy as np
@@ -49,9 +48,7 @@ class Segmented:
         feedback: see :attr:`KVCodec.feedback`.
     """
 
-    def __init__(
-        self, first_bits: Optional[mx.array] = None, feedback: Optional[mx.array] = None
-    ):
+    def __init__(self, first_bits: mx.array | None = None, feedback: mx.array | None = None):
         first = np.array(USUAL_BITS if first_bits is None else first_bits)
         if first.ndim:
             first = first[:, None, None]
@@ -69,17 +66,17 @@ class Segmented:
             for x in (256 - 2**second, 2**first, 2 ** (second - 1), 2 ** (first - 1))
         )
 
-    def encode(self, x: mx.array) -> Tuple[mx.array, mx.array]:
+    def encode(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The codes of ``x``, fp32 (..., T, D)."""
-        segments = mx.stack(mx.split(x, 2, axis=-1), axis=-3)
+        segments = mx.stack([*mx.split(x, 2, axis=-1)], axis=-3)
         coded = functools.partial(_coded, bits=self._bits)
         codes, scale = searched(segments, coded, self._shift)
         if self._feedback is not None:
-            codes = self._with_feedback(segments, size_of(scale))
+            codes = self._with_feedback(segments, size_of(scale), self._feedback)
         first, second = (codes[..., segment, :, :] for segment in range(2))
         return (first << self._second) | second, mx.swapaxes(scale[..., 0], -1, -2)
 
-    def _with_feedback(self, x: mx.array, size: mx.array) -> mx.array:
+    def _with_feedback(self, x: mx.array, size: mx.array, feedback: mx.array) -> mx.array:
         """Codes of ``x`` (..., 2, T, D / 2), block by block; sizes: (..., 2, T, 1)."""
         codes = []
         for first in range(0, x.shape[-1], FEEDBACK_BLOCK):
@@ -88,10 +85,10 @@ class Segmented:
             codes.append(found)
             if x.shape[-1]:
                 after = first + FEEDBACK_BLOCK
-                x = x + (values - own) @ self._feedback[..., first:after, after:]
+                x = x + (values - own) @ feedback[..., first:after, after:]
         return mx.concatenate(codes, axis=-1)
 
-    def decode(self, codes: Tuple[mx.array, mx.array]) -> mx.array:
+    def decode(self, codes: tuple[mx.array, mx.array]) -> mx.array:
         """The vectors, fp32 (..., T, D) and still rotated, that token-major ``codes`` stand for."""
         packed, scale = codes
         return mx.concatenate(
@@ -102,18 +99,16 @@ class Segmented:
             axis=-1,
         )
 
-    def expand(
-        self, codes: Tuple[mx.array, mx.array], axis: int
-    ) -> Tuple[Prepared, mx.array]:
+    def expand(self, codes: tuple[mx.array, mx.array], axis: int) -> tuple[Prepared, mx.array]:
         """The levels of both segments as matrices for products, (..., 2, D / 2, T), and scales.
 
         Args:
             axis: that of the channels: -2, as only channel-major codes are multiplied.
         """
         packed, scale = codes
-        return prepare(mx.stack(self._levels(packed), axis=-3), OFFSET), scale
+        return prepare(mx.stack([*self._levels(packed)], axis=-3), OFFSET), scale
 
-    def _levels(self, packed: mx.array) -> Tuple[mx.array, mx.array]:
+    def _levels(self, packed: mx.array) -> tuple[mx.array, mx.array]:
         """The levels of both segments, as bytes; what lies above the second code overflows."""
         return packed & self._mask | self._ones[0], packed * self._factor | self._ones[1]
 
@@ -132,7 +127,7 @@ class Segmented:
         return mx.sum(multiply(q, levels, OFFSET) * widths, axis=-3)
 
 
-def _coded(x: mx.array, size: mx.array, bits: mx.array) -> Tuple[mx.array, mx.array]:
+def _coded(x: mx.array, size: mx.array, bits: mx.array) -> tuple[mx.array, mx.array]:
     """Codes of the levels nearest to ``x``, and what they stand for; see :func:`searched`."""
     width = size * (1 / UNIT)
     count = mx.power(2.0, bits.astype(mx.float32))

@@ -1,9 +1,10 @@
 """What a run answers, after a context that was read, loaded from a file or trimmed back to."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Callable, Dict, List
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,7 +36,7 @@ class Answer:
 
 def answer(
     arm: Arm, model: nn.Module, prompt: Prompt, chunk: int, progress: Callable[[int], Any]
-) -> Dict[str, Answer]:
+) -> dict[str, Answer]:
     """The answers by where the cache came from: "read", "loaded" or "trimmed".
 
     Args:
@@ -45,7 +46,9 @@ def answer(
     run = Run(arm, model)
     run.read(prompt.context, chunk)
     progress(prompt.context.size)
-    return {origin: _answer(make(run, prompt, chunk), prompt, chunk) for origin, make in ORIGINS.items()}
+    return {
+        origin: _answer(make(run, prompt, chunk), prompt, chunk) for origin, make in ORIGINS.items()
+    }
 
 
 def _read(run: Run, prompt: Prompt, chunk: int) -> Run:
@@ -84,10 +87,10 @@ def _answer(run: Run, prompt: Prompt, chunk: int) -> Answer:
     return Answer(right, right > best_wrong, said == prompt.answer)
 
 
-def _nats(run: Run, first: mx.array, tokens: List[int]) -> float:
+def _nats(run: Run, first: mx.array, tokens: list[int]) -> float:
     """Log-probability of ``tokens``, of whose first ``first`` (vocabulary,) has all."""
     nats = first[tokens[0]]
     if len(tokens) > 1:
         rest = log_probabilities(run.fork()(mx.array(tokens[:-1])))
         nats = nats + mx.sum(rest[mx.arange(len(tokens) - 1), mx.array(tokens[1:])])
-    return nats.item()
+    return float(nats)

@@ -2,8 +2,9 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, List, Union
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,14 +39,19 @@ def output_file(form: str) -> Callable[[str], Path]:
         for wrong, why in (
             (path.is_dir(), "it is a folder: name a file in it"),
             (not folder.is_dir(), f"there is no folder {folder}: make it"),
-            (other in FORMATS - {form}, f"it is named like {other}, and {form} is written: name it .{form}"),
+            (
+                other in FORMATS - {form},
+                f"it is named like {other}, and {form} is written: name it .{form}",
+            ),
         ):
             if wrong:
                 raise argparse.ArgumentTypeError(f"{text!r} can't be written: {why}")
         try:
             _try_to_write(path)
         except OSError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} can't be written: {error.strerror}") from error
+            raise argparse.ArgumentTypeError(
+                f"{text!r} can't be written: {error.strerror}"
+            ) from error
         return path
 
     return file
@@ -61,7 +67,7 @@ def _try_to_write(path: Path) -> None:
         path.unlink()
 
 
-def write(path: Path, content: Union[str, bytes]) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Write a file, text in UTF-8.
 
     Raises:
@@ -77,12 +83,19 @@ def write(path: Path, content: Union[str, bytes]) -> None:
 
 def add_text_arguments(parser: argparse.ArgumentParser, windows: int) -> None:
     """Declare the model, the text, and how it is cut; ``windows`` is the default."""
-    parser.add_argument("--model", required=True, metavar="PATH", help="folder or Hub name of a model")
+    parser.add_argument(
+        "--model", required=True, metavar="PATH", help="folder or Hub name of a model"
+    )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", metavar="FILE", help="a text in UTF-8 (the manual that Python brings)")
+    source.add_argument(
+        "--text", metavar="FILE", help="a text in UTF-8 (the manual that Python brings)"
+    )
     source.add_argument("--tokens", metavar="FILE", help="token ids as .npy, the first one is bos")
     parser.add_argument(
-        "--windows", type=at_least(1), metavar="N", default=windows,
+        "--windows",
+        type=at_least(1),
+        metavar="N",
+        default=windows,
         help=f"pieces of text ({windows})",
     )
     parser.add_argument(
@@ -93,7 +106,7 @@ def add_text_arguments(parser: argparse.ArgumentParser, windows: int) -> None:
     )
 
 
-def read_windows(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> List[np.ndarray]:
+def read_windows(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> list[np.ndarray]:
     """The windows of token ids that the arguments ask for.
 
     Raises:

@@ -2,9 +2,10 @@
 
 import copy
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,9 +28,9 @@ class Arm:
     """
 
     name: str
-    settings: Optional[Mapping[str, Any]] = None
-    mlx_lm_bits: Optional[int] = None
-    layer: Optional[int] = None
+    settings: Mapping[str, Any] | None = None
+    mlx_lm_bits: int | None = None
+    layer: int | None = None
 
     def on(self) -> AbstractContextManager:
         """What must be in force while the arm makes caches and while it runs.
@@ -47,7 +48,7 @@ class Arm:
         ours = self.settings is not None and self.settings.get("bypass") != "identity"
         return ours or self.mlx_lm_bits is not None
 
-    def caches(self, model: nn.Module) -> List[Any]:
+    def caches(self, model: nn.Module) -> list[Any]:
         """Empty caches, one for each layer of ``model``; inside ``on()``.
 
         Raises:
@@ -61,7 +62,8 @@ class Arm:
         if self.layer is None:
             return caches
         return [
-            cache if index == self.layer or not isinstance(cache, CompressedKVCache)
+            cache
+            if index == self.layer or not isinstance(cache, CompressedKVCache)
             else cache.to_exact()
             for index, cache in enumerate(caches)
         ]
@@ -73,14 +75,14 @@ class Arm:
 
 EXACT = Arm("exact")
 
-BESIDE: Dict[str, Arm] = {
+BESIDE: dict[str, Arm] = {
     "identity": Arm("identity", {"bypass": "identity"}),
     "bridge": Arm("bridge", {"bypass": "bridge"}),
     "mlx-lm-4bit": Arm("mlx-lm-4bit", mlx_lm_bits=4),
     "mlx-lm-8bit": Arm("mlx-lm-8bit", mlx_lm_bits=8),
 }
 # Whatever TURBOQUANT_BYPASS says: an arm that codes nothing is none of a preset.
-PRESET_ARMS: Dict[str, Arm] = {
+PRESET_ARMS: dict[str, Arm] = {
     name: Arm(name, {"preset": name, "bypass": None}) for name in PRESETS
 }
 
@@ -96,7 +98,7 @@ class Run:
 
     def __init__(self, arm: Arm, model: nn.Module):
         self.arm = arm
-        self.caches: List[Any] = []
+        self.caches: list[Any] = []
         self.seconds, self.tokens = 0.0, 0
         self._model = model
 

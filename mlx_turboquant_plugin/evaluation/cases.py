@@ -1,8 +1,8 @@
 """The cases of ``mlx_turboquant selftest``: shapes, codecs, dtypes and what caches hold."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, product
-from typing import Iterable, Iterator, Sequence, Tuple
 
 from ..attention.fused import MAX_QUERIES
 
@@ -31,9 +31,9 @@ class Case:
     value_dim: int = 128
     groups: int = 4
     count: int = 1
-    lengths: Tuple[int, ...] = (333,)
-    keys: Tuple[str, int] = ("lloyd-max", 4)
-    values: Tuple[str, int] = ("lloyd-max", 3)
+    lengths: tuple[int, ...] = (333,)
+    keys: tuple[str, int] = ("lloyd-max", 4)
+    values: tuple[str, int] = ("lloyd-max", 3)
     dtype: str = "float32"
     extras: bool = False
     rope: str = "halves"
@@ -129,54 +129,75 @@ def table(everything: bool = False) -> Iterator[Case]:
 
 # One case in so many for a part of the table. The numbers have no factor in common with the
 # lengths of the axes, so that the values of each are shared out evenly.
-Share = Tuple[int, Iterable[Case]]
+Share = tuple[int, Iterable[Case]]
 
 
 def _decoding() -> Iterator[Share]:
     """Dims with codecs, with groups, with dtypes and numbers of queries; lengths."""
     yield 7, _codecs((1, 1, 2, 1, 7, 8))
     counts = cycle((1, 1, 2, 1, 7, 8))
-    yield 23, (
-        case(dim, groups=group, count=next(counts), lengths=(200,))
-        for dim, group in product(DIMS, GROUPS)
+    yield (
+        23,
+        (
+            case(dim, groups=group, count=next(counts), lengths=(200,))
+            for dim, group in product(DIMS, GROUPS)
+        ),
     )
-    yield 25, (
-        case(dim, groups=2, count=count, dtype=dtype, lengths=(270,), extras=count % 2 == 0)
-        for dim, dtype, count in product(DIMS, DTYPES, range(1, MAX_QUERIES + 1))
+    yield (
+        25,
+        (
+            case(dim, groups=2, count=count, dtype=dtype, lengths=(270,), extras=count % 2 == 0)
+            for dim, dtype, count in product(DIMS, DTYPES, range(1, MAX_QUERIES + 1))
+        ),
     )
     lengths = 69, 97, 101, 129, 133, 161, 197, 228, 229, 230, 512, 1024, 2085, 4100, 16500
     yield 1, (case(lengths=(length,)) for length in lengths)
     # With positions grow the angles, and what fp32 leaves unknown about a bias.
-    yield 1, (
-        case(64, groups=2, lengths=(length,), keys=("lloyd-max", 3), extras=length < 4000)
-        for length in lengths
+    yield (
+        1,
+        (
+            case(64, groups=2, lengths=(length,), keys=("lloyd-max", 3), extras=length < 4000)
+            for length in lengths
+        ),
     )
-    yield 11, (
-        case(dim, groups=2, extras=True, rope=rope, count=count, keys=SEGMENTED, lengths=(270,))
-        for rope, dim, count in product(ROPES, DIMS, (1, 4))
+    yield (
+        11,
+        (
+            case(dim, groups=2, extras=True, rope=rope, count=count, keys=SEGMENTED, lengths=(270,))
+            for rope, dim, count in product(ROPES, DIMS, (1, 4))
+        ),
     )
-    yield 1, (
-        # The angles of a bias are off by more than others are, at far positions.
-        case(
-            lengths=lengths,
-            groups=4,
-            keys=SEGMENTED,
-            values=("lloyd-max", 4),
-            extras=lengths[0] < 10_000,
-        )
-        for lengths in ((4100,), (16500,), (129,) * 5, (700, 50))
+    yield (
+        1,
+        (
+            # The angles of a bias are off by more than others are, at far positions.
+            case(
+                lengths=lengths,
+                groups=4,
+                keys=SEGMENTED,
+                values=("lloyd-max", 4),
+                extras=lengths[0] < 10_000,
+            )
+            for lengths in ((4100,), (16500,), (129,) * 5, (700, 50))
+        ),
     )
     yield 1, [case(64, groups=16, lengths=(640,), keys=SEGMENTED, extras=True, ring=333)]
     yield 1, _batches(1, (4, 5))
-    yield 7, (
-        case(dim, groups=2, extras=True, rope=rope, lengths=(500,))
-        for rope, dim in product(ROPES, DIMS)
+    yield (
+        7,
+        (
+            case(dim, groups=2, extras=True, rope=rope, lengths=(500,))
+            for rope, dim in product(ROPES, DIMS)
+        ),
     )
     yield 1, _rings(1)
     dtypes = cycle(DTYPES)
-    yield 1, (
-        case(lengths=lengths, groups=2, steps=steps, dtype=next(dtypes))
-        for steps, lengths in product((1, 2, 36), ((300,), (190, 260)))
+    yield (
+        1,
+        (
+            case(lengths=lengths, groups=2, steps=steps, dtype=next(dtypes))
+            for steps, lengths in product((1, 2, 36), ((300,), (190, 260)))
+        ),
     )
     # So many tokens that every part of a kernel has more than one turn.
     yield 1, [case(lengths=(40_000,))]
@@ -187,29 +208,52 @@ def _prompts() -> Iterator[Share]:
     many = 17, 40, 100, 300
     yield 7, _codecs(many)
     counts = cycle(many)
-    yield 11, (
-        case(dim, groups=2, count=next(counts), dtype=dtype, lengths=(500,), extras=True, rope=rope)
-        for dim, dtype, rope in product(DIMS, DTYPES, ROPES)
+    yield (
+        11,
+        (
+            case(
+                dim,
+                groups=2,
+                count=next(counts),
+                dtype=dtype,
+                lengths=(500,),
+                extras=True,
+                rope=rope,
+            )
+            for dim, dtype, rope in product(DIMS, DTYPES, ROPES)
+        ),
     )
-    yield 1, (
-        case(groups=group, count=next(counts), lengths=(400,), keys=("lloyd-max", 3))
-        for group in GROUPS
+    yield (
+        1,
+        (
+            case(groups=group, count=next(counts), lengths=(400,), keys=("lloyd-max", 3))
+            for group in GROUPS
+        ),
     )
     # Before them is nothing, too few tokens for codes, or codes up to anywhere.
-    yield 1, (
-        case(64, groups=2, count=count, lengths=(before + count,), extras=True)
-        for count, before in product((9, 16, 17, 31, 32, 33, 300), (0, 4, 96, 101, 352, 2085))
+    yield (
+        1,
+        (
+            case(64, groups=2, count=count, lengths=(before + count,), extras=True)
+            for count, before in product((9, 16, 17, 31, 32, 33, 300), (0, 4, 96, 101, 352, 2085))
+        ),
     )
     yield 1, _batches(40, (40, 45))
     for count in (12, 17, 99):
         yield 1, _rings(count)
-    yield 1, (
-        case(64, groups=1, count=count, lengths=lengths, extras=True, invariant=True)
-        for count, lengths in product((17, 100), ((333,), (190, 260), (100, 420)))
+    yield (
+        1,
+        (
+            case(64, groups=1, count=count, lengths=lengths, extras=True, invariant=True)
+            for count, lengths in product((17, 100), ((333,), (190, 260), (100, 420)))
+        ),
     )
-    yield 1, (
-        case(count=count, lengths=lengths, groups=2, steps=steps)
-        for steps, count, lengths in product((1, 36), (12, 40), ((300,), (190, 260)))
+    yield (
+        1,
+        (
+            case(count=count, lengths=lengths, groups=2, steps=steps)
+            for steps, count, lengths in product((1, 36), (12, 40), ((300,), (190, 260)))
+        ),
     )
     yield 1, [case(groups=1, count=200, lengths=(4100,))]
 
@@ -222,7 +266,7 @@ def _codecs(counts: Sequence[int]) -> Iterator[Case]:
         )
 
 
-def _batches(count: int, shortest: Tuple[int, ...]) -> Iterator[Case]:
+def _batches(count: int, shortest: tuple[int, ...]) -> Iterator[Case]:
     several = (69, 101, 333), (700, 50), (129,) * 5, tuple(range(100, 500, 50))
     for lengths, dim in product((shortest, *several), (80, 128)):
         yield case(dim, count=count, lengths=lengths, groups=2, extras=len(lengths) == 3)

@@ -9,9 +9,10 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -45,33 +46,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser, windows=6)
     parser.epilog = f"Verdicts. {RULE}"
     parser.add_argument(
-        "--presets", nargs="+", metavar="NAME", choices=list(PRESETS), default=list(PRESETS),
+        "--presets",
+        nargs="+",
+        metavar="NAME",
+        choices=list(PRESETS),
+        default=list(PRESETS),
         help=f"some of {', '.join(PRESETS)} (all)",
     )
     parser.add_argument(
-        "--beside", nargs="*", metavar="NAME", choices=list(BESIDE),
+        "--beside",
+        nargs="*",
+        metavar="NAME",
+        choices=list(BESIDE),
         default=["identity", "mlx-lm-4bit", "mlx-lm-8bit"],
         help=f"what else to measure, bypasses and mlx-lm's own quantised caches: some of "
         f"{', '.join(BESIDE)} (all but bridge)",
     )
     parser.add_argument(
-        "--generate", type=at_least(0), metavar="N", default=256,
+        "--generate",
+        type=at_least(0),
+        metavar="N",
+        default=256,
         help="tokens to generate greedily (256); 0 leaves it out",
     )
     parser.add_argument(
-        "--tasks", type=at_least(0), metavar="N", default=0,
+        "--tasks",
+        type=at_least(0),
+        metavar="N",
+        default=0,
         help="retrieval and tracking with known answers: prompts of each task and length (0)",
     )
     parser.add_argument(
-        "--task-lengths", type=at_least(1), nargs="+", metavar="N", default=[1024, 2048],
+        "--task-lengths",
+        type=at_least(1),
+        nargs="+",
+        metavar="N",
+        default=[1024, 2048],
         help="tokens of these prompts (1024 2048)",
     )
     parser.add_argument(
-        "--depths", type=depth, nargs="+", metavar="SHARE", default=[0.0, 0.25, 0.5, 0.75],
+        "--depths",
+        type=depth,
+        nargs="+",
+        metavar="SHARE",
+        default=[0.0, 0.25, 0.5, 0.75],
         help=f"where in a prompt the answer is, taken in turn, 0 to {DEEPEST} (0 0.25 0.5 0.75)",
     )
     parser.add_argument(
-        "--json", type=output_file("json"), metavar="FILE", help="write everything that was measured"
+        "--json",
+        type=output_file("json"),
+        metavar="FILE",
+        help="write everything that was measured",
     )
     parser.add_argument(
         "--html", type=output_file("html"), metavar="FILE", help="write a page with plots"
@@ -133,11 +158,11 @@ class Comparison:
             for arm in self.arms
         }
         self._sizes[EXACT.name] = [bf16_bytes(self.shapes, length) for length in self._lengths]
-        self.parts: List[List[Divergence]] = []
-        self._runs: List[List[Run]] = []
-        self._by_layer: List[float] = []
-        self._generations: Dict[str, Generation] = {}
-        self._answers: List[Answers] = []
+        self.parts: list[list[Divergence]] = []
+        self._runs: list[list[Run]] = []
+        self._by_layer: list[float] = []
+        self._generations: dict[str, Generation] = {}
+        self._answers: list[Answers] = []
 
     def measure(self) -> None:
         """Read the windows, generate, and answer the tasks: what is done is kept."""

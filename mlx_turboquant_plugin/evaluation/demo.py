@@ -2,9 +2,9 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Iterator, Optional
 
 import mlx.core as mx
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _continued(path: str, text: Optional[str], max_tokens: int) -> Iterator[str]:
+def _continued(path: str, text: str | None, max_tokens: int) -> Iterator[str]:
     compiling.here()
     model, tokenizer = load_model(path)
     prompt = tokenizer.encode(PROMPT.read_text("utf-8") if text is None else text)
@@ -85,13 +85,12 @@ def _continued(path: str, text: Optional[str], max_tokens: int) -> Iterator[str]
     yield ""
     yield (
         f"agreement, both fed the {forced.positions} tokens of the uncompressed run (in float32): "
-        f"the same next token is likeliest at {forced.top1:.2%} of them, mean KL {forced.kl:.1e} nats"
+        f"the same next token is likeliest at {forced.top1:.2%} of them, mean KL "
+        f"{forced.kl:.1e} nats"
     )
 
 
-def _generated(
-    snapshot: Status, prompt: int, exact: Generation, ours: Generation
-) -> Iterator[str]:
+def _generated(snapshot: Status, prompt: int, exact: Generation, ours: Generation) -> Iterator[str]:
     yield snapshot.models[-1]
     yield (
         f"prompt of {prompt} tokens, {len(exact.tokens)} generated; {ours.coded} of the "
@@ -106,6 +105,6 @@ def _generated(
     yield ""
     yield from texts(exact, ours)
     yield ""
-    peaks = (f"{run.peak_bytes:,}" for run in (exact, ours))
-    row = ("peak memory, bytes", *peaks, "  beyond the weights")
+    first, second = (f"{run.peak_bytes:,}" for run in (exact, ours))
+    row = ("peak memory, bytes", first, second, "  beyond the weights")
     yield from table(exact, ours, "prompt", "generation", row)

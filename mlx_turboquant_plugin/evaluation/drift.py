@@ -10,9 +10,10 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -68,12 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
     add_text_arguments(parser, windows=1)
     parser.add_argument(
-        "--preset", metavar="NAME", choices=list(PRESETS), default="default",
+        "--preset",
+        metavar="NAME",
+        choices=list(PRESETS),
+        default="default",
         help=f"one of {', '.join(PRESETS)} (default)",
     )
     parser.add_argument("--heads", action="store_true", help="a line for each KV head, too")
     parser.add_argument(
-        "--json", type=output_file("json"), metavar="FILE", help="write everything that was measured"
+        "--json",
+        type=output_file("json"),
+        metavar="FILE",
+        help="write everything that was measured",
     )
 
 
@@ -87,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args.model)
     windows = read_windows(args, model, tokenizer)
     model.set_dtype(mx.float32)
-    found = 0, [], []
+    found: tuple[int, list, list] = 0, [], []
     try:
         for count, errors in enumerate(measure(model, windows, args.chunk, args.preset), 1):
             found = count, *errors
@@ -99,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(
-    args: argparse.Namespace, windows: int, heads: List[HeadDrift], layers: List[LayerDrift]
+    args: argparse.Namespace, windows: int, heads: list[HeadDrift], layers: list[LayerDrift]
 ) -> None:
     try:
         sys.stdout.write("\n".join(_lines(args, windows, heads, layers)) + "\n")
@@ -110,8 +117,8 @@ def _show(
 
 
 def measure(
-    model: nn.Module, windows: List[np.ndarray], chunk: int, preset: str
-) -> Iterator[Tuple[List[HeadDrift], List[LayerDrift]]]:
+    model: nn.Module, windows: list[np.ndarray], chunk: int, preset: str
+) -> Iterator[tuple[list[HeadDrift], list[LayerDrift]]]:
     """The errors of every KV head and of every layer, over the windows so far: after each.
 
     Yields:
@@ -130,7 +137,7 @@ def measure(
             f"--length is {length}, and no token of so short a text is read as a code: choose more "
             f"than {visibility.window + visibility.sinks + 32}"
         )
-    sums = {i: [] for i in probed}
+    sums: dict[int, list[np.ndarray]] = {i: [] for i in probed}
     kls = []
     with progress(len(windows) * length * (2 + len(probed)), "tokens") as bar:
         for window in windows:
@@ -152,20 +159,23 @@ def measure(
 
 
 def _drifts(
-    sums: Dict[int, List[np.ndarray]], kls: np.ndarray
-) -> Tuple[List[HeadDrift], List[LayerDrift]]:
+    sums: dict[int, list[np.ndarray]], kls: np.ndarray
+) -> tuple[list[HeadDrift], list[LayerDrift]]:
     """The sums of each window, by layer, and the mean KL of each layer, as ratios."""
     heads, layers = [], []
-    for (i, found), kl in zip(sums.items(), kls):
+    for (i, found), kl in zip(sums.items(), kls, strict=True):
         total = np.sum(found, axis=0)
         heads += [HeadDrift(i, head, *_ratios(row)) for head, row in enumerate(total)]
-        layers.append(LayerDrift(i, *_ratios(total.sum(axis=0)), float(kl)))
+        score, keys, values, both = _ratios(total.sum(axis=0))
+        layers.append(LayerDrift(i, score, keys, values, both, float(kl)))
     return heads, layers
 
 
-def _ratios(sums: np.ndarray) -> List[float]:
+def _ratios(sums: np.ndarray) -> list[float]:
     score, keys, values, both, output, queries = sums
-    return [float(x) for x in np.sqrt([score / queries, *(np.array([keys, values, both]) / output)])]
+    return [
+        float(x) for x in np.sqrt([score / queries, *(np.array([keys, values, both]) / output)])
+    ]
 
 
 class Probe(KVCache):
@@ -180,7 +190,7 @@ class Probe(KVCache):
         super().__init__()
         self.codec, self.visibility = codec, visibility
         self.sums: Any = 0.0
-        self._decoded: List[KVCache] = [KVCache()]
+        self._decoded: list[KVCache] = [KVCache()]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array):
         decoded = (
@@ -256,14 +266,14 @@ def _queries_seen(model: nn.Module) -> Iterator[None]:
             setattr(module, name, original)
 
 
-def outstanding(layers: List[LayerDrift]) -> List[LayerDrift]:
+def outstanding(layers: list[LayerDrift]) -> list[LayerDrift]:
     """The layers whose KL is more than twice the median of all layers'."""
     limit = OUTSTANDING * statistics.median(layer.kl for layer in layers)
     return [layer for layer in layers if layer.kl > limit]
 
 
 def _lines(
-    args: argparse.Namespace, windows: int, heads: List[HeadDrift], layers: List[LayerDrift]
+    args: argparse.Namespace, windows: int, heads: list[HeadDrift], layers: list[LayerDrift]
 ) -> Iterator[str]:
     yield (
         f"{args.model}, preset {args.preset}: {windows} x {args.length} tokens in chunks of "
@@ -271,7 +281,10 @@ def _lines(
     )
     yield "errors of each layer's own attention; KL of the model with that layer alone compressed"
     yield ""
-    yield f"{'layer':>5} {'head':>5} {'score, nats':>12} {'keys':>7} {'values':>7} {'both':>7} {'mean KL':>9}"
+    yield (
+        f"{'layer':>5} {'head':>5} {'score, nats':>12} {'keys':>7} {'values':>7} {'both':>7} "
+        f"{'mean KL':>9}"
+    )
     for layer in layers:
         yield f"{_row(layer.layer, 'all', layer)} {layer.kl:>9.1e}"
         if args.heads:

@@ -1,7 +1,7 @@
 """The charts of the page that ``mlx_turboquant compare`` writes."""
 
+from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Iterator, List, Optional, Sequence, Tuple
 
 from . import plots
 from .report import Report, Result
@@ -36,13 +36,14 @@ def _quality_against_size(report: Report, lossy: Sequence[int]) -> tuple:
     y = plots.decades("mean KL, nats", min(ends), max(ends))
     return (
         "Quality against size",
-        f"Best is low and to the right. Size at {QUOTED:,} tokens; bars are 95% confidence intervals.",
+        f"Best is low and to the right. Size at {QUOTED:,} tokens; bars are 95% confidence "
+        "intervals.",
         plots.scatter("mean KL against size", x, y, points),
         [],
     )
 
 
-def _rise(r: Result) -> Optional[Tuple[float, float]]:
+def _rise(r: Result) -> tuple[float, float] | None:
     """The interval of the KL, for a logarithmic axis."""
     kl = r.summary.kl
     return None if kl.low is None else (max(kl.low, FLOOR), max(kl.high, FLOOR))
@@ -96,7 +97,9 @@ def _by_length(report: Report) -> tuple:
         plots.line_chart(
             "memory by length",
             plots.doublings("tokens in the cache", report.lengths),
-            plots.linear("times smaller", 0, max(v for line in lines for _, v in line.points) + 0.5),
+            plots.linear(
+                "times smaller", 0, max(v for line in lines for _, v in line.points) + 0.5
+            ),
             lines,
         ),
         shown,
@@ -111,14 +114,18 @@ def _by_layer(report: Report) -> tuple:
         f"One layer compressed at a time by the preset {escape(report.layer_arm)}, the others "
         "exact; first window. A layer that stands out deserves more bits.",
         plots.bar_chart(
-            "KL by layer", "layer", plots.linear("mean KL, nats", 0, 1.05 * top), report.kl_by_layer, series
+            "KL by layer",
+            "layer",
+            plots.linear("mean KL, nats", 0, 1.05 * top),
+            report.kl_by_layer,
+            series,
         ),
         [],
     )
 
 
 def _changes(report: Report, shown: Sequence[int]) -> tuple:
-    points: List[plots.Point] = []
+    points: list[plots.Point] = []
     ends = [-0.1, 0.1]
     for row, i in enumerate(shown):
         name, change = report.results[i].name, report.results[i].summary.change

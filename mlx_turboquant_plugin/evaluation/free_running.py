@@ -1,8 +1,9 @@
 """Greedy generation: where two runs part, each fed its own tokens."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable, List
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +16,7 @@ from .arms import Arm
 class Generation:
     """Greedily generated token ids, and tokens per second after the first."""
 
-    tokens: List[int]
+    tokens: list[int]
     speed: float
 
 
@@ -36,7 +37,7 @@ def generate(
     arm: Arm, model: nn.Module, prompt: mx.array, count: int, progress: Callable[[int], Any]
 ) -> Generation:
     """Continue ``prompt`` (L,) by ``count`` tokens, past any end-of-text token."""
-    tokens: List[int] = []
+    tokens: list[int] = []
     with arm.on():
         caches = arm.caches(model)
         for token, _ in generate_step(prompt, model, max_tokens=count, prompt_cache=caches):
@@ -48,7 +49,7 @@ def generate(
     return Generation(tokens, (count - 1) / seconds)
 
 
-def agreement(exact: List[int], other: List[int]) -> Agreement:
+def agreement(exact: list[int], other: list[int]) -> Agreement:
     """Compare generations of the same length."""
     equal = [a == b for a, b in zip(exact, other)]
     same_for = equal.index(False) if False in equal else len(equal)

@@ -1,7 +1,8 @@
 """One generation with mlx-lm, and two of them side by side."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Iterator, List, Tuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,7 +27,7 @@ class Generation:
     """
 
     text: str
-    tokens: List[int]
+    tokens: list[int]
     prompt_speed: float
     speed: float
     cached: int
@@ -36,7 +37,7 @@ class Generation:
 
 
 def generate(
-    model: nn.Module, tokenizer: Any, prompt: List[int], max_tokens: int, caches: List[Any]
+    model: nn.Module, tokenizer: Any, prompt: list[int], max_tokens: int, caches: list[Any]
 ) -> Generation:
     """Continue ``prompt`` by at most ``max_tokens`` after what ``caches`` hold."""
     mx.clear_cache()
@@ -69,7 +70,7 @@ def texts(exact: Generation, ours: Generation) -> Iterator[str]:
 
 
 def table(
-    exact: Generation, ours: Generation, read: str, written: str, row: Tuple[str, str, str, str]
+    exact: Generation, ours: Generation, read: str, written: str, row: tuple[str, str, str, str]
 ) -> Iterator[str]:
     """Speed and memory of both runs.
 
@@ -88,7 +89,7 @@ def table(
         yield f"{title:22} {a:>13} {b:>13}{note}"
 
 
-def common(a: List[int], b: List[int]) -> int:
+def common(a: list[int], b: list[int]) -> int:
     """How many tokens two lists begin with in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 

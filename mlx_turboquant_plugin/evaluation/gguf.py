@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import mlx.core as mx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -35,7 +35,8 @@ def convert(source: Path, folder: Path) -> None:
         KeyError: it holds another kind of model.
         OSError: ``folder`` can't be written.
     """
-    arrays, metadata = mx.load(str(source), return_metadata=True)
+    loaded: Any = mx.load(str(source), return_metadata=True)
+    arrays, metadata = loaded
     config = _config(metadata, "output.weight" not in arrays)
     weights = dense(arrays, config["num_attention_heads"], config["num_key_value_heads"])
     try:
@@ -46,7 +47,7 @@ def convert(source: Path, folder: Path) -> None:
     _tokenizer(metadata).save_pretrained(folder)
 
 
-def dense(arrays: Dict[str, mx.array], heads: int, kv_heads: int) -> Dict[str, mx.array]:
+def dense(arrays: dict[str, mx.array], heads: int, kv_heads: int) -> dict[str, mx.array]:
     """mlx-lm's weights, bfloat16, from the arrays of ``mx.load``: a GGUF's, quantised or not.
 
     GGUF has the pairs of channels that RoPE turns side by side, mlx-lm in two halves of a head.
@@ -72,7 +73,7 @@ def dense(arrays: Dict[str, mx.array], heads: int, kv_heads: int) -> Dict[str, m
     return weights
 
 
-def _config(metadata: Dict[str, Any], tied: bool) -> Dict[str, Any]:
+def _config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
     def number(key):
         return metadata[f"llama.{key}"].item()
 
@@ -93,7 +94,7 @@ def _config(metadata: Dict[str, Any], tied: bool) -> Dict[str, Any]:
     }
 
 
-def _tokenizer(metadata: Dict[str, Any]) -> PreTrainedTokenizerFast:
+def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
     """SmolLM's: bytes in pairs, digits one by one."""
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
@@ -104,7 +105,11 @@ def _tokenizer(metadata: Dict[str, Any]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     kinds = metadata["tokenizer.ggml.token_type"].tolist()
     tokenizer.add_special_tokens(
-        [AddedToken(t, special=True) for t, kind in zip(tokens, kinds) if kind == CONTROL_TOKEN]
+        [
+            AddedToken(t, special=True)
+            for t, kind in zip(tokens, kinds, strict=True)
+            if kind == CONTROL_TOKEN
+        ]
     )
     end = tokens[metadata["tokenizer.ggml.eos_token_id"].item()]
     fast = PreTrainedTokenizerFast(

@@ -1,6 +1,7 @@
 """True bytes of caches at any length, counted in real caches."""
 
-from typing import Any, Dict, List, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,10 +11,10 @@ from .arms import Arm
 PIECE = 2048
 
 # Heads and head dim of a layer's keys and of its values.
-Shape = Tuple[Tuple[int, int], Tuple[int, int]]
+Shape = tuple[tuple[int, int], tuple[int, int]]
 
 
-def layer_shapes(exact: List[Any]) -> List[Shape]:
+def layer_shapes(exact: list[Any]) -> list[Shape]:
     """The shape of each layer, from caches that have seen a token."""
     return [
         ((cache.keys.shape[1], cache.keys.shape[3]), (cache.values.shape[1], cache.values.shape[3]))
@@ -28,7 +29,7 @@ def bf16_bytes(shapes: Sequence[Shape], length: int) -> int:
 
 def bytes_by_length(
     arm: Arm, model: nn.Module, shapes: Sequence[Shape], dtype: mx.Dtype, lengths: Sequence[int]
-) -> List[int]:
+) -> list[int]:
     """``nbytes`` of all layers at each of the ascending ``lengths``.
 
     Bytes do not depend on what is in a cache, so random numbers serve, and of layers
@@ -36,7 +37,7 @@ def bytes_by_length(
     """
     with arm.on():
         caches = arm.caches(model)
-    kinds: Dict[Any, List[Any]] = {}
+    kinds: dict[Any, list[Any]] = {}
     for cache, shape in zip(caches, shapes):
         codec = getattr(cache, "codec", None)
         kinds.setdefault((type(cache), codec and codec.spec, shape), []).append(cache)
@@ -47,7 +48,10 @@ def bytes_by_length(
             for start in range(filled, length, PIECE):
                 count = min(PIECE, length - start)
                 cache.update_and_fetch(
-                    *(mx.random.normal((1, heads, count, dim)).astype(dtype) for heads, dim in shape)
+                    *(
+                        mx.random.normal((1, heads, count, dim)).astype(dtype)
+                        for heads, dim in shape
+                    )
                 )
                 mx.eval(cache.state)
             filled = length

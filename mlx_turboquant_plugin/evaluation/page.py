@@ -1,9 +1,9 @@
 """The report of ``mlx_turboquant compare`` as one page that needs nothing else."""
 
 import re
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import Iterator, Sequence
 
 from . import plots
 from .figures import QUOTED, figures
@@ -28,15 +28,16 @@ def _page(report: Report) -> Iterator[str]:
     yield f"<style>\n{STYLE.read_text('utf-8')}</style>\n</head>\n<body>\n<main>"
     yield f"<h1>{name}</h1>"
     yield (
-        f'<p class="lead">What compressing the KV cache costs and saves: {report.windows} windows of '
-        f"{report.length:,} tokens of {escape(Path(report.source).name)}, every arm fed the same "
-        f"tokens as the exact run (perplexity {report.exact.summary.perplexity:.3f}).</p>"
+        f'<p class="lead">What compressing the KV cache costs and saves: {report.windows} windows '
+        f"of {report.length:,} tokens of {escape(Path(report.source).name)}, every arm fed the "
+        f"same tokens as the exact run (perplexity {report.exact.summary.perplexity:.3f}).</p>"
     )
     yield from _cards(report)
     yield '<div class="plots">'
     for title, text, chart, shown in figures(report):
         legend = _legend(report, shown)
-        yield f"<figure><figcaption><h2>{title}</h2><p>{text}</p></figcaption>{legend}{chart}</figure>"
+        caption = f"<figcaption><h2>{title}</h2><p>{text}</p></figcaption>"
+        yield f"<figure>{caption}{legend}{chart}</figure>"
     yield "</div>"
     for part in (figures_table, task_tables, worst_table, texts):
         yield from part(report)

@@ -1,7 +1,9 @@
 """The tables of the page that ``mlx_turboquant compare`` writes."""
 
+from collections.abc import Iterator, Sequence
+from functools import partial
 from html import escape
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 from . import plots
 from .figures import FLOOR, QUOTED
@@ -27,7 +29,7 @@ def figures_table(report: Report) -> Iterator[str]:
         Column(
             f"smaller at {plots.count(length)}",
             ">",
-            lambda r, length=length: f"{report.smaller(r, length):.2f}×",
+            partial(lambda length, r: f"{report.smaller(r, length):.2f}×", length),
         )
         for length in sorted({report.length, QUOTED})
     ]

@@ -4,9 +4,9 @@ Only questions that one of the two answers and the other does not tell them apar
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Sequence
 
 from .statistics import CONFIDENCE, Interval
 
@@ -33,9 +33,7 @@ def paired(right: Sequence[bool], exact: Sequence[bool]) -> Paired:
     won = sum(a and not b for a, b in zip(right, exact))
     lost = sum(b and not a for a, b in zip(right, exact))
     count = len(exact)
-    return Paired(
-        sum(right), sum(exact), count, difference(won, lost, count), mcnemar(won, lost)
-    )
+    return Paired(sum(right), sum(exact), count, difference(won, lost, count), mcnemar(won, lost))
 
 
 def mcnemar(won: int, lost: int) -> float:

@@ -4,9 +4,9 @@ Series i is drawn in the class ``s{i}``. Every mark carries its numbers as a too
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Iterator, List, Optional, Sequence, Tuple
 
 WIDTH, HEIGHT = 640, 320
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 12, 46
@@ -23,7 +23,7 @@ class Axis:
     title: str
     low: float
     high: float
-    ticks: Sequence[Tuple[float, str]]
+    ticks: Sequence[tuple[float, str]]
     log: bool = False
 
     def share(self, value: float) -> float:
@@ -66,7 +66,7 @@ class Line:
 
     name: str
     series: int
-    points: Sequence[Tuple[float, float]]
+    points: Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Point:
     series: int
     x: float
     y: float
-    span: Optional[Tuple[float, float]] = None
-    rise: Optional[Tuple[float, float]] = None
+    span: tuple[float, float] | None = None
+    rise: tuple[float, float] | None = None
 
 
 def line_chart(title: str, x: Axis, y: Axis, lines: Sequence[Line]) -> str:
@@ -174,7 +174,7 @@ def _chart(title: str, x: Axis, y: Axis, marks: Sequence[str]) -> str:
 
 def _grid(x: Axis, y: Axis) -> Iterator[str]:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-    lines: List[str] = []
+    lines: list[str] = []
     for value, label in y.ticks:
         at = _y(y, value)
         lines.append(f'<line x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')

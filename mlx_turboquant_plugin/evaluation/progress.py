@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from typing import Any, Dict
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 def progress(total: int, unit: str) -> tqdm:
     """A context whose ``update(n)`` adds to what is done of ``total``, on stderr."""
-    options: Dict[str, Any] = {"total": total, "unit": f" {unit}", "leave": False}
+    options: dict[str, Any] = {"total": total, "unit": f" {unit}", "leave": False}
     if not sys.stderr.isatty():
         pause = {"delay": PAUSE, "mininterval": PAUSE, "maxinterval": 2 * PAUSE}
         options.update(pause, file=_Lines(), ncols=0)

@@ -1,7 +1,7 @@
 """What ``mlx_turboquant compare`` found, and how a terminal shows it."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterator, List, Optional
 
 from . import task_results, worst_tokens
 from .free_running import Agreement
@@ -37,19 +37,19 @@ class Result:
     name: str
     bits: str
     summary: Summary
-    free: Optional[Agreement]
+    free: Agreement | None
     verdict: Verdict
     kv_bytes_per_token: float
     kv_ratio: float
     coded_tokens: int
     tokens_per_second: float
-    decode_tokens_per_second: Optional[float]
-    kl_by_position: List[float]
-    bytes_by_length: List[int]
-    kl_by_window: List[float]
-    change_by_window: List[float]
-    worst: List[WorstToken]
-    text: Optional[str]
+    decode_tokens_per_second: float | None
+    kl_by_position: list[float]
+    bytes_by_length: list[int]
+    kl_by_window: list[float]
+    change_by_window: list[float]
+    worst: list[WorstToken]
+    text: str | None
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Report:
 
     date: str
     command_line: str
-    device: Optional[str]
-    versions: Dict[str, Optional[str]]
+    device: str | None
+    versions: dict[str, str | None]
     model: str
     source: str
     windows: int
@@ -80,16 +80,16 @@ class Report:
     quality_dtype: str
     kv_bytes_dtype: str
     exact: Result
-    left_out: List[str]
-    results: List[Result]
+    left_out: list[str]
+    results: list[Result]
     bin: int
-    lengths: List[int]
+    lengths: list[int]
     layer_arm: str
-    kl_by_layer: List[float]
-    tasks: Optional[TaskReport]
+    kl_by_layer: list[float]
+    tasks: TaskReport | None
 
     @property
-    def rows(self) -> List[Result]:
+    def rows(self) -> list[Result]:
         """The exact run and all arms."""
         return [self.exact, *self.results]
 
@@ -113,7 +113,7 @@ def lines(report: Report) -> Iterator[str]:
     )
     yield from report.left_out
     yield ""
-    columns: List[Column] = [
+    columns: list[Column] = [
         Column("arm", "<", lambda r: r.name),
         Column("bits", ">", lambda r: r.bits),
         Column("mean KL", ">", lambda r: f"{r.summary.kl.estimate:.1e}"),
@@ -141,7 +141,9 @@ def lines(report: Report) -> Iterator[str]:
         yield ""
     columns = [
         Column("arm", "<", lambda r: r.name),
-        Column("verdict", "<", lambda r: "no verdict" if r.verdict.word == "none" else r.verdict.word),
+        Column(
+            "verdict", "<", lambda r: "no verdict" if r.verdict.word == "none" else r.verdict.word
+        ),
         Column("because", "<", lambda r: r.verdict.reason),
     ]
     yield from table(columns, report.results)

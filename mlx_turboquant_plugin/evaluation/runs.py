@@ -1,9 +1,10 @@
 """Models and prompt caches, uncompressed and compressed, side by side in one process."""
 
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, List, Tuple
+from typing import Any
 
 import mlx.nn as nn
 import mlx_lm
@@ -18,7 +19,7 @@ from ..rules import SettingsError
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def load_model(path: str) -> Tuple[nn.Module, Any]:
+def load_model(path: str) -> tuple[nn.Module, Any]:
     """Load a model that can be measured, and its tokenizer, with ``mlx_lm.load``.
 
     Args:
@@ -34,11 +35,15 @@ def load_model(path: str) -> Tuple[nn.Module, Any]:
     if not Path(path).exists() and not _HUB_ID.fullmatch(path):
         raise SettingsError(f"--model is {path!r}, which does not exist: {advice}")
     if _is_gguf(Path(path)):
-        raise SettingsError(f"--model is {path!r}, which is GGUF, and mlx-lm reads safetensors: {advice}")
+        raise SettingsError(
+            f"--model is {path!r}, which is GGUF, and mlx-lm reads safetensors: {advice}"
+        )
     try:
-        model, tokenizer = mlx_lm.load(path)
+        model, tokenizer = mlx_lm.load(path)[:2]
     except (OSError, ValueError) as error:
-        raise SettingsError(f"--model is {path!r}, which can't be loaded ({error}): {advice}") from error
+        raise SettingsError(
+            f"--model is {path!r}, which can't be loaded ({error}): {advice}"
+        ) from error
     others = {type(cache).__name__ for cache in prompt_cache(model) if type(cache) is not KVCache}
     if others:
         raise SettingsError(
@@ -77,12 +82,12 @@ def compressed(**overrides: Any) -> Iterator[None]:
         activation.disable()
 
 
-def prompt_cache(model: nn.Module) -> List[Any]:
+def prompt_cache(model: nn.Module) -> list[Any]:
     """What mlx-lm makes for a prompt now: a cache for each layer."""
     return mlx_lm_cache.make_prompt_cache(model)
 
 
-def compressed_prompt_cache(model: nn.Module) -> List[Any]:
+def compressed_prompt_cache(model: nn.Module) -> list[Any]:
     """The same, sure to be compressed in at least one layer.
 
     Raises:
@@ -95,17 +100,17 @@ def compressed_prompt_cache(model: nn.Module) -> List[Any]:
     return caches
 
 
-def kv_bytes(caches: List[Any]) -> int:
+def kv_bytes(caches: list[Any]) -> int:
     """Bytes that the caches of all layers take, spare room included."""
     return sum(cache.nbytes for cache in caches)
 
 
-def table_bytes(caches: List[Any]) -> int:
+def table_bytes(caches: list[Any]) -> int:
     """Bytes of the tables that compressed caches of single sequences need besides, each once."""
     codecs = [cache.codec for cache in caches if isinstance(cache, CompressedKVCache)]
     return sum({id(table): table.nbytes for codec in codecs for table in codec.tables}.values())
 
 
-def coded_tokens(caches: List[Any]) -> int:
+def coded_tokens(caches: list[Any]) -> int:
     """How many tokens are held as codes, in the layer that holds most."""
     return max((c.coded for c in caches if isinstance(c, CompressedKVCache)), default=0)

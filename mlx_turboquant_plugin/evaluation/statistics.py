@@ -5,9 +5,9 @@ Both runs read the same windows, so each draw takes both sides of a window (pair
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Callable, Optional, Sequence
 
 import numpy as np
 
@@ -29,11 +29,12 @@ BROKEN_CHANGE = 0.10
 
 # What :func:`verdict` goes by, in words.
 RULE = (
-    f"same: perplexity within {SAME_CHANGE:.1%}, mean KL within {SAME_KL:g} nats and top-1 agreement "
-    f"from {SAME_TOP1:.0%} up, each with its whole 95% interval. costs: one of them surely worse. "
-    f"broken: perplexity grows by more than {BROKEN_CHANGE:.0%}, with its whole interval or in every "
-    "window. no verdict: the sample is too small to tell, as it is with fewer than "
-    f"{FEWEST_WINDOWS} windows, or where fewer than {LEAST_CODED:.0%} of the positions read codes."
+    f"same: perplexity within {SAME_CHANGE:.1%}, mean KL within {SAME_KL:g} nats and top-1 "
+    f"agreement from {SAME_TOP1:.0%} up, each with its whole 95% interval. costs: one of them "
+    f"surely worse. broken: perplexity grows by more than {BROKEN_CHANGE:.0%}, with its whole "
+    "interval or in every window. no verdict: the sample is too small to tell, as it is with fewer "
+    f"than {FEWEST_WINDOWS} windows, or where fewer than {LEAST_CODED:.0%} of the positions "
+    "read codes."
 )
 
 
@@ -42,8 +43,8 @@ class Interval:
     """An estimate and its 95% confidence interval; None with too few windows for one."""
 
     estimate: float
-    low: Optional[float]
-    high: Optional[float]
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,9 @@ def verdict(summary: Summary, coded: float) -> Verdict:
     """
     if summary.least_change > BROKEN_CHANGE:
         # No choice of text makes so much of nothing: this needs no interval.
-        return Verdict("broken", f"perplexity grows by {summary.least_change:.0%} or more in every window")
+        return Verdict(
+            "broken", f"perplexity grows by {summary.least_change:.0%} or more in every window"
+        )
     if summary.windows < FEWEST_WINDOWS:
         missing = FEWEST_WINDOWS - summary.windows
         return Verdict("none", f"{missing} more windows are needed: --windows {FEWEST_WINDOWS}")

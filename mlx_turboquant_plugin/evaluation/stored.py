@@ -3,7 +3,7 @@
 For ``mlx_turboquant selftest``. Codes are token-major arrays, rotated vectors (..., T, D).
 """
 
-from typing import Sequence, Tuple
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def levels(arrays: Sequence[np.ndarray], codec: str, bits: int) -> np.ndarray:
 
 def segments(
     arrays: Sequence[np.ndarray], first_bits: np.ndarray
-) -> Sequence[Tuple[np.ndarray, np.ndarray]]:
+) -> Sequence[tuple[np.ndarray, np.ndarray]]:
     """Codes and sizes of both segments of keys, see :func:`reference.encode_segments`."""
     packed, sizes = (x.astype(int) for x in arrays)
     place = 2 ** (8 - first_bits)[:, None, None]
@@ -51,7 +51,7 @@ def grouped(arrays: Sequence[np.ndarray], bits: int) -> np.ndarray:
 
 
 def loss(x: np.ndarray, decoded: np.ndarray) -> np.ndarray:
-    """What the Lloyd-Max codec minimises, see :func:`reference.quantize`: its square root, (..., T)."""
+    """Square root (..., T) of what the Lloyd-Max codec minimises: :func:`reference.quantize`."""
     error = x - decoded
     along = np.sum(error * x, axis=-1) / np.maximum(np.linalg.norm(x, axis=-1), 1e-20)
     return np.sqrt(np.sum(error**2, axis=-1) + reference.ALONG * along**2)
@@ -68,8 +68,9 @@ def least_loss(x: np.ndarray, bits: int, inexact: np.ndarray, uniform: bool) -> 
         uniform: see :func:`reference.quantize`.
     """
     near = (x * (1 + sign * inexact[..., None]) for sign in (-1, 1))
-    codes = (reference.quantize(y, bits, uniform) for y in near)
-    return np.maximum(*(loss(x, reference.dequantize(*found, bits, uniform)) for found in codes))
+    found = (reference.quantize(y, bits, uniform) for y in near)
+    one, two = (loss(x, reference.dequantize(codes, s, bits, uniform)) for codes, s in found)
+    return np.maximum(one, two)
 
 
 def share(

@@ -1,6 +1,7 @@
 """Tables of anything, for a terminal and for whatever else shows cells."""
 
-from typing import Any, Callable, Iterator, List, NamedTuple, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 
 class Column(NamedTuple):
@@ -11,7 +12,7 @@ class Column(NamedTuple):
     read: Callable[[Any], Any]
 
 
-def table_cells(columns: Sequence[Column], rows: Sequence[Any]) -> List[List[str]]:
+def table_cells(columns: Sequence[Column], rows: Sequence[Any]) -> list[list[str]]:
     """The cells, line by line, the titles first."""
     return [
         [column.title for column in columns],

@@ -1,7 +1,9 @@
 """How each arm's answers to the tasks compare with the exact run's."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Callable, Dict, Iterator, List, Sequence
+from functools import partial
+from typing import Any
 
 import mlx.nn as nn
 import numpy as np
@@ -15,8 +17,9 @@ from .tasks import TASKS, Prompt
 
 NOTE = (
     "likeliest: the right answer is more probable than all wrong ones; greedy: it is what greedy "
-    "generation gives; difference of the shares with Tango's 95% interval; p: McNemar's exact test, "
-    "not adjusted for the number of rows; log p: change of the right answer's log-probability, nats"
+    "generation gives; difference of the shares with Tango's 95% interval; p: McNemar's exact "
+    "test, not adjusted for the number of rows; log p: change of the right answer's "
+    "log-probability, nats"
 )
 ORIGIN_NOTE = (
     "cache: the context was read, or loaded from a file, or reached by trimming what had been read "
@@ -64,13 +67,13 @@ class TaskReport:
         answers: each single answer, as plain data.
     """
 
-    results: List[TaskResult]
-    cells: List[Cell]
-    answers: List[Dict[str, Any]]
+    results: list[TaskResult]
+    cells: list[Cell]
+    answers: list[dict[str, Any]]
 
 
 # By arm and origin of the cache.
-Answers = Dict[str, Dict[str, Answer]]
+Answers = dict[str, dict[str, Answer]]
 
 
 def answers(
@@ -104,7 +107,14 @@ def task_report(
         for name in names
     ]
     answers = [
-        {"task": p.task, "length": p.length, "depth": p.depth, "arm": name, "cache": origin, **asdict(one)}
+        {
+            "task": p.task,
+            "length": p.length,
+            "depth": p.depth,
+            "arm": name,
+            "cache": origin,
+            **asdict(one),
+        }
         for f, p in zip(found, prompts)
         for name, by_origin in f.items()
         for origin, one in by_origin.items()
@@ -116,12 +126,12 @@ def _place(prompt: Prompt) -> tuple:
     return prompt.task, prompt.length, prompt.depth
 
 
-def _result(
-    task: str, name: str, origin: str, found: Sequence[Answers]
-) -> TaskResult:
+def _result(task: str, name: str, origin: str, found: Sequence[Answers]) -> TaskResult:
     ours = [answers[name][origin] for answers in found]
     exact = [answers[EXACT.name]["read"] for answers in found]
-    changes = np.array([(a.nats - b.nats, 1) for a, b in zip(ours, exact)], dtype=np.float64)
+    changes = np.array(
+        [(a.nats - b.nats, 1) for a, b in zip(ours, exact, strict=True)], dtype=np.float64
+    )
     return TaskResult(
         task,
         name,
@@ -165,7 +175,7 @@ def lines(report: TaskReport) -> Iterator[str]:
 def by_place(cells: Sequence[Cell]) -> tuple:
     """Columns, one for each length and depth, and rows, one for each arm, of a table."""
     places = dict.fromkeys((cell.length, cell.depth) for cell in cells)
-    rows: Dict[str, Dict[tuple, Cell]] = {}
+    rows: dict[str, dict[tuple, Cell]] = {}
     for cell in cells:
         rows.setdefault(cell.arm, {})[cell.length, cell.depth] = cell
     columns = [Column("arm", "<", lambda row: next(iter(row.values())).arm)]
@@ -173,7 +183,7 @@ def by_place(cells: Sequence[Cell]) -> tuple:
         Column(
             f"{length} at {depth:.0%}",
             ">",
-            lambda row, place=(length, depth): f"{row[place].right}/{row[place].count}",
+            partial(lambda place, row: f"{row[place].right}/{row[place].count}", (length, depth)),
         )
         for length, depth in places
     ]

@@ -5,15 +5,16 @@ each prompt ends in a sentence that the answer completes. Everything follows fro
 
 - passkey: one sentence in the context tells the secret word.
 - keys: four sentences tell the words of four cities; one of them is asked for.
-- variables: three things each change hands twice; the way of one is shown, that of another asked for.
+- variables: three things each change hands twice; one way is shown, that of another asked for.
 - words: the word that occurs most often among many.
 """
 
 import random
 from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any
 
 import mlx.core as mx
 
@@ -62,15 +63,15 @@ class Prompt:
     depth: float
     context: mx.array
     question: mx.array
-    answer: List[int]
-    others: List[List[int]]
+    answer: list[int]
+    others: list[list[int]]
 
 
 @dataclass(frozen=True)
 class _Draft:
     """A prompt in words: ``facts`` are sentences and their depths."""
 
-    facts: Sequence[Tuple[float, str]]
+    facts: Sequence[tuple[float, str]]
     question: str
     answer: str
     others: Sequence[str]
@@ -97,7 +98,7 @@ def _keys(rng: random.Random, depth: float, room: int) -> _Draft:
 def _variables(rng: random.Random, depth: float, room: int) -> _Draft:
     things, names = rng.sample(WORDS, 3), rng.sample(NAMES, 9)
     shown, asked, third = names[:3], names[3:6], names[6:]
-    facts = []
+    facts: list[tuple[float, str]] = []
     for thing, chain in zip(things, (shown, asked, third)):
         depths = sorted(DEEPEST * rng.random() for _ in chain)
         if chain is asked:
@@ -107,14 +108,14 @@ def _variables(rng: random.Random, depth: float, room: int) -> _Draft:
     shown_way = " ".join(_way(things[0], shown))
     question = f"Where is the {things[0]}? {shown_way} Where is the {things[1]}? {start}"
 
-    def end(chain: List[str]) -> str:
+    def end(chain: list[str]) -> str:
         return " ".join(_way(things[1], chain)).removeprefix(start).strip(" .")
 
     wrong = (third, asked[:1] + third[1:], asked[:2] + third[2:], asked[:2] + shown[2:])
     return _Draft(facts, question, end(asked), [end(chain) for chain in wrong])
 
 
-def _way(thing: str, chain: List[str]) -> List[str]:
+def _way(thing: str, chain: list[str]) -> list[str]:
     first, second, third = chain
     return [
         f"The {thing} went to {first}.",
@@ -133,7 +134,7 @@ def _words(rng: random.Random, depth: float, room: int) -> _Draft:
     return _Draft(facts, question, word, others[: CANDIDATES - 1])
 
 
-TASKS: Dict[str, Callable[[random.Random, float, int], _Draft]] = {
+TASKS: dict[str, Callable[[random.Random, float, int], _Draft]] = {
     "passkey": _passkey,
     "keys": _keys,
     "variables": _variables,
@@ -183,8 +184,8 @@ def prompts(
 
 
 def _context(
-    rng: random.Random, draft: _Draft, room: int, ids: Callable[[str], List[int]]
-) -> List[int]:
+    rng: random.Random, draft: _Draft, room: int, ids: Callable[[str], list[int]]
+) -> list[int]:
     """The facts among sentences that say nothing, in ``room`` tokens at most."""
     room -= sum(len(ids(fact)) for _, fact in draft.facts)
     if room < 0:
@@ -192,7 +193,7 @@ def _context(
             f"--task-lengths is too short by {-room} tokens for what a task tells and asks: choose "
             "longer ones"
         )
-    filler: List[List[int]] = []
+    filler: list[list[int]] = []
     while True:
         sentence = ids(f"{rng.choice(PEOPLE)} {rng.choice(ACTIONS)} {rng.choice(PLACES)}.")
         room -= len(sentence)
@@ -200,7 +201,7 @@ def _context(
             break
         filler.append(sentence)
     placed = sorted(draft.facts, key=lambda fact: fact[0])
-    context: List[int] = []
+    context: list[int] = []
     for index in range(len(filler) + 1):
         while placed and placed[0][0] * len(filler) <= index:
             context += ids(placed.pop(0)[1])

@@ -5,8 +5,9 @@ of them, and the logits of one chunk are all that is ever held.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, List, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -83,7 +84,7 @@ def join(parts: Sequence[Divergence]) -> Divergence:
 
 
 def diverge(
-    model: nn.Module, tokens: mx.array, chunk: int, exact: List[Any], compressed: List[Any]
+    model: nn.Module, tokens: mx.array, chunk: int, exact: list[Any], compressed: list[Any]
 ) -> Divergence:
     """Feed ``tokens`` (L,) through two empty prompt caches and compare the logits.
 
@@ -108,14 +109,14 @@ def lockstep(
     tokens: mx.array,
     chunk: int,
     progress: Callable[[int], Any] = lambda done: None,
-) -> List[Divergence]:
+) -> list[Divergence]:
     """Feed ``tokens`` (L,) to the exact run and to ``runs``; the divergence of each of these.
 
     Args:
         chunk: tokens per forward pass; the last chunk may be shorter.
         progress: called with the number of tokens after each forward pass.
     """
-    parts: List[List[Divergence]] = [[] for _ in runs]
+    parts: list[list[Divergence]] = [[] for _ in runs]
     for start in range(0, tokens.size, chunk):
         inputs = tokens[start : start + chunk]
         targets = tokens[start + 1 : start + 1 + chunk]
@@ -138,10 +139,13 @@ def _compare(p: mx.array, q: mx.array, targets: mx.array) -> Divergence:
     """Compare log probabilities (N, vocabulary); ``targets`` may lack the last position's."""
     rows = mx.arange(targets.size)
     kls = mx.sum(mx.exp(p) * (p - q), axis=-1)
-    choices = [mx.argmax(x, axis=-1) for x in (p, q)]
+    exact_choices, choices = (mx.argmax(x, axis=-1) for x in (p, q))
     exact_nlls, nlls = (-x[rows, targets] for x in (p, q))
-    mx.eval(kls, choices, exact_nlls, nlls)
-    exact_nlls, nlls = (np.array(x, dtype=np.float64) for x in (exact_nlls, nlls))
+    mx.eval(kls, exact_choices, choices, exact_nlls, nlls)
     return Divergence(
-        np.array(kls, dtype=np.float64), *(np.array(x) for x in choices), exact_nlls, nlls
+        np.array(kls, dtype=np.float64),
+        np.array(exact_choices),
+        np.array(choices),
+        np.array(exact_nlls, dtype=np.float64),
+        np.array(nlls, dtype=np.float64),
     )

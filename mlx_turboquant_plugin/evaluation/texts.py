@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, List, Optional
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +19,9 @@ def read_token_file(path: str) -> np.ndarray:
     try:
         tokens = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise SettingsError(f"--tokens is {path!r}, which can't be read ({error}): {advice}") from error
+        raise SettingsError(
+            f"--tokens is {path!r}, which can't be read ({error}): {advice}"
+        ) from error
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         shown = getattr(tokens, "dtype", type(tokens).__name__)
         raise SettingsError(
@@ -29,7 +31,7 @@ def read_token_file(path: str) -> np.ndarray:
     return tokens.astype(np.int64)
 
 
-def read_text_file(path: Optional[str], tokenizer: Any) -> np.ndarray:
+def read_text_file(path: str | None, tokenizer: Any) -> np.ndarray:
     """The token ids (T,) of a text, as the tokenizer makes them.
 
     Args:
@@ -50,7 +52,7 @@ def read_text_file(path: Optional[str], tokenizer: Any) -> np.ndarray:
     return np.array(tokenizer.encode(text), dtype=np.int64)
 
 
-def windows(tokens: np.ndarray, count: int, length: int, first_repeats: bool) -> List[np.ndarray]:
+def windows(tokens: np.ndarray, count: int, length: int, first_repeats: bool) -> list[np.ndarray]:
     """The first ``count`` windows of ``length`` tokens.
 
     Args:

@@ -11,8 +11,9 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Iterator, List, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -62,18 +63,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
     add_text_arguments(parser, windows=1)
     parser.add_argument(
-        "--preset", metavar="NAME", choices=list(PRESETS), default="default",
+        "--preset",
+        metavar="NAME",
+        choices=list(PRESETS),
+        default="default",
         help=f"one of {', '.join(PRESETS)} (default)",
     )
     parser.add_argument(
         "--at", type=at_least(1), nargs="+", metavar="N", help="tokens to keep (some places)"
     )
     parser.add_argument(
-        "--remove", type=at_least(1), nargs="+", metavar="N", default=[1, 16, 17, 300],
+        "--remove",
+        type=at_least(1),
+        nargs="+",
+        metavar="N",
+        default=[1, 16, 17, 300],
         help="tokens to trim off at each place (1 16 17 300)",
     )
     parser.add_argument(
-        "--json", type=output_file("json"), metavar="FILE", help="write everything that was measured"
+        "--json",
+        type=output_file("json"),
+        metavar="FILE",
+        help="write everything that was measured",
     )
 
 
@@ -94,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.length}: choose smaller ones, or a longer window"
         )
     model.set_dtype(mx.float32)
-    cuts: List[Cut] = []
+    cuts: list[Cut] = []
     try:
         with progress(len(windows) * len(places) * len(args.remove), "cuts") as bar:
             for window, at in itertools.product(windows, places):
@@ -108,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     return int(any(c.outcome == "differs" for c in cuts))
 
 
-def _show(args: argparse.Namespace, cuts: List[Cut]) -> None:
+def _show(args: argparse.Namespace, cuts: list[Cut]) -> None:
     try:
         sys.stdout.write("\n".join(_lines(args, cuts)) + "\n")
     finally:
@@ -146,7 +157,7 @@ def cut(
         yield Cut(at, removed, recoded, part.kl, part.top1, same, outcome)
 
 
-def _places(length: int, removed: int) -> List[int]:
+def _places(length: int, removed: int) -> list[int]:
     """Some places that are no multiples of anything, up to where ``removed`` tokens fit."""
     last = length - max(removed, CONTINUED)
     if last < 1:
@@ -157,18 +168,18 @@ def _places(length: int, removed: int) -> List[int]:
     return sorted({max(1, int(last * share)) for share in (0.07, 0.31, 0.59, 0.97)})
 
 
-def _ours(caches: List[Any]) -> List[CompressedKVCache]:
+def _ours(caches: list[Any]) -> list[CompressedKVCache]:
     return [cache for cache in caches if isinstance(cache, CompressedKVCache)]
 
 
-def _recoded(reference: List[Any], other: List[Any]) -> int:
+def _recoded(reference: list[Any], other: list[Any]) -> int:
     """Tokens that the next query reads as codes in ``other`` and exactly in ``reference``."""
     first, second = _ours(reference)[0], _ours(other)[0]
     exact_from = first.visibility.exact_from(first.offset)
     return max(0, second.exact_start - max(exact_from, first.exact_start))
 
 
-def _same_codes(reference: List[Any], other: List[Any], at: int) -> float:
+def _same_codes(reference: list[Any], other: list[Any], at: int) -> float:
     """The share of equal bytes among the codes of the first ``at`` tokens of both."""
     equal = total = 0
     for a, b in zip(_ours(reference), _ours(other)):
@@ -177,13 +188,13 @@ def _same_codes(reference: List[Any], other: List[Any], at: int) -> float:
             *((x, y, -1) for x, y in zip(a.key_codes, b.key_codes)),
             *((x, y, -2) for x, y in zip(a.value_codes, b.value_codes)),
         ):
-            one, two = (np.array(x).take(kept, axis=axis) for x in (one, two))
-            equal += int((one == two).sum())
-            total += one.size
+            ours, theirs = (np.array(x).take(kept, axis=axis) for x in (one, two))
+            equal += int((ours == theirs).sum())
+            total += ours.size
     return equal / total if total else 1.0
 
 
-def _lines(args: argparse.Namespace, cuts: List[Cut]) -> Iterator[str]:
+def _lines(args: argparse.Namespace, cuts: list[Cut]) -> Iterator[str]:
     yield (
         f"{args.model}, preset {args.preset}: cut, continued by {CONTINUED} tokens and "
         "compared with the run that was not cut, weights in float32"

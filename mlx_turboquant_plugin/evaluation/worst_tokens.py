@@ -1,7 +1,8 @@
 """The single tokens at which a run is farthest from the exact one, in words."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Iterator, List, Optional, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,14 +34,14 @@ class WorstToken:
     context: str
     exact: str
     said: str
-    text: Optional[str]
-    exact_probability: Optional[float]
-    probability: Optional[float]
+    text: str | None
+    exact_probability: float | None
+    probability: float | None
 
 
 def worst_tokens(
     tokenizer: Any, windows: Sequence[np.ndarray], found: Sequence[Divergence]
-) -> List[WorstToken]:
+) -> list[WorstToken]:
     """The places of the largest KL over all windows, the largest first.
 
     Args:
@@ -55,7 +56,7 @@ def worst_tokens(
 def _token(
     tokenizer: Any, tokens: np.ndarray, part: Divergence, kl: float, window: int, at: int
 ) -> WorstToken:
-    def words(ids: Sequence[int]) -> str:
+    def words(ids: Iterable[int]) -> str:
         return tokenizer.decode([int(one) for one in ids])
 
     context = words(tokens[max(0, at + 1 - CONTEXT) : at + 1])

@@ -13,7 +13,7 @@ import functools
 import itertools
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, List, Optional, Type, Union
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -30,7 +30,7 @@ CODECS = (SEGMENTED, "lloyd-max", "affine")
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
-def fused_kernels() -> List[str]:
+def fused_kernels() -> list[str]:
     """The names of the fused kernels that can run on the default device."""
     if mx.default_device().type != mx.gpu:
         return []
@@ -41,16 +41,16 @@ def _runs_here(name: str) -> bool:
     if not getattr(mx, name).is_available():
         return False
     # The CUDA kernels need instructions of Ampere, compute capability 8.0.
-    return name != "cuda" or mx.device_info().get("compute_capability_major", 8) >= 8
+    return name != "cuda" or int(mx.device_info().get("compute_capability_major", 8)) >= 8
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def fused_kernel(name: str) -> ModuleType:
     """The module of a fused kernel."""
     return import_module(f".{name}", __package__)
 
 
-def encoder(kernel: str) -> Union[ModuleType, Type[KVCodec]]:
+def encoder(kernel: str) -> ModuleType | type[KVCodec]:
     """What makes the codes that a kernel reads, in as few launches as it can.
 
     Returns:
@@ -60,15 +60,15 @@ def encoder(kernel: str) -> Union[ModuleType, Type[KVCodec]]:
     return fused_kernel(kernel) if kernel in FUSED else KVCodec
 
 
-def unsupported(problem: "Problem") -> Optional[str]:
+def unsupported(problem: "Problem") -> str | None:
     """None, or what fused kernels can't do about ``problem``, in words."""
     return _unsupported(problem.codec.spec, problem.queries.dtype, *problem.exact_tokens.dtypes)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _unsupported(
     spec: CodecSpec, queries: mx.Dtype, keys: mx.Dtype, values: mx.Dtype
-) -> Optional[str]:
+) -> str | None:
     sides = (spec.key_codec, spec.head_dim), (spec.value_codec, spec.value_dim)
     for problem in itertools.starmap(unsupported_vectors, sides):
         if problem:
@@ -87,7 +87,7 @@ def encodes(codec: str, x: mx.array) -> bool:
     return codec != "affine" and supported
 
 
-def unsupported_vectors(codec: str, dim: int) -> Optional[str]:
+def unsupported_vectors(codec: str, dim: int) -> str | None:
     """None, or in words why the fused kernels can't have codes of vectors of this dimension."""
     if codec not in CODECS:
         return f"the {codec} codec"

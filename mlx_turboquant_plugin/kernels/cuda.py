@@ -1,7 +1,8 @@
-"""The fused attention kernel for NVIDIA GPUs (compute capability 8.0 and later), and the encoder."""
+"""The fused attention kernel and the encoder for NVIDIA GPUs (compute capability 8.0 on)."""
 
 import functools
-from typing import TYPE_CHECKING, Callable, Dict, Tuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -38,9 +39,9 @@ def attend(problem: "Problem") -> mx.array:
     if unjoined is None or unjoined.drop > 1:
         # More than one go only after a trim or when several tokens come, and each number has
         # a trace of its own.
-        tokens, drop = (exact.keys, exact.values), 0
+        tokens, drop = [exact.keys, exact.values], 0
     else:
-        tokens, drop = unjoined[:4], unjoined.drop
+        tokens, drop = list(unjoined[:4]), unjoined.drop
     layer = layer_of(codec)
     coded = problem.key_codes[-1].shape[-1]
     inputs = [*tokens, *problem.key_codes, *problem.value_codes, problem.bounds, *layer.known]
@@ -58,7 +59,7 @@ def attend(problem: "Problem") -> mx.array:
 @cached_per_thread(maxsize=64)
 def _attention(
     kind: Kind, scale: float, sinks: int, exact: int, drop: int, coded: int
-) -> Callable[..., Tuple[mx.array, ...]]:
+) -> Callable[..., tuple[mx.array, ...]]:
     """The two launches as one function of the rotations, the queries and all other inputs.
 
     It is traced once, and again for arrays of other shapes or dtypes: MLX writes a kernel's
@@ -110,7 +111,7 @@ def _attention(
     return mx.compile(attention)
 
 
-def _tile(spec: CodecSpec, rows: int) -> Tuple[int, int]:
+def _tile(spec: CodecSpec, rows: int) -> tuple[int, int]:
     """How many times four rows a block serves, and how many tokens a warp takes at a time.
 
     Args:
@@ -195,7 +196,7 @@ MERGE_BODY = """
 
 # Numbers are written into the source: MLX would convert and compare them on every call. Not what
 # changes while a sequence grows: a kernel takes seconds to compile.
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _split_kernel(
     kind: Kind,
     tiles_of_rows: int,
@@ -243,7 +244,7 @@ def _split_kernel(
     return cuda_source.kernel("split", inputs, outputs, body)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _merge_kernel(value_dim: int, rows: int, count: int):
     numbers = {"VALUE_DIM": value_dim, "ROWS": rows, "COUNT": count}
     return cuda_source.kernel(
@@ -251,5 +252,5 @@ def _merge_kernel(value_dim: int, rows: int, count: int):
     )
 
 
-def _constants(numbers: Dict[str, int]) -> str:
+def _constants(numbers: dict[str, int]) -> str:
     return "".join(f"  constexpr int {name} = {int(x)};\n" for name, x in numbers.items())

@@ -1,7 +1,5 @@
 """What ``bias.cu`` needs to know of rotary positions."""
 
-from typing import Tuple
-
 import mlx.core as mx
 import numpy as np
 
@@ -29,8 +27,8 @@ def rotary_array(table: RotaryTable, end: int) -> mx.array:
     return derived["cuda"][0]
 
 
-def _turns(table: RotaryTable) -> Tuple[np.ndarray, np.ndarray]:
-    """exp(i angle), complex, of each pair at the first positions, (F, BLOCK), and at 1/2, (F, 1)."""
+def _turns(table: RotaryTable) -> tuple[np.ndarray, np.ndarray]:
+    """exp(i angle), complex, of each pair at the first positions (F, BLOCK), at 1/2 (F, 1)."""
     cos, sin = np.split(np.array(table.fine, np.float64), 2)
     turns = cos + 1j * sin
     return turns, np.exp(0.5j * np.angle(turns[:, 1:2]))

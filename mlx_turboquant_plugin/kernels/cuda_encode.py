@@ -1,7 +1,8 @@
 """Codes made in one launch on NVIDIA GPUs."""
 
 import functools
-from typing import Any, NamedTuple, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -24,9 +25,9 @@ def encode(
     keys: mx.array,
     values: mx.array,
     start: int,
-    older: Tuple[Codes, Codes] = ((), ()),
+    older: tuple[Codes, Codes] = ((), ()),
     part: slice = ALL,
-) -> Tuple[Codes, Codes]:
+) -> tuple[Codes, Codes]:
     """As :meth:`KVCodec.encode`; codes of both in one launch, unless affine."""
     spec = codec.spec
     sides = []
@@ -56,7 +57,7 @@ class _Side(NamedTuple):
     older: Codes
 
     @property
-    def widths(self) -> Tuple[int, ...]:
+    def widths(self) -> tuple[int, ...]:
         """Bytes of a vector in each plane, and of its scales."""
         dim = self.x.shape[-1]
         return (*([dim // 8] * 3 if self.bits == 3 else [dim * self.bits // 8]), self.segments)
@@ -152,8 +153,8 @@ SIDE_BODY = """
 """
 
 
-@functools.lru_cache(maxsize=None)
-def _encode_kernel(sides: Tuple[Tuple[bool, int], ...]) -> Any:
+@functools.cache
+def _encode_kernel(sides: tuple[tuple[bool, int], ...]) -> Any:
     """The kernel for sides, of which each are keys or not, and have so many planes."""
     inputs, outputs, bodies, names = [], [], [], []
     for index, (is_keys, count) in enumerate(sides):

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -43,11 +43,11 @@ class Layer(NamedTuple):
 
     kind: Kind
     rotations: mx.array
-    known: Tuple[mx.array, ...]
-    table: Optional[RotaryTable]
+    known: tuple[mx.array, ...]
+    table: RotaryTable | None
 
     @property
-    def arrays(self) -> Tuple[mx.array, ...]:
+    def arrays(self) -> tuple[mx.array, ...]:
         return self.rotations, *self.known
 
 
@@ -72,12 +72,12 @@ def _layer(codec: KVCodec) -> Layer:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _rotations(*rotations: Rotation) -> mx.array:
     return side_by_side(*(rotation.array for rotation in rotations))
 
 
-def side_by_side(*arrays: mx.array) -> mx.array:
+def side_by_side(*arrays: mx.array | np.ndarray) -> mx.array:
     """Arrays of words of 32 bits as one of fp32, without a change of any bit."""
     # By way of NumPy, since lazy arrays must not be shared by threads.
     return mx.array(np.concatenate([np.array(x).view(np.float32).ravel() for x in arrays]))

@@ -23,7 +23,7 @@ def attend(problem: "Problem") -> mx.array:
     return metal.attend(problem, kernel)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def kernel(name: str, inputs: str, outputs: str) -> Any:
     """As :func:`metal.kernel`, compiled as CUDA."""
     body = _MEMORY.sub(r"__shared__ \1", metal.source(name))

@@ -2,8 +2,9 @@
 
 import math
 import zlib
+from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np

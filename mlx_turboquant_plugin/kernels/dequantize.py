@@ -3,7 +3,7 @@
 One source, ``dequantize.metal``, serves both kinds of GPU.
 """
 
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -22,7 +22,7 @@ DEQUANTIZE = (
     "keys values kept_keys kept_values",
 )
 
-Pair = Tuple[mx.array, mx.array]
+Pair = tuple[mx.array, mx.array]
 
 
 class Tokens(NamedTuple):
@@ -35,8 +35,8 @@ class Tokens(NamedTuple):
             ``first_coded``.
     """
 
-    older: Optional[Pair]
-    newer: Optional[Pair]
+    older: Pair | None
+    newer: Pair | None
     key_codes: Codes
     value_codes: Codes
     first_coded: int
@@ -71,7 +71,7 @@ class Places(NamedTuple):
     kept: int = 1
 
 
-def cannot_lay_out(codec: KVCodec, tokens: Tokens) -> Optional[str]:
+def cannot_lay_out(codec: KVCodec, tokens: Tokens) -> str | None:
     """None, or what the kernel can't do about ``tokens``, in words."""
     for name, x in zip((codec.spec.key_codec, codec.spec.value_codec), tokens.some):
         problem = unsupported_vectors(name, x.shape[-1])
@@ -82,7 +82,7 @@ def cannot_lay_out(codec: KVCodec, tokens: Tokens) -> Optional[str]:
     return None
 
 
-def lay_out(kernel: str, codec: KVCodec, tokens: Tokens, places: Places) -> Tuple[Pair, Pair]:
+def lay_out(kernel: str, codec: KVCodec, tokens: Tokens, places: Places) -> tuple[Pair, Pair]:
     """Zeros, sinks, tokens from codes, later exact tokens, and zeros.
 
     Args:
@@ -111,9 +111,9 @@ def lay_out(kernel: str, codec: KVCodec, tokens: Tokens, places: Places) -> Tupl
     # With those that make arrays large enough.
     coded = key_codes[-1].shape[-1] if tokens.key_codes else 0
     numbers = (
-        (places.total, places.left, places.sinks, places.first_code, places.decoded)
-        + (coded, tokens.first_coded, counts[0], places.first_exact, places.exact)
-        + (places.first_kept, places.kept, heads, counts[1], *rotary)
+        *(places.total, places.left, places.sinks, places.first_code, places.decoded),
+        *(coded, tokens.first_coded, counts[0], places.first_exact, places.exact),
+        *(places.first_kept, places.kept, heads, counts[1], *rotary),
     )
     dims = keys.shape[-1], values.shape[-1]
     compiled = metal.kernel if kernel == "metal" else cuda_portable.kernel

@@ -1,7 +1,8 @@
 """Inputs that the Metal kernels, and their like on NVIDIA GPUs, share."""
 
 import functools
-from typing import NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -52,8 +53,8 @@ def code_arrays(codes: Codes, codec: str, heads: int, axis: int) -> Sequence[mx.
 
 
 def model_arrays(
-    levels: mx.array, codec: Optional[KVCodec], end: int
-) -> Tuple[PairLayout, Sequence[mx.array]]:
+    levels: mx.array, codec: KVCodec | None, end: int
+) -> tuple[PairLayout, Sequence[mx.array]]:
     """The layout of the rotary pairs, and the inputs that ``MODEL`` names.
 
     The levels stand for what is missing and are not read there. In place of a layout are the
@@ -75,8 +76,8 @@ def model_arrays(
     return pair_layout(table), (levels, balance, bias.bias, table.fine, *table.coarse, layout)
 
 
-@functools.lru_cache(maxsize=None)
-def level_array(*codecs: Tuple[str, int]) -> mx.array:
+@functools.cache
+def level_array(*codecs: tuple[str, int]) -> mx.array:
     """The levels of codecs and bits, 16 places each, for vectors of unit mean square.
 
     "segmented" has what a step of its levels stands for, and for each number of bits its
@@ -93,7 +94,7 @@ def level_array(*codecs: Tuple[str, int]) -> mx.array:
     return mx.array(levels)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def inverse_array(rotation: Rotation) -> mx.array:
     """What turns vectors back: the signs, or the transposed matrix."""
     array = mx.contiguous(rotation.array.T)

@@ -12,8 +12,9 @@ for it, which has not been timed.
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -53,7 +54,7 @@ ENCODE_3_BITS = *ENCODE[:2], "low low_of_upper_fields high scales"
 PARTS = {"decode": ["attention"], "encode": ["quantizer"], "dequantize": ["tokens"]}
 
 
-def attend(problem: "Problem", compiled: Optional[Callable[..., Any]] = None) -> mx.array:
+def attend(problem: "Problem", compiled: Callable[..., Any] | None = None) -> mx.array:
     """Attention (B, H_q, N, D_v), in the dtype of the queries.
 
     Args:
@@ -123,9 +124,9 @@ def encode(
     keys: mx.array,
     values: mx.array,
     start: int,
-    older: Tuple[Codes, Codes] = ((), ()),
+    older: tuple[Codes, Codes] = ((), ()),
     part: slice = ALL,
-) -> Tuple[Codes, Codes]:
+) -> tuple[Codes, Codes]:
     """As :meth:`KVCodec.encode`; codes of each in one launch, but for affine ones."""
     return (
         encode_keys(codec, keys, start, older[0], part),
@@ -142,9 +143,7 @@ def encode_keys(
     return joined(older, _encode(codec, keys[:, :, part], True, start), axis=-1)
 
 
-def encode_values(
-    codec: KVCodec, values: mx.array, older: Codes = (), part: slice = ALL
-) -> Codes:
+def encode_values(codec: KVCodec, values: mx.array, older: Codes = (), part: slice = ALL) -> Codes:
     """As :meth:`KVCodec.encode_values`; see :func:`encode`."""
     if not encodes(codec.spec.value_codec, values):
         return codec.encode_values(values, older, part)
@@ -200,7 +199,7 @@ def _chunk(rows: int, dim: int) -> int:
     return next(n for n in (1, 2, 4, 8) if n >= min(rows, most))
 
 
-def _splits(exact: int, coded: int, others: int) -> Tuple[int, int]:
+def _splits(exact: int, coded: int, others: int) -> tuple[int, int]:
     """Into how many parts the exact and the coded tokens are split.
 
     Args:
@@ -210,7 +209,7 @@ def _splits(exact: int, coded: int, others: int) -> Tuple[int, int]:
     return min(most, -(-exact // TILE)), min(most, -(-coded // (TILE * SIMDS)))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def kernel(name: str, inputs: str, outputs: str) -> Any:
     """A kernel of the name of its file, its inputs and its outputs, as MLX compiles it."""
     output_names = outputs.split()

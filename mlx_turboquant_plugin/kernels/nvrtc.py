@@ -7,8 +7,9 @@ on the way of a first prompt can't wait for that: these take tenths.
 import ctypes
 import functools
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 import mlx.core as mx
 
@@ -46,18 +47,18 @@ class Kernel:
         self.name, self.inputs, self.outputs = name, tuple(inputs), tuple(outputs)
         self.body, self.header, self.bounds = body, header, bounds
         self._shaped = [f"{name}_shape" in body for name in inputs]
-        self._compiled: Dict[tuple, Tuple[str, bytes]] = {}
+        self._compiled: dict[tuple, tuple[str, bytes]] = {}
 
     def __call__(
         self,
         *,
         inputs: Sequence[mx.array],
-        grid: Tuple[int, int, int],
-        threadgroup: Tuple[int, int, int],
-        output_shapes: Sequence[Tuple[int, ...]],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        output_shapes: Sequence[tuple[int, ...]],
         output_dtypes: Sequence[mx.Dtype],
-        template: Sequence[Tuple[str, Any]] = (),
-    ) -> List[mx.array]:
+        template: Sequence[tuple[str, Any]] = (),
+    ) -> list[mx.array]:
         """Launch it; arguments as in MLX."""
         dims = tuple(x.ndim if shaped else 0 for x, shaped in zip(inputs, self._shaped))
         key = tuple(x.dtype for x in inputs), dims, tuple(output_dtypes), tuple(template)
@@ -76,7 +77,7 @@ class Kernel:
             ensure_row_contiguous=True,
         )
 
-    def _compile(self, dtypes, dims, output_dtypes, template) -> Tuple[str, bytes]:
+    def _compile(self, dtypes, dims, output_dtypes, template) -> tuple[str, bytes]:
         parameters = [f"const {TYPES[t]}* {name}" for name, t in zip(self.inputs, dtypes)]
         parameters += [f"{TYPES[t]}* {name}" for name, t in zip(self.outputs, output_dtypes)]
         constants = []
@@ -90,9 +91,7 @@ class Kernel:
                 constants.append(f"  using {name} = {TYPES[value]};\n")
             else:
                 constants.append(f"  constexpr int {name} = {int(value)};\n")
-        text = (
-            f"({', '.join(parameters)}) {{\n{''.join(constants)}{self.body}\n}}\n"
-        )
+        text = f"({', '.join(parameters)}) {{\n{''.join(constants)}{self.body}\n}}\n"
         version = zlib.crc32((self.header + text).encode())
         name = f"turboquant_{self.name}_{version:08x}"
         signature = f'extern "C" __global__ __launch_bounds__({self.bounds}) void {name}'
@@ -107,7 +106,11 @@ def compile_cubin(source: str, name: str) -> bytes:
     """
     info = mx.device_info()
     arch = f"{info['compute_capability_major']}{info['compute_capability_minor']}"
-    options = [f"--gpu-architecture=sm_{arch}", "--std=c++17", "--device-as-default-execution-space"]
+    options = [
+        f"--gpu-architecture=sm_{arch}",
+        "--std=c++17",
+        "--device-as-default-execution-space",
+    ]
     library, program = _library(), ctypes.c_void_p()
     _check(
         library.nvrtcCreateProgram(
@@ -129,8 +132,8 @@ def available() -> bool:
     return hasattr(mx.fast, "precompiled_cuda_kernel") and _library() is not None
 
 
-@functools.lru_cache(maxsize=None)
-def _library() -> Optional[ctypes.CDLL]:
+@functools.cache
+def _library() -> ctypes.CDLL | None:
     """The NVRTC that MLX has loaded."""
     maps = Path("/proc/self/maps")
     if not maps.exists():

@@ -4,12 +4,13 @@ Describing launches to MLX takes longer than running them, and all layers launch
 each pass is traced by ``mx.compile`` for the first layer and repeated for the others.
 """
 
-from typing import Callable, NamedTuple, Optional, Tuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from ..codecs.key_bias import RotaryTable
-from ..codecs.kv_codec import Codes, CodecSpec, KVCodec
+from ..codecs.kv_codec import CodecSpec, Codes, KVCodec
 from ..per_thread import cached_per_thread
 from . import encodes, fused_kernel
 from .dequantize import Pair, Places, Tokens, lay_out
@@ -80,8 +81,8 @@ def run_pass(kernel: str, codec: KVCodec, tokens: Tokens, plan: Plan) -> Pass:
         tokens.first_coded,
         plan,
     )
-    known = codec.balance, codec.layout, codec.feedback, bias and bias.bias
-    known = [x for x in known if x is not None]
+    parts = codec.balance, codec.layout, codec.feedback, bias.bias if bias else None
+    known = [x for x in parts if x is not None]
     return Pass(*run(tokens.older or (), tokens.newer, tokens.key_codes, tokens.value_codes, known))
 
 
@@ -93,9 +94,9 @@ def _traced(
     balanced: bool,
     ordered: bool,
     fed_back: bool,
-    table: Optional[RotaryTable],
-    older_count: Optional[int],
-    shape: Tuple[int, ...],
+    table: RotaryTable | None,
+    older_count: int | None,
+    shape: tuple[int, ...],
     key_dtype: mx.Dtype,
     value_dtype: mx.Dtype,
     coded: int,
@@ -116,7 +117,8 @@ def _traced(
         balance, layout, feedback = (
             next(arrays) if is_there else None for is_there in (balanced, ordered, fed_back)
         )
-        codec = KVCodec(spec, balance, table and _Bias(next(arrays), table), layout)
+        bias: Any = table and _Bias(next(arrays), table)
+        codec = KVCodec(spec, balance, bias, layout)
         # Given, since what it is made of has no values here.
         codec.feedback = feedback
         tokens = Tokens(older or None, newer, key_codes, value_codes, first_coded)

@@ -4,7 +4,7 @@ import functools
 import inspect
 import weakref
 from types import ModuleType
-from typing import Any, Union
+from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
@@ -87,7 +87,7 @@ def _ours(cache: Any) -> bool:
     return isinstance(cache, (CompressedKVCache, BatchCompressedKVCache))
 
 
-def bind(cache: Union[CompressedKVCache, BatchCompressedKVCache], attention: nn.Module) -> None:
+def bind(cache: CompressedKVCache | BatchCompressedKVCache, attention: nn.Module) -> None:
     """Tell a cache which layer it serves.
 
     Raises:

@@ -11,7 +11,7 @@ at high rates the best transform is the one that makes them so, whatever the que
 few bits the best is between the two.
 """
 
-from typing import Any, Tuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -63,9 +63,7 @@ def norm_rms(norm: nn.Module, heads: int, dim: int) -> mx.array:
     return mx.abs(made.astype(mx.float32)).reshape(heads, dim)
 
 
-def balance(
-    key_rms: mx.array, query_rms: mx.array, rope: Any, whitened: float = 0.0
-) -> mx.array:
+def balance(key_rms: mx.array, query_rms: mx.array, rope: Any, whitened: float = 0.0) -> mx.array:
     """The factors s of a layer.
 
     Args:
@@ -121,7 +119,7 @@ def _floored(square: mx.array) -> mx.array:
     return mx.maximum(square, 1e-5 * mx.mean(square, axis=-1, keepdims=True) + 1e-20)
 
 
-def _squares(key_rms: mx.array, query_rms: mx.array, rope: Any) -> Tuple[mx.array, mx.array]:
+def _squares(key_rms: mx.array, query_rms: mx.array, rope: Any) -> tuple[mx.array, mx.array]:
     """Mean squares of keys, and of the queries of each KV head, (H, D), pooled over pairs."""
     heads, dim = key_rms.shape
     queries = (query_rms**2).reshape(heads, -1, dim).mean(axis=1)

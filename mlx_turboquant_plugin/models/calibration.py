@@ -9,12 +9,12 @@ import copy
 import os
 import threading
 import weakref
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 from mlx_lm.utils import get_total_parameters
 
@@ -25,6 +25,7 @@ from ..log import logger
 from . import calibration_file
 from .calibration_file import Statistics
 from .family import attention_of, family_of, layers_of
+from .projections import weights_of
 
 # As many as tell all they can: with half of them the text's loss is 5% larger.
 TOKENS = 512
@@ -37,8 +38,8 @@ SKIPPED = 4
 SEED = 2504
 
 # By the identity of an attention module: what it was measured with, and how it can be.
-_measured: Dict[int, Tuple[weakref.ref, Tuple[Any, ...], Optional[Statistics]]] = {}
-_expected: Dict[int, Tuple[weakref.ref, "Calibration"]] = {}
+_measured: dict[int, tuple[weakref.ref, tuple[Any, ...], Statistics | None]] = {}
+_expected: dict[int, tuple[weakref.ref, "Calibration"]] = {}
 
 # One thread measures, and the others wait for what it finds.
 _lock = threading.RLock()
@@ -62,7 +63,7 @@ class Calibration:
         for reference in self._attentions:
             _keep(_expected, reference(), self)
 
-    def statistics(self, attention: nn.Module) -> Tuple[bool, Optional[Statistics]]:
+    def statistics(self, attention: nn.Module) -> tuple[bool, Statistics | None]:
         """Those of one of the model's attentions, see :func:`statistics_for`."""
         with _lock:
             known, model = _known(attention), self._model()
@@ -80,7 +81,7 @@ class Calibration:
         return bool(attentions) and all(found and one is None for found, one in known)
 
 
-def statistics_for(attention: nn.Module) -> Tuple[bool, Optional[Statistics]]:
+def statistics_for(attention: nn.Module) -> tuple[bool, Statistics | None]:
     """Whether an attention has been measured, maybe just now, and what was found."""
     reference, calibration = _expected.get(id(attention), (None, None))
     if reference is None or reference() is not attention:
@@ -90,7 +91,7 @@ def statistics_for(attention: nn.Module) -> Tuple[bool, Optional[Statistics]]:
 
 def statistics_of(
     model: nn.Module, layers: Sequence[Any], caches: Sequence[Any]
-) -> List[Optional[Statistics]]:
+) -> list[Statistics | None]:
     """Statistics of each layer that has a supported attention, None for the others.
 
     Measured once for a model, or read from the user's cache folder. If the model can't be run
@@ -108,17 +109,17 @@ def statistics_of(
     except Exception as error:  # Whatever a model does when it is run in an unusual way.
         logger.info("not calibrated: %s: %s", type(error).__name__, error)
         found = [None] * len(layers)
-    for attention, statistics in zip(attentions, found):
+    for attention, statistics in zip(attentions, found, strict=True):
         if attention is not None:
             _keep(_measured, attention, _leaves(attention), statistics)
     return found
 
 
-def _attentions(layers: Sequence[Any]) -> List[Optional[nn.Module]]:
+def _attentions(layers: Sequence[Any]) -> list[nn.Module | None]:
     return [attention_of(layer)[0] for layer in layers]
 
 
-def _keep(table: Dict[int, Tuple], attention: nn.Module, *values: Any) -> None:
+def _keep(table: dict[int, tuple], attention: nn.Module, *values: Any) -> None:
     """Note ``values`` for as long as there is the attention."""
     key = id(attention)
     table[key] = weakref.ref(attention, lambda _: table.pop(key, None)), *values
@@ -126,7 +127,7 @@ def _keep(table: Dict[int, Tuple], attention: nn.Module, *values: Any) -> None:
 
 def _loaded_or_measured(
     model: nn.Module, attentions: Sequence[Any], caches: Sequence[Any]
-) -> List[Optional[Statistics]]:
+) -> list[Statistics | None]:
     tokens = _tokens(model)
     if distributed():
         return _measure(model, attentions, caches, tokens)
@@ -139,7 +140,7 @@ def _loaded_or_measured(
     return found
 
 
-def _known(attention: Optional[nn.Module]) -> Tuple[bool, Optional[Statistics]]:
+def _known(attention: nn.Module | None) -> tuple[bool, Statistics | None]:
     """Whether an attention has been measured with the weights that it has, and what was found."""
     if attention is None:
         return True, None
@@ -148,14 +149,14 @@ def _known(attention: Optional[nn.Module]) -> Tuple[bool, Optional[Statistics]]:
     return known and same_objects(_leaves(attention), weights), statistics
 
 
-def same_objects(some: Tuple[Any, ...], others: Tuple[Any, ...]) -> bool:
+def same_objects(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
     """Whether both hold the very same objects."""
     return len(some) == len(others) and all(a is b for a, b in zip(some, others))
 
 
-def _leaves(attention: nn.Module) -> Tuple[mx.array, ...]:
+def _leaves(attention: nn.Module) -> tuple[mx.array, ...]:
     """All its weights, those of adapters too."""
-    return tuple(x for _, x in tree_flatten(attention.parameters()))
+    return tuple(x for _, x in weights_of(attention))
 
 
 def distributed() -> bool:
@@ -165,7 +166,7 @@ def distributed() -> bool:
 
 def _measure(
     model: nn.Module, attentions: Sequence[Any], caches: Sequence[Any], tokens: mx.array
-) -> List[Optional[Statistics]]:
+) -> list[Statistics | None]:
     """The statistics of each layer."""
     observed = [_observed(cache) for cache in caches]
     modes = [(module, module.training) for _, module in model.named_modules()]
@@ -177,7 +178,7 @@ def _measure(
         for module, training in modes:
             module.train(training)
     # Held until all layers are done, since they share the rotary table.
-    biases: List[KeyBias] = []
+    biases: list[KeyBias] = []
     found = [
         None if attention is None else _summary(attention, biases, *_seen(cache))
         for attention, cache in zip(attentions, observed)
@@ -217,7 +218,7 @@ def _observed(cache: Any) -> Any:
     return ObservedKVCache() if type(cache) in (KVCache, RotatingKVCache) else copy.deepcopy(cache)
 
 
-def _seen(cache: Any) -> Tuple[Optional[mx.array], Optional[mx.array]]:
+def _seen(cache: Any) -> tuple[mx.array | None, mx.array | None]:
     for one in getattr(cache, "caches", [cache]):
         if isinstance(one, ObservedKVCache):
             return one.seen
@@ -226,10 +227,10 @@ def _seen(cache: Any) -> Tuple[Optional[mx.array], Optional[mx.array]]:
 
 def _summary(
     attention: nn.Module,
-    biases: List[KeyBias],
-    keys: Optional[mx.array],
-    queries: Optional[mx.array],
-) -> Optional[Statistics]:
+    biases: list[KeyBias],
+    keys: mx.array | None,
+    queries: mx.array | None,
+) -> Statistics | None:
     """The statistics of keys (1, H, T, D) and queries (1, H_q, T, D) as attention got them.
 
     A mean that can be taken away from keys joins ``biases``.

@@ -6,17 +6,18 @@ measuring is repeated by the next process.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ..cache_folder import cache_folder
 from ..log import logger
 from .family import family_of
+from .projections import weights_of
 
 FORMAT = "turboquant-statistics/1"
 EMBEDDINGS = nn.Embedding, nn.QuantizedEmbedding
@@ -34,7 +35,7 @@ class Statistics(NamedTuple):
         query_square: mean square of the queries after RoPE, (H_q, D).
     """
 
-    mean: Optional[mx.array]
+    mean: mx.array | None
     key_square: mx.array
     query_square: mx.array
 
@@ -47,13 +48,11 @@ class Statistics(NamedTuple):
             (dim, query_heads % heads) == (query_dim, 0)
             and (self.mean is None or self.mean.shape == (heads, dim))
             and all(x.dtype == mx.float32 and mx.isfinite(x).all().item() for x in arrays)
-            and all((x >= 0).all().item() and x.sum().item() > 0 for x in self[1:])
+            and all(bool((x >= 0).all()) and float(x.sum()) > 0 for x in self[1:])
         )
 
 
-def fingerprint(
-    model: nn.Module, attentions: Sequence[Optional[nn.Module]], tokens: mx.array
-) -> str:
+def fingerprint(model: nn.Module, attentions: Sequence[nn.Module | None], tokens: mx.array) -> str:
     """What tells statistics from others: the tokens, the model, and how its keys turn.
 
     Of the model all shapes and dtypes count, all vectors (biases, norms), and some rows of all
@@ -61,7 +60,7 @@ def fingerprint(
     """
     digest = hashlib.sha256(FORMAT.encode() + bytes(tokens.view(mx.uint8)))
     parts = [_turned(attention) for attention in attentions if attention is not None]
-    for name, x in tree_flatten(model.parameters()):
+    for name, x in weights_of(model):
         digest.update(f"{name} {x.shape} {x.dtype};".encode())
         rows = x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x[None]
         parts.append(mx.contiguous(rows[:: max(1, rows.shape[0] // ROWS)]).view(mx.uint8))
@@ -82,13 +81,14 @@ def _turned(attention: nn.Module) -> mx.array:
     return mx.concatenate([name, *(x.view(mx.uint8) for x in turned)])
 
 
-def load(key: str, count: int) -> Optional[List[Optional[Statistics]]]:
+def load(key: str, count: int) -> list[Statistics | None] | None:
     """The statistics of the ``count`` layers of the model with this fingerprint, or None."""
     try:
         path = _path(key)
         if not os.path.exists(path):
             return None
-        arrays, metadata = mx.load(str(path), return_metadata=True)
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        arrays, metadata = loaded
         found = [_layer(arrays, index) for index in range(count)]
         fits = metadata.get("format") == FORMAT and metadata.get("layers") == str(count)
         if not fits or not all(one.usable() for one in found if one is not None):
@@ -99,12 +99,12 @@ def load(key: str, count: int) -> Optional[List[Optional[Statistics]]]:
     return found
 
 
-def _layer(arrays, index: int) -> Optional[Statistics]:
+def _layer(arrays, index: int) -> Statistics | None:
     parts = [arrays.get(f"{index}.{name}") for name in Statistics._fields]
     return Statistics(*parts) if any(x is not None for x in parts) else None
 
 
-def save(key: str, statistics: Sequence[Optional[Statistics]]) -> None:
+def save(key: str, statistics: Sequence[Statistics | None]) -> None:
     """Keep what was measured, whole or not at all."""
     arrays = {
         f"{index}.{name}": x

@@ -1,8 +1,9 @@
 """What distinguishes one architecture from another, and which ones are supported."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,7 +11,7 @@ import mlx.nn as nn
 from .projections import Projection, base_linear, fused_projections
 
 
-def _layers(model: Any) -> List[Any]:
+def _layers(model: Any) -> list[Any]:
     return getattr(model, "layers", None) or []
 
 
@@ -46,27 +47,27 @@ class Family:
 
     attention: str = "Attention"
     layer_attention: str = "self_attn"
-    layer_norm: Optional[str] = "input_layernorm"
+    layer_norm: str | None = "input_layernorm"
     heads: str = "n_heads"
-    kv_heads: Union[str, int] = "n_kv_heads"
-    projections: Tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    kv_heads: str | int = "n_kv_heads"
+    projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     grouped: bool = False
-    head_norms: Tuple[str, str] = ("q_norm", "k_norm")
+    head_norms: tuple[str, str] = ("q_norm", "k_norm")
     rope: str = "rope"
-    dims: Optional[Tuple[str, str]] = None
+    dims: tuple[str, str] | None = None
     casts_keys: bool = False
-    obstacle: Callable[[nn.Module], Optional[str]] = lambda attention: None
-    cached_layers: Callable[[Any], List[Any]] = _layers
+    obstacle: Callable[[nn.Module], str | None] = lambda attention: None
+    cached_layers: Callable[[Any], list[Any]] = _layers
 
     def attention_of(self, layer: Any) -> Any:
         """The attention of a layer, or None."""
         return _deep(layer, self.layer_attention)
 
-    def norm_of(self, layer: Any) -> Optional[nn.Module]:
+    def norm_of(self, layer: Any) -> nn.Module | None:
         """The norm before the attention of a layer, or None."""
-        return self.layer_norm and _deep(layer, self.layer_norm)
+        return _deep(layer, self.layer_norm) if self.layer_norm else None
 
-    def head_counts(self, attention: nn.Module) -> Tuple[int, int]:
+    def head_counts(self, attention: nn.Module) -> tuple[int, int]:
         """The numbers of query heads and of KV heads."""
         kv_heads = self.kv_heads
         return (
@@ -74,7 +75,7 @@ class Family:
             kv_heads if isinstance(kv_heads, int) else getattr(attention, kv_heads),
         )
 
-    def projections_of(self, attention: nn.Module) -> Tuple[Projection, ...]:
+    def projections_of(self, attention: nn.Module) -> tuple[Projection, ...]:
         """The projections of queries, keys and values, as far as there are any.
 
         Raises:
@@ -97,9 +98,9 @@ class Family:
         return fused_projections(linears[0], *self.head_counts(attention), self.grouped)
 
 
-_families: Dict[type, Family] = {}
+_families: dict[type, Family] = {}
 # By module, for those that say where the layers of a model are.
-_modules: Dict[str, Family] = {}
+_modules: dict[str, Family] = {}
 
 
 def register(attention: type, module: str, family: Family) -> None:
@@ -108,18 +109,18 @@ def register(attention: type, module: str, family: Family) -> None:
     _modules[module] = family
 
 
-def family_of(attention: Any) -> Optional[Family]:
+def family_of(attention: Any) -> Family | None:
     """The family of an attention module, or None if its class is not patched."""
     return _families.get(type(attention))
 
 
-def layers_of(model: Any) -> List[Any]:
+def layers_of(model: Any) -> list[Any]:
     """The layer of each of the model's caches; may be of another number than these."""
     family = _modules.get(type(model).__module__)
     return list((family or Family()).cached_layers(model) or [])
 
 
-def attention_of(layer: Any) -> Tuple[Any, Optional[Family]]:
+def attention_of(layer: Any) -> tuple[Any, Family | None]:
     """The attention of a layer and its family; (None, None) if none is supported."""
     # In the order of registration: a set has another order in each process.
     for path in dict.fromkeys(family.layer_attention for family in _families.values()):

@@ -8,12 +8,12 @@ import functools
 import json
 import weakref
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from .. import compiling
 from ..attention.dispatch import BRIDGE
@@ -28,7 +28,7 @@ from .balance import WHITENED, balance, layout, norm_rms, projection_rms, query_
 from .calibration import same_objects, statistics_for
 from .calibration_file import Statistics
 from .family import Family, family_of
-from .projections import Projection
+from .projections import Projection, weights_of
 
 
 class Fingerprint:
@@ -73,18 +73,18 @@ class _Known(NamedTuple):
     """A layer and what it was made of."""
 
     attention: weakref.ref
-    norm: Optional[nn.Module]
-    parts: Tuple[Any, ...]
+    norm: nn.Module | None
+    parts: tuple[Any, ...]
     layer: Layer
 
 
-_layers: Dict[int, _Known] = {}
+_layers: dict[int, _Known] = {}
 
 
 def known_layer(
     attention: nn.Module,
-    norm: Optional[nn.Module] = None,
-    settings: Optional[Settings] = None,
+    norm: nn.Module | None = None,
+    settings: Settings | None = None,
 ) -> Layer:
     """The layer of an attention module, made again if its weights or settings changed.
 
@@ -127,17 +127,17 @@ def _general() -> Settings:
     return replace(general, **bits)
 
 
-def _parts(attention: nn.Module, norm: Optional[nn.Module]) -> Tuple[Any, ...]:
+def _parts(attention: nn.Module, norm: nn.Module | None) -> tuple[Any, ...]:
     """What is replaced when a layer is loaded, quantised, sharded, trained or adapted."""
     # Not the attention itself, which nobody here may keep.
     modules = [module for _, module in attention.named_modules() if module is not attention]
-    weights = tree_flatten(attention.parameters())
+    weights = weights_of(attention)
     if norm is not None:
-        weights += tree_flatten(norm.parameters())
+        weights += weights_of(norm)
     return (norm, *modules, *(x for _, x in weights))
 
 
-def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Settings) -> Layer:
+def _read_layer(attention: nn.Module, norm: nn.Module | None, settings: Settings) -> Layer:
     family = family_of(attention)
     obstacle = family.obstacle(attention)
     if obstacle:
@@ -149,9 +149,9 @@ def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Setti
         head_dim,
         value_dim,
         "exact" if exact else key_codec(settings, head_dim),
-        settings.key_bits,
+        settings.key_bits,  # type: ignore[arg-type]
         "exact" if exact else settings.value_codec,
-        settings.value_bits,
+        settings.value_bits,  # type: ignore[arg-type]
     )
     rope = _rope_of(family, attention)
     if _has_bias(family, attention) and type(rope) not in (nn.RoPE, type(None)):
@@ -174,8 +174,8 @@ def _read_layer(attention: nn.Module, norm: Optional[nn.Module], settings: Setti
 
 
 def _learn(
-    attention_found: Callable[[], Optional[nn.Module]],
-    norm_found: Optional[Callable[[], Optional[nn.Module]]],
+    attention_found: Callable[[], nn.Module | None],
+    norm_found: Callable[[], nn.Module | None] | None,
     balanced: bool,
     spec: CodecSpec,
 ) -> Knowledge:
@@ -200,7 +200,7 @@ def _learn(
     # Weights say too little of what queries tell apart.
     fed_back = measured and cut is not None
     factors = balance(*rms, rope, WHITENED * fed_back) if rms and balanced else None
-    squares = query_squares(*rms, rope) if fed_back else None
+    squares = query_squares(rms[0], rms[1], rope) if rms and fed_back else None
     mx.eval([x for x in (factors, cut, squares) if x is not None])
     return Knowledge(factors, bias, cut, squares)
 
@@ -218,8 +218,8 @@ def _has_bias(family: Family, attention: nn.Module) -> bool:
 
 
 def _head_dims(
-    family: Family, attention: nn.Module, projections: Tuple[Projection, ...]
-) -> Tuple[int, int]:
+    family: Family, attention: nn.Module, projections: tuple[Projection, ...]
+) -> tuple[int, int]:
     if family.dims:
         dims = tuple(getattr(attention, name) for name in family.dims)
     else:
@@ -244,10 +244,10 @@ def key_codec(settings: Settings, head_dim: int) -> str:
 def _rms_and_bias(
     family: Family,
     attention: nn.Module,
-    norm: Optional[nn.Module],
+    norm: nn.Module | None,
     head_dim: int,
-    statistics: Optional[Statistics],
-) -> Tuple[Optional[Tuple[mx.array, mx.array]], Optional[KeyBias], bool]:
+    statistics: Statistics | None,
+) -> tuple[tuple[mx.array, mx.array] | None, KeyBias | None, bool]:
     """Root mean squares of what is coded of keys, (H, D), and of queries, (H_q, D), and the bias
     of the keys, where there are any; and whether they were measured."""
     heads, kv_heads = family.head_counts(attention)
@@ -256,7 +256,7 @@ def _rms_and_bias(
     if statistics is not None and tuple(x.shape for x in statistics[1:]) != shapes:
         statistics = None
     if statistics is not None and (statistics.mean is not None or family.dims):
-        rms = tuple(map(mx.sqrt, statistics[1:]))
+        rms = mx.sqrt(statistics[1]), mx.sqrt(statistics[2])
         try:
             bias = None if statistics.mean is None else KeyBias(statistics.mean, rope)
             return rms, bias, True

@@ -1,10 +1,18 @@
 """Where an attention module keeps the projections of its queries, keys and values."""
 
-from typing import NamedTuple, Optional, Tuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
+
+
+def weights_of(module: nn.Module) -> list[tuple[str, mx.array]]:
+    """Names and arrays of all weights of a module, those of adapters too."""
+    weights: Any = tree_flatten(module.parameters())
+    return weights
 
 
 class Projection(NamedTuple):
@@ -16,7 +24,7 @@ class Projection(NamedTuple):
     """
 
     linear: nn.Module
-    rows: Optional[mx.array] = None
+    rows: mx.array | None = None
 
     @property
     def outputs(self) -> int:
@@ -38,7 +46,7 @@ class Projection(NamedTuple):
             )
         return weight.astype(mx.float32)
 
-    def bias(self) -> Optional[mx.array]:
+    def bias(self) -> mx.array | None:
         """The bias, (outputs,), or None."""
         return self._chosen(self.linear.bias) if "bias" in self.linear else None
 
@@ -48,22 +56,25 @@ class Projection(NamedTuple):
 
 def base_linear(projection: nn.Module) -> nn.Module:
     """The linear layer below a LoRA or DoRA adapter, or ``projection`` itself."""
-    return getattr(projection, "linear", projection)
+    linear: Any = getattr(projection, "linear", projection)
+    return linear
 
 
 def fused_projections(
     linear: nn.Module, heads: int, kv_heads: int, grouped: bool
-) -> Tuple[Projection, Projection, Projection]:
+) -> tuple[Projection, Projection, Projection]:
     """The queries', keys' and values' parts of one projection.
 
     Args:
         grouped: whether the outputs of each KV head stand together, its queries first,
             then its key and its value; else all queries come before all keys.
     """
+    parts: Sequence[np.ndarray]
     every = np.arange(linear.weight.shape[0]).reshape(heads + 2 * kv_heads, -1)
     if grouped:
         groups = every.reshape(kv_heads, -1, every.shape[1])
         parts = groups[:, :-2], groups[:, -2], groups[:, -1]
     else:
         parts = np.split(every, [heads, heads + kv_heads])
-    return tuple(Projection(linear, mx.array(part.flatten())) for part in parts)
+    queries, keys, values = (Projection(linear, mx.array(part.flatten())) for part in parts)
+    return queries, keys, values

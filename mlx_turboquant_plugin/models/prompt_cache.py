@@ -1,6 +1,6 @@
 """Give each model that mlx-lm makes a prompt cache for a compressed one."""
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 from mlx_lm.models import cache as cache_module
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
@@ -25,7 +25,7 @@ BY_WEIGHTS = "; keys go by the weights alone, since it could not be measured"
 UNCOMPRESSED = {"KVCache", "QuantizedKVCache", "RotatingKVCache"}
 
 # What became of each model's caches, and the calibration of those that are compressed.
-_reports: Dict[settings.ModelIdentity, Tuple[str, Optional[Calibration]]] = {}
+_reports: dict[settings.ModelIdentity, tuple[str, Calibration | None]] = {}
 
 
 def register() -> None:
@@ -50,7 +50,7 @@ def check_saved(file: str) -> None:
         )
 
 
-def inform(caches: List[Any]) -> None:
+def inform(caches: list[Any]) -> None:
     """Have caches learn what their codes will need: whoever loads them may not have the model.
 
     Not where other processes run parts of the model, which may save nothing now.
@@ -63,14 +63,14 @@ def inform(caches: List[Any]) -> None:
                 one.codec.learn()
 
 
-def refuse_kv_bits(caches: List[Any], bits: int) -> None:
+def refuse_kv_bits(caches: list[Any], bits: int) -> None:
     """Say, once, that mlx-lm's own quantisation is left out where ``caches`` are compressed."""
     ours = next((cache for cache in caches if isinstance(cache, CompressedKVCache)), None)
     if ours is not None:
         ours.to_quantized(bits=bits)
 
 
-def report() -> List[str]:
+def report() -> list[str]:
     """One line about each model that a cache was made for: compressed how, or why not."""
     return [
         text + BY_WEIGHTS if calibration is not None and calibration.failed else text
@@ -78,7 +78,7 @@ def report() -> List[str]:
     ]
 
 
-def compress(model: Any, caches: List[Any]) -> List[Any]:
+def compress(model: Any, caches: list[Any]) -> list[Any]:
     """Replace the KVCaches of ``caches`` by compressed ones where the model allows it.
 
     No weight is evaluated, and the model is not run.
@@ -91,7 +91,7 @@ def compress(model: Any, caches: List[Any]) -> List[Any]:
         return _leave(identity, caches, f"{type(error).__name__}: {error}")
 
 
-def _compress(model: Any, identity: settings.ModelIdentity, caches: List[Any]) -> List[Any]:
+def _compress(model: Any, identity: settings.ModelIdentity, caches: list[Any]) -> list[Any]:
     chosen = settings.in_force().for_model(identity)
     pattern = chosen.opted_out(identity)
     if pattern is not None:
@@ -127,7 +127,7 @@ def _compress(model: Any, identity: settings.ModelIdentity, caches: List[Any]) -
     return compressed
 
 
-def _all_or_no_rings(caches: List[Any], pairs: List[Tuple[Any, str]]) -> List[Tuple[Any, str]]:
+def _all_or_no_rings(caches: list[Any], pairs: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
     """Rotating caches share one mask, and compressed batches of them have another layout."""
     reasons = [why for cache, (_, why) in zip(caches, pairs) if type(cache) is RotatingKVCache]
     reason = next(filter(None, reasons), "")
@@ -139,7 +139,7 @@ def _all_or_no_rings(caches: List[Any], pairs: List[Tuple[Any, str]]) -> List[Tu
     ]
 
 
-def _prepare(model: Any, caches: List[Any], new: bool) -> List[Any]:
+def _prepare(model: Any, caches: list[Any], new: bool) -> list[Any]:
     """What an mlx-lm with hooks calls for every prompt cache, made by it or handed to it."""
     if not patching.active():
         return caches
@@ -153,9 +153,7 @@ def _prepare(model: Any, caches: List[Any], new: bool) -> List[Any]:
     return caches
 
 
-def _compressed(
-    model: str, layer: Any, cache: Any, chosen: settings.Settings
-) -> Tuple[Any, str]:
+def _compressed(model: str, layer: Any, cache: Any, chosen: settings.Settings) -> tuple[Any, str]:
     """A compressed cache for one layer of a model of this type, or None and the reason."""
     if type(cache) is CacheList:
         return _compressed_in_list(model, layer, cache, chosen)
@@ -180,7 +178,7 @@ def _compressed(
 
 def _compressed_in_list(
     model: str, layer: Any, caches: CacheList, chosen: settings.Settings
-) -> Tuple[Optional[CacheList], str]:
+) -> tuple[CacheList | None, str]:
     """The same for a layer that has several caches: its keys and values among them."""
     pairs = [_compressed(model, layer, cache, chosen) for cache in caches.caches]
     if not any(replacement for replacement, _ in pairs):
@@ -188,7 +186,7 @@ def _compressed_in_list(
     return CacheList(*(new or old for (new, _), old in zip(pairs, caches.caches))), ""
 
 
-def _leave(identity: settings.ModelIdentity, caches: List[Any], reason: str) -> List[Any]:
+def _leave(identity: settings.ModelIdentity, caches: list[Any], reason: str) -> list[Any]:
     text = f"{_name(identity)} runs uncompressed: {reason}"
     _report(identity, text)
     log_once("%s", text)
@@ -196,7 +194,7 @@ def _leave(identity: settings.ModelIdentity, caches: List[Any], reason: str) -> 
 
 
 def _report(
-    identity: settings.ModelIdentity, text: str, calibration: Optional[Calibration] = None
+    identity: settings.ModelIdentity, text: str, calibration: Calibration | None = None
 ) -> None:
     # The newest is the last.
     _reports.pop(identity, None)
@@ -208,7 +206,7 @@ def _name(identity: settings.ModelIdentity) -> str:
     return f"{identity.type} ({where})" if where else identity.type
 
 
-def _bits(chosen: settings.Settings, caches: List[Any]) -> str:
+def _bits(chosen: settings.Settings, caches: list[Any]) -> str:
     if chosen.bypass:
         return f"bypass {chosen.bypass}"
     parts = (one for cache in caches for one in getattr(cache, "caches", [cache]))

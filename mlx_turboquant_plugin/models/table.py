@@ -6,7 +6,7 @@ of them and of what becomes of a tiny model of each.
 
 from dataclasses import replace
 from types import ModuleType
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 from .attention import patch_family
 from .family import Family
@@ -17,27 +17,27 @@ def patch(module: ModuleType) -> None:
     patch_family(module, FAMILIES[module.__name__.rpartition(".")[2]])
 
 
-def why_not(module: str) -> Optional[str]:
+def why_not(module: str) -> str | None:
     """Why the models of a module of mlx-lm can't be compressed, or None."""
     package, _, name = module.rpartition(".")
     return UNSUPPORTED.get(name) if package == "mlx_lm.models" else None
 
 
-def _compressed_if_own_keys(attention: Any) -> Optional[str]:
+def _compressed_if_own_keys(attention: Any) -> str | None:
     if attention.config.num_kv_shared_layers:
         return "later layers read its keys as arrays"
     return None
 
 
-def _compressed_unless_softcapped(attention: Any) -> Optional[str]:
+def _compressed_unless_softcapped(attention: Any) -> str | None:
     return "a cap on scores is not supported" if attention.attn_logit_softcapping else None
 
 
-def _compressed_if_dense(attention: Any) -> Optional[str]:
+def _compressed_if_dense(attention: Any) -> str | None:
     return "block-sparse attention is not supported" if attention.block_sparse else None
 
 
-def _compressed_if_global(attention: Any) -> Optional[str]:
+def _compressed_if_global(attention: Any) -> str | None:
     if attention.full_attn:
         return None
     return "queries of sliding layers see one token more than their cache keeps"
@@ -47,11 +47,11 @@ def _with_blocks(*kinds: str):
     return lambda model: [layer for layer in model.layers if layer.block_type in kinds]
 
 
-def _layers_of_every_loop(model: Any) -> List[Any]:
+def _layers_of_every_loop(model: Any) -> list[Any]:
     return model.layers * model.model.num_loops
 
 
-def _layers_with_attention(model: Any) -> List[Any]:
+def _layers_with_attention(model: Any) -> list[Any]:
     return [layer for layer in model.layers if layer.self_attn is not None]
 
 
@@ -64,7 +64,7 @@ FUSED = ("qkv_proj",)
 LATE_NORMS = ("query_layernorm", "key_layernorm")
 SHORT_NORMS = ("q_layernorm", "k_layernorm")
 
-FAMILIES: Dict[str, Family] = {
+FAMILIES: dict[str, Family] = {
     "Klear": replace(HF, attention="KlearAttention"),
     "afmoe": OWN,
     "apertus": replace(HF, attention="ApertusAttention", layer_norm="attention_layernorm"),
@@ -90,9 +90,7 @@ FAMILIES: Dict[str, Family] = {
         layer_norm="norm_attn_norm.norm_1",
         projections=("Wqkv",),
     ),
-    "deepseek": replace(
-        HF, attention="DeepseekAttention", kv_heads="num_kv_heads"
-    ),
+    "deepseek": replace(HF, attention="DeepseekAttention", kv_heads="num_kv_heads"),
     "dots1": replace(OWN, attention="Dots1Attention"),
     "ernie4_5": OWN,
     "ernie4_5_moe": OWN,
@@ -116,9 +114,7 @@ FAMILIES: Dict[str, Family] = {
         kv_heads="n_head",
         projections=("c_attn",),
     ),
-    "gpt_bigcode": replace(
-        OWN, layer_attention="attn", layer_norm="ln_1", projections=("c_attn",)
-    ),
+    "gpt_bigcode": replace(OWN, layer_attention="attn", layer_norm="ln_1", projections=("c_attn",)),
     "gpt_neox": Family(
         layer_attention="attention",
         heads="num_attention_heads",
@@ -196,9 +192,7 @@ FAMILIES: Dict[str, Family] = {
     "olmo3": replace(HF, attention="Olmo3Attention", layer_norm=None),
     "olmo_hybrid": replace(HF, layer_norm=None),
     "olmoe": OWN,
-    "openelm": replace(
-        OWN, layer_attention="attn", layer_norm="attn_norm", projections=FUSED
-    ),
+    "openelm": replace(OWN, layer_attention="attn", layer_norm="attn_norm", projections=FUSED),
     "phi": replace(MIXED, attention="PhiAttention"),
     "phi3": replace(OWN, projections=FUSED),
     "phi3small": replace(
@@ -263,7 +257,7 @@ FAMILIES: Dict[str, Family] = {
 }
 
 # Models that attend through the modules of others.
-THROUGH: Dict[str, str] = {
+THROUGH: dict[str, str] = {
     "gemma3": "gemma3_text",
     "gemma4": "gemma4_text",
     "lfm2-vl": "lfm2",
@@ -283,7 +277,7 @@ _LATENTS = "it caches latents (MLA), one small vector for all heads, not keys an
 _SHARED = "some layers read the keys of another layer's cache as arrays"
 _RECURRENT = "it has no keys and values, only a state of fixed size"
 
-UNSUPPORTED: Dict[str, str] = {
+UNSUPPORTED: dict[str, str] = {
     "afm7": _SHARED,
     "bailing_hybrid": _LATENTS,
     "bailing_moe_v3": _LATENTS,

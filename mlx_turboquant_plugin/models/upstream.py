@@ -6,7 +6,9 @@ mlx_lm: it is asked while mlx_lm is being imported.
 """
 
 import functools
-from typing import Any, Callable, List, Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
 
 
 def available() -> bool:
@@ -17,7 +19,7 @@ def available() -> bool:
 
 
 def register(
-    hook: Callable[[Any, List[Any], bool], List[Any]], attend: Callable, kinds: Sequence[type]
+    hook: Callable[[Any, list[Any], bool], list[Any]], attend: Callable, kinds: Sequence[Any]
 ) -> None:
     """Have mlx-lm's prompt caches pass through ``hook``, and serve the classes it brings in.
 
@@ -28,8 +30,9 @@ def register(
             for caches of these classes.
         kinds: cache classes, also to be found by their names in saved prompt caches.
     """
-    from mlx_lm.models import base, cache
-
+    # Any, since an mlx-lm without the patches has no such names.
+    base: Any = import_module("mlx_lm.models.base")
+    cache: Any = import_module("mlx_lm.models.cache")
     if hook not in cache.prompt_cache_hooks:
         cache.prompt_cache_hooks.append(hook)
     function = functools.partial(attend, base.scaled_dot_product_attention)

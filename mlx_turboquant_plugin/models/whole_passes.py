@@ -6,7 +6,8 @@ results; compressed ones are refused until they are trimmed alike.
 
 import functools
 import inspect
-from typing import Any, List, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import Any
 
 from mlx_lm.models.cache import CacheList
 
@@ -15,7 +16,7 @@ from ..cache import BatchCompressedKVCache, CompressedKVCache
 from ..cache.reading import AttendedCache
 from .calibration import same_objects
 
-Compressed = Union[CompressedKVCache, BatchCompressedKVCache]
+Compressed = CompressedKVCache | BatchCompressedKVCache
 
 
 def guard_all(model: Any) -> None:
@@ -38,7 +39,7 @@ def guard(model: type) -> None:
 def _model_call(parameters, wrapped, instance, args, kwargs):
     caches = kwargs["cache"] if "cache" in kwargs else dict(zip(parameters, args)).get("cache")
     parts = _parts(caches if isinstance(caches, (list, tuple)) else ())
-    ours = [one for one in parts if isinstance(one, AttendedCache)]
+    ours: list[Any] = [one for one in parts if isinstance(one, AttendedCache)]
     if not ours:
         return wrapped(*args, **kwargs)
     _check(ours)
@@ -55,16 +56,16 @@ def _model_call(parameters, wrapped, instance, args, kwargs):
         raise
 
 
-def _parts(caches: Sequence[Any]) -> List[Any]:
-    parts: List[Any] = []
+def _parts(caches: Sequence[Any]) -> list[Any]:
+    parts: list[Any] = []
     for cache in caches:
         parts.extend(cache.caches if type(cache) is CacheList else [cache])
     return parts
 
 
-def _content(caches: Sequence[Any]) -> Tuple[Any, ...]:
+def _content(caches: Sequence[Any]) -> tuple[Any, ...]:
     """Objects that are other ones once a cache has seen tokens."""
-    found: List[Any] = []
+    found: list[Any] = []
     for cache in caches:
         if isinstance(cache, AttendedCache):
             found.append(_length(cache))
@@ -75,7 +76,7 @@ def _content(caches: Sequence[Any]) -> Tuple[Any, ...]:
     return tuple(found)
 
 
-def _length(cache: Compressed) -> int:
+def _length(cache: Any) -> int:
     return cache.offset if isinstance(cache, CompressedKVCache) else cache.size()
 
 
@@ -85,5 +86,6 @@ def _check(caches: Sequence[Compressed]) -> None:
     if len(held) > 1:
         raise RuntimeError(
             f"the layers of this prompt cache hold from {min(held)} to {max(held)} tokens, since a "
-            f"pass over it was interrupted: trim each to {min(held)}, or make the prompt cache again"
+            f"pass over it was interrupted: trim each to {min(held)}, or make the prompt cache "
+            "again"
         )

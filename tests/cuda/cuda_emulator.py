@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Optional
 
 import mlx.core as mx
 import numpy as np
@@ -34,8 +33,8 @@ OPTIONS = "-std=c++20 -O1 -w -fPIC".split()
 POISON, ALIGNMENT = 0xFF, 64
 
 
-@functools.lru_cache(maxsize=None)
-def compiler() -> Optional[str]:
+@functools.cache
+def compiler() -> str | None:
     """A compiler of C++ with half precision, or None."""
     for path in filter(None, map(shutil.which, ("g++", "clang++", "clang++-19"))):
         command = [path, "-x", "c++", "-fsyntax-only", "-"]
@@ -54,9 +53,7 @@ class EmulatedKernel:
         self.name, self.inputs, self.outputs, self.body = name, inputs, outputs, body
         self.ensure_row_contiguous = ensure_row_contiguous
 
-    def __call__(
-        self, *, inputs, grid, threadgroup, output_shapes, output_dtypes, template=()
-    ):
+    def __call__(self, *, inputs, grid, threadgroup, output_shapes, output_dtypes, template=()):
         run = _compiled(self._source([x.dtype for x in inputs], output_dtypes, template))
         if self.ensure_row_contiguous:
             inputs = [mx.contiguous(x) for x in inputs]
@@ -138,14 +135,14 @@ def _constant(name: str, value) -> str:
     return f"using {name} = {TYPES[value]};\n"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _folder() -> Path:
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     return Path(folder.name)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _header() -> Path:
     """A copy of the emulator's header, compiled once: a third of the time of each kernel."""
     header = Path(shutil.copy(HERE / "cuda_emulator.h", _folder()))
@@ -154,7 +151,7 @@ def _header() -> Path:
     return header
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _runtime() -> ctypes.CDLL:
     """The library that runs kernels; theirs are linked to it."""
     library = _folder() / "runtime.so"
@@ -162,7 +159,7 @@ def _runtime() -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiled(source: str):
     # Loaded, it needs its file no more.
     with tempfile.TemporaryDirectory(dir=_folder()) as folder:

@@ -171,7 +171,9 @@ def test_codes_of_extremes(x, bits, keys, emulated):
 
 
 @pytest.mark.parametrize("before, length", [(32, 32), (64, 96), (37, 32), (32, 5), (300, 1)])
-@pytest.mark.parametrize("bits, keys", [(2, "lloyd-max"), (3, "lloyd-max"), (4, "lloyd-max"), (4, SEGMENTED)])
+@pytest.mark.parametrize(
+    "bits, keys", [(2, "lloyd-max"), (3, "lloyd-max"), (4, "lloyd-max"), (4, SEGMENTED)]
+)
 @one_run
 def test_codes_after_older_ones(bits, keys, before, length, emulated, monkeypatch):
     """Copied by several blocks, 16 bytes or one at a time."""
@@ -182,7 +184,9 @@ def test_codes_after_older_ones(bits, keys, before, length, emulated, monkeypatc
     older, newer = x[:, :, :before], x[:, :, before:]
     ours = cuda.encode(one, newer, newer, before, cuda.encode(one, older, older, 0))
     whole = cuda.encode(one, x, x, 0)
-    part = cuda.encode(one, x, x, before, cuda.encode(one, x, x, 0, part=slice(before)), slice(before, None))
+    part = cuda.encode(
+        one, x, x, before, cuda.encode(one, x, x, 0, part=slice(before)), slice(before, None)
+    )
     for codes in (ours, part):
         for side, expected in zip(codes, whole):
             assert all(mx.array_equal(*pair) for pair in zip(side, expected))

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from signature import Signature
@@ -50,7 +50,7 @@ class Unavailable(EmulatorError):
     """This machine can't run the emulator."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def clang() -> str:
     """The path of the newest clang.
 
@@ -74,7 +74,7 @@ def _version(path: str) -> int:
     return int(match.group(1)) if match else 0
 
 
-@lru_cache(maxsize=None)
+@cache
 def runtime() -> ctypes.CDLL:
     """The library that runs kernels; theirs are linked to it."""
 
@@ -86,7 +86,7 @@ def runtime() -> ctypes.CDLL:
     return ctypes.CDLL(str(_cached("runtime", build, clang(), *sources)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel(signature: Signature, checked: bool) -> ctypes.CDLL:
     """The kernel as a library; ``emu_kernel`` in it runs one thread.
 

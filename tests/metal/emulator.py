@@ -23,17 +23,16 @@ vectors give -1 and not true.
 import contextlib
 import ctypes
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple
-
-import mlx.core as mx
-import numpy as np
 
 import compiler
+import mlx.core as mx
+import numpy as np
 from compiler import EmulatorError, Unavailable
 from signature import Signature, generate
 
-__all__ = ["EmulatorError", "POISONS", "Unavailable", "metal_kernel", "patch", "unavailable"]
+__all__ = ["POISONS", "EmulatorError", "Unavailable", "metal_kernel", "patch", "unavailable"]
 
 # NaN as float, half and bfloat; a large number; zeros, which hide most faults.
 POISONS = (0x7FFE7FFE, 0x5A5A5A5A, 0)
@@ -53,7 +52,7 @@ _settings = Settings()
 _one_launch = threading.Lock()
 
 
-def unavailable() -> Optional[str]:
+def unavailable() -> str | None:
     """Why this machine can't run the emulator, or None: a reason to skip tests."""
     try:
         compiler.clang()
@@ -96,7 +95,7 @@ def metal_kernel(
     header: str = "",
     ensure_row_contiguous: bool = True,
     atomic_outputs: bool = False,
-    compile_options: Optional[object] = None,
+    compile_options: object | None = None,
 ):
     """See ``mx.fast.metal_kernel``. What the kernel returns is computed at once."""
 
@@ -153,7 +152,7 @@ def _bits(array: mx.array) -> mx.array:
     return array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
 
 
-def _memory(array: mx.array, contiguous: bool) -> Tuple[np.ndarray, Sequence[int]]:
+def _memory(array: mx.array, contiguous: bool) -> tuple[np.ndarray, Sequence[int]]:
     """What the kernel's pointer points to, and the strides in elements."""
     view = np.array(_bits(array), copy=False)
     if contiguous or view.flags.c_contiguous:

@@ -4,8 +4,8 @@ The rules are those of mlx/backend/common/metal_kernel.cpp; ``test_emulator.py``
 text with what MLX itself prints.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List, Sequence, Tuple
 
 import mlx.core as mx
 
@@ -83,17 +83,17 @@ class Signature:
 
     text: str
     instance: str
-    parameters: Tuple[Parameter, ...]
-    attributes: Tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    attributes: tuple[str, ...]
 
 
 def generate(
     name: str,
-    inputs: Sequence[Tuple[str, mx.array]],
-    outputs: Sequence[Tuple[str, mx.Dtype]],
+    inputs: Sequence[tuple[str, mx.array]],
+    outputs: Sequence[tuple[str, mx.Dtype]],
     source: str,
     header: str = "",
-    template: Sequence[Tuple[str, object]] = (),
+    template: Sequence[tuple[str, object]] = (),
     atomic_outputs: bool = False,
 ) -> Signature:
     """The kernel for inputs of these shapes and dtypes; 0-dimensional ones are references."""
@@ -122,8 +122,7 @@ def generate(
     text += f"[[kernel]] void {function}(\n{''.join(lines)}{source}\n}}\n"
     if template:
         text += (
-            f'\ntemplate [[host_name("{function}")]] [[kernel]] '
-            f"decltype({instance}) {instance};\n"
+            f'\ntemplate [[host_name("{function}")]] [[kernel]] decltype({instance}) {instance};\n'
         )
     return Signature(text, instance, parameters, attributes)
 
@@ -139,8 +138,8 @@ def _function_name(name, arguments, inputs, outputs) -> str:
     return "_".join(parts)
 
 
-def _inputs(inputs, source) -> Tuple[Parameter, ...]:
-    parameters: List[Parameter] = []
+def _inputs(inputs, source) -> tuple[Parameter, ...]:
+    parameters: list[Parameter] = []
     for name, array in inputs:
         space = "constant" if array.size < SMALLEST_DEVICE_INPUT else "device"
         type_ = f"const {space} {_TYPES[array.dtype]}"
@@ -154,7 +153,7 @@ def _inputs(inputs, source) -> Tuple[Parameter, ...]:
     return tuple(parameters)
 
 
-def _outputs(outputs, atomic) -> Tuple[Parameter, ...]:
+def _outputs(outputs, atomic) -> tuple[Parameter, ...]:
     form = "device atomic<{}>" if atomic else "device {}"
     return tuple(
         Parameter(name, "output", form.format(_TYPES[dtype]), False) for name, dtype in outputs

@@ -83,7 +83,7 @@ def test_the_signature_is_that_of_mlx(source, template, capfd, tmp_path):
                         "t", ["x", "y"], ["out", "out2"], source, header, atomic_outputs=atomic
                     )
 
-                    def call(x, y):
+                    def call(x, y, kernel=kernel):
                         return kernel(
                             inputs=[x, y],
                             template=list(template),
@@ -547,13 +547,13 @@ def options_of(fault):
 def test_faults(fault):
     match, also_fast, source, *_ = FAULTS[fault]
     for schedule in (0, 1, 2):
-        with emulator.patch("checked", schedule=schedule, seconds=0.1):
-            with pytest.raises(emulator.EmulatorError, match=match):
-                run(START + source, **options_of(fault))
+        checked = emulator.patch("checked", schedule=schedule, seconds=0.1)
+        with checked, pytest.raises(emulator.EmulatorError, match=match):
+            run(START + source, **options_of(fault))
     if also_fast:
-        with emulator.patch("fast", seconds=0.1):
-            with pytest.raises(emulator.EmulatorError, match=match):
-                run(START + source, **options_of(fault))
+        fast = emulator.patch("fast", seconds=0.1)
+        with fast, pytest.raises(emulator.EmulatorError, match=match):
+            run(START + source, **options_of(fault))
 
 
 def test_a_simd_function_orders_no_memory():
@@ -620,9 +620,8 @@ def test_patch_is_undone():
 
 
 def test_patch_tells_what_it_takes():
-    with pytest.raises(ValueError, match="'slow'"):
-        with emulator.patch("slow"):
-            pass
+    with pytest.raises(ValueError, match="'slow'"), emulator.patch("slow"):
+        pass
 
 
 def test_other_threads_may_launch():

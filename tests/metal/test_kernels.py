@@ -69,7 +69,9 @@ def step(cache, queries, keys, values, kernel, mask):
     cache.kernel = kernel
     cache.attending = True
     new = cache.update_and_fetch(keys, values)
-    out = attend(scaled_dot_product_attention, queries, *new, cache, queries.shape[-1] ** -0.5, mask)
+    out = attend(
+        scaled_dot_product_attention, queries, *new, cache, queries.shape[-1] ** -0.5, mask
+    )
     mx.eval(out)
     return out
 
@@ -169,7 +171,10 @@ def test_launches_and_compilations(emulated, monkeypatch):
         patched.setattr(mx.fast, "metal_kernel", counted)
         cache = filled(CompressedKVCache(codec(), VISIBILITY, "metal"), 159, chunk=159)
         for length in range(160, 256):
-            queries, (keys, values) = mx.random.normal((1, 6, 1, 64)), mx.random.normal((2, 1, 2, 1, 64))
+            queries, (keys, values) = (
+                mx.random.normal((1, 6, 1, 64)),
+                mx.random.normal((2, 1, 2, 1, 64)),
+            )
             step(cache, queries, keys, values, "metal", None)
             # The newest token is the first of a block.
             if length % 32 == 1:

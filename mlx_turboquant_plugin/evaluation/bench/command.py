@@ -2,8 +2,9 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -45,26 +46,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (all)"
     )
     parser.add_argument(
-        "--quick", action="store_true",
+        "--quick",
+        action="store_true",
         help="two minutes: fewer --lengths and --prompts, where these are not given",
     )
     parser.add_argument(
-        "--lengths", type=number, nargs="+", metavar="TOKENS",
+        "--lengths",
+        type=number,
+        nargs="+",
+        metavar="TOKENS",
         help=f"in the cache, of layer and decode ({_default('lengths')})",
     )
     parser.add_argument(
-        "--batch", type=number, nargs="+", default=[1], metavar="ROWS",
+        "--batch",
+        type=number,
+        nargs="+",
+        default=[1],
+        metavar="ROWS",
         help="sequences at a time; prompts of several are ragged (1)",
     )
     parser.add_argument(
-        "--prompts", type=number, nargs="+", metavar="TOKENS",
+        "--prompts",
+        type=number,
+        nargs="+",
+        metavar="TOKENS",
         help=f"of prefill, the longest of a batch ({_default('prompts')})",
     )
     parser.add_argument(
         "--chunk", type=number, default=CHUNK, help="tokens of a prefill step (%(default)s)"
     )
     parser.add_argument(
-        "--rounds", type=number, default=3,
+        "--rounds",
+        type=number,
+        default=3,
         help=f"turns of each cache: {ROUND} steps, or a prompt (3)",
     )
     model = parser.add_mutually_exclusive_group()
@@ -73,16 +87,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape")
     parser.add_argument(
-        "--heads", type=number, nargs=2, default=[8, 2], metavar=("QUERY", "KV"),
+        "--heads",
+        type=number,
+        nargs=2,
+        default=[8, 2],
+        metavar=("QUERY", "KV"),
         help="of the layer (8 2)",
     )
     parser.add_argument("--head-dim", type=number, default=128, help="of the layer (128)")
     parser.add_argument(
-        "--layers", type=number, default=16 if GPU else 4,
+        "--layers",
+        type=number,
+        default=16 if GPU else 4,
         help="used in turn, and in a chain on a GPU (%(default)s)",
     )
     parser.add_argument(
-        "--dtypes", nargs="+", choices=list(DTYPES), default=dtypes,
+        "--dtypes",
+        nargs="+",
+        choices=list(DTYPES),
+        default=dtypes,
         help=f"of the layer ({' '.join(dtypes)})",
     )
     parser.add_argument(
@@ -92,15 +115,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-bits", type=int, choices=(2, 3, 4, 6, 8), default=4, help="of QuantizedKVCache (4)"
     )
     parser.add_argument(
-        "--kernel", choices=KERNELS,
+        "--kernel",
+        choices=KERNELS,
         help="of the compressed cache (default: what TURBOQUANT_KERNEL says, or auto)",
     )
     parser.add_argument(
-        "--json", type=output_file("json"), metavar="FILE",
+        "--json",
+        type=output_file("json"),
+        metavar="FILE",
         help="write all figures, those of each situation as soon as it is measured",
     )
     parser.add_argument(
-        "--resume", action="store_true",
+        "--resume",
+        action="store_true",
         help="go on with what --json holds from an earlier run with the same arguments",
     )
     parser.add_argument(
@@ -156,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show(args: argparse.Namespace, notes: Dict[str, Any], results: Results) -> None:
+def _show(args: argparse.Namespace, notes: dict[str, Any], results: Results) -> None:
     try:
         sys.stdout.write("\n".join(lines(notes, results)) + "\n")
     finally:
@@ -177,11 +204,11 @@ class Job(NamedTuple):
 def _measure(
     args: argparse.Namespace,
     chosen: settings.Settings,
-    overrides: Dict[str, Any],
-    notes: Dict[str, Any],
+    overrides: dict[str, Any],
+    notes: dict[str, Any],
     results: Results,
 ) -> None:
-    jobs: List[Job] = []
+    jobs: list[Job] = []
     if {"decode", "prefill"} & set(args.parts):
         model = random_model(args.shape) if args.shape else load_model(args.model)[0]
         if args.model_dtype:
@@ -201,11 +228,9 @@ def _measure(
                 save(args.json, notes, results)
 
 
-def _layer_jobs(
-    args: argparse.Namespace, chosen: settings.Settings, results: Results
-) -> List[Job]:
+def _layer_jobs(args: argparse.Namespace, chosen: settings.Settings, results: Results) -> list[Job]:
     bench = LayerBench(
-        Layer(*args.heads, args.head_dim), chosen, args.layers, args.kv_bits, GPU
+        Layer(args.heads[0], args.heads[1], args.head_dim), chosen, args.layers, args.kv_bits, GPU
     )
     return [
         Job(
@@ -219,7 +244,7 @@ def _layer_jobs(
     ]
 
 
-def _model_jobs(args: argparse.Namespace, bench: ModelBench, results: Results) -> List[Job]:
+def _model_jobs(args: argparse.Namespace, bench: ModelBench, results: Results) -> list[Job]:
     jobs = []
     # Before all others: its first times are to be those of a new process.
     if "prefill" in args.parts:
@@ -245,7 +270,7 @@ def _model_jobs(args: argparse.Namespace, bench: ModelBench, results: Results) -
     return jobs
 
 
-def _notes(args: argparse.Namespace, chosen: settings.Settings) -> Dict[str, Any]:
+def _notes(args: argparse.Namespace, chosen: settings.Settings) -> dict[str, Any]:
     """What the figures depend on."""
     state = status()
     query, kv = args.heads

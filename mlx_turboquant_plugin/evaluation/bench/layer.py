@@ -2,8 +2,9 @@
 
 import itertools
 import time
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Callable, List, Mapping, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,8 +20,19 @@ from ...codecs.kv_codec import CodecSpec, KVCodec
 from ...models.balance import layout, query_squares
 from ...models.layer import key_codec
 from ..runs import kv_bytes, table_bytes
-from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, ROUND
-from .measurement import Results, Sample, Situation, filled, quantized_group, too_large
+from .measurement import (
+    BATCH_KVCACHE,
+    COMPRESSED,
+    KVCACHE,
+    QUANTIZED,
+    ROUND,
+    Results,
+    Sample,
+    Situation,
+    filled,
+    quantized_group,
+    too_large,
+)
 
 WARM_UP = 3
 
@@ -52,16 +64,22 @@ class LayerBench:
             dim,
             dim,
             key_codec(chosen, dim),
-            chosen.key_bits,
+            chosen.key_bits,  # type: ignore[arg-type]
             chosen.value_codec,
-            chosen.value_bits,
+            chosen.value_bits,  # type: ignore[arg-type]
         )
         self._codec = _like_a_models(spec, layer.kv_heads)
         self._visibility = Visibility(chosen.window, chosen.sinks, chosen.invariant)
         self._kernel = kernel_of(chosen)
 
     def measure(
-        self, results: Results, tokens: int, batch: int, dtype: mx.Dtype, rounds: int, tick: Callable
+        self,
+        results: Results,
+        tokens: int,
+        batch: int,
+        dtype: mx.Dtype,
+        rounds: int,
+        tick: Callable,
     ) -> None:
         """Measure one length and batch size: ``rounds`` times 32 steps of every cache."""
         layer = self.layer
@@ -97,13 +115,13 @@ class LayerBench:
         self,
         situation: Situation,
         timer: Callable,
-        arms: Mapping[str, List[Any]],
+        arms: Mapping[str, list[Any]],
         query: mx.array,
         token: mx.array,
         rounds: int,
         tick: Callable,
     ) -> None:
-        tables = {kind: 0 for kind in arms}
+        tables = dict.fromkeys(arms, 0)
         if COMPRESSED in arms:
             tables[COMPRESSED] = table_bytes([CompressedKVCache(self._codec)])
 
@@ -121,7 +139,7 @@ class LayerBench:
         turns = situation.attempt_all({kind: partial(warmed_up, kind) for kind in arms})
         situation.take_turns(turns, rounds * ROUND, tick)
 
-    def _filled(self, kind: str, tokens: int, batch: int, dtype: mx.Dtype) -> List[Any]:
+    def _filled(self, kind: str, tokens: int, batch: int, dtype: mx.Dtype) -> list[Any]:
         """A filled cache for every layer. All rows of a batch are alike."""
         layer, caches = self.layer, []
         for _ in range(self.layers):
@@ -151,11 +169,12 @@ def _like_a_models(spec: CodecSpec, kv_heads: int) -> KVCodec:
     bias = KeyBias(mx.random.normal(shape), nn.RoPE(spec.head_dim))
     if spec.segments == 1:
         return KVCodec(spec, balance, bias)
-    rms = [mx.exp(mx.random.normal(shape)) for _ in range(2)]
-    return KVCodec(spec, balance, bias, layout(*rms, None), query_squares(*rms, None))
+    keys, queries = (mx.exp(mx.random.normal(shape)) for _ in range(2))
+    cut, squares = layout(keys, queries, None), query_squares(keys, queries, None)
+    return KVCodec(spec, balance, bias, cut, squares)
 
 
-def _one_call(caches: List[Any], query: mx.array, token: mx.array) -> Callable[[], float]:
+def _one_call(caches: list[Any], query: mx.array, token: mx.array) -> Callable[[], float]:
     """Times a step of one layer, from the call in Python to the result; another layer each time."""
     turn = itertools.cycle(caches)
 
@@ -168,7 +187,7 @@ def _one_call(caches: List[Any], query: mx.array, token: mx.array) -> Callable[[
     return run
 
 
-def _one_chain(caches: List[Any], query: mx.array, token: mx.array) -> Callable[[], float]:
+def _one_chain(caches: list[Any], query: mx.array, token: mx.array) -> Callable[[], float]:
     """Times a layer in a chain of all: each one's output is the query of the next.
 
     Only the evaluation is timed: while a model generates, Python prepares a step during

@@ -2,8 +2,13 @@
 
 import re
 import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar
+from typing import (
+    Any,
+    NamedTuple,
+    TypeVar,
+)
 
 import mlx.core as mx
 
@@ -59,7 +64,7 @@ class Sample(NamedTuple):
 
     seconds: float
     cache_bytes: int
-    peak_bytes: Optional[int] = None
+    peak_bytes: int | None = None
 
 
 @dataclass
@@ -86,13 +91,13 @@ class Measurement:
     dtype: str
     cache: str
     processed: int
-    first: Optional[float] = None
-    samples: List[float] = field(default_factory=list)
+    first: float | None = None
+    samples: list[float] = field(default_factory=list)
     cache_bytes: int = 0
-    peak_bytes: Optional[int] = None
+    peak_bytes: int | None = None
 
     @property
-    def seconds(self) -> Optional[Timing]:
+    def seconds(self) -> Timing | None:
         """Of the samples; None as long as there are none."""
         return Timing.of(self.samples) if self.samples else None
 
@@ -117,10 +122,10 @@ class Results:
         kept: how many of ``measurements`` and of ``skipped`` are from these.
     """
 
-    measurements: List[Measurement] = field(default_factory=list)
-    skipped: List[Skipped] = field(default_factory=list)
-    done: List[str] = field(default_factory=list)
-    kept: Tuple[int, int] = (0, 0)
+    measurements: list[Measurement] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+    kept: tuple[int, int] = (0, 0)
 
     def finish(self, title: str) -> None:
         """Note that a job has come to its end."""
@@ -140,13 +145,13 @@ class Situation:
     ):
         self.results, self.part, self.tokens, self.batch = results, part, tokens, batch
         self.dtype, self.processed = dtype_name(dtype), processed
-        self._measurements: Dict[str, Measurement] = {}
+        self._measurements: dict[str, Measurement] = {}
 
     def skip(self, cache: str, reason: str) -> None:
         """Note that ``cache`` is not measured."""
         self.results.skipped.append(Skipped(self.part, self.tokens, self.batch, cache, reason))
 
-    def attempt(self, cache: str, run: Callable[[], T]) -> Optional[T]:
+    def attempt(self, cache: str, run: Callable[[], T]) -> T | None:
         """What ``run()`` returns, or None if a cache of mlx-lm's fails, which is noted.
 
         MLX has no quantised products of some shapes on some devices, and uncompressed
@@ -160,7 +165,7 @@ class Situation:
             self.skip(cache, _reason(error))
             return None
 
-    def attempt_all(self, runs: Mapping[str, Callable[[], T]]) -> Dict[str, T]:
+    def attempt_all(self, runs: Mapping[str, Callable[[], T]]) -> dict[str, T]:
         """What each of ``runs``, by cache, returns; those that fail are left out."""
         made = {cache: self.attempt(cache, run) for cache, run in runs.items()}
         return {cache: value for cache, value in made.items() if value is not None}
@@ -181,7 +186,8 @@ class Situation:
             arms: by cache; each does its work once.
             tick: called after each round.
         """
-        arms, firsts = dict(arms), {}
+        arms = dict(arms)
+        firsts: dict[str, float] = {}
         for turn in range(rounds):
             for cache, arm in list(arms.items()):
                 every = 1
@@ -225,7 +231,7 @@ def dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-def too_large(needed: int) -> Optional[str]:
+def too_large(needed: int) -> str | None:
     """Why ``needed`` more bytes are too many for this machine, or None."""
     room = ROOM * mx.get_memory_limit() - mx.get_active_memory()
     if needed <= room:
@@ -233,7 +239,7 @@ def too_large(needed: int) -> Optional[str]:
     return f"needs about {needed / 2**30:.1f} GiB, and {max(0, room) / 2**30:.1f} GiB are free"
 
 
-def quantized_group(head_dim: int) -> Optional[int]:
+def quantized_group(head_dim: int) -> int | None:
     """The group size of mlx-lm's QuantizedKVCache for heads of this size, or None."""
     return next((group for group in (64, 32) if head_dim % group == 0), None)
 

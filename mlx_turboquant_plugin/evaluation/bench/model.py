@@ -2,9 +2,10 @@
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,9 +13,22 @@ import mlx.nn as nn
 from ...codecs.byte_matrix import constants
 from ..runs import compressed, compressed_prompt_cache, kv_bytes, prompt_cache, table_bytes
 from . import prompts
-from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, ROUND
-from .measurement import NotMeasured, Results, Sample, Situation, dtype_name, filled
-from .measurement import quantized_group, slow_when_quantized, too_large
+from .measurement import (
+    BATCH_KVCACHE,
+    COMPRESSED,
+    KVCACHE,
+    QUANTIZED,
+    ROUND,
+    NotMeasured,
+    Results,
+    Sample,
+    Situation,
+    dtype_name,
+    filled,
+    quantized_group,
+    slow_when_quantized,
+    too_large,
+)
 
 # A prompt with mlx-lm's quantised caches is left when it takes so many times as long as
 # KVCache's first: without kernels for it, it could take many minutes.
@@ -88,7 +102,7 @@ class ModelBench:
         situation = Situation(results, "prefill", tokens, batch, self.dtype, sum(lengths))
         rows = [mx.random.randint(0, self.vocabulary, (length,)) for length in lengths]
         mx.eval(rows)
-        arms: Dict[str, Callable[[], Sample]] = {}
+        arms: dict[str, Callable[[], Sample]] = {}
         limit = math.inf
         for kind in self._possible(situation, 1.1 * sum(lengths)):
             arm = partial(self._prefill, kind, rows, chunk, limit)
@@ -103,7 +117,7 @@ class ModelBench:
         tick()
         situation.take_turns(arms, rounds, tick)
 
-    def _prefill(self, kind: str, rows: List[mx.array], chunk: int, limit: float) -> Sample:
+    def _prefill(self, kind: str, rows: list[mx.array], chunk: int, limit: float) -> Sample:
         """Process prompts once; a quantised cache has ``limit`` seconds for it."""
         before = _fresh_peak()
 
@@ -124,7 +138,7 @@ class ModelBench:
         size = kv_bytes(caches) + table_bytes(caches)
         return Sample(seconds, size, mx.get_peak_memory() - before)
 
-    def _possible(self, situation: Situation, tokens: float) -> List[str]:
+    def _possible(self, situation: Situation, tokens: float) -> list[str]:
         """The kinds that fit, with ``tokens`` in all, and that don't take hours.
 
         mlx-lm has no batches of quantised caches.
@@ -140,19 +154,18 @@ class ModelBench:
             reason = "mlx-lm can't quantise heads of this size"
         elif slow_when_quantized(self.dtype):
             reason = (
-                f"many times slower in {dtype_name(self.dtype)} on a CPU: try "
-                "--model-dtype float32"
+                f"many times slower in {dtype_name(self.dtype)} on a CPU: try --model-dtype float32"
             )
         else:
             return [KVCACHE, QUANTIZED, COMPRESSED]
         situation.skip(QUANTIZED, reason)
         return [KVCACHE, COMPRESSED]
 
-    def _group(self) -> Optional[int]:
+    def _group(self) -> int | None:
         groups = {quantized_group(dim) for heads in self.layers for dim in heads[1:]}
         return None if None in groups else min(groups)
 
-    def _caches(self, kind: str) -> List[Any]:
+    def _caches(self, kind: str) -> list[Any]:
         if kind == COMPRESSED:
             return compressed_prompt_cache(self.model)
         caches = prompt_cache(self.model)
@@ -160,7 +173,7 @@ class ModelBench:
             return [c.to_quantized(group_size=self._group(), bits=self.kv_bits) for c in caches]
         return caches
 
-    def _filled(self, kind: str, tokens: int, batch: int) -> Tuple[List[Any], int]:
+    def _filled(self, kind: str, tokens: int, batch: int) -> tuple[list[Any], int]:
         """Full caches, and the bytes of their tables."""
         with self._patched(kind):
             caches = self._caches(kind)
@@ -190,7 +203,7 @@ class ModelBench:
 
         return turn
 
-    def _decode(self, kind: str, caches: List[Any], batch: int) -> float:
+    def _decode(self, kind: str, caches: list[Any], batch: int) -> float:
         """Seconds of a step. As mlx-lm does it: while one is computed the next is prepared."""
         with self._patched(kind):
 

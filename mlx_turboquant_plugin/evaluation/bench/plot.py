@@ -1,9 +1,10 @@
 """Speed and memory against length, as a PNG. Needs matplotlib, which is an extra."""
 
 import io
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, NamedTuple
 
 from ...rules import SettingsError
 from ..arguments import write
@@ -90,7 +91,7 @@ def check() -> None:
         )
 
 
-def draw(path: Path, notes: Dict[str, Any], results: Results) -> None:
+def draw(path: Path, notes: dict[str, Any], results: Results) -> None:
     """Draw what was measured to the file ``path``, a PNG.
 
     Raises:
@@ -123,7 +124,7 @@ def draw(path: Path, notes: Dict[str, Any], results: Results) -> None:
 
 
 def _panel(
-    axes: Any, panel: Panel, measured: List[Measurement], kinds: List[Tuple[str, int]]
+    axes: Any, panel: Panel, measured: list[Measurement], kinds: list[tuple[str, int]]
 ) -> None:
     for index, kind in enumerate(kinds):
         style = LINES[index % len(LINES)] + MARKERS[index % len(MARKERS)]
@@ -154,12 +155,16 @@ def _panel(
     axes.grid(alpha=0.3)
 
 
-def in_words(panel: Panel, measured: List[Measurement]) -> List[str]:
+def in_words(panel: Panel, measured: list[Measurement]) -> list[str]:
     """A line for each uncompressed cache: how the compressed one compares, least to most."""
     found = []
     for other in (KVCACHE, BATCH_KVCACHE):
         theirs, ours = (
-            {(m.tokens, m.dtype, m.batch): panel.figure(m).value for m in measured if m.cache == cache}
+            {
+                (m.tokens, m.dtype, m.batch): panel.figure(m).value
+                for m in measured
+                if m.cache == cache
+            }
             for cache in (other, COMPRESSED)
         )
         ratios = [

@@ -1,14 +1,15 @@
 """Processing prompts with mlx-lm's own loops, up to the first token that follows each."""
 
+from collections.abc import Callable
 from contextlib import closing
-from typing import Any, Callable, List
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import BatchGenerator, generate_step
 
 
-def lengths(longest: int, batch: int) -> List[int]:
+def lengths(longest: int, batch: int) -> list[int]:
     """Tokens of each prompt of a batch, spread evenly from an eighth of ``longest`` up to it."""
     if batch == 1:
         return [longest]
@@ -19,10 +20,10 @@ def lengths(longest: int, batch: int) -> List[int]:
 def process_one(
     model: nn.Module,
     prompt: mx.array,
-    caches: List[Any],
+    caches: list[Any],
     chunk: int,
     progress: Callable[[int, int], None],
-) -> List[Any]:
+) -> list[Any]:
     """Process ``prompt`` (T,) as ``mlx_lm.generate`` does; returns ``caches``, filled.
 
     Args:
@@ -44,8 +45,8 @@ def process_one(
 
 
 def process_batch(
-    model: nn.Module, prompts: List[mx.array], caches: List[List[Any]], chunk: int
-) -> List[Any]:
+    model: nn.Module, prompts: list[mx.array], caches: list[list[Any]], chunk: int
+) -> list[Any]:
     """Process ragged prompts as ``mlx_lm.server`` does; returns the caches of all rows, filled.
 
     A row leaves the batch once its first token is known. Its caches are kept as the server
@@ -59,8 +60,9 @@ def process_batch(
         model, max_tokens=1, prefill_batch_size=len(prompts), prefill_step_size=chunk
     )
     with closing(generator):
-        generator.insert([prompt.tolist() for prompt in prompts], caches=caches)
-        done: List[Any] = []
+        tokens: list[Any] = [prompt.tolist() for prompt in prompts]
+        generator.insert(tokens, caches=caches)
+        done: list[Any] = []
         while responses := generator.next_generated():
             for response in responses:
                 done += response.prompt_cache

@@ -1,8 +1,9 @@
 """The results as a table and as JSON."""
 
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from .measurement import Measurement, Results
 
@@ -25,7 +26,7 @@ class Column(NamedTuple):
     value: Callable[[Measurement, Measurement], Any]
 
 
-def as_json(notes: Dict[str, Any], results: Results) -> Dict[str, Any]:
+def as_json(notes: dict[str, Any], results: Results) -> dict[str, Any]:
     """Everything, as what :mod:`json` can write: seconds and bytes."""
     report = {"notes": notes, **asdict(results)}
     for row, m in zip(report["measurements"], results.measurements):
@@ -33,7 +34,7 @@ def as_json(notes: Dict[str, Any], results: Results) -> Dict[str, Any]:
     return report
 
 
-def lines(notes: Dict[str, Any], results: Results) -> Iterator[str]:
+def lines(notes: dict[str, Any], results: Results) -> Iterator[str]:
     """The table, a line at a time."""
     yield (
         f"{notes['device']}, kernel {notes['kernel']}; compressed: "
@@ -69,7 +70,7 @@ def lines(notes: Dict[str, Any], results: Results) -> Iterator[str]:
         )
 
 
-def _table(part: str, measured: List[Measurement]) -> Iterator[str]:
+def _table(part: str, measured: list[Measurement]) -> Iterator[str]:
     columns = COLUMNS[part]
     yield " ".join(f"{column.title:>{column.width}}" for column in columns)
     groups = defaultdict(list)
@@ -86,16 +87,16 @@ def _cell(column: Column, m: Measurement, base: Measurement) -> str:
     return "-" if value is None else format(value, column.style)
 
 
-def _median(m: Measurement) -> Optional[float]:
-    return m.seconds and m.seconds.median
+def _median(m: Measurement) -> float | None:
+    return m.seconds.median if m.seconds else None
 
 
-def _ratio(value: Callable[[Measurement], Optional[float]]) -> Callable:
+def _ratio(value: Callable[[Measurement], float | None]) -> Callable:
     """How many times the first one's ``value`` is this one's."""
     return lambda m, base: value(base) / value(m) if value(base) and value(m) else None
 
 
-def _scaled(value: Callable[[Measurement], Optional[float]], factor: float) -> Callable:
+def _scaled(value: Callable[[Measurement], float | None], factor: float) -> Callable:
     return lambda m, base: None if value(m) is None else factor * value(m)
 
 
@@ -114,7 +115,7 @@ TIMES = [
     Column("spread", 7, ".1%", lambda m, base: m.seconds and m.seconds.spread),
     Column("speed", 6, ".2f", _ratio(_median)),
 ]
-MEANS = [Column("means", 6, ".2f", _ratio(lambda m: m.seconds and m.seconds.mean))]
+MEANS = [Column("means", 6, ".2f", _ratio(lambda m: m.seconds.mean if m.seconds else None))]
 THROUGHPUT = [
     Column("tokens/s", 9, ".1f", lambda m, base: m.seconds and m.processed / m.seconds.median)
 ]

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 from ...rules import SettingsError
 from ..arguments import write
@@ -13,12 +13,12 @@ from .report import as_json
 CHANGING = {"fallbacks"}
 
 
-def save(path: Path, notes: Dict[str, Any], results: Results) -> None:
+def save(path: Path, notes: dict[str, Any], results: Results) -> None:
     """Write everything that was found so far."""
     write(path, json.dumps(as_json(notes, results), indent=2) + "\n")
 
 
-def resume(path: Path, notes: Dict[str, Any]) -> Results:
+def resume(path: Path, notes: dict[str, Any]) -> Results:
     """What an earlier run with the same ``notes`` has saved; nothing if there is no file yet.
 
     Raises:
@@ -43,14 +43,16 @@ def resume(path: Path, notes: Dict[str, Any]) -> Results:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(
-            f"--resume: {str(path)!r} is not what bench --json writes ({error!r}): name another file"
+            f"--resume: {str(path)!r} is not what bench --json writes ({error!r}): name "
+            "another file"
         ) from error
     # As JSON gives it back.
     now = json.loads(json.dumps(notes))
     for name in {**before, **now}:
         if name not in CHANGING and before.get(name) != now.get(name):
             raise SettingsError(
-                f"--resume: {str(path)!r} was measured with {name} {before.get(name)!r}, and now it is "
-                f"{now.get(name)!r}: use the same arguments on the same machine, or another file"
+                f"--resume: {str(path)!r} was measured with {name} {before.get(name)!r}, and now "
+                f"it is {now.get(name)!r}: use the same arguments on the same machine, or another "
+                "file"
             )
     return results

@@ -1,14 +1,15 @@
 """Models that can be measured without their weights."""
 
 from importlib import import_module
-from typing import Any, Dict
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+
+from ...models.projections import weights_of
 
 # What mlx-lm's loader reads from a config.json.
-SHAPES: Dict[str, Dict[str, Any]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": {
         "model_type": "qwen3",
         "hidden_size": 4096,
@@ -65,7 +66,7 @@ def random_model(shape: str) -> nn.Module:
     _set_biases(model, config["hidden_size"] // config["num_attention_heads"])
     model.set_dtype(mx.bfloat16)
     # One by one, or all of them would be there in float32 for a while.
-    for _, weights in tree_flatten(model.parameters()):
+    for _, weights in weights_of(model):
         mx.eval(weights)
     return model
 
