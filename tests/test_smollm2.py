@@ -1,8 +1,8 @@
 """What the default settings cost a real model."""
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
+import tiny
 
 from mlx_turboquant_plugin.evaluation import smollm2, texts
 from mlx_turboquant_plugin.evaluation.runs import (
@@ -21,10 +21,7 @@ pytestmark = [
 def test_the_logits_stay_close_over_2048_tokens():
     model, tokenizer = smollm2.load(smollm2.source())
     model.set_dtype(mx.float32)
-    for _, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            # The same numbers; MLX's BLAS on Linux is twice as fast with columns that lie together.
-            module.weight = mx.contiguous(module.weight.T).T
+    tiny.by_columns(model)
     tokens = mx.array(texts.read_text_file(None, tokenizer)[:2048])
     exact = prompt_cache(model)
     with compressed(preset="default", invariant=True):

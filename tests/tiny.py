@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 from mlx_lm.models import cache as mlx_lm_cache
 
@@ -21,8 +22,16 @@ def load(name):
     """(model in fp32, tokenizer), loaded once in a test run: tests must not change them."""
     model, tokenizer = mlx_lm.load(str(PATHS[name]))
     model.set_dtype(mx.float32)
-    mx.eval(model.parameters())
+    by_columns(model)
     return model, tokenizer
+
+
+def by_columns(model):
+    """Have the columns of weights lie together: MLX's BLAS on Linux is twice as fast then."""
+    for _, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight = mx.contiguous(module.weight.T).T
+    mx.eval(model.parameters())
 
 
 def text_tokens(tokenizer, length):
