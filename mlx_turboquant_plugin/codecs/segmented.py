@@ -10,8 +10,6 @@ Levels are uniform. As bytes, they begin with the code and go on with a one and 
 of all bytes that begin so: no table, and the same function for any number of bits.
 """
 
-import functools
-
 import mlx.core as mx
 import numpy as np
 
@@ -55,7 +53,12 @@ class Segmented:
         second = 8 - first
         # Of both segments, (H, 2, 1, 1) or (2, 1, 1).
         bits = np.stack([first, second], axis=min(1, first.ndim)).reshape(*first.shape[:1], 2, 1, 1)
-        self._bits = mx.array(bits.astype(np.uint8))
+        counts = 2.0**bits
+        # How far levels are apart at size 1, how many are below 0, and the last code.
+        self._step, self._below, self._last = (
+            mx.array(x.astype(np.float32))
+            for x in (256 / counts / UNIT, OFFSET * counts / 256, counts - 1)
+        )
         self._shift = mx.array(np.vectorize(SHIFTS.get)(bits).astype(np.float32))
         self._feedback = feedback
         self._second = mx.array(second.astype(np.uint8))
@@ -69,8 +72,7 @@ class Segmented:
     def encode(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The codes of ``x``, fp32 (..., T, D)."""
         segments = mx.stack([*mx.split(x, 2, axis=-1)], axis=-3)
-        coded = functools.partial(_coded, bits=self._bits)
-        codes, scale = searched(segments, coded, self._shift)
+        codes, scale = searched(segments, self._coded, self._shift)
         if self._feedback is not None:
             codes = self._with_feedback(segments, size_of(scale), self._feedback)
         first, second = (codes[..., segment, :, :] for segment in range(2))
@@ -81,12 +83,19 @@ class Segmented:
         codes = []
         for first in range(0, x.shape[-1], FEEDBACK_BLOCK):
             own, x = x[..., :FEEDBACK_BLOCK], x[..., FEEDBACK_BLOCK:]
-            found, values = _coded(own, size, self._bits)
+            found, values = self._coded(own, size)
             codes.append(found)
             if x.shape[-1]:
                 after = first + FEEDBACK_BLOCK
                 x = x + (values - own) @ feedback[..., first:after, after:]
         return mx.concatenate(codes, axis=-1)
+
+    def _coded(self, x: mx.array, size: mx.array) -> tuple[mx.array, mx.array]:
+        """Codes of the levels nearest to ``x``, and what they stand for; see :func:`searched`."""
+        step = size * self._step
+        codes = mx.clip(mx.floor(x / step + self._below), 0, self._last)
+        # The middles of the bytes that begin with the codes.
+        return codes.astype(mx.uint8), (codes + (0.5 - self._below)) * step
 
     def decode(self, codes: tuple[mx.array, mx.array]) -> mx.array:
         """The vectors, fp32 (..., T, D) and still rotated, that token-major ``codes`` stand for."""
@@ -125,12 +134,3 @@ class Segmented:
         """
         widths = size_of(mx.expand_dims(scale, -2)) * (1 / UNIT)
         return mx.sum(multiply(q, levels, OFFSET) * widths, axis=-3)
-
-
-def _coded(x: mx.array, size: mx.array, bits: mx.array) -> tuple[mx.array, mx.array]:
-    """Codes of the levels nearest to ``x``, and what they stand for; see :func:`searched`."""
-    width = size * (1 / UNIT)
-    count = mx.power(2.0, bits.astype(mx.float32))
-    codes = mx.clip(mx.floor((x / width + OFFSET) * (count / 256)), 0, count - 1)
-    # The middles of the bytes that begin with the codes.
-    return codes.astype(mx.uint8), ((codes + 0.5) * (256 / count) - OFFSET) * width
