@@ -135,6 +135,9 @@ class AttendedCache(_BaseCache):
         by_view, alone = self.reading.by_view, self.reading.alone
         several = self.view.queries > 1
         if self.read and alone[several] is None:
+            if outputs is None:
+                # It updates the cache once more: what it returns will tell.
+                return
             alone[several] = not _made_of(self.fetched, outputs)
         if by_view[several] is None:
             by_view[several] = bool(self.read and alone[several])
