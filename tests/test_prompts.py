@@ -15,7 +15,7 @@ from test_attention import Case
 
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin import reference
-from mlx_turboquant_plugin.attention import dispatch, layout, pacing
+from mlx_turboquant_plugin.attention import dispatch, fused, layout, pacing
 from mlx_turboquant_plugin.cache import CompressedKVCache, Visibility
 
 PATHS = {"tiles": ("eager", False), "compiled": ("compiled", False), "dequantized": ("eager", True)}
@@ -165,7 +165,9 @@ def test_masks_of_prompts_are_freed_by_steps(monkeypatch):
     layout.combined_mask([row], 100, "causal", [0], mx.float32)
     kept = layout._visible((row,), 100, True, mx.float32)
     assert layout._visible((row,), 100, True, mx.float32) is kept
-    layout.forget_masks()
+    cache = CompressedKVCache()
+    view = cache.append(*mx.zeros((2, 1, 1, 1, 64)))
+    fused.problem_of_view(mx.zeros((1, 1, 1, 64)), view, 1.0)
     assert layout._visible((row,), 100, True, mx.float32) is not kept
 
 

@@ -12,7 +12,6 @@ from ..kernels import FUSED
 from .dequantized import attend_dequantized, attend_packed_dequantized, attend_rows_dequantized
 from .function import AttentionFunctions, attention_functions
 from .fused import MAX_QUERIES, attend_fused, fall_back, problem_of_rows, problem_of_view
-from .layout import forget_masks
 from .masks import Mask, checked
 from .packed import attend_packed
 from .tiles import attend_tiles
@@ -54,7 +53,7 @@ def attend(
         rotates, count = view.ring is not None, queries.shape[2]
     else:
         out = _attend_single(original, queries, view, scale, mask, sinks)
-        rotates, count = view.ring is not None, view.end - view.start
+        rotates, count = view.plan.ring is not None, view.plan.queries
     if rotates or count > ROLLBACK:
         # Some of what the cache holds now no query reads, and later another thread may want it.
         out = mx.depends(out, cache.arrays)
@@ -64,19 +63,21 @@ def attend(
 def _attend_single(
     original: Callable, queries: mx.array, view: View, scale: float, mask: Mask, sinks
 ) -> mx.array:
-    if view.ring is not None and view.knows(mask):
+    if view.plan.knows(mask):
         mask = "causal" if queries.shape[2] > 1 else None
     else:
         view = view.whole
-    mask = checked(mask, queries, view.columns)
+    if mask is not None:
+        mask = checked(mask, queries, view.plan.columns)
     return _attend_view(original, queries, view, scale, mask, sinks)
 
 
 def _attend_view(
     original: Callable, queries: mx.array, view: View, scale: float, mask: Mask, sinks
 ) -> mx.array:
-    count = view.end - view.start
-    if view.coded == view.first_coded and not view.forgets:
+    plan = view.plan
+    count = plan.queries
+    if plan.coded == plan.first_coded and not plan.forgets:
         # Nothing is compressed yet: this is mlx-lm's own result, bit for bit.
         keys, values = view.laid_out or view.keys_and_values()
         return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=sinks)
@@ -85,7 +86,6 @@ def _attend_view(
         if missing is None:
             out = attend_fused(view.kernel, problem_of_view(queries, view, scale))
             if out is not None:
-                forget_masks()
                 return out
         else:
             fall_back(view.kernel, missing)
@@ -149,7 +149,6 @@ def _attend_packed(
         if missing is None:
             out = attend_fused(rows.kernel, problem_of_rows(queries, rows, scale))
             if out is not None:
-                forget_masks()
                 return out
         else:
             fall_back(rows.kernel, missing)

@@ -7,18 +7,21 @@ in ``kernels``; long blocks of queries and array masks are served by tiles.
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..cache.exact import ExactTokens
 from ..cache.packed import PackedRows
+from ..cache.passes import StepPlan
 from ..cache.view import View
-from ..cache.visibility import Ring, Visibility
+from ..cache.visibility import Visibility
 from ..codecs.kv_codec import Codes, KVCodec
 from ..kernels import fused_kernel, unsupported
 from ..log import log_once
+from ..per_thread import cached_per_thread
+from .layout import forget_masks
 
 # Speculative decoding verifies a few tokens at once; more are better served by tiles.
 MAX_QUERIES = 8
@@ -43,6 +46,7 @@ class Problem(NamedTuple):
             if not older than itself. Counted like this they repeat: arrays of numbers
             are costly to make on some devices.
         scale: what scores are multiplied by.
+        shared: what kernels have made of the positions for all layers, under keys of their own.
     """
 
     codec: KVCodec
@@ -54,6 +58,7 @@ class Problem(NamedTuple):
     first_coded: int
     bounds: mx.array
     scale: float
+    shared: dict[Any, Any]
 
 
 def attend_fused(kernel: str, problem: Problem) -> mx.array | None:
@@ -98,53 +103,46 @@ def fallbacks_heard() -> Iterator[list[str]]:
 
 def problem_of_view(queries: mx.array, view: View, scale: float) -> Problem:
     """The newest tokens of one cache: ``queries`` (B, H_q, N, D), with a causal mask."""
+    plan = view.plan
     return Problem(
         view.codec,
         queries,
         view.exact_tokens,
-        view.sinks,
+        plan.sinks,
         view.key_codes,
         view.value_codes,
-        view.first_coded,
-        _bounds_of_view(
-            queries.shape[0],
-            view.start,
-            view.end,
-            view.exact_start,
-            view.first_coded,
-            view.coded,
-            view.visibility,
-            view.ring,
-        ),
+        plan.first_coded,
+        _bounds_of_view(plan, queries.shape[0]),
         scale,
+        plan.shared,
     )
 
 
-# All layers ask for the same.
-@functools.lru_cache(maxsize=4)
-def _bounds_of_view(
-    batch: int,
-    start: int,
-    end: int,
-    exact_start: int,
-    first_coded: int,
-    coded: int,
-    visibility: Visibility,
-    ring: Ring | None,
-) -> mx.array:
+def _bounds_of_view(plan: StepPlan, batch: int) -> mx.array:
+    known = plan.shared.get(("bounds", batch))
+    if known is not None:
+        return known
+    # A step has begun that needs none of a prompt's masks.
+    forget_masks()
     bounds = []
-    for position in range(start, end):
-        hidden, oldest = 0, visibility.sinks
-        if ring is not None:
-            hidden, oldest = ring.oldest(start, position - start)
-        exact_from = max(oldest, exact_start, visibility.exact_from(position))
-        first_code = max(0, oldest - first_coded)
-        bounds.append(_bound(hidden, first_code, exact_from, coded, end))
-    return _bounds_array((tuple(bounds),) * batch)
+    for position in range(plan.start, plan.end):
+        hidden, oldest = plan.oldest(position - plan.start)
+        exact_from = max(oldest, plan.exact_start, plan.visibility.exact_from(position))
+        first_code = max(0, oldest - plan.first_coded)
+        bounds.append(_bound(hidden, first_code, exact_from, plan.coded, plan.end))
+    known = plan.shared["bounds", batch] = _bounds_array((tuple(bounds),) * batch)
+    return known
 
 
 def problem_of_rows(queries: mx.array, rows: PackedRows, scale: float) -> Problem:
     """The newest token of every row of a batch: ``queries`` (B, H_q, 1, D)."""
+    bounds, shared = _plan_of_rows(
+        rows.lengths,
+        rows.exact_start,
+        rows.exact_tokens.count,
+        max(rows.coded),
+        rows.visibility,
+    )
     return Problem(
         rows.codec,
         queries,
@@ -153,21 +151,28 @@ def problem_of_rows(queries: mx.array, rows: PackedRows, scale: float) -> Proble
         rows.key_codes,
         rows.value_codes,
         0,
-        _bounds_of_rows(rows.lengths, rows.exact_start, max(rows.coded), rows.visibility),
+        bounds,
         scale,
+        shared,
     )
 
 
-# All layers ask for the same.
-@functools.lru_cache(maxsize=4)
-def _bounds_of_rows(
-    lengths: tuple[int, ...], exact_start: tuple[int, ...], coded: int, visibility: Visibility
-) -> mx.array:
+# All layers ask for the same. By thread, as is what kernels make of it.
+@cached_per_thread(maxsize=4)
+def _plan_of_rows(
+    lengths: tuple[int, ...],
+    exact_start: tuple[int, ...],
+    held: int,
+    coded: int,
+    visibility: Visibility,
+) -> tuple[mx.array, dict[Any, Any]]:
+    """The bounds of a :class:`Problem` and an empty ``shared``."""
+    forget_masks()
     bounds = []
     for length, start in zip(lengths, exact_start):
         exact_from = max(visibility.exact_from(length - 1), start)
         bounds.append((_bound(0, visibility.sinks, exact_from, coded, length),))
-    return _bounds_array(tuple(bounds))
+    return _bounds_array(tuple(bounds)), {}
 
 
 def _bound(

@@ -17,7 +17,7 @@ from ..per_thread import release
 from . import state as saved
 from .copies import shared, unpickled
 from .exact import ExactTokens
-from .passes import plan_pass, plan_step
+from .passes import StepPlan, plan_pass, plan_step, plan_view
 from .reading import AttendedCache
 from .shapes import check_shapes
 from .transaction import AllOrNothing
@@ -144,19 +144,27 @@ class CompressedKVCache(AttendedCache):
         count, end, steady = shape[2], start + shape[2], self.kernel in STEADY
         if is_prompt is None:
             is_prompt = self.visibility.is_prompt(count)
-        step = plan_step(self.visibility, steady, self.coded, exact.count, start, end)
-        # No query of a step reads what is forgotten after it.
-        is_step = count <= ROLLBACK and not is_prompt
-        drop = step.forgettable if is_step else 0
-        self.exact_tokens = exact.grown(keys, values, step.sinks, drop)
+        step = plan_step(
+            self.visibility,
+            self.ring,
+            steady,
+            self.first_coded,
+            self.coded,
+            exact.count,
+            start,
+            end,
+            is_prompt,
+        )
+        self.exact_tokens = exact.grown(keys, values, step.sinks, step.drop)
         self._offset = end
         if is_prompt and self.ring is None and self._fuses(keys, values):
             view = self._pass(start, keys, values)
             if view is not None:
                 return view
-        self.encode(step.encode_to)
-        view = self._view(start, is_prompt)
-        self._forget(is_step)
+        if step.encode_to > self.coded:
+            self.encode(step.encode_to)
+        view = self._view(step.plan)
+        self._forget(count <= ROLLBACK and not is_prompt)
         return view
 
     def _fuses(self, keys: mx.array, values: mx.array) -> bool:
@@ -184,7 +192,7 @@ class CompressedKVCache(AttendedCache):
         if plan is None:
             return None
         self._check_codec()
-        view = self._view(start, True)
+        view = self._view(self._plan(start, True))
         older = self.exact_tokens.before(keys.shape[2])
         tokens = Tokens(older, (keys, values), *codes, self.first_coded)
         done = run_pass(self.kernel, self.codec, tokens, plan)
@@ -300,20 +308,22 @@ class CompressedKVCache(AttendedCache):
             return (self.view or self.newest_view()).keys_and_values()
         return self.exact_tokens.keys, self.exact_tokens.values
 
-    def _view(self, start: int, is_prompt: bool = False) -> View:
+    def _view(self, plan: StepPlan) -> View:
         return View(
-            self.codec,
+            self.codec, self.kernel, self.exact_tokens, self.key_codes, self.value_codes, plan
+        )
+
+    def _plan(self, start: int, is_prompt: bool = False) -> StepPlan:
+        """What the queries from position ``start`` on see."""
+        return plan_view(
             self.visibility,
-            self.kernel,
-            self.exact_tokens,
-            self.key_codes,
-            self.value_codes,
+            self.ring,
             self.first_coded,
             self.coded,
+            self.exact_tokens.count,
             start,
-            self.offset,
+            self._offset,
             is_prompt,
-            self.ring,
         )
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -324,7 +334,7 @@ class CompressedKVCache(AttendedCache):
 
     def newest_view(self) -> View:
         """What the newest token sees."""
-        return self._view(self.offset - 1)
+        return self._view(self._plan(self._offset - 1))
 
     def bind(
         self,

@@ -1,42 +1,154 @@
-"""Where tokens go when they come: counted once for all layers."""
+"""Where tokens go when they come, and who sees them then: counted once for all layers."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import mlx.core as mx
 
 from ..kernels.dequantize import Places
 from ..kernels.prompt import Plan
-from .visibility import Visibility
+from ..per_thread import cached_per_thread
+from .visibility import ROLLBACK, Ring, Visibility
+
+
+class StepPlan:
+    """What the queries of one pass see, which positions alone decide.
+
+    Args:
+        visibility, ring: who sees what exactly, and how far back; None for all the way.
+        first_coded, coded: there are codes of the positions ``first_coded``, ..., ``coded`` - 1.
+        held: how many exact tokens there are, those of the pass among them.
+        start, end: the position of the first query, and one more than that of the last.
+        is_prompt: whether all queries read exactly what the first does, see
+            :class:`Visibility`.
+
+    Attributes:
+        queries: how many there are.
+        sinks: how many of the exact tokens are sinks.
+        exact_start: the position of the first exact token after the sinks.
+        shared: what attention has made of it for all layers, under keys of its own.
+    """
+
+    def __init__(
+        self,
+        visibility: Visibility,
+        ring: Ring | None,
+        first_coded: int,
+        coded: int,
+        held: int,
+        start: int,
+        end: int,
+        is_prompt: bool,
+    ):
+        self.visibility, self.ring = visibility, ring
+        self.first_coded, self.coded = first_coded, coded
+        self.start, self.end, self.is_prompt = start, end, is_prompt
+        self.queries = end - start
+        self.sinks = min(visibility.sinks, end)
+        self.exact_start = end - (held - self.sinks)
+        self.shared: dict[Any, Any] = {}
+
+    def exact_from(self, position: int) -> int:
+        """The first position, after the sinks, that a query at ``position`` reads exactly.
+
+        After a long trim some tokens are only there as codes that would have been exact.
+        """
+        if self.is_prompt:
+            position = self.start
+        return max(self.visibility.exact_from(position), self.exact_start)
+
+    @property
+    def columns(self) -> int | None:
+        """See :meth:`CompressedKVCache.columns`."""
+        if self.ring is None:
+            return self.end
+        return self.ring.columns(self.start, self.queries)
+
+    @functools.cached_property
+    def forgets(self) -> bool:
+        """Whether some query sees less of the past than the first."""
+        return self.ring is not None and self.oldest(self.queries - 1)[0] > 0
+
+    def slot(self, position: int) -> int:
+        """Where a token from ``exact_start`` on stands among the exact ones."""
+        return position - self.exact_start + self.sinks
+
+    def oldest(self, query):
+        """Positions of the oldest sink and the oldest later token that a query sees.
+
+        Args:
+            query: the number of the query, or an array of such numbers.
+        """
+        if self.ring is None:
+            return 0, self.sinks
+        return self.ring.oldest(self.start, query)
+
+    def knows(self, mask: str | mx.array | None) -> bool:
+        """Whether ``mask`` is what a ring itself made for this pass."""
+        if self.ring is None:
+            return False
+        return mask is self.ring.mask(self.start, self.queries, isinstance(mask, mx.array))
+
+    @functools.cached_property
+    def whole(self) -> "StepPlan":
+        """The same, but all queries see as far back as the first."""
+        held = self.end - self.exact_start + self.sinks
+        ring = self.ring and self.ring._replace(whole=True)
+        parts = self.first_coded, self.coded, held, self.start, self.end, self.is_prompt
+        return StepPlan(self.visibility, ring, *parts)
+
+
+# By thread, as is what attention makes of it.
+plan_view = cached_per_thread(maxsize=16)(StepPlan)
 
 
 class Step(NamedTuple):
-    """What becomes of exact tokens when others come.
+    """What becomes of a cache when tokens come.
 
     Attributes:
-        sinks: how many of those that are there are sinks.
-        forgettable: how many after these no query needs from the end of the new ones on.
+        sinks: how many of the exact tokens that are there are sinks.
+        drop: how many after these go before the new ones come.
         encode_to: the position before which all need codes.
+        plan: what the queries of the new tokens see then.
     """
 
     sinks: int
-    forgettable: int
+    drop: int
     encode_to: int
+    plan: StepPlan
 
 
 # Counting takes longer than launching.
-@functools.lru_cache(maxsize=64)
+@cached_per_thread(maxsize=64)
 def plan_step(
-    visibility: Visibility, steady: bool, coded: int, held: int, start: int, end: int
+    visibility: Visibility,
+    ring: Ring | None,
+    steady: bool,
+    first_coded: int,
+    coded: int,
+    held: int,
+    start: int,
+    end: int,
+    is_prompt: bool,
 ) -> Step:
     """The step of the tokens start, ..., end - 1.
 
     Args:
-        steady, coded: see :func:`plan_pass`.
+        steady: see :func:`plan_pass`.
         held: the exact tokens that are there, without those that come.
+        visibility, ring, first_coded, coded, is_prompt: see :class:`StepPlan`.
     """
-    sinks = min(visibility.sinks, start)
-    exact_start = start - (held - sinks)
-    retained = min(visibility.retained_from(end, steady), coded)
-    return Step(sinks, max(0, retained - exact_start), visibility.exact_from(end - 1))
+    sinks, drop = min(visibility.sinks, start), 0
+    if end - start <= ROLLBACK and not is_prompt:
+        # No query of a step reads what is forgotten after it.
+        retained = min(visibility.retained_from(end, steady), coded)
+        drop = max(0, retained - (start - (held - sinks)))
+    encode_to = visibility.exact_from(end - 1)
+    if encode_to > max(coded, visibility.sinks):
+        coded = encode_to
+    held += end - start - drop
+    plan = plan_view(visibility, ring, first_coded, coded, held, start, end, is_prompt)
+    return Step(sinks, drop, encode_to, plan)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,12 +1,17 @@
 """What the attention of one forward pass reads from a cache."""
 
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from ..codecs.kv_codec import Codes, KVCodec
 from .exact import ExactTokens
-from .visibility import Ring, Visibility
+from .passes import StepPlan
+
+
+def _of_plan(name: str) -> Any:
+    return property(operator.attrgetter(f"plan.{name}"))
 
 
 class View(NamedTuple):
@@ -16,81 +21,25 @@ class View(NamedTuple):
         kernel: what runs the attention.
         exact_tokens: the sinks, then the positions ``exact_start``, ..., ``end`` - 1.
         key_codes, value_codes: of the positions ``first_coded``, ..., ``coded`` - 1.
-        start: position of the first query.
-        end: one more than the position of the last query.
-        is_prompt: whether all queries read exactly what the first does, see
-            :class:`Visibility`.
-        ring: how far back queries see, or None for all the way.
+        plan: who sees what of them; its attributes are the view's, too.
         laid_out: keys and values (B, H, T, D), sinks, decoded and exact tokens, if they
             have been put side by side already.
     """
 
     codec: KVCodec
-    visibility: Visibility
     kernel: str
     exact_tokens: ExactTokens
     key_codes: Codes
     value_codes: Codes
-    first_coded: int
-    coded: int
-    start: int
-    end: int
-    is_prompt: bool
-    ring: Ring | None = None
+    plan: StepPlan
     laid_out: tuple[mx.array, mx.array] | None = None
 
-    @property
-    def queries(self) -> int:
-        """The number of queries."""
-        return self.end - self.start
-
-    @property
-    def sinks(self) -> int:
-        return min(self.visibility.sinks, self.end)
-
-    @property
-    def exact_start(self) -> int:
-        """Position of the first exact token after the sinks."""
-        return self.end - (self.exact_tokens.count - self.sinks)
-
-    def exact_from(self, position: int) -> int:
-        """The first position, after the sinks, that a query at ``position`` reads exactly.
-
-        After a long trim some tokens are only there as codes that would have been exact.
-        """
-        if self.is_prompt:
-            position = self.start
-        return max(self.visibility.exact_from(position), self.exact_start)
-
-    @property
-    def columns(self) -> int | None:
-        """See :meth:`CompressedKVCache.columns`."""
-        if self.ring is None:
-            return self.end
-        return self.ring.columns(self.start, self.queries)
-
-    @property
-    def forgets(self) -> bool:
-        """Whether some query sees less of the past than the first."""
-        return self.ring is not None and self.oldest(self.end - 1 - self.start)[0] > 0
-
-    def slot(self, position: int) -> int:
-        """Where a token from ``exact_start`` on stands among the exact ones."""
-        return position - self.exact_start + self.sinks
-
-    def oldest(self, query):
-        """Positions of the oldest sink and the oldest later token that a query sees.
-
-        Args:
-            query: the number of the query, or an array of such numbers.
-        """
-        if self.ring is None:
-            return 0, self.sinks
-        return self.ring.oldest(self.start, query)
-
-    def knows(self, mask: str | mx.array | None) -> bool:
-        """Whether ``mask`` is what a ring itself made for this pass."""
-        return mask is self.ring.mask(self.start, self.queries, isinstance(mask, mx.array))
+    visibility, ring = _of_plan("visibility"), _of_plan("ring")
+    first_coded, coded = _of_plan("first_coded"), _of_plan("coded")
+    start, end, queries = _of_plan("start"), _of_plan("end"), _of_plan("queries")
+    is_prompt, forgets = _of_plan("is_prompt"), _of_plan("forgets")
+    sinks, exact_start = _of_plan("sinks"), _of_plan("exact_start")
+    exact_from, oldest, slot = _of_plan("exact_from"), _of_plan("oldest"), _of_plan("slot")
 
     @property
     def apart(self) -> "View":
@@ -100,9 +49,7 @@ class View(NamedTuple):
     @property
     def whole(self) -> "View":
         """The same, but all queries see as far back as the first."""
-        if self.ring is None:
-            return self
-        return self._replace(ring=self.ring._replace(whole=True))
+        return self if self.plan.ring is None else self._replace(plan=self.plan.whole)
 
     def exact(self, first: int, last: int) -> tuple[mx.array, mx.array]:
         """Exact keys and values of the sinks and of the positions first, ..., last - 1."""

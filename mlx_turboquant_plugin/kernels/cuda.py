@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
@@ -11,7 +11,7 @@ from ..per_thread import cached_per_thread
 from . import cuda_portable, cuda_source
 from .cuda_bias import rotary_array
 from .cuda_encode import encode
-from .cuda_layer import Kind, layer_of
+from .cuda_layer import Kind, Layer, layer_of
 from .cuda_source import BLOCKS, MERGE_THREADS, SPLIT_THREADS
 from .inputs import int_array
 
@@ -30,6 +30,18 @@ MOST_PARTS = 256
 __all__ = ["attend", "encode"]
 
 
+class Launch(NamedTuple):
+    """What a step of decoding launches for every layer of a kind.
+
+    Attributes:
+        attention: see :func:`_attention`.
+        numbers: its last inputs, which are about positions.
+    """
+
+    attention: Callable[..., tuple[mx.array, ...]]
+    numbers: tuple[mx.array, ...]
+
+
 def attend(problem: "Problem") -> mx.array:
     """Attention in two launches: (B, H_q, N, D_v) in the dtype of the queries."""
     codec, exact = problem.codec, problem.exact_tokens
@@ -39,20 +51,36 @@ def attend(problem: "Problem") -> mx.array:
     if unjoined is None or unjoined.drop > 1:
         # More than one go only after a trim or when several tokens come, and each number has
         # a trace of its own.
-        tokens, drop = [exact.keys, exact.values], 0
+        tokens, drop = (exact.keys, exact.values), 0
     else:
-        tokens, drop = list(unjoined[:4]), unjoined.drop
+        tokens, drop = unjoined[:4], unjoined.drop
     layer = layer_of(codec)
-    coded = problem.key_codes[-1].shape[-1]
-    inputs = [*tokens, *problem.key_codes, *problem.value_codes, problem.bounds, *layer.known]
-    inputs.append(int_array(problem.first_coded, drop))
-    if layer.table is not None:
-        inputs.append(rotary_array(layer.table, problem.first_coded + coded))
-    attention = _attention(layer.kind, problem.scale, problem.sinks, exact.count, drop, coded)
-    out, *joined = attention(layer.rotations, problem.queries, *inputs)
+    key = layer.kind, layer.table, problem.scale, len(tokens), drop
+    launch = problem.shared.get(key)
+    if launch is None:
+        launch = problem.shared[key] = _launch(problem, layer, drop)
+    out, *joined = launch.attention(
+        layer.rotations,
+        problem.queries,
+        *tokens,
+        *problem.key_codes,
+        *problem.value_codes,
+        *layer.known,
+        *launch.numbers,
+    )
     if joined:
         exact.join(*joined)
     return out
+
+
+def _launch(problem: "Problem", layer: Layer, drop: int) -> Launch:
+    coded = problem.key_codes[-1].shape[-1]
+    numbers = [problem.bounds, int_array(problem.first_coded, drop)]
+    if layer.table is not None:
+        numbers.append(rotary_array(layer.table, problem.first_coded + coded))
+    exact = problem.exact_tokens.count
+    attention = _attention(layer.kind, problem.scale, problem.sinks, exact, drop, coded)
+    return Launch(attention, tuple(numbers))
 
 
 # All layers ask for the same, until there are more codes. MLX keeps traces by thread.
@@ -216,7 +244,7 @@ def _split_kernel(
     for side, names in planes.items():
         inputs += [*names, f"{side}_size"]
     knows = kind.balanced or kind.ordered or pairs > 0
-    inputs += ["bounds", *["known"] * knows, "places", *["rotary"] * (pairs > 0)]
+    inputs += [*["known"] * knows, "bounds", "places", *["rotary"] * (pairs > 0)]
     body = SPLIT_BODY.format(
         **{f"{side}_planes": "{" + ", ".join(names) + "}" for side, names in planes.items()},
         known=KNOWN_BODY if knows else "",

@@ -131,7 +131,7 @@ def problem(coded, count=1, dim=64):
     bounds = mx.array([[[0, 0, 0, 8]] * count])
     queries = mx.random.normal((1, 1, count, dim))
     return Problem(
-        one, queries, ExactTokens(keys, values), 0, key_codes, value_codes, 0, bounds, dim**-0.5
+        one, queries, ExactTokens(keys, values), 0, key_codes, value_codes, 0, bounds, dim**-0.5, {}
     )
 
 
@@ -209,7 +209,7 @@ def test_what_is_not_supported_is_named(spec, dtype, named):
     values = mx.zeros((1, 1, 8, spec.value_dim), dtype)
     bounds = mx.zeros((1, 1, 4), mx.int32)
     exact = ExactTokens(keys, values)
-    given = Problem(KVCodec(spec), keys[:, :, :1], exact, 0, (), (), 0, bounds, 1.0)
+    given = Problem(KVCodec(spec), keys[:, :, :1], exact, 0, (), (), 0, bounds, 1.0, {})
     assert named in unsupported(given)
 
 
