@@ -57,6 +57,7 @@ struct BiasMemory {
 
   // All warps begin with this. `rotary`: that of cuda_bias.py.
   __device__ void begin_tiles(const RotaryPairs& rotary, const unsigned* table, int first_coded) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < int(sizeof(waves) / sizeof(Words)); i += THREADS) {
       copy_words(&waves[0][0][0][0][0] + i, table + 4 * i);
     }

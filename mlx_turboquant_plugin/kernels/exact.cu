@@ -31,6 +31,7 @@ __device__ inline void attend_exact(const P& p, int part) {
     prefetch(p.exact_token(p.keys, p.new_keys, head, token, DIM), DIM);
     prefetch(p.exact_token(p.values, p.new_values, head, token, VALUE_DIM), VALUE_DIM);
   }
+#pragma unroll 1
   for (int r = warp; r < ROWS; r += WARPS) {
     read_query<DIM>(p, query[r], b, h, min(chunk * ROWS + r, last_row));
   }
@@ -63,6 +64,7 @@ __device__ inline void attend_exact(const P& p, int part) {
 
   float* sums = p.template sums_of_block<ROWS, VALUE_DIM>();
   float* weights = sums + ROWS * VALUE_DIM;
+#pragma unroll 1
   for (int r = warp; r < ROWS; r += WARPS) {
     int n = min(chunk * ROWS + r, last_row) % p.count;
     const int* bound = p.bounds + (b * p.count + n) * 4;

@@ -31,7 +31,7 @@ struct Keys {
   // A warp rotates the query x (DIM,), in shared memory, and makes it whole numbers.
   static __device__ void to_whole_numbers(
       float* x, const float* rotation, int first_bits, Scale (&scale)[SEGMENTS]) {
-#pragma unroll
+#pragma unroll 1
     for (int s = 0; s < SEGMENTS; s++) {
       part_to_whole_numbers(
           x + s * PART, rotation, LevelsOfCodes::bytes(s, first_bits), scale[s]);

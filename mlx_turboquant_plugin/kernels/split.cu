@@ -92,6 +92,7 @@ struct Seen {
 
   template <typename P>
   __device__ Seen(const P& p, int b) {
+#pragma unroll 1
     for (int n = 0; n < p.count; n++) {
       const int* bound = p.bounds + (b * p.count + n) * 4;
       int from = bound[1], to = p.coded - bound[2];
@@ -107,6 +108,7 @@ __device__ inline void merge_warps(
     const P& p, const float* sum, int distance, const float (*weight)[ROWS][2], float unit) {
   float* sums = p.template sums_of_block<ROWS, VALUE_DIM>();
   float* weights = sums + ROWS * VALUE_DIM;
+#pragma unroll 1
   for (int i = threadIdx.x; i < ROWS * VALUE_DIM; i += THREADS) {
     int r = i / VALUE_DIM;
     float top = LOWEST, x = 0, total = 0;
@@ -177,6 +179,7 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   }
   if constexpr (BIASED) bias.begin_tiles(p.rotary, p.waves, p.first_coded);
 
+#pragma unroll 1
   for (int r = warp; r < ROWS; r += WARPS) {
     float* x = memory.query[r];
     read_query<DIM>(p, x, b, h, min(chunk * ROWS + r, last_row));
