@@ -7,6 +7,10 @@
 
 // All lanes of a warp.
 constexpr unsigned ALL = 0xFFFFFFFFu;
+// This warp's number in its block. By way of a shuffle the compiler knows that all lanes have the
+// same: else it adds, to each shuffle where the number decides, one for lanes that came apart.
+__device__ inline int this_warp() { return __shfl_sync(ALL, int(threadIdx.x) / 32, 0); }
+
 // Below all scores; finite, so that differences stay numbers.
 constexpr float LOWEST = -1e30f;
 
@@ -69,23 +73,23 @@ __device__ inline unsigned nibbles(const unsigned (&byte)[BITS == 3 ? 3 : 1], in
 
 // Halves of the tables of look_up(), in registers. The compiler would move constants there
 // before each use, a tenth of all instructions, and so it would what is known to be the same
-// for all threads: these are made with a `zero` that it does not know, by way of shared memory.
+// for all threads: these are made with a `zero` that it does not know, by way of shared memory,
+// where even and odd lanes have their own.
 template <int BITS, int SEGMENTS = 1>
 struct Levels {
-  using Memory = unsigned[BITS == 4 ? 2 : 1];
+  static constexpr int HALVES = BITS == 4 ? 2 : 1;
+  using Memory = unsigned[2][HALVES];
 
-  Memory half;
+  unsigned half[HALVES];
 
   static __device__ Bytes bytes(int, int) { return {LEVELS<BITS>::unit, 0.5f}; }
 
   static __device__ void write(Memory& to, int zero, int = 0) {
-    for (unsigned i = 0; i < sizeof(to) / sizeof(unsigned); i++) {
-      to[i] = LEVELS<BITS>::words[2 * i] ^ zero;
-    }
+    for (int i = 0; i < HALVES; i++) to[0][i] = to[1][i] = LEVELS<BITS>::words[2 * i] ^ zero;
   }
   __device__ void read(const Memory& from) {
 #pragma unroll
-    for (unsigned i = 0; i < sizeof(from) / sizeof(unsigned); i++) half[i] = from[i];
+    for (int i = 0; i < HALVES; i++) half[i] = from[threadIdx.x % 2][i];
   }
 };
 

@@ -22,7 +22,7 @@ __device__ inline void attend_exact(const P& p, int part) {
   __shared__ float weight[ROWS][EXACT_PART];
   int chunks = (p.group * p.count + ROWS - 1) / ROWS;
   int h = blockIdx.y / chunks, chunk = blockIdx.y % chunks, b = blockIdx.z;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int warp = this_warp(), lane = threadIdx.x % 32;
   int last_row = p.group * p.count - 1;
   long long head = b * p.heads + h;
   int first = part * EXACT_PART, member = lane % 8;

@@ -19,7 +19,7 @@ __device__ inline void merge_parts(
   const float* sums = partial + row % ROWS * VALUE_DIM;
   const float* weights = partial + ROWS * VALUE_DIM + row % ROWS * 3;
 
-  if (threadIdx.x < 32) {
+  if (this_warp() == 0) {
     float top = LOWEST, sum = 0;
     for (int i = threadIdx.x; i < parts; i += 32) {
       top = fmaxf(top, weights[i * PART + 1]);
@@ -60,7 +60,7 @@ __device__ inline void merge_parts(
     }
   }
   __syncthreads();
-  if (threadIdx.x < 32) {
+  if (this_warp() == 0) {
     rotate_back<VALUE_DIM>(rotated[0], rotation);
     long long head = (long long)(b * gridDim.y + h) * (gridDim.x / count) + row / count;
     T* to = out + (head * count + row % count) * VALUE_DIM;

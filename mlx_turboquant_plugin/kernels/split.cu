@@ -156,7 +156,7 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
 
   int chunks = (p.group * p.count + ROWS - 1) / ROWS;
   int h = blockIdx.y / chunks, chunk = blockIdx.y % chunks, b = blockIdx.z;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  int warp = this_warp(), lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   int last_row = p.group * p.count - 1;
   int first_bits = first_bits_of<DIM, SORTED>(p.layout, h);
 
