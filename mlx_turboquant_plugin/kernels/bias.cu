@@ -89,14 +89,10 @@ struct BiasMemory {
       pairs[r][f] = x;
     }
     for (int d = 2 * PAIRS + lane; d < DIM; d += 32) sum += query[d] * bias[d];
-#pragma unroll
-    for (int bit = 1; bit < 32; bit *= 2) {
-      top = fmaxf(top, __shfl_xor_sync(ALL, top, bit));
-      sum += __shfl_xor_sync(ALL, sum, bit);
-    }
-    for (int f = lane; f < PAIRS; f += 32) {
-      pairs[r][f] = product(pairs[r][f], {1 / top, 0});
-    }
+    top = largest(top);
+    Complex shrink = {__fdividef(1, top), 0};
+    for (int f = lane; f < PAIRS; f += 32) pairs[r][f] = product(pairs[r][f], shrink);
+    if (2 * PAIRS < DIM) sum = warp_sum(sum);
     if (lane == 0) unit[r] = top, rest[r] = sum;
   }
 

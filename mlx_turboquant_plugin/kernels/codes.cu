@@ -14,6 +14,18 @@ __device__ inline int this_warp() { return __shfl_sync(ALL, int(threadIdx.x) / 3
 // Below all scores; finite, so that differences stay numbers.
 constexpr float LOWEST = -1e30f;
 
+// Of a warp's lanes.
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int bit = 1; bit < 32; bit *= 2) x += __shfl_xor_sync(ALL, x, bit);
+  return x;
+}
+
+// The same of numbers of which none is negative.
+__device__ inline float largest(float x) {
+  return __uint_as_float(__reduce_max_sync(ALL, __float_as_uint(x)));
+}
+
 struct alignas(16) Words {
   unsigned x[4];
 };
@@ -50,7 +62,7 @@ __device__ inline int first_bits_of(const int* layout, int h) {
   return SORTED ? layout[h * (DIM + 1) + DIM] : SEGMENTED::usual_bits;
 }
 
-// What signed bytes stand for at size 1: (byte + offset) / unit.
+// What signed bytes stand for at size 1: (byte + offset) unit.
 struct Bytes {
   float unit, offset;
 };
@@ -82,7 +94,7 @@ struct Levels {
 
   unsigned half[HALVES];
 
-  static __device__ Bytes bytes(int, int) { return {LEVELS<BITS>::unit, 0.5f}; }
+  static __device__ Bytes bytes(int, int) { return {1 / LEVELS<BITS>::unit, 0.5f}; }
 
   static __device__ void write(Memory& to, int zero, int = 0) {
     for (int i = 0; i < HALVES; i++) to[0][i] = to[1][i] = LEVELS<BITS>::words[2 * i] ^ zero;
@@ -103,9 +115,10 @@ struct Levels<BITS, 2> {
   Memory upper;
 
   static __device__ Bytes bytes(int segment, int first_bits) {
-    float apart = 1 << first_bits;
-    if (segment == 0) return {SEGMENTED::unit, 128 - SEGMENTED::offset + 128 / apart};
-    return {SEGMENTED::unit / apart, 0.5f - SEGMENTED::offset / apart};
+    constexpr float UNIT = 1 / SEGMENTED::unit;
+    float share = (0x100 >> first_bits) * (1.0f / 256);
+    if (segment == 0) return {UNIT, 128 - SEGMENTED::offset + 128 * share};
+    return {UNIT * (1 << first_bits), 0.5f - SEGMENTED::offset * share};
   }
 
   static __device__ void write(Memory& to, int zero, int first_bits) {

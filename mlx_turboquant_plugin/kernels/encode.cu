@@ -5,12 +5,6 @@
 constexpr int ENCODED = 32;
 constexpr int ENCODE_THREADS = 32 * ENCODED;
 
-__device__ inline float warp_sum(float x) {
-#pragma unroll
-  for (int bit = 1; bit < 32; bit *= 2) x += __shfl_xor_sync(ALL, x, bit);
-  return x;
-}
-
 // A quantiser: by how many steps the search for a scale begins above the root mean square, the
 // unit of levels, and the code of the level nearest to x, in that unit, with the level.
 template <int BITS>

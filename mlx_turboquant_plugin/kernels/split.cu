@@ -141,7 +141,10 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   using Bias = BiasMemory<ROWS, BIASED ? PAIRS : 1, TILE>;
   // First the queries, then what each warp has for itself.
   union alignas(16) Memory {
-    float query[ROWS][DIM];
+    struct {
+      float query[ROWS][DIM];
+      typename TileKeys::Whole whole[ROWS];
+    };
     union {
       typename Bias::Scratch turned;
       float sum[ROWS][VALUE_DIM];
@@ -164,9 +167,9 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   Seen seen(p, b);
   int first_group = seen.low / (TILE * WARPS);
   int groups = max(0, (seen.high + TILE * WARPS - 1) / (TILE * WARPS) - first_group);
-  int tile = (first_group + int((long long)groups * part / parts)) * WARPS + warp;
+  int tile = (first_group + groups * part / parts) * WARPS + warp;
   int end_tile = min(
-      (first_group + int((long long)groups * (part + 1) / parts)) * WARPS,
+      (first_group + groups * (part + 1) / parts) * WARPS,
       (seen.high + TILE - 1) / TILE);
 
   long long head_token = (long long)(b * p.heads + h) * p.coded;
@@ -186,7 +189,7 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
     __syncwarp();
     if constexpr (BIASED) bias.template begin_row<DIM>(r, x, p.bias + h * DIM, p.rotary);
     if constexpr (BALANCED || SORTED) balance_and_sort<DIM, BALANCED, SORTED>(p, x, h);
-    TileKeys::to_whole_numbers(x, p.rotation, first_bits, scale[r]);
+    TileKeys::to_whole_numbers(x, p.rotation, first_bits, scale[r], memory.whole[r]);
   }
   if constexpr (BIASED) wait_for_copies();
   if (threadIdx.x == 0) {
@@ -195,7 +198,7 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   }
   __syncthreads();
   TileKeys keys;
-  keys.begin(memory.query, scale, key_levels);
+  keys.begin(memory.whole, scale, key_levels);
   int seen_from[NT], seen_to[NT];
 #pragma unroll
   for (int nt = 0; nt < NT; nt++) {
