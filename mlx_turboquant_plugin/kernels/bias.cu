@@ -118,9 +118,9 @@ struct BiasMemory {
             Words a = waves[odd][step][i][part][lane];
 #pragma unroll
             for (int nt = 0; nt < NT; nt++) {
-              auto b = load_pair(turned[odd][8 * nt + g] + 8 * step + 2 * c);
+              auto b = load_channels<2>(turned[odd][8 * nt + g] + 8 * step + 2 * c);
               multiply_add(
-                  sum[odd][nt], a.x[0], a.x[1], a.x[2], a.x[3], {b.first, b.second});
+                  sum[odd][nt], a.x[0], a.x[1], a.x[2], a.x[3], b.channel);
             }
           }
         }
