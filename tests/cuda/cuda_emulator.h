@@ -61,6 +61,7 @@ inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline unsigned __float_as_uint(float x) { return emulator::bits<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return emulator::bits<float>(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __log2f(float x) { return std::log2(x); }
 inline float __int_as_float(unsigned x) { return emulator::bits<float>(x); }
 
 inline unsigned __funnelshift_l(unsigned low, unsigned high, int shift) {
