@@ -89,7 +89,7 @@ struct BiasMemory {
       pairs[r][f] = x;
     }
     for (int d = 2 * PAIRS + lane; d < DIM; d += 32) sum += query[d] * bias[d];
-    top = largest(top);
+    top = warp_max(top);
     Complex shrink = {__fdividef(1, top), 0};
     for (int f = lane; f < PAIRS; f += 32) pairs[r][f] = product(pairs[r][f], shrink);
     if (2 * PAIRS < DIM) sum = warp_sum(sum);

@@ -19,7 +19,7 @@
 #define simdgroup_index_in_threadgroup simdgroup_index()
 
 // By way of a shuffle the compiler knows that all lanes have the same, as in this_warp() of
-// codes.cu.
+// warp.cu.
 inline int simdgroup_index() { return __shfl_sync(0xFFFFFFFFu, int(threadIdx.x) / 32, 0); }
 
 using uint = unsigned int;

@@ -134,7 +134,7 @@ struct Keys {
     float top = 1e-30f;
     int sum = 0;
     for (int d = lane; d < PART; d += 32) top = fmaxf(top, fabsf(x[d]));
-    top = largest(top);
+    top = warp_max(top);
     float scaled = __fdividef(WHOLE, top);
     for (int d = lane; d < PART; d += 32) {
       x[d] = rintf(x[d] * scaled);
