@@ -1,6 +1,7 @@
 // Codes of vectors, as codecs/kv_codec.py makes them: the key bias taken away, divided by the
 // balance, sorted, rotated, quantised and packed. A block for 32 tokens of one head, a warp for
-// each token: its lane l has the rotated channels l, l + 32, ... of a segment.
+// each token: its lane l has the rotated channels l, l + 32, ... of a segment. Loops are left as
+// they are where the machine code would be long: see problem.cu.
 
 constexpr int ENCODED = 32;
 constexpr int ENCODE_THREADS = 32 * ENCODED;

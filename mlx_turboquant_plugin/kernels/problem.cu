@@ -4,6 +4,9 @@
 // one KV head over one part: EXACT_PART of the exact tokens, or a share of the coded ones.
 // It writes a weighted sum of values, not normalised, with the sum of its weights and the
 // power of two that both are relative to. Scores are in powers of two throughout.
+//
+// Loops that a block runs once or twice, or whose turns wait for nothing, are not unrolled: a
+// first prompt waits for the compiler, and MLX looks at all machine code at every launch.
 
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
