@@ -43,7 +43,7 @@ __device__ inline void attend_exact(const P& p, int part) {
 
   constexpr int CHANNELS = sizeof(Words) / sizeof(X), STEP = 2 * CHANNELS;
   float score[ROWS] = {};
-#pragma unroll 4
+#pragma unroll 2
   for (int i = 0; i < (DIM + STEP - 1) / STEP; i++) {
     int d = i * STEP + member * CHANNELS;
     if (DIM % STEP && d >= DIM) break;
@@ -96,7 +96,7 @@ __device__ inline void attend_exact(const P& p, int part) {
 #pragma unroll 1
   for (int d = threadIdx.x; d < VALUE_DIM; d += THREADS) {
     float sum[ROWS] = {};
-#pragma unroll 16
+#pragma unroll 8
     for (int slot = 0; slot < EXACT_PART; slot++) {
       float x = float(values[slot][d]);
 #pragma unroll
