@@ -57,6 +57,7 @@ struct BiasMemory {
 
   // All warps begin with this. `rotary`: that of cuda_bias.py.
   __device__ void begin_tiles(const RotaryPairs& rotary, const unsigned* table, int first_coded) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < int(sizeof(waves) / sizeof(Words)); i += THREADS) {
       copy_words(&waves[0][0][0][0][0] + i, table + 4 * i);
     }
@@ -88,14 +89,10 @@ struct BiasMemory {
       pairs[r][f] = x;
     }
     for (int d = 2 * PAIRS + lane; d < DIM; d += 32) sum += query[d] * bias[d];
-#pragma unroll
-    for (int bit = 1; bit < 32; bit *= 2) {
-      top = fmaxf(top, __shfl_xor_sync(ALL, top, bit));
-      sum += __shfl_xor_sync(ALL, sum, bit);
-    }
-    for (int f = lane; f < PAIRS; f += 32) {
-      pairs[r][f] = product(pairs[r][f], {1 / top, 0});
-    }
+    top = warp_max(top);
+    Complex shrink = {__fdividef(1, top), 0};
+    for (int f = lane; f < PAIRS; f += 32) pairs[r][f] = product(pairs[r][f], shrink);
+    if (2 * PAIRS < DIM) sum = warp_sum(sum);
     if (lane == 0) unit[r] = top, rest[r] = sum;
   }
 
@@ -121,9 +118,9 @@ struct BiasMemory {
             Words a = waves[odd][step][i][part][lane];
 #pragma unroll
             for (int nt = 0; nt < NT; nt++) {
-              auto b = load_pair(turned[odd][8 * nt + g] + 8 * step + 2 * c);
+              auto b = load_channels<2>(turned[odd][8 * nt + g] + 8 * step + 2 * c);
               multiply_add(
-                  sum[odd][nt], a.x[0], a.x[1], a.x[2], a.x[3], {b.first, b.second});
+                  sum[odd][nt], a.x[0], a.x[1], a.x[2], a.x[3], b.channel);
             }
           }
         }

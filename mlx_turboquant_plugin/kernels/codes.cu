@@ -5,11 +5,6 @@
 // sums of bytes, exact in int32, by mma.m16n8k32; queries and weights take part as 15 bits in two
 // bytes, which fill two of the eight columns.
 
-// All lanes of a warp.
-constexpr unsigned ALL = 0xFFFFFFFFu;
-// Below all scores; finite, so that differences stay numbers.
-constexpr float LOWEST = -1e30f;
-
 struct alignas(16) Words {
   unsigned x[4];
 };
@@ -46,7 +41,7 @@ __device__ inline int first_bits_of(const int* layout, int h) {
   return SORTED ? layout[h * (DIM + 1) + DIM] : SEGMENTED::usual_bits;
 }
 
-// What signed bytes stand for at size 1: (byte + offset) / unit.
+// What signed bytes stand for at size 1: (byte + offset) unit.
 struct Bytes {
   float unit, offset;
 };
@@ -69,23 +64,23 @@ __device__ inline unsigned nibbles(const unsigned (&byte)[BITS == 3 ? 3 : 1], in
 
 // Halves of the tables of look_up(), in registers. The compiler would move constants there
 // before each use, a tenth of all instructions, and so it would what is known to be the same
-// for all threads: these are made with a `zero` that it does not know, by way of shared memory.
+// for all threads: these are made with a `zero` that it does not know, by way of shared memory,
+// where even and odd lanes have their own.
 template <int BITS, int SEGMENTS = 1>
 struct Levels {
-  using Memory = unsigned[BITS == 4 ? 2 : 1];
+  static constexpr int HALVES = BITS == 4 ? 2 : 1;
+  using Memory = unsigned[2][HALVES];
 
-  Memory half;
+  unsigned half[HALVES];
 
-  static __device__ Bytes bytes(int, int) { return {LEVELS<BITS>::unit, 0.5f}; }
+  static __device__ Bytes bytes(int, int) { return {1 / LEVELS<BITS>::unit, 0.5f}; }
 
   static __device__ void write(Memory& to, int zero, int = 0) {
-    for (unsigned i = 0; i < sizeof(to) / sizeof(unsigned); i++) {
-      to[i] = LEVELS<BITS>::words[2 * i] ^ zero;
-    }
+    for (int i = 0; i < HALVES; i++) to[0][i] = to[1][i] = LEVELS<BITS>::words[2 * i] ^ zero;
   }
   __device__ void read(const Memory& from) {
 #pragma unroll
-    for (unsigned i = 0; i < sizeof(from) / sizeof(unsigned); i++) half[i] = from[i];
+    for (int i = 0; i < HALVES; i++) half[i] = from[threadIdx.x % 2][i];
   }
 };
 
@@ -99,9 +94,10 @@ struct Levels<BITS, 2> {
   Memory upper;
 
   static __device__ Bytes bytes(int segment, int first_bits) {
-    float apart = 1 << first_bits;
-    if (segment == 0) return {SEGMENTED::unit, 128 - SEGMENTED::offset + 128 / apart};
-    return {SEGMENTED::unit / apart, 0.5f - SEGMENTED::offset / apart};
+    constexpr float UNIT = 1 / SEGMENTED::unit;
+    float share = (0x100 >> first_bits) * (1.0f / 256);
+    if (segment == 0) return {UNIT, 128 - SEGMENTED::offset + 128 * share};
+    return {UNIT * (1 << first_bits), 0.5f - SEGMENTED::offset * share};
   }
 
   static __device__ void write(Memory& to, int zero, int first_bits) {

@@ -6,6 +6,8 @@
 
 #ifndef UNROLL
 #define UNROLL _Pragma("clang loop unroll(full)")
+// A loop that is to be one in the machine code of other compilers, too.
+#define ROLLED
 #endif
 
 // Scores of tokens that a row does not see. Finite, since kernels may be compiled as if
@@ -82,8 +84,9 @@ METAL_FUNC uint load_four(device const uint8_t* from, int count, bool aligned) {
     return *(device const uint*)from;
   }
   uint word = 0;
-  for (int i = 0; i < min(count, 4); i++) {
-    word |= uint(from[i]) << (8 * i);
+  UNROLL
+  for (int i = 0; i < 4; i++) {
+    word |= i < count ? uint(from[i]) << (8 * i) : 0;
   }
   return word;
 }
@@ -125,7 +128,8 @@ METAL_FUNC float rotated_bias(
   }
   const bool second = distance == 1 ? c % 2 == 1 : c >= distance;
   const int other = second ? c - distance : c + distance;
-  const int f = (second ? other : c) / between;
+  // A division by a number that is not known takes twenty instructions.
+  const int first = second ? other : c, f = between == 2 ? first / 2 : first;
   const float2 turn = angle(coarse_cos, coarse_sin, fine, pairs, f, position);
   return bias[c] * turn.x + bias[other] * (second ? turn.y : -turn.y);
 }
@@ -181,7 +185,10 @@ struct SegmentLevels {
 
   // Of four bytes of codes, as bytes.
   uint four(uint codes, int segment) const {
-    return ((segment == 0 ? codes : codes << first_bits) & mask[segment]) | middle[segment];
+    // Segments may be known only at run time: arrays with such an index are not in registers.
+    const bool first = segment == 0;
+    return ((first ? codes : codes << first_bits) & (first ? mask[0] : mask[1])) |
+        (first ? middle[0] : middle[1]);
   }
 };
 

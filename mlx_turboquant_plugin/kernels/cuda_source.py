@@ -29,7 +29,10 @@ def kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], body: str) 
         body: the function that the device runs; see :func:`source`.
     """
     if name in QUICK_PARTS and nvrtc.available():
-        header = "\n".join([_levels(), *map(read, ("types.cuh", *QUICK_PARTS[name]))])
+        parts = ["types.cuh", *QUICK_PARTS[name]]
+        # Each constant that a kernel need not have is in its machine code, too.
+        levels = [_levels()] if "codes.cu" in parts else []
+        header = "\n".join([*levels, *map(read, parts)])
         return nvrtc.Kernel(name, inputs, outputs, body, header, BOUNDS[name])
     # MLX may keep what it compiled under this name, and does not see the files.
     parts = map(read, PORTABLE_PARTS.get(name, PARTS))
@@ -47,7 +50,7 @@ PORTABLE_PARTS = {
     f"metal_{name}": ("dialect.cuh", *(f"{part}.metal" for part in metal.parts(name)))
     for name in ("decode", "merge", "dequantize")
 }
-SHARED_PARTS = ("ptx.cu", "codes.cu", "rotation.cu", "rotary.cu")
+SHARED_PARTS = ("ptx.cu", "warp.cu", "codes.cu", "rotation.cu", "rotary.cu")
 PARTS = (
     *SHARED_PARTS,
     *("encode.cu", "problem.cu", "exact.cu", "bias.cu", "keys.cu", "values.cu", "split.cu"),
@@ -58,7 +61,7 @@ PARTS = (
 # of decoding, split.cu, is left to MLX's own compilation.
 QUICK_PARTS = {
     "encode": (*SHARED_PARTS, "encode.cu"),
-    "merge": (*SHARED_PARTS, "merge.cu"),
+    "merge": ("ptx.cu", "warp.cu", "rotation.cu", "merge.cu"),
     "metal_dequantize": PORTABLE_PARTS["metal_dequantize"],
 }
 

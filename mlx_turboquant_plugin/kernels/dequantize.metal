@@ -11,6 +11,7 @@ threadgroup float known_levels[16];
 threadgroup float all_scratch[MATRICES ? SIMDS * WIDEST : 1];
 
 const int thread_index = thread_position_in_threadgroup.x;
+const int simd = simdgroup_index_in_threadgroup;
 const int group = threadgroup_position_in_grid.x;
 const int kv_index = threadgroup_position_in_grid.y;
 const Places known(places);
@@ -23,7 +24,8 @@ if (group < key_groups) {
       older_keys, newer_keys, planes, key_scale, key_zero, key_rotation, levels,
       balance, bias, fine, coarse_cos, coarse_sin, layout, keys, kept_keys};
   lay_out<KeyStored, KEY_AFFINE, true, BALANCED, SORTED, BIASED>(
-      arrays, known, tile, known_levels, all_scratch, group, kv_index, thread_index);
+      arrays, known, tile, known_levels, all_scratch, group, kv_index, thread_index,
+      simd);
 } else {
   // Those of mx.quantize are words.
   const Planes planes = {
@@ -33,5 +35,5 @@ if (group < key_groups) {
       balance, bias, fine, coarse_cos, coarse_sin, layout, values, kept_values};
   lay_out<ValueStored, VALUE_AFFINE, false, false, false, false>(
       arrays, known, tile, known_levels, all_scratch, group - key_groups, kv_index,
-      thread_index);
+      thread_index, simd);
 }

@@ -10,12 +10,17 @@
 #define threadgroup
 #define METAL_FUNC inline
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
 
 #define thread_position_in_threadgroup threadIdx
 #define threadgroup_position_in_grid blockIdx
 #define threadgroups_per_grid gridDim
 #define thread_index_in_simdgroup (threadIdx.x % 32)
-#define simdgroup_index_in_threadgroup (threadIdx.x / 32)
+#define simdgroup_index_in_threadgroup simdgroup_index()
+
+// By way of a shuffle the compiler knows that all lanes have the same, as in this_warp() of
+// warp.cu.
+inline int simdgroup_index() { return __shfl_sync(0xFFFFFFFFu, int(threadIdx.x) / 32, 0); }
 
 using uint = unsigned int;
 using ushort = unsigned short;

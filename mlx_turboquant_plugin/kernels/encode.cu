@@ -1,15 +1,10 @@
 // Codes of vectors, as codecs/kv_codec.py makes them: the key bias taken away, divided by the
 // balance, sorted, rotated, quantised and packed. A block for 32 tokens of one head, a warp for
-// each token: its lane l has the rotated channels l, l + 32, ... of a segment.
+// each token: its lane l has the rotated channels l, l + 32, ... of a segment. Loops are left as
+// they are where the machine code would be long: see problem.cu.
 
 constexpr int ENCODED = 32;
 constexpr int ENCODE_THREADS = 32 * ENCODED;
-
-__device__ inline float warp_sum(float x) {
-#pragma unroll
-  for (int bit = 1; bit < 32; bit *= 2) x += __shfl_xor_sync(ALL, x, bit);
-  return x;
-}
 
 // A quantiser: by how many steps the search for a scale begins above the root mean square, the
 // unit of levels, and the code of the level nearest to x, in that unit, with the level.
@@ -36,14 +31,15 @@ struct LloydMax {
 // That of a segment: levels are the middles of equal parts of the bytes.
 struct Uniform {
   static constexpr float unit = SEGMENTED::unit;
-  float shift, count;
+  float shift, count, part;
 
-  __device__ explicit Uniform(int bits) : shift(SEGMENTED::shift(bits)), count(1 << bits) {}
+  __device__ explicit Uniform(int bits)
+      : shift(SEGMENTED::shift(bits)), count(1 << bits), part(256 >> bits) {}
 
   __device__ int nearest(float x, float& level) const {
     float code = floorf((x + SEGMENTED::offset) * (count / 256));
     code = fminf(fmaxf(code, 0), count - 1);
-    level = (code + 0.5f) * (256 / count) - SEGMENTED::offset;
+    level = (code + 0.5f) * part - SEGMENTED::offset;
     return int(code);
   }
 };
@@ -53,10 +49,11 @@ template <int DIM, typename Quantizer, int N>
 __device__ inline void round_channels(
     const float (&own)[N], float size, const Quantizer& quantizer, unsigned char* codes) {
   int lane = threadIdx.x % 32;
+  float inverse = __fdividef(1, size);
 #pragma unroll
   for (int i = 0; i < N; i++) {
     float level;
-    int code = quantizer.nearest(own[i] / size, level);
+    int code = quantizer.nearest(own[i] * inverse, level);
     if (lane + 32 * i < DIM) codes[lane + 32 * i] = code;
   }
 }
@@ -69,11 +66,13 @@ __device__ inline void round_with_feedback(
     unsigned char* codes) {
   constexpr int BLOCK = SEGMENTED::feedback_block;
   int lane = threadIdx.x % 32;
+  float inverse = __fdividef(1, size);
 #pragma unroll
   for (int i = 0; i < N; i++) {
+#pragma unroll 1
     for (int first = 0; first < 32 && 32 * i + first < DIM; first += BLOCK) {
       float level;
-      int code = quantizer.nearest(own[i] / size, level);
+      int code = quantizer.nearest(own[i] * inverse, level);
       float lost = level * size - own[i];
       if (lane / BLOCK == first / BLOCK) codes[lane + 32 * i] = code;
 #pragma unroll
@@ -102,32 +101,35 @@ __device__ inline int encode_vector(
     own[i] = lane + 32 * i < DIM ? x[lane + 32 * i] : 0;
     squares += own[i] * own[i];
   }
-  float rms = fmaxf(sqrtf(warp_sum(squares) / DIM), 1e-20f);
-  float start = rintf((log2f(rms) + 13) * 12 + quantizer.shift);
-  float best = 0, best_scale = 0;
+  squares = fmaxf(warp_sum(squares), 1e-37f);
+  float near = (0.5f * __log2f(squares / DIM) + 13) * 12 + quantizer.shift;
+  int start = int(rintf(fminf(fmaxf(near, -2), 257))), best_scale = 0;
+  float best = 0, norm = rsqrtf(squares);
+#pragma unroll 1
   for (int i = 0; i < 5; i++) {
     // 0, -1, 1, -2, 2
-    float scale = fminf(fmaxf(start + (i % 2 ? -(i + 1) / 2 : i / 2), 0), 255);
-    float size = exp2f(scale / 12 - 13) / quantizer.unit, error = 0, along = 0;
+    int scale = min(max(start + (i % 2 ? -(i + 1) / 2 : i / 2), 0), 255);
+    float size = size_of(scale) * (1 / quantizer.unit), inverse = __fdividef(1, size);
+    float error = 0, along = 0;
 #pragma unroll
     for (int j = 0; j < N; j++) {
       float level;
-      quantizer.nearest(own[j] / size, level);
+      quantizer.nearest(own[j] * inverse, level);
       float missing = lane + 32 * j < DIM ? own[j] - level * size : 0;
       error += missing * missing;
       along += missing * own[j];
     }
-    along = warp_sum(along) / (rms * sqrtf(DIM));
+    along = warp_sum(along) * norm;
     error = warp_sum(error) + along * along;
     if (i == 0 || error < best) best = error, best_scale = scale;
   }
-  float size = exp2f(best_scale / 12 - 13) / quantizer.unit;
+  float size = size_of(best_scale) * (1 / quantizer.unit);
   if (feedback) {
     round_with_feedback<DIM>(own, size, quantizer, feedback, codes);
   } else {
     round_channels<DIM>(own, size, quantizer, codes);
   }
-  return int(best_scale);
+  return best_scale;
 }
 
 template <int DIM, typename Quantizer, typename F>
@@ -144,14 +146,16 @@ __device__ inline void rotate_and_encode(
 template <int UNIT>
 __device__ inline void copy_rows(
     const unsigned char* from, unsigned char* to, int rows, long long before, long long after,
-    int worker, int workers) {
-  long long head = (long long)blockIdx.z * gridDim.y + blockIdx.y, units = before / UNIT;
+    unsigned worker, unsigned workers) {
+  long long head = (long long)blockIdx.z * gridDim.y + blockIdx.y;
+  unsigned units = before / UNIT;
   from += head * rows * before, to += head * rows * after;
-  for (long long i = worker; i < rows * units; i += workers) {
+#pragma unroll 1
+  for (unsigned i = worker; i < rows * units; i += workers) {
     long long at = i / units * after + i % units * UNIT;
     if constexpr (UNIT == 16) {
       Words words;
-      load_words(from + i * UNIT, words.x);
+      load_words(from + (long long)i * UNIT, words.x);
       *reinterpret_cast<Words*>(to + at) = words;
     } else {
       to[at] = from[i];
@@ -168,6 +172,7 @@ __device__ inline void copy_codes(
   constexpr int BYTES = Layout<DIM, BITS>::ROWS;
   constexpr int ROWS = CHANNEL_MAJOR ? BYTES : 1, WIDTH = CHANNEL_MAJOR ? 1 : BYTES;
   int worker = block * ENCODE_THREADS + threadIdx.x, workers = blocks * ENCODE_THREADS;
+#pragma unroll 1
   for (int i = 0; i < PLANES; i++) {
     copy_rows<UNIT>(older[i], planes[i], ROWS, before * WIDTH, after * WIDTH, worker, workers);
   }
@@ -191,7 +196,7 @@ __device__ inline void encode_vectors(
     unsigned char* codes, int block) {
   constexpr int FIELDS = Layout<DIM, BITS>::FIELDS, BYTES = Layout<DIM, BITS>::ROWS;
   constexpr int PART = DIM / SEGMENTS;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int warp = this_warp(), lane = threadIdx.x % 32;
   int h = blockIdx.y, first = block * ENCODED, token = first + warp;
   int first_bits = first_bits_of<DIM, SORTED>(layout, h);
   long long head = (long long)blockIdx.z * gridDim.y + h, total = before + length;
@@ -202,7 +207,7 @@ __device__ inline void encode_vectors(
       if constexpr (SORTED) channel = layout[h * (DIM + 1) + d];
       float y = float(x[(long long)token * DIM + channel]);
       if constexpr (BIASED) y -= rotated_bias(bias + h * DIM, rotary, channel, start + token);
-      if constexpr (BALANCED) y /= balance[h * DIM + channel];
+      if constexpr (BALANCED) y = __fdividef(y, balance[h * DIM + channel]);
       vector[d] = y;
     }
     __syncwarp();
@@ -211,7 +216,7 @@ __device__ inline void encode_vectors(
     if constexpr (SEGMENTS == 1) {
       rotate_and_encode<DIM>(vector, rotation, LloydMax<BITS>(), (const F*)nullptr, own, scale);
     } else {
-#pragma unroll
+#pragma unroll 1
       for (int s = 0; s < SEGMENTS; s++) {
         Uniform quantizer(s == 0 ? first_bits : 8 - first_bits);
         const F* added = feedback ? feedback + (h * SEGMENTS + s) * PART * PART : nullptr;
@@ -223,6 +228,7 @@ __device__ inline void encode_vectors(
   __syncthreads();
 
   // Neighbouring threads write neighbouring bytes.
+#pragma unroll 1
   for (int i = threadIdx.x; i < ENCODED * BYTES; i += ENCODE_THREADS) {
     int slot = CHANNEL_MAJOR ? i % ENCODED : i / BYTES;
     int byte = CHANNEL_MAJOR ? i / ENCODED : i % BYTES;

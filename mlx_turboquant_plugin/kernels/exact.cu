@@ -18,51 +18,52 @@ __device__ inline void join_tokens(
 
 template <int ROWS, int DIM, int VALUE_DIM, typename P>
 __device__ inline void attend_exact(const P& p, int part) {
-  __shared__ float query[ROWS][DIM];
-  __shared__ float weight[ROWS][EXACT_PART];
+  using X = typename P::Exact;
+  alignas(16) __shared__ float query[ROWS][DIM], weight[ROWS][EXACT_PART];
+  __shared__ const X* values[EXACT_PART];
   int chunks = (p.group * p.count + ROWS - 1) / ROWS;
   int h = blockIdx.y / chunks, chunk = blockIdx.y % chunks, b = blockIdx.z;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int warp = this_warp(), lane = threadIdx.x % 32;
   int last_row = p.group * p.count - 1;
-  long long head = b * p.heads + h;
-  int first = part * EXACT_PART, member = lane % 8;
-  if (threadIdx.x < EXACT_PART) {
-    int token = min(first + int(threadIdx.x), p.exact - 1);
-    prefetch(p.exact_token(p.keys, p.new_keys, head, token, DIM), DIM);
-    prefetch(p.exact_token(p.values, p.new_values, head, token, VALUE_DIM), VALUE_DIM);
+  // Two lanes to a token.
+  static_assert(THREADS == 2 * EXACT_PART);
+  int first = part * EXACT_PART, slot = threadIdx.x / 2, member = threadIdx.x % 2;
+  int token = min(first + slot, p.exact - 1);
+  const X* key = p.exact_token(p.keys, p.new_keys, b * p.heads + h, token, DIM);
+  if (member == 0) {
+    values[slot] = p.exact_token(p.values, p.new_values, b * p.heads + h, token, VALUE_DIM);
+    prefetch(key, DIM);
+    prefetch(values[slot], VALUE_DIM);
   }
+#pragma unroll 1
   for (int r = warp; r < ROWS; r += WARPS) {
     read_query<DIM>(p, query[r], b, h, min(chunk * ROWS + r, last_row));
   }
   __syncthreads();
 
-  // Eight lanes to a token, and two channels at a time.
+  constexpr int CHANNELS = sizeof(Words) / sizeof(X), STEP = 2 * CHANNELS;
+  float score[ROWS] = {};
+#pragma unroll 2
+  for (int i = 0; i < (DIM + STEP - 1) / STEP; i++) {
+    int d = i * STEP + member * CHANNELS;
+    if (DIM % STEP && d >= DIM) break;
+    auto x = load_channels<CHANNELS>(key + d);
 #pragma unroll
-  for (int i = 0; i < EXACT_PART * 8 / THREADS; i++) {
-    int slot = i * (THREADS / 8) + threadIdx.x / 8;
-    int token = min(first + slot, p.exact - 1);
-    const auto* key = p.exact_token(p.keys, p.new_keys, head, token, DIM);
-    float score[ROWS] = {};
+    for (int j = 0; j < CHANNELS; j++) {
 #pragma unroll
-    for (int j = 0; j < (DIM + 15) / 16; j++) {
-      int d = 16 * j + 2 * member;
-      if (DIM % 16 && d >= DIM) break;
-      auto pair = load_pair(key + d);
-      float x = float(pair.first), y = float(pair.second);
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) score[r] += query[r][d] * x + query[r][d + 1] * y;
+      for (int r = 0; r < ROWS; r++) score[r] += query[r][d + j] * float(x.channel[j]);
     }
+  }
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-#pragma unroll
-      for (int bit = 1; bit < 8; bit *= 2) score[r] += __shfl_xor_sync(ALL, score[r], bit);
-      if (member == 0) weight[r][slot] = score[r];
-    }
+  for (int r = 0; r < ROWS; r++) {
+    score[r] += __shfl_xor_sync(ALL, score[r], 1);
+    if (member == 0) weight[r][slot] = score[r];
   }
   __syncthreads();
 
   float* sums = p.template sums_of_block<ROWS, VALUE_DIM>();
   float* weights = sums + ROWS * VALUE_DIM;
+#pragma unroll 1
   for (int r = warp; r < ROWS; r += WARPS) {
     int n = min(chunk * ROWS + r, last_row) % p.count;
     const int* bound = p.bounds + (b * p.count + n) * 4;
@@ -92,12 +93,12 @@ __device__ inline void attend_exact(const P& p, int part) {
   }
   __syncthreads();
 
+#pragma unroll 1
   for (int d = threadIdx.x; d < VALUE_DIM; d += THREADS) {
     float sum[ROWS] = {};
-#pragma unroll 16
+#pragma unroll 8
     for (int slot = 0; slot < EXACT_PART; slot++) {
-      int token = min(first + slot, p.exact - 1);
-      float x = float(p.exact_token(p.values, p.new_values, head, token, VALUE_DIM)[d]);
+      float x = float(values[slot][d]);
 #pragma unroll
       for (int r = 0; r < ROWS; r++) sum[r] += weight[r][slot] * x;
     }

@@ -28,38 +28,39 @@ struct Keys {
   LevelsOfCodes levels;
   unsigned key[K::PLANES][GROUPS][4][WORDS], size[SEGMENTS][WORDS];
 
+  // A row's whole numbers, the upper bytes and then the lower ones, as `factor` has them: words
+  // of a step, of lanes c. And more, so that rows begin in different banks of memory.
+  using Whole = unsigned[2][STEPS * 8 + 4];
+
   // A warp rotates the query x (DIM,), in shared memory, and makes it whole numbers.
   static __device__ void to_whole_numbers(
-      float* x, const float* rotation, int first_bits, Scale (&scale)[SEGMENTS]) {
-#pragma unroll
+      float* x, const float* rotation, int first_bits, Scale (&scale)[SEGMENTS], Whole& to) {
+#pragma unroll 1
     for (int s = 0; s < SEGMENTS; s++) {
       part_to_whole_numbers(
           x + s * PART, rotation, LevelsOfCodes::bytes(s, first_bits), scale[s]);
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < STEPS * 32; i += 32) {
+      int field, row = row_of(i, field), whole = row < K::ROWS ? int(x[row + K::ROWS * field]) : 0;
+      reinterpret_cast<unsigned char*>(to[0])[i] = (whole + 128) >> 8;
+      reinterpret_cast<unsigned char*>(to[1])[i] = whole;
     }
   }
 
   // Takes this lane's part of all rows.
   __device__ void begin(
-      const float (*query)[DIM], const Scale (*scales)[SEGMENTS],
+      const Whole* whole, const Scale (*scales)[SEGMENTS],
       const typename LevelsOfCodes::Memory& table) {
     levels.read(table);
     int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
     scale = scales + c;
 #pragma unroll
     for (int nt = 0; nt < NT; nt++) {
-      const float* x = query[4 * nt + g / 2];
+      const unsigned* words = whole[4 * nt + g / 2][g % 2];
 #pragma unroll
-      for (int i = 0; i < STEPS * 2; i++) {
-        unsigned bytes = 0;
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          int field, row = row_of(i / 2, i % 2, e, field);
-          int whole = row < K::ROWS ? int(x[row + K::ROWS * field]) : 0;
-          int upper = (whole + 128) >> 8;
-          bytes |= unsigned((g % 2 ? whole - 256 * upper : upper) & 0xFF) << (8 * e);
-        }
-        factor[nt][i / 2][i % 2] = bytes;
-      }
+      for (int i = 0; i < STEPS * 2; i++) factor[nt][i / 2][i % 2] = words[4 * i + c];
     }
   }
 
@@ -130,22 +131,22 @@ struct Keys {
       float* x, const float* rotation, Bytes bytes, Scale& scale) {
     int lane = threadIdx.x % 32;
     rotate<PART>(x, rotation);
-    float top = 1e-30f, sum = 0;
+    float top = 1e-30f;
+    int sum = 0;
     for (int d = lane; d < PART; d += 32) top = fmaxf(top, fabsf(x[d]));
-#pragma unroll
-    for (int bit = 1; bit < 32; bit *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, bit));
+    top = warp_max(top);
+    float scaled = __fdividef(WHOLE, top);
     for (int d = lane; d < PART; d += 32) {
-      x[d] = rintf(x[d] * (WHOLE / top));
-      sum += x[d];
+      x[d] = rintf(x[d] * scaled);
+      sum += int(x[d]);
     }
-#pragma unroll
-    for (int bit = 1; bit < 32; bit *= 2) sum += __shfl_xor_sync(ALL, sum, bit);
-    if (lane == 0) scale = {top / (WHOLE * bytes.unit), bytes.offset * sum};
+    sum = __reduce_add_sync(ALL, sum);
+    if (lane == 0) scale = {top * (1 / WHOLE) * bytes.unit, bytes.offset * sum};
   }
 
-  // Which byte of a key, and which field of it, is byte e of word i of a step's factor.
-  static __device__ int row_of(int step, int i, int e, int& field) {
-    int c = threadIdx.x % 4;
+  // Which byte of a key, and which field of it, a byte of the factor is for: see Whole.
+  static __device__ int row_of(int byte, int& field) {
+    int step = byte / 32, i = byte / 16 % 2, c = byte / 4 % 4, e = byte % 4;
     if constexpr (SEGMENTS == 1) {
       field = step % K::KINDS + K::KINDS * (e % 2);
       return step / K::KINDS * 16 + 4 * c + 2 * i + e / 2;

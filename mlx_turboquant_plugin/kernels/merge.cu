@@ -12,29 +12,30 @@ __device__ inline void merge_parts(
   __shared__ float share[MOST_PARTS];
   __shared__ bool coded[MOST_PARTS];
   __shared__ float plain[GROUPS][WIDTH], rotated[GROUPS][WIDTH];
-  __shared__ float total;
+  __shared__ float inverse;  // of the sum of all weights
   int row = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
   int chunks = (gridDim.x + ROWS - 1) / ROWS;
   partial += ((long long)(b * gridDim.y + h) * chunks + row / ROWS) * parts * PART;
   const float* sums = partial + row % ROWS * VALUE_DIM;
   const float* weights = partial + ROWS * VALUE_DIM + row % ROWS * 3;
 
-  if (threadIdx.x < 32) {
+  if (this_warp() == 0) {
     float top = LOWEST, sum = 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < parts; i += 32) {
       top = fmaxf(top, weights[i * PART + 1]);
     }
 #pragma unroll
     for (int bit = 1; bit < 32; bit *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, bit));
+#pragma unroll 1
     for (int i = threadIdx.x; i < parts; i += 32) {
       const float* weight = weights + i * PART;
-      share[i] = exp2f(weight[1] - top);
+      share[i] = exp2_fast(weight[1] - top);
       coded[i] = weight[2] != 0;
       sum += weight[0] * share[i];
     }
-#pragma unroll
-    for (int bit = 1; bit < 32; bit *= 2) sum += __shfl_xor_sync(ALL, sum, bit);
-    if (threadIdx.x == 0) total = sum;
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) inverse = __fdividef(1, sum);
   }
   __syncthreads();
 
@@ -60,12 +61,11 @@ __device__ inline void merge_parts(
     }
   }
   __syncthreads();
-  if (threadIdx.x < 32) {
-    rotate_back<VALUE_DIM>(rotated[0], rotation);
+  if (this_warp() == 0) rotate_back<VALUE_DIM>(rotated[0], rotation);
+  __syncthreads();
+  if (threadIdx.x < VALUE_DIM) {
     long long head = (long long)(b * gridDim.y + h) * (gridDim.x / count) + row / count;
     T* to = out + (head * count + row % count) * VALUE_DIM;
-    for (int i = threadIdx.x; i < VALUE_DIM; i += 32) {
-      to[i] = static_cast<T>((plain[0][i] + rotated[0][i]) / total);
-    }
+    to[d] = static_cast<T>((plain[0][d] + rotated[0][d]) * inverse);
   }
 }

@@ -4,6 +4,9 @@
 // one KV head over one part: EXACT_PART of the exact tokens, or a share of the coded ones.
 // It writes a weighted sum of values, not normalised, with the sum of its weights and the
 // power of two that both are relative to. Scores are in powers of two throughout.
+//
+// Loops that a block runs once or twice, or whose turns wait for nothing, are not unrolled: a
+// first prompt waits for the compiler, and MLX looks at all machine code at every launch.
 
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
@@ -33,6 +36,7 @@ struct Codes {
 // All arrays are contiguous.
 template <typename Q, typename X>
 struct Problem {
+  using Exact = X;
   const Q* queries;               // (B, H G, N, D)
   const X *keys, *values;         // (B, H, older, D)
   Codes key_codes, value_codes;
@@ -75,15 +79,15 @@ __device__ inline Problem<Q, X> problem(
   return {queries, keys, values, {key_planes, key_scale}, {value_planes, value_scale}};
 }
 
-// Two channels side by side.
-template <typename X>
-struct alignas(2 * sizeof(X)) Pair {
-  X first, second;
+// Channels side by side, that are loaded at once.
+template <int N, typename X>
+struct alignas(N * sizeof(X)) Channels {
+  X channel[N];
 };
 
-template <typename X>
-__device__ inline Pair<X> load_pair(const X* from) {
-  return *reinterpret_cast<const Pair<X>*>(from);
+template <int N, typename X>
+__device__ inline Channels<N, X> load_channels(const X* from) {
+  return *reinterpret_cast<const Channels<N, X>*>(from);
 }
 
 // The ``count`` numbers from `from` on, and others near them, to the cache.

@@ -27,12 +27,12 @@ struct RotaryPairs {
 
 // Channel c of a key bias (DIM,), turned to a position: as rotated_bias() in codes.metal.
 __device__ inline float rotated_bias(
-    const float* bias, const RotaryPairs& rotary, int c, long long position) {
+    const float* bias, const RotaryPairs& rotary, int c, int position) {
   if (c >= 2 * rotary.pairs) return bias[c];
   bool second = rotary.distance == 1 ? c % 2 == 1 : c >= rotary.distance;
   int other = second ? c - rotary.distance : c + rotary.distance;
-  int f = (second ? other : c) / rotary.between;
+  int first = second ? other : c, f = rotary.between == 2 ? first / 2 : first;
   Complex turn = product(
-      rotary.coarse(f, position / ANGLES), rotary.near(f, int(position % ANGLES)));
+      rotary.coarse(f, position / ANGLES), rotary.near(f, position % ANGLES));
   return bias[c] * turn.re + bias[other] * (second ? turn.im : -turn.im);
 }

@@ -92,6 +92,7 @@ struct Seen {
 
   template <typename P>
   __device__ Seen(const P& p, int b) {
+#pragma unroll 1
     for (int n = 0; n < p.count; n++) {
       const int* bound = p.bounds + (b * p.count + n) * 4;
       int from = bound[1], to = p.coded - bound[2];
@@ -107,6 +108,7 @@ __device__ inline void merge_warps(
     const P& p, const float* sum, int distance, const float (*weight)[ROWS][2], float unit) {
   float* sums = p.template sums_of_block<ROWS, VALUE_DIM>();
   float* weights = sums + ROWS * VALUE_DIM;
+#pragma unroll 1
   for (int i = threadIdx.x; i < ROWS * VALUE_DIM; i += THREADS) {
     int r = i / VALUE_DIM;
     float top = LOWEST, x = 0, total = 0;
@@ -139,7 +141,10 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   using Bias = BiasMemory<ROWS, BIASED ? PAIRS : 1, TILE>;
   // First the queries, then what each warp has for itself.
   union alignas(16) Memory {
-    float query[ROWS][DIM];
+    struct {
+      float query[ROWS][DIM];
+      typename TileKeys::Whole whole[ROWS];
+    };
     union {
       typename Bias::Scratch turned;
       float sum[ROWS][VALUE_DIM];
@@ -154,7 +159,7 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
 
   int chunks = (p.group * p.count + ROWS - 1) / ROWS;
   int h = blockIdx.y / chunks, chunk = blockIdx.y % chunks, b = blockIdx.z;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  int warp = this_warp(), lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   int last_row = p.group * p.count - 1;
   int first_bits = first_bits_of<DIM, SORTED>(p.layout, h);
 
@@ -162,9 +167,9 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   Seen seen(p, b);
   int first_group = seen.low / (TILE * WARPS);
   int groups = max(0, (seen.high + TILE * WARPS - 1) / (TILE * WARPS) - first_group);
-  int tile = (first_group + int((long long)groups * part / parts)) * WARPS + warp;
+  int tile = (first_group + groups * part / parts) * WARPS + warp;
   int end_tile = min(
-      (first_group + int((long long)groups * (part + 1) / parts)) * WARPS,
+      (first_group + groups * (part + 1) / parts) * WARPS,
       (seen.high + TILE - 1) / TILE);
 
   long long head_token = (long long)(b * p.heads + h) * p.coded;
@@ -177,13 +182,14 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   }
   if constexpr (BIASED) bias.begin_tiles(p.rotary, p.waves, p.first_coded);
 
+#pragma unroll 1
   for (int r = warp; r < ROWS; r += WARPS) {
     float* x = memory.query[r];
     read_query<DIM>(p, x, b, h, min(chunk * ROWS + r, last_row));
     __syncwarp();
     if constexpr (BIASED) bias.template begin_row<DIM>(r, x, p.bias + h * DIM, p.rotary);
     if constexpr (BALANCED || SORTED) balance_and_sort<DIM, BALANCED, SORTED>(p, x, h);
-    TileKeys::to_whole_numbers(x, p.rotation, first_bits, scale[r]);
+    TileKeys::to_whole_numbers(x, p.rotation, first_bits, scale[r], memory.whole[r]);
   }
   if constexpr (BIASED) wait_for_copies();
   if (threadIdx.x == 0) {
@@ -192,7 +198,7 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   }
   __syncthreads();
   TileKeys keys;
-  keys.begin(memory.query, scale, key_levels);
+  keys.begin(memory.whole, scale, key_levels);
   int seen_from[NT], seen_to[NT];
 #pragma unroll
   for (int nt = 0; nt < NT; nt++) {

@@ -69,6 +69,7 @@ METAL_FUNC void load_tile(
         p == 0 ? planes.low : p == 1 ? planes.low_of_upper_fields : planes.high;
     if (CHANNEL_MAJOR) {
       constexpr int WORDS = TOKENS / 4;
+      ROLLED
       for (int i = thread_index; i < Stored::BYTES * WORDS; i += THREADS) {
         const int row = i / WORDS, token = i % WORDS * 4;
         const size_t at = (head * Stored::BYTES + row) * coded + begin + token;
@@ -163,8 +164,8 @@ template <
 METAL_FUNC void decode_tile(
     thread const Arrays<T, Scale>& arrays, thread const Places& places,
     threadgroup uint8_t* tile, threadgroup float* known_levels, threadgroup float* all_scratch,
-    int group, int kv_index, int thread_index) {
-  const int lane = thread_index % 32, simd = thread_index / 32;
+    int group, int kv_index, int thread_index, int simd) {
+  const int lane = thread_index % 32;
   const int begin = (places.first / TOKENS + group) * TOKENS;
   const int count = min(TOKENS, places.coded - begin);
   load_tile<Stored, CHANNEL_MAJOR>(
@@ -180,7 +181,7 @@ METAL_FUNC void decode_tile(
     }
     const size_t place = places.left + places.sinks + index - places.first;
     device T* to = arrays.out + (size_t(kv_index) * places.total + place) * Stored::DIM;
-    UNROLL
+    ROLLED
     for (int s = 0; s < Stored::SEGMENTS; s++) {
       decode_segment<Stored, AFFINE, BALANCED, SORTED, BIASED>(
           arrays, places, tile + token * Stored::PITCH, known_levels,
@@ -189,20 +190,16 @@ METAL_FUNC void decode_tile(
   }
 }
 
-// Channel c of the exact token in place `slot` of the older and newer ones, or zero.
+// The exact token in place `slot` of the older and newer ones, (D,).
 template <int D, typename T, typename Scale>
-METAL_FUNC float exact_channel(
-    thread const Arrays<T, Scale>& arrays, thread const Places& places, int slot, int c,
-    int kv_index) {
-  if (slot < 0) {
-    return 0;
-  }
+METAL_FUNC device const T* exact_token(
+    thread const Arrays<T, Scale>& arrays, thread const Places& places, int slot, int kv_index) {
   if (slot < places.older_count) {
-    return float(arrays.older[(size_t(kv_index) * places.older_count + slot) * D + c]);
+    return arrays.older + (size_t(kv_index) * places.older_count + slot) * D;
   }
   const int sequence = kv_index / places.heads, kv_head = kv_index % places.heads;
   const size_t token = size_t(sequence) * places.newer_count + slot - places.older_count;
-  return float(arrays.newer[(token * places.heads + kv_head) * D + c]);
+  return arrays.newer + (token * places.heads + kv_head) * D;
 }
 
 // One side's share of group number `group`, of those that it has.
@@ -212,11 +209,11 @@ template <
 METAL_FUNC void lay_out(
     thread const Arrays<T, Scale>& arrays, thread const Places& places,
     threadgroup uint8_t* tile, threadgroup float* known_levels, threadgroup float* all_scratch,
-    int group, int kv_index, int thread_index) {
+    int group, int kv_index, int thread_index, int simd) {
   constexpr int D = Stored::DIM;
   if (group < places.tiles()) {
     decode_tile<Stored, AFFINE, CHANNEL_MAJOR, BALANCED, SORTED, BIASED>(
-        arrays, places, tile, known_levels, all_scratch, group, kv_index, thread_index);
+        arrays, places, tile, known_levels, all_scratch, group, kv_index, thread_index, simd);
     return;
   }
   const bool keeps = group >= places.groups();
@@ -226,14 +223,19 @@ METAL_FUNC void lay_out(
   const int total = keeps ? places.sinks + places.kept : places.total;
   device T* to = keeps ? arrays.kept : arrays.out;
   const int count = min(TOKENS, total - decoded - begin);
-  for (int i = thread_index; i < count * D; i += THREADS) {
-    const int token = begin + i / D, c = i % D;
+  ROLLED
+  for (int i = simd; i < count; i += SIMDS) {
+    const int token = begin + i;
     const int place = token < left + places.sinks ? token : token + decoded;
     int slot = token - left;
     if (slot >= places.sinks) {
       slot = slot - places.sinks < exact ? slot - places.sinks + first : -1;
     }
-    to[(size_t(kv_index) * total + place) * D + c] =
-        static_cast<T>(exact_channel<D>(arrays, places, slot, c, kv_index));
+    device const T* from = exact_token<D>(arrays, places, max(slot, 0), kv_index);
+    device T* at = to + (size_t(kv_index) * total + place) * D;
+    UNROLL
+    for (int c = thread_index % 32; c < D; c += 32) {
+      at[c] = slot < 0 ? static_cast<T>(0.0f) : from[c];
+    }
   }
 }

@@ -1,4 +1,5 @@
 // What a CUDA kernel sees on the CPU, in place of ptx.cu and of what NVRTC brings.
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -58,6 +59,9 @@ inline int max(int a, int b) { return a > b ? a : b; }
 inline float max(float a, float b) { return a > b ? a : b; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline unsigned __float_as_uint(float x) { return emulator::bits<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return emulator::bits<float>(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __log2f(float x) { return std::log2(x); }
 inline float __int_as_float(unsigned x) { return emulator::bits<float>(x); }
 
 inline unsigned __funnelshift_l(unsigned low, unsigned high, int shift) {
@@ -77,6 +81,15 @@ T __shfl_sync(unsigned, T x, int from) {
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T x, int other) {
   return __shfl_sync(mask, x, emulator::lane() ^ other);
+}
+
+inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
+  for (int bit = 1; bit < emulator::LANES; bit *= 2) x = std::max(x, __shfl_xor_sync(mask, x, bit));
+  return x;
+}
+inline int __reduce_add_sync(unsigned mask, int x) {
+  for (int bit = 1; bit < emulator::LANES; bit *= 2) x += __shfl_xor_sync(mask, x, bit);
+  return x;
 }
 
 // ptx.cu

@@ -217,7 +217,12 @@ MUTATIONS = [
         "s == 0 ? first_bits : 8 - first_bits",
         "first_bits",
     ),
-    ("levels at the lower end of their parts", "codes", " | middle[segment]", ""),
+    (
+        "levels at the lower end of their parts",
+        "codes",
+        " |\n        (first ? middle[0] : middle[1])",
+        "",
+    ),
     ("the second code is not moved up", "codes", "codes << first_bits", "codes"),
     (
         "the second code is moved up by its own bits",
@@ -401,7 +406,7 @@ MUTATIONS = [
         "distance == 1 ? c % 2 == 1 :",
         "true ? c % 2 == 1 :",
     ),
-    ("the angle of another pair", "codes", "(second ? other : c) / between", "c / between"),
+    ("the angle of another pair", "codes", "first = second ? other : c,", "first = c,"),
     ("all channels are turned", "codes", "if (c >= 2 * pairs) {", "if (c >= 4096) {"),
     (
         "no barrier between codes and their reading",
