@@ -63,11 +63,12 @@ class Segmented:
         self._shift = mx.array(np.vectorize(SHIFTS.get)(bits).astype(np.float32))
         self._feedback = feedback
         self._second = mx.array(second.astype(np.uint8))
-        # What a byte is masked with and multiplied by to begin with the first and with the second
-        # code, and the one after each: processors have no shifts of bytes by different numbers.
-        self._mask, self._factor, *self._ones = (
-            mx.array(x.astype(np.uint8))
-            for x in (256 - 2**second, 2**first, 2 ** (second - 1), 2 ** (first - 1))
+        # What a byte is multiplied by to begin with the code, what masks the rest, and the one
+        # after the code, each (..., 2, 1, 1): processors have no shifts of bytes by different
+        # numbers.
+        above = (8 - bits) * np.arange(2)[:, None, None]
+        self._factor, self._mask, self._one = (
+            mx.array(x.astype(np.uint8)) for x in (2**above, 256 - 2 ** (8 - bits), 2 ** (7 - bits))
         )
 
     def encode(self, x: mx.array) -> tuple[mx.array, mx.array]:
@@ -101,13 +102,9 @@ class Segmented:
     def decode(self, codes: tuple[mx.array, mx.array]) -> mx.array:
         """The vectors, fp32 (..., T, D) and still rotated, that token-major ``codes`` stand for."""
         packed, scale = codes
-        return mx.concatenate(
-            [
-                (levels.astype(mx.float32) - OFFSET) * (size_of(own_scale) / UNIT)
-                for levels, own_scale in zip(self._levels(packed), mx.split(scale, 2, axis=-1))
-            ],
-            axis=-1,
-        )
+        widths = size_of(mx.swapaxes(scale, -1, -2)[..., None]) / UNIT
+        segments = (self._levels(packed).astype(mx.float32) - OFFSET) * widths
+        return mx.concatenate([segments[..., 0, :, :], segments[..., 1, :, :]], axis=-1)
 
     def expand(self, codes: tuple[mx.array, mx.array], axis: int) -> tuple[Prepared, mx.array]:
         """The levels of both segments as matrices for products, (..., 2, D / 2, T), and scales.
@@ -116,11 +113,11 @@ class Segmented:
             axis: that of the channels: -2, as only channel-major codes are multiplied.
         """
         packed, scale = codes
-        return prepare(mx.stack([*self._levels(packed)], axis=-3), OFFSET), scale
+        return prepare(self._levels(packed), OFFSET), scale
 
-    def _levels(self, packed: mx.array) -> tuple[mx.array, mx.array]:
-        """The levels of both segments, as bytes; what lies above the second code overflows."""
-        return packed & self._mask | self._ones[0], packed * self._factor | self._ones[1]
+    def _levels(self, packed: mx.array) -> mx.array:
+        """The levels (..., 2, m, n) of codes (..., m, n), as bytes; what overflows is lost."""
+        return mx.expand_dims(packed, -3) * self._factor & self._mask | self._one
 
     @staticmethod
     def scores(q: mx.array, levels: Prepared, scale: mx.array) -> mx.array:
