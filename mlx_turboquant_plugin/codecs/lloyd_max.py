@@ -157,9 +157,9 @@ def _nearest(z: mx.array, bits: int) -> mx.array:
     """Codes of the levels nearest to ``z``: thresholds lie half-way between levels."""
     book = CODEBOOKS[bits]
     size = mx.abs(z) * book.unit
-    above = [
-        (size > (low + high) / 2).astype(mx.int16) for low, high in zip(book.levels, book.levels[1:])
-    ]
+    thresholds = [(low + high) / 2 for low, high in zip(book.levels, book.levels[1:])]
+    # In 16 bits, as in level_bytes.
+    above = [(size > threshold).astype(mx.int16) for threshold in thresholds]
     magnitude = sum(above[1:], start=above[0])
     half = len(book.levels)
     return mx.where(z < 0, half - 1 - magnitude, half + magnitude).astype(mx.uint8)
