@@ -10,8 +10,9 @@ from mlx_turboquant_plugin.codecs import kv_codec, lloyd_max, packing, rotation
 from mlx_turboquant_plugin.codecs.affine import GroupAffine, VectorAffine
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
-from mlx_turboquant_plugin.codecs.lloyd_max import CODEBOOKS, OFFSET, LloydMax
+from mlx_turboquant_plugin.codecs.lloyd_max import CODEBOOKS, OFFSET, SEARCH, LloydMax
 from mlx_turboquant_plugin.codecs.rotation import Rotation
+from mlx_turboquant_plugin.codecs.segmented import Segmented
 from mlx_turboquant_plugin.rules import CODEC_BITS
 
 DIMS = (64, 80, 96, 112, 128, 256)
@@ -190,6 +191,16 @@ def test_the_search_for_the_size_keeps_more_of_the_length_along_the_vector(bits)
     along = np.sum(decoded * x, axis=-1) / np.sum(x * x, axis=-1)
     # The least error alone shortens by just that error (Max 1960).
     assert 0.6 < (1 - along.mean()) / LEAST[bits] < 0.8
+
+
+@pytest.mark.parametrize("codec", [LloydMax(4), Segmented(), Segmented(mx.array([4, 5, 6]))])
+def test_scales_tried_at_once_or_one_by_one_make_the_same_codes(codec, monkeypatch):
+    x = mx.array(various(64)[:99]).reshape(1, 3, 33, 64)
+    monkeypatch.setattr(lloyd_max, "AT_ONCE", len(SEARCH) * x.size)
+    at_once = codec.encode(x)
+    monkeypatch.setattr(lloyd_max, "AT_ONCE", len(SEARCH) * x.size - 1)
+    for one, other in zip(at_once, codec.encode(x)):
+        np.testing.assert_array_equal(one, other)
 
 
 @every_dim

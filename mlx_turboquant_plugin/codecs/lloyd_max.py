@@ -56,6 +56,10 @@ OCTAVES = 22
 # How far, in steps, the scale is searched around the root mean square.
 SEARCH = (0, -1, 1, -2, 2)
 
+# With fewer numbers, counted once for each scale that is tried, all are tried at once: the CPU
+# needs longer to begin an operation than for so few numbers.
+AT_ONCE = 2**17
+
 # How much more an error along the vector itself costs than one across it. The queries
 # that attend to a key point its way, so such an error scales the scores that matter;
 # and it makes all values of an average shorter or longer alike.
@@ -76,8 +80,9 @@ class LloydMax:
 
     def encode(self, x: mx.array) -> tuple[mx.array, ...]:
         """The codes of rotated vectors ``x``, fp32 (..., T, D)."""
-        codes, scale = searched(x, _coder(self.bits))
-        return (*packing.pack(codes, self.bits), scale)
+        rounded = _rounded(self.bits)
+        scale, size = best_scale(x, lambda x, size: rounded(x / size)[1] * size - x)
+        return (*packing.pack(rounded(x / size)[0], self.bits), scale)
 
     def decode(self, codes: tuple[mx.array, ...]) -> mx.array:
         """The vectors, fp32 (..., T, D) and still rotated, that token-major ``codes`` stand for."""
@@ -152,52 +157,61 @@ def _nearest(z: mx.array, bits: int) -> mx.array:
     """Codes of the levels nearest to ``z``: thresholds lie half-way between levels."""
     book = CODEBOOKS[bits]
     size = mx.abs(z) * book.unit
-    above = [
-        (size > (low + high) / 2).astype(z.dtype) for low, high in zip(book.levels, book.levels[1:])
-    ]
+    thresholds = [(low + high) / 2 for low, high in zip(book.levels, book.levels[1:])]
+    # In 16 bits, as in level_bytes.
+    above = [(size > threshold).astype(mx.int16) for threshold in thresholds]
     magnitude = sum(above[1:], start=above[0])
     half = len(book.levels)
     return mx.where(z < 0, half - 1 - magnitude, half + magnitude).astype(mx.uint8)
 
 
-def _coder(bits: int) -> Callable:
-    """What :func:`searched` is given for the codebook of ``bits``."""
-    unit = CODEBOOKS[bits].unit
+@functools.cache
+def _rounded(bits: int) -> Callable:
+    """From any numbers to the codes of the levels nearest to them, and to these levels."""
 
-    def coded(x, size):
-        codes = _nearest(x / size, bits)
-        return codes, (level_bytes(codes, bits).astype(mx.float32) - OFFSET) / unit * size
+    def rounded(z):
+        codes = _nearest(z, bits)
+        return codes, (level_bytes(codes, bits).astype(mx.float32) - OFFSET) / CODEBOOKS[bits].unit
 
-    return coded
+    return compiled(rounded)
 
 
-def searched(x: mx.array, coded: Callable, shift: Any = 0) -> tuple[mx.array, mx.array]:
-    """Codes of ``x``, fp32 (..., T, D), with the scale near the root mean square that loses least.
+def best_scale(x: mx.array, errors: Callable, shift: Any = 0) -> tuple[mx.array, mx.array]:
+    """The scales near the root mean squares of ``x``, fp32 (..., T, D), that lose least.
 
     Args:
-        coded: from x and sizes (..., T, 1) to codes and to what they stand for.
+        errors: from x and sizes (..., T, 1) to those of the nearest levels, (..., T, D).
         shift: by how many steps the search begins above the root mean square.
 
     Returns:
-        Codes (..., T, D) and scales (..., T, 1), uint8.
+        The scales, uint8 (..., T, 1), and the sizes that they stand for, fp32.
     """
     rms = mx.maximum(mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True)), 1e-20)
     norm = rms * math.sqrt(x.shape[-1])
     start = mx.round((mx.log2(rms) - LOWEST_OCTAVE) * STEPS_PER_OCTAVE + shift)
-    best: list[mx.array] = []
-    # Not compiled: encoding is rare, and MLX would take half a minute for it on a CPU, and NVRTC
-    # two minutes.
-    for step in SEARCH:
-        scale = mx.clip(start + step, 0, 255).astype(mx.uint8)
-        codes, values = coded(x, size_of(scale))
-        missing = x - values
-        along = mx.sum(missing * x, axis=-1, keepdims=True) / norm
-        error = mx.sum(missing * missing, axis=-1, keepdims=True) + ALONG * along * along
-        found = [error, codes, scale]
-        if not best:
-            best = found
-        else:
-            better = error < best[0]
-            best = [mx.where(better, new, old) for new, old in zip(found, best)]
-    _, codes, scale = best
-    return codes, scale
+    sizes = _sizes(mx.default_device().type)
+
+    def scale(steps):
+        return mx.clip(start + steps, 0, 255).astype(mx.uint8)
+
+    def cost(steps):
+        error = errors(x, sizes[scale(steps)])
+        along = mx.sum(error * x, axis=-1, keepdims=True) / norm
+        return mx.sum(error * error, axis=-1, keepdims=True) + ALONG * along * along
+
+    steps = mx.array(SEARCH, mx.float32)
+    tried = steps.reshape(-1, *[1] * x.ndim)
+    if len(SEARCH) * x.size <= AT_ONCE:
+        costs = cost(tried)
+    else:
+        costs = mx.concatenate([cost(step) for step in mx.split(tried, len(SEARCH))])
+    best = scale(steps[mx.argmin(costs, axis=0)])
+    return best, sizes[best]
+
+
+@functools.cache
+def _sizes(device: mx.DeviceType) -> mx.array:
+    """What all scales stand for, as computed on a kind of device."""
+    sizes = size_of(mx.arange(256))
+    mx.eval(sizes)
+    return sizes

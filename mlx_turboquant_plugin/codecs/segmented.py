@@ -13,9 +13,10 @@ of all bytes that begin so: no table, and the same function for any number of bi
 import mlx.core as mx
 import numpy as np
 
+from ..compiling import compiled
 from .byte_matrix import Prepared, multiply, prepare
 from .feedback import FEEDBACK_BLOCK
-from .lloyd_max import OFFSET, STEPS_PER_OCTAVE, searched, size_of
+from .lloyd_max import OFFSET, STEPS_PER_OCTAVE, best_scale, size_of
 
 # The bits that the first segment can have, and has where nothing is known; the other has the
 # rest of the byte.
@@ -62,51 +63,48 @@ class Segmented:
         self._shift = mx.array(np.vectorize(SHIFTS.get)(bits).astype(np.float32))
         self._feedback = feedback
         self._second = mx.array(second.astype(np.uint8))
-        # What a byte is masked with and multiplied by to begin with the first and with the second
-        # code, and the one after each: processors have no shifts of bytes by different numbers.
-        self._mask, self._factor, *self._ones = (
-            mx.array(x.astype(np.uint8))
-            for x in (256 - 2**second, 2**first, 2 ** (second - 1), 2 ** (first - 1))
+        # What a byte is multiplied by to begin with the code, what masks the rest, and the one
+        # after the code, each (..., 2, 1, 1): processors have no shifts of bytes by different
+        # numbers.
+        above = (8 - bits) * np.arange(2)[:, None, None]
+        self._factor, self._mask, self._one = (
+            mx.array(x.astype(np.uint8)) for x in (2**above, 256 - 2 ** (8 - bits), 2 ** (7 - bits))
         )
 
     def encode(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The codes of ``x``, fp32 (..., T, D)."""
         segments = mx.stack([*mx.split(x, 2, axis=-1)], axis=-3)
-        codes, scale = searched(segments, self._coded, self._shift)
-        if self._feedback is not None:
-            codes = self._with_feedback(segments, size_of(scale), self._feedback)
+        scale, size = best_scale(
+            segments, lambda x, size: self._rounded(x, size * self._step)[1], self._shift
+        )
+        codes = self._codes(segments, size * self._step)
         first, second = (codes[..., segment, :, :] for segment in range(2))
         return (first << self._second) | second, mx.swapaxes(scale[..., 0], -1, -2)
 
-    def _with_feedback(self, x: mx.array, size: mx.array, feedback: mx.array) -> mx.array:
-        """Codes of ``x`` (..., 2, T, D / 2), block by block; sizes: (..., 2, T, 1)."""
+    def _codes(self, x: mx.array, step: mx.array) -> mx.array:
+        """Codes of ``x`` (..., 2, T, D / 2); block by block where errors are fed back."""
+        if self._feedback is None:
+            return self._rounded(x, step)[0]
         codes = []
         for first in range(0, x.shape[-1], FEEDBACK_BLOCK):
             own, x = x[..., :FEEDBACK_BLOCK], x[..., FEEDBACK_BLOCK:]
-            found, values = self._coded(own, size)
+            found, errors = self._rounded(own, step)
             codes.append(found)
             if x.shape[-1]:
                 after = first + FEEDBACK_BLOCK
-                x = x + (values - own) @ feedback[..., first:after, after:]
+                x = x + errors @ self._feedback[..., first:after, after:]
         return mx.concatenate(codes, axis=-1)
 
-    def _coded(self, x: mx.array, size: mx.array) -> tuple[mx.array, mx.array]:
-        """Codes of the levels nearest to ``x``, and what they stand for; see :func:`searched`."""
-        step = size * self._step
-        codes = mx.clip(mx.floor(x / step + self._below), 0, self._last)
-        # The middles of the bytes that begin with the codes.
-        return codes.astype(mx.uint8), (codes + (0.5 - self._below)) * step
+    def _rounded(self, x: mx.array, step: mx.array) -> tuple[mx.array, mx.array]:
+        """Codes of ``x`` (..., 2, T, n) for levels (..., 2, T, 1) apart, and their errors."""
+        return _nearest(x, step, self._below, self._last)
 
     def decode(self, codes: tuple[mx.array, mx.array]) -> mx.array:
         """The vectors, fp32 (..., T, D) and still rotated, that token-major ``codes`` stand for."""
         packed, scale = codes
-        return mx.concatenate(
-            [
-                (levels.astype(mx.float32) - OFFSET) * (size_of(own_scale) / UNIT)
-                for levels, own_scale in zip(self._levels(packed), mx.split(scale, 2, axis=-1))
-            ],
-            axis=-1,
-        )
+        widths = size_of(mx.swapaxes(scale, -1, -2)[..., None]) / UNIT
+        segments = (self._levels(packed).astype(mx.float32) - OFFSET) * widths
+        return mx.concatenate([segments[..., 0, :, :], segments[..., 1, :, :]], axis=-1)
 
     def expand(self, codes: tuple[mx.array, mx.array], axis: int) -> tuple[Prepared, mx.array]:
         """The levels of both segments as matrices for products, (..., 2, D / 2, T), and scales.
@@ -115,11 +113,11 @@ class Segmented:
             axis: that of the channels: -2, as only channel-major codes are multiplied.
         """
         packed, scale = codes
-        return prepare(mx.stack([*self._levels(packed)], axis=-3), OFFSET), scale
+        return prepare(self._levels(packed), OFFSET), scale
 
-    def _levels(self, packed: mx.array) -> tuple[mx.array, mx.array]:
-        """The levels of both segments, as bytes; what lies above the second code overflows."""
-        return packed & self._mask | self._ones[0], packed * self._factor | self._ones[1]
+    def _levels(self, packed: mx.array) -> mx.array:
+        """The levels (..., 2, m, n) of codes (..., m, n), as bytes; what overflows is lost."""
+        return mx.expand_dims(packed, -3) * self._factor & self._mask | self._one
 
     @staticmethod
     def scores(q: mx.array, levels: Prepared, scale: mx.array) -> mx.array:
@@ -134,3 +132,12 @@ class Segmented:
         """
         widths = size_of(mx.expand_dims(scale, -2)) * (1 / UNIT)
         return mx.sum(multiply(q, levels, OFFSET) * widths, axis=-3)
+
+
+@compiled
+def _nearest(
+    x: mx.array, step: mx.array, below: mx.array, last: mx.array
+) -> tuple[mx.array, mx.array]:
+    codes = mx.clip(mx.floor(x / step + below), 0, last)
+    # The middles of the bytes that begin with the codes.
+    return codes.astype(mx.uint8), (codes + (0.5 - below)) * step - x
