@@ -122,6 +122,8 @@ class Settings:
         Raises:
             SettingsError: bits are given by layer, but for another number of layers.
         """
+        if not isinstance(self.key_bits, tuple) and not isinstance(self.value_bits, tuple):
+            return [self] * count
         columns = {}
         for name in ("key_bits", "value_bits"):
             bits = getattr(self, name)

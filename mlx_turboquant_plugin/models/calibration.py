@@ -25,7 +25,7 @@ from ..log import logger
 from . import calibration_file
 from .calibration_file import Statistics
 from .family import attention_of, family_of, layers_of
-from .projections import weights_of
+from .projections import contents
 
 # As many as tell all they can: with half of them the text's loss is 5% larger.
 TOKENS = 512
@@ -111,7 +111,7 @@ def statistics_of(
         found = [None] * len(layers)
     for attention, statistics in zip(attentions, found, strict=True):
         if attention is not None:
-            _keep(_measured, attention, _leaves(attention), statistics)
+            _keep(_measured, attention, tuple(contents(attention)), statistics)
     return found
 
 
@@ -146,17 +146,12 @@ def _known(attention: nn.Module | None) -> tuple[bool, Statistics | None]:
         return True, None
     reference, weights, statistics = _measured.get(id(attention), (None, (), None))
     known = reference is not None and reference() is attention
-    return known and same_objects(_leaves(attention), weights), statistics
+    return known and same_objects(tuple(contents(attention)), weights), statistics
 
 
 def same_objects(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
     """Whether both hold the very same objects."""
     return len(some) == len(others) and all(a is b for a, b in zip(some, others))
-
-
-def _leaves(attention: nn.Module) -> tuple[mx.array, ...]:
-    """All its weights, those of adapters too."""
-    return tuple(x for _, x in weights_of(attention))
 
 
 def distributed() -> bool:

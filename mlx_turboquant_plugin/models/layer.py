@@ -28,7 +28,7 @@ from .balance import WHITENED, balance, layout, norm_rms, projection_rms, query_
 from .calibration import same_objects, statistics_for
 from .calibration_file import Statistics
 from .family import Family, family_of
-from .projections import Projection, weights_of
+from .projections import Projection, contents
 
 
 class Fingerprint:
@@ -130,11 +130,7 @@ def _general() -> Settings:
 def _parts(attention: nn.Module, norm: nn.Module | None) -> tuple[Any, ...]:
     """What is replaced when a layer is loaded, quantised, sharded, trained or adapted."""
     # Not the attention itself, which nobody here may keep.
-    modules = [module for _, module in attention.named_modules() if module is not attention]
-    weights = weights_of(attention)
-    if norm is not None:
-        weights += weights_of(norm)
-    return (norm, *modules, *(x for _, x in weights))
+    return (norm, *contents(attention), *(() if norm is None else contents(norm)))
 
 
 def _read_layer(attention: nn.Module, norm: nn.Module | None, settings: Settings) -> Layer:

@@ -9,21 +9,28 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
 
 from .. import patching
 from ..cache import BatchCompressedKVCache, CompressedKVCache
 from ..cache.reading import AttendedCache
 from .calibration import same_objects
+from .projections import contents
 
 Compressed = CompressedKVCache | BatchCompressedKVCache
 
 
 def guard_all(model: Any) -> None:
     """:func:`guard` a model and the parts that run its layers: programs call these, too."""
-    parts = (one for _, one in model.named_modules() if hasattr(one, "layers"))
+    parts = (one for one in contents(model) if isinstance(one, nn.Module) and _has_layers(one))
     for kind in {type(model), *map(type, parts)}:
         guard(kind)
+
+
+def _has_layers(module: nn.Module) -> bool:
+    # Not hasattr(), which raises and catches an exception for each that has none.
+    return "layers" in module or hasattr(type(module), "layers")
 
 
 def guard(model: type) -> None:
