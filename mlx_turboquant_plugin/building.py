@@ -11,7 +11,7 @@ from typing import Any
 
 from .codecs.kv_codec import CodecSpec
 from .compiling import finished
-from .evaluation.selftest import Case, check
+from .tools.selftest import Case, check
 
 # Prompts, then decoding over several pieces of codes.
 WORK: tuple[dict[str, Any], ...] = (

@@ -82,7 +82,7 @@ def status() -> Status:
             kernel = kernel_of(configuration.general) if configuration else None
         except settings.SettingsError as bad:
             error = str(bad)
-    prompt_cache = sys.modules.get(f"{__package__}.models.prompt_cache")
+    prompt_cache = sys.modules.get(f"{__package__}.integration.prompt_cache")
     fused = sys.modules.get(f"{__package__}.attention.fused")
     return Status(
         active=patching.active(),

@@ -241,7 +241,7 @@ for module in [m for n, m in sys.modules.items() if n.startswith("mlx_lm")]:
 
 
 @pytest.mark.skipif(not INSTALLED, reason="hooks are found in the installed package")
-@pytest.mark.parametrize("first", ["cache", "attention.dispatch", "evaluation.compare"])
+@pytest.mark.parametrize("first", ["cache", "attention.dispatch", "tools.compare"])
 def test_any_module_can_be_imported_first(first):
     code = f"""
 import mlx_turboquant_plugin.{first}

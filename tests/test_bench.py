@@ -16,12 +16,12 @@ import mlx_turboquant_plugin
 from mlx_turboquant_plugin import cli
 from mlx_turboquant_plugin.attention import dispatch, fused
 from mlx_turboquant_plugin.cache import BatchCompressedKVCache, CompressedKVCache
-from mlx_turboquant_plugin.evaluation import progress
-from mlx_turboquant_plugin.evaluation.bench import command, measurement, model, prompts, shapes
-from mlx_turboquant_plugin.evaluation.bench.measurement import Results
-from mlx_turboquant_plugin.evaluation.bench.model import ModelBench
-from mlx_turboquant_plugin.evaluation.runs import compressed, compressed_prompt_cache, table_bytes
 from mlx_turboquant_plugin.kernels import fused_kernels
+from mlx_turboquant_plugin.tools import progress
+from mlx_turboquant_plugin.tools.bench import command, measurement, model, prompts, shapes
+from mlx_turboquant_plugin.tools.bench.measurement import Results
+from mlx_turboquant_plugin.tools.bench.model import ModelBench
+from mlx_turboquant_plugin.tools.runs import compressed, compressed_prompt_cache, table_bytes
 
 KINDS = {
     "KVCache": KVCache,
@@ -230,7 +230,7 @@ def test_bad_arguments(arguments, said, capsys):
 
 def test_without_matplotlib(monkeypatch, caplog, tmp_path):
     # What find_spec() answers for a module that is not installed.
-    monkeypatch.setattr("mlx_turboquant_plugin.evaluation.bench.plot.find_spec", lambda name: None)
+    monkeypatch.setattr("mlx_turboquant_plugin.tools.bench.plot.find_spec", lambda name: None)
     assert run("--plot", tmp_path / "x.png") == cli.BAD_SETTINGS
     assert "pip install 'mlx-turboquant-plugin[plot]', or leave --plot out" in caplog.text
 
@@ -265,7 +265,7 @@ def test_other_errors_are_not_hidden(measure, monkeypatch):
     def attend(*args, **kwargs):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("mlx_turboquant_plugin.evaluation.bench.layer.attend", attend)
+    monkeypatch.setattr("mlx_turboquant_plugin.tools.bench.layer.attend", attend)
     with pytest.raises(RuntimeError, match="broken"):
         measure("--parts", "layer", "--lengths", 300, "--dtypes", "float32")
 

@@ -7,9 +7,9 @@ import pytest
 from bench_runs import SHORT, failing, measure, run  # noqa: F401
 
 from mlx_turboquant_plugin import cli
-from mlx_turboquant_plugin.evaluation.bench import measurement, plot, saved
-from mlx_turboquant_plugin.evaluation.bench.measurement import Results, Sample, Situation, Timing
-from mlx_turboquant_plugin.evaluation.bench.model import ModelBench
+from mlx_turboquant_plugin.tools.bench import measurement, plot, saved
+from mlx_turboquant_plugin.tools.bench.measurement import Results, Sample, Situation, Timing
+from mlx_turboquant_plugin.tools.bench.model import ModelBench
 
 
 def test_turns():

@@ -14,12 +14,12 @@ import tiny
 from processes import ROOT, clean_environ, run_python
 
 from mlx_turboquant_plugin import __version__, cli, status_command
-from mlx_turboquant_plugin.evaluation import compare, demo, drift, progress, truncate
-from mlx_turboquant_plugin.evaluation.arguments import output_file
-from mlx_turboquant_plugin.evaluation.bench import plot
-from mlx_turboquant_plugin.evaluation.bench.measurement import Results
-from mlx_turboquant_plugin.evaluation.runs import load_model
 from mlx_turboquant_plugin.rules import SettingsError
+from mlx_turboquant_plugin.tools import compare, demo, drift, progress, truncate
+from mlx_turboquant_plugin.tools.arguments import output_file
+from mlx_turboquant_plugin.tools.bench import plot
+from mlx_turboquant_plugin.tools.bench.measurement import Results
+from mlx_turboquant_plugin.tools.runs import load_model
 
 COMMAND = [sys.executable, "-m", "mlx_turboquant_plugin"]
 

@@ -20,7 +20,7 @@ from processes import ROOT
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin.cache import BatchCompressedKVCache, CompressedKVCache
 from mlx_turboquant_plugin.codecs.segmented import ERRORS, USUAL_BITS
-from mlx_turboquant_plugin.models import table
+from mlx_turboquant_plugin.integration import table
 
 # One for each way in which a family differs from Llama.
 QUICK = {
@@ -223,7 +223,7 @@ def test_every_module_of_mlx_lm_is_in_one_table():
 def test_every_family_has_its_entry_point():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     points = project["entry-points"]["mlx_turboquant_plugin"]
-    hook = "mlx_turboquant_plugin.models.table:patch"
+    hook = "mlx_turboquant_plugin.integration.table:patch"
     named = {module for module, function in points.items() if function == hook}
     assert named == {f"mlx_lm.models.{name}" for name in table.FAMILIES}
 

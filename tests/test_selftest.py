@@ -9,9 +9,6 @@ from mlx_turboquant_plugin import cli
 from mlx_turboquant_plugin.attention import dispatch, fused
 from mlx_turboquant_plugin.cache import Visibility, compressed
 from mlx_turboquant_plugin.codecs.kv_codec import KVCodec
-from mlx_turboquant_plugin.evaluation import selftest
-from mlx_turboquant_plugin.evaluation.cases import QUICK, table
-from mlx_turboquant_plugin.evaluation.selftest import check
 from mlx_turboquant_plugin.kernels import (
     cuda,
     cuda_encode,
@@ -19,6 +16,9 @@ from mlx_turboquant_plugin.kernels import (
     cuda_source,
     fused_kernels,
 )
+from mlx_turboquant_plugin.tools import selftest
+from mlx_turboquant_plugin.tools.cases import QUICK, table
+from mlx_turboquant_plugin.tools.selftest import check
 
 PROMPTS = [case for case in QUICK if case.count > 16]
 

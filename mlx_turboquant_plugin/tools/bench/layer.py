@@ -17,8 +17,8 @@ from ...attention.kernels import kernel_of
 from ...cache import BatchCompressedKVCache, CompressedKVCache, Visibility
 from ...codecs.key_bias import KeyBias
 from ...codecs.kv_codec import CodecSpec, KVCodec
-from ...models.balance import layout, query_squares
-from ...models.layer import key_codec
+from ...integration.balance import layout, query_squares
+from ...integration.layer import key_codec
 from ..runs import kv_bytes, table_bytes
 from .measurement import (
     BATCH_KVCACHE,

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ...models.projections import weights_of
+from ...integration.projections import weights_of
 
 # What mlx-lm's loader reads from a config.json.
 SHAPES: dict[str, dict[str, Any]] = {
