@@ -1,16 +1,34 @@
-"""The hooks of ``mlx_lm.models.cache`` and ``mlx_lm.generate``.
+"""The hooks of mlx-lm's modules.
 
-These modules may be imported by one of this package that is half imported itself. So the
-rest is imported when mlx-lm first makes or loads a prompt cache, or fills one.
+mlx-lm may be imported by a module of this package that is half imported itself. So most of the
+rest is imported when mlx-lm first makes or loads a prompt cache, fills one, or imports a model.
 """
 
 from types import ModuleType
 
-from .. import patching
+from .. import hooking, patching
 from . import upstream
+from .table import FAMILIES
 
 
 def patch(module: ModuleType) -> None:
+    """Hook of ``mlx_lm``: add those of its modules, of all families in the table."""
+    package = module.__name__
+    hooking.add(f"{package}.models.cache", f"{__name__}:patch_cache")
+    hooking.add(f"{package}.generate", f"{__name__}:patch_generate")
+    hooking.add(f"{package}.utils", f"{__package__}.identity:patch")
+    for name in FAMILIES:
+        hooking.add(f"{package}.models.{name}", f"{__name__}:patch_model")
+
+
+def patch_model(module: ModuleType) -> None:
+    """Have the models of a module with a family attend over compressed caches."""
+    from .attention import patch_family
+
+    patch_family(module, FAMILIES[module.__name__.rpartition(".")[2]])
+
+
+def patch_cache(module: ModuleType) -> None:
     """Have prompt caches made, saved and loaded by :mod:`prompt_cache`."""
     if upstream.available():
         from . import prompt_cache

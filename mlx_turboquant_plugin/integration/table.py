@@ -5,16 +5,9 @@ of them and of what becomes of a tiny model of each.
 """
 
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
-from .attention import patch_family
 from .family import Family
-
-
-def patch(module: ModuleType) -> None:
-    """Hook of every module of ``mlx_lm.models`` that :data:`FAMILIES` has."""
-    patch_family(module, FAMILIES[module.__name__.rpartition(".")[2]])
 
 
 def why_not(module: str) -> str | None:
