@@ -1,8 +1,10 @@
 """Arguments that several subcommands have, and what they stand for."""
 
 import argparse
+import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..rules import SettingsError
+from ..rules import PRESETS, SettingsError
 from . import texts
 from .runs import prompt_cache
 
@@ -67,18 +69,61 @@ def _try_to_write(path: Path) -> None:
         path.unlink()
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file, text in UTF-8.
+def write(path: Path, text: str) -> None:
+    """Write a file in UTF-8.
 
     Raises:
         SettingsError: it can't be written.
     """
     try:
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        path.write_bytes(text.encode())
     except OSError as error:
         raise SettingsError(
             f"{str(path)!r} can't be written ({error}): choose another place"
         ) from error
+
+
+def show(lines: Iterable[str], *files: tuple[Path | None, Callable[[], str]]) -> None:
+    """Print ``lines``; then write the files, even if nobody reads the lines any more.
+
+    Args:
+        files: where each goes, None for nowhere, and what makes its text.
+
+    Raises:
+        SettingsError: a file can't be written.
+    """
+    try:
+        sys.stdout.write("\n".join(lines) + "\n")
+    finally:
+        for path, text in files:
+            if path:
+                write(path, text())
+
+
+def as_json(data: Any) -> str:
+    """What a JSON file of a command holds."""
+    return json.dumps(data, indent=1) + "\n"
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--json``."""
+    parser.add_argument(
+        "--json",
+        type=output_file("json"),
+        metavar="FILE",
+        help="write everything that was measured",
+    )
+
+
+def add_preset_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--preset``."""
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        choices=list(PRESETS),
+        default="default",
+        help=f"one of {', '.join(PRESETS)} (default)",
+    )
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, windows: int) -> None:

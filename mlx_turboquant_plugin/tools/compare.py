@@ -7,8 +7,6 @@ may part, is shown beside it.
 
 import argparse
 import itertools
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -18,17 +16,24 @@ import mlx.core as mx
 import numpy as np
 
 from ..activation import disable
-from ..cache import CompressedKVCache
 from ..reporting import status
 from ..rules import PRESETS
-from .arguments import add_text_arguments, at_least, output_file, read_windows, write
+from .arguments import (
+    add_json_argument,
+    add_text_arguments,
+    as_json,
+    at_least,
+    output_file,
+    read_windows,
+    show,
+)
 from .arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
 from .free_running import Generation, agreement, generate
 from .memory import bf16_bytes, bytes_by_length, layer_shapes
 from .page import page
 from .progress import progress
 from .report import Report, Result, lines
-from .runs import coded_tokens, load_model, prompt_cache
+from .runs import coded_tokens, dtype_name, load_model, only_compressed, prompt_cache
 from .statistics import RULE, summarise, verdict
 from .task_results import Answers, answers, task_report
 from .tasks import DEEPEST, depth, prompts
@@ -92,12 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[0.0, 0.25, 0.5, 0.75],
         help=f"where in a prompt the answer is, taken in turn, 0 to {DEEPEST} (0 0.25 0.5 0.75)",
     )
-    parser.add_argument(
-        "--json",
-        type=output_file("json"),
-        metavar="FILE",
-        help="write everything that was measured",
-    )
+    add_json_argument(parser)
     parser.add_argument(
         "--html", type=output_file("html"), metavar="FILE", help="write a page with plots"
     )
@@ -116,18 +116,13 @@ def run(args: argparse.Namespace) -> int:
     finally:
         # Whatever has failed, and after Ctrl-C, what was measured before counts.
         if comparison.parts:
-            _show(args, comparison.report())
+            report = comparison.report()
+            show(
+                lines(report),
+                (args.json, lambda: as_json(asdict(report))),
+                (args.html, lambda: page(report)),
+            )
     return 0
-
-
-def _show(args: argparse.Namespace, report: Report) -> None:
-    try:
-        sys.stdout.write("\n".join(lines(report)) + "\n")
-    finally:
-        if args.json:
-            write(args.json, json.dumps(asdict(report), indent=1) + "\n")
-        if args.html:
-            write(args.html, page(report))
 
 
 class Comparison:
@@ -214,7 +209,7 @@ class Comparison:
             generated=args.generate if self._generations else 0,
             prompt=self.prompt.size,
             quality_dtype="float32",
-            kv_bytes_dtype=str(self.dtype).removeprefix("mlx.core."),
+            kv_bytes_dtype=dtype_name(self.dtype),
             exact=exact,
             left_out=self.left_out,
             results=results,
@@ -262,7 +257,7 @@ def _result(runs: Sequence[Run], windows: Sequence[Divergence], **others: Any) -
     summary = summarise(windows)
     kls = np.mean([window.kls for window in windows], axis=0)
     bits, coded = str(arm.mlx_lm_bits or 16), 1.0
-    ours = [cache for cache in caches if isinstance(cache, CompressedKVCache)]
+    ours = only_compressed(caches)
     if ours:
         spec, visibility = ours[0].codec.spec, ours[0].visibility
         bits = f"{spec.key_bits}/{spec.value_bits}" if spec.key_codec != "exact" else "exact"

@@ -7,7 +7,6 @@ that layer compressed alone tells.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Iterator
@@ -23,8 +22,15 @@ from mlx_lm.models.cache import KVCache
 from ..activation import disable
 from ..cache import CompressedKVCache, Visibility
 from ..codecs.kv_codec import KVCodec
-from ..rules import PRESETS, SettingsError
-from .arguments import add_text_arguments, output_file, read_windows, write
+from ..rules import SettingsError
+from .arguments import (
+    add_json_argument,
+    add_preset_argument,
+    add_text_arguments,
+    as_json,
+    read_windows,
+    show,
+)
 from .arms import EXACT, PRESET_ARMS, Run
 from .progress import progress
 from .runs import load_model, prompt_cache
@@ -68,20 +74,9 @@ class LayerDrift:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
     add_text_arguments(parser, windows=1)
-    parser.add_argument(
-        "--preset",
-        metavar="NAME",
-        choices=list(PRESETS),
-        default="default",
-        help=f"one of {', '.join(PRESETS)} (default)",
-    )
+    add_preset_argument(parser)
     parser.add_argument("--heads", action="store_true", help="a line for each KV head, too")
-    parser.add_argument(
-        "--json",
-        type=output_file("json"),
-        metavar="FILE",
-        help="write everything that was measured",
-    )
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -101,19 +96,10 @@ def run(args: argparse.Namespace) -> int:
     finally:
         # Also after Ctrl-C.
         if found[0]:
-            _show(args, *found)
-    return 0
-
-
-def _show(
-    args: argparse.Namespace, windows: int, heads: list[HeadDrift], layers: list[LayerDrift]
-) -> None:
-    try:
-        sys.stdout.write("\n".join(_lines(args, windows, heads, layers)) + "\n")
-    finally:
-        if args.json:
+            _, heads, layers = found
             report = {"heads": [asdict(h) for h in heads], "layers": [asdict(x) for x in layers]}
-            write(args.json, json.dumps(report, indent=1) + "\n")
+            show(_lines(args, *found), (args.json, lambda: as_json(report)))
+    return 0
 
 
 def measure(

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
 from .arms import Arm
+from .generation import common
 
 
 @dataclass(frozen=True)
@@ -52,5 +53,4 @@ def generate(
 def agreement(exact: list[int], other: list[int]) -> Agreement:
     """Compare generations of the same length."""
     equal = [a == b for a, b in zip(exact, other)]
-    same_for = equal.index(False) if False in equal else len(equal)
-    return Agreement(same_for, sum(equal) / len(equal))
+    return Agreement(common(exact, other), sum(equal) / len(equal))

@@ -1,6 +1,6 @@
 """One generation with mlx-lm, and two of them side by side."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +89,8 @@ def table(
         yield f"{title:22} {a:>13} {b:>13}{note}"
 
 
-def common(a: list[int], b: list[int]) -> int:
-    """How many tokens two lists begin with in common."""
+def common(a: Sequence, b: Sequence) -> int:
+    """How many tokens, or characters, two sequences begin with in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 

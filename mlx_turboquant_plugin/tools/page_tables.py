@@ -7,6 +7,7 @@ from typing import Any
 
 from . import plots
 from .figures import FLOOR, QUOTED
+from .generation import common
 from .report import Report, Result, change_in_words
 from .tables import Column, table_cells
 from .task_results import COLUMNS, NOTE, ORIGIN_NOTE, by_place
@@ -83,7 +84,7 @@ def texts(report: Report) -> Iterator[str]:
         return
     yield f"<h2>Greedy texts after {report.prompt:,} tokens</h2>"
     for r in report.rows:
-        same = _common(report.exact.text, r.text)
+        same = common(report.exact.text, r.text)
         yield (
             f"<details><summary>{escape(r.name)}: {_same_for(report, r)}</summary>"
             f"<pre>{escape(r.text[:same])}<mark>{escape(r.text[same:])}</mark></pre></details>"
@@ -99,12 +100,6 @@ def _same_for(report: Report, r: Result) -> str:
     if r is report.exact:
         return "the text to compare with"
     return f"the same for {r.free.same_for} of {report.generated} tokens"
-
-
-def _common(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
-    pairs = enumerate(zip(one, other))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Any]) -> Iterator[str]:

@@ -44,7 +44,8 @@ def decades(title: str, low: float, high: float) -> Axis:
 
 def doublings(title: str, values: Sequence[int]) -> Axis:
     """A logarithmic axis from the least of ``values`` to the greatest, which are labelled."""
-    return Axis(title, values[0], values[-1], [(v, count(v)) for v in values], log=True)
+    low, high = (values[0], values[-1]) if len(values) > 1 else (values[0] / 2, values[0] * 2)
+    return Axis(title, low, high, [(v, count(v)) for v in values], log=True)
 
 
 def linear(title: str, low: float, high: float) -> Axis:
@@ -62,11 +63,18 @@ def count(number: int) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve; ``series`` chooses the colour."""
+    """A curve; ``series`` chooses the colour.
+
+    Attributes:
+        rises: the ends of a vertical bar through each point, if there are any.
+        dashes: lengths of strokes and gaps; "" is a whole line.
+    """
 
     name: str
     series: int
     points: Sequence[tuple[float, float]]
+    rises: Sequence[tuple[float, float]] = ()
+    dashes: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,19 +89,25 @@ class Point:
     rise: tuple[float, float] | None = None
 
 
+def dashes(line: Line) -> str:
+    """The attribute that draws the curve dashed."""
+    return f' stroke-dasharray="{line.dashes}"' if line.dashes else ""
+
+
 def line_chart(title: str, x: Axis, y: Axis, lines: Sequence[Line]) -> str:
     """Curves through dots."""
     marks = []
     for line in lines:
         path = " ".join(f"{_x(x, a):.1f},{_y(y, b):.1f}" for a, b in line.points)
         marks.append(
-            f'<g class="s{line.series}"><polyline points="{path}">'
+            f'<g class="s{line.series}"><polyline points="{path}"{dashes(line)}>'
             f"<title>{escape(line.name)}</title></polyline>"
             + "".join(
                 f'<circle cx="{_x(x, a):.1f}" cy="{_y(y, b):.1f}" r="2.5">'
                 f"<title>{escape(line.name)}: {b:.3g} at {a:g}</title></circle>"
                 for a, b in line.points
             )
+            + "".join(_rise(_x(x, a), y, ends) for (a, _), ends in zip(line.points, line.rises))
             + "</g>"
         )
     return _chart(title, x, y, marks)
@@ -109,8 +123,7 @@ def scatter(title: str, x: Axis, y: Axis, points: Sequence[Point]) -> str:
             low, high = (_x(x, end) for end in point.span)
             bar = f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{py:.1f}" y2="{py:.1f}"/>'
         if point.rise:
-            low, high = (_y(y, end) for end in point.rise)
-            bar += f'<line x1="{px:.1f}" x2="{px:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
+            bar += _rise(px, y, point.rise)
         right = px > WIDTH * 0.75
         in_the_way = any(0 < a - px < 80 and -25 < b - py < 5 for a, b in places)
         above = py > TOP + 20 and not in_the_way
@@ -134,6 +147,12 @@ def bar_chart(title: str, x_title: str, y: Axis, values: Sequence[float], series
         for i, value in enumerate(values)
     ]
     return _chart(title, x, y, [f'<g class="s{series}">', *bars, "</g>"])
+
+
+def _rise(x: float, axis: Axis, ends: tuple[float, float]) -> str:
+    """A vertical bar at the place ``x``."""
+    low, high = (_y(axis, end) for end in ends)
+    return f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
 
 
 def _thinned(number: int) -> range:
@@ -164,7 +183,8 @@ def _power(power: int) -> str:
 def _chart(title: str, x: Axis, y: Axis, marks: Sequence[str]) -> str:
     return "\n".join(
         [
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+            f'<svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+            f'aria-label="{escape(title)}">',
             *_grid(x, y),
             *marks,
             "</svg>",

@@ -8,10 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
-from ..cache import CompressedKVCache
 from ..reporting import Status, status
 from .generation import Generation, common, generate, table, texts
-from .runs import compressed, compressed_prompt_cache, prompt_cache
+from .runs import compressed, compressed_prompt_cache, only_compressed, prompt_cache
 
 QUESTION = "What did the town grow rich from?"
 # A CPU reads some 15 tokens of this model a second; the answer is in these.
@@ -84,8 +83,7 @@ def _code_bytes(caches: list[Any]) -> float:
     """Bytes of a token that is compressed, in all layers together."""
     return sum(
         sum(x.nbytes for x in (*cache.key_codes, *cache.value_codes)) / cache.coded
-        for cache in caches
-        if isinstance(cache, CompressedKVCache)
+        for cache in only_compressed(caches)
     )
 
 

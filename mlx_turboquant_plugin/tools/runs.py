@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 from mlx_lm.models import cache as mlx_lm_cache
@@ -94,10 +95,20 @@ def compressed_prompt_cache(model: nn.Module) -> list[Any]:
         SettingsError: the model runs uncompressed; the message says why.
     """
     caches = prompt_cache(model)
-    if not any(isinstance(cache, CompressedKVCache) for cache in caches):
+    if not only_compressed(caches):
         # A command has one model: the newest report is its own.
         raise SettingsError(f"{status().models[-1]}: choose another model or setting")
     return caches
+
+
+def only_compressed(caches: list[Any]) -> list[CompressedKVCache]:
+    """Those of the caches of all layers that are compressed."""
+    return [cache for cache in caches if isinstance(cache, CompressedKVCache)]
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """The name of a dtype, such as "float16"."""
+    return str(dtype).removeprefix("mlx.core.")
 
 
 def kv_bytes(caches: list[Any]) -> int:
@@ -107,10 +118,10 @@ def kv_bytes(caches: list[Any]) -> int:
 
 def table_bytes(caches: list[Any]) -> int:
     """Bytes of the tables that compressed caches of single sequences need besides, each once."""
-    codecs = [cache.codec for cache in caches if isinstance(cache, CompressedKVCache)]
+    codecs = [cache.codec for cache in only_compressed(caches)]
     return sum({id(table): table.nbytes for codec in codecs for table in codec.tables}.values())
 
 
 def coded_tokens(caches: list[Any]) -> int:
     """How many tokens are held as codes, in the layer that holds most."""
-    return max((c.coded for c in caches if isinstance(c, CompressedKVCache)), default=0)
+    return max((cache.coded for cache in only_compressed(caches)), default=0)

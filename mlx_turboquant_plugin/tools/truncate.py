@@ -9,8 +9,6 @@ differ: the codes of the kept tokens are the same.
 
 import argparse
 import itertools
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,12 +18,19 @@ import mlx.nn as nn
 import numpy as np
 
 from ..activation import disable
-from ..cache import CompressedKVCache
-from ..rules import PRESETS, SettingsError
-from .arguments import add_text_arguments, at_least, output_file, read_windows, write
+from ..rules import SettingsError
+from .arguments import (
+    add_json_argument,
+    add_preset_argument,
+    add_text_arguments,
+    as_json,
+    at_least,
+    read_windows,
+    show,
+)
 from .arms import PRESET_ARMS, Run
 from .progress import progress
-from .runs import load_model
+from .runs import load_model, only_compressed
 from .teacher_forcing import lockstep
 
 # Tokens that are read after a cut: as many as a window takes to move past it, and some.
@@ -62,13 +67,7 @@ class Cut:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the subcommand."""
     add_text_arguments(parser, windows=1)
-    parser.add_argument(
-        "--preset",
-        metavar="NAME",
-        choices=list(PRESETS),
-        default="default",
-        help=f"one of {', '.join(PRESETS)} (default)",
-    )
+    add_preset_argument(parser)
     parser.add_argument(
         "--at", type=at_least(1), nargs="+", metavar="N", help="tokens to keep (some places)"
     )
@@ -80,12 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[1, 16, 17, 300],
         help="tokens to trim off at each place (1 16 17 300)",
     )
-    parser.add_argument(
-        "--json",
-        type=output_file("json"),
-        metavar="FILE",
-        help="write everything that was measured",
-    )
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -115,16 +109,8 @@ def run(args: argparse.Namespace) -> int:
     finally:
         # Also after Ctrl-C.
         if cuts:
-            _show(args, cuts)
+            show(_lines(args, cuts), (args.json, lambda: as_json([asdict(c) for c in cuts])))
     return int(any(c.outcome == "differs" for c in cuts))
-
-
-def _show(args: argparse.Namespace, cuts: list[Cut]) -> None:
-    try:
-        sys.stdout.write("\n".join(_lines(args, cuts)) + "\n")
-    finally:
-        if args.json:
-            write(args.json, json.dumps([asdict(c) for c in cuts], indent=1) + "\n")
 
 
 def cut(
@@ -168,13 +154,9 @@ def _places(length: int, removed: int) -> list[int]:
     return sorted({max(1, int(last * share)) for share in (0.07, 0.31, 0.59, 0.97)})
 
 
-def _ours(caches: list[Any]) -> list[CompressedKVCache]:
-    return [cache for cache in caches if isinstance(cache, CompressedKVCache)]
-
-
 def _recoded(reference: list[Any], other: list[Any]) -> int:
     """Tokens that the next query reads as codes in ``other`` and exactly in ``reference``."""
-    first, second = _ours(reference)[0], _ours(other)[0]
+    first, second = only_compressed(reference)[0], only_compressed(other)[0]
     exact_from = first.visibility.exact_from(first.offset)
     return max(0, second.exact_start - max(exact_from, first.exact_start))
 
@@ -182,7 +164,7 @@ def _recoded(reference: list[Any], other: list[Any]) -> int:
 def _same_codes(reference: list[Any], other: list[Any], at: int) -> float:
     """The share of equal bytes among the codes of the first ``at`` tokens of both."""
     equal = total = 0
-    for a, b in zip(_ours(reference), _ours(other)):
+    for a, b in zip(only_compressed(reference), only_compressed(other)):
         kept = range(min(at, a.coded, b.coded))
         for one, two, axis in (
             *((x, y, -1) for x, y in zip(a.key_codes, b.key_codes)),

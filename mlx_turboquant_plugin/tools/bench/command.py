@@ -1,7 +1,6 @@
 """The command line of ``mlx_turboquant bench``."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,16 +13,16 @@ from ...attention.fused import fallbacks_heard
 from ...attention.kernels import kernel_of, resolve_kernel
 from ...reporting import status
 from ...rules import KERNELS, SettingsError
-from ..arguments import at_least, output_file
+from ..arguments import at_least, output_file, show, write
 from ..demo import MODEL
 from ..progress import progress
-from ..runs import load_model
-from . import plot
+from ..runs import dtype_name, load_model
 from .layer import Layer, LayerBench
-from .measurement import ROUND, Results, dtype_name
+from .measurement import ROUND, Results
 from .model import ModelBench
+from .plot import picture
 from .report import lines
-from .saved import resume, save
+from .saved import resume, saved
 from .shapes import SHAPES, random_model
 
 PARTS = ("layer", "decode", "prefill")
@@ -131,7 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on with what --json holds from an earlier run with the same arguments",
     )
     parser.add_argument(
-        "--plot", type=output_file("png"), metavar="FILE", help="draw speed and memory, a PNG"
+        "--plot", type=output_file("svg"), metavar="FILE", help="draw speed and memory, an SVG"
     )
 
 
@@ -164,8 +163,6 @@ def run(args: argparse.Namespace) -> int:
         )
     if "layer" in args.parts:
         _check_bits(chosen)
-    if args.plot:
-        plot.check()
     for name, value in (QUICK if args.quick else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -179,18 +176,12 @@ def run(args: argparse.Namespace) -> int:
         finally:
             # Whatever has failed, what was measured before counts.
             if results.measurements or results.skipped:
-                _show(args, notes, results)
+                show(
+                    lines(notes, results),
+                    (args.json, lambda: saved(notes, results)),
+                    (args.plot, lambda: picture(notes, results)),
+                )
     return 0
-
-
-def _show(args: argparse.Namespace, notes: dict[str, Any], results: Results) -> None:
-    try:
-        sys.stdout.write("\n".join(lines(notes, results)) + "\n")
-    finally:
-        if args.json:
-            save(args.json, notes, results)
-        if args.plot:
-            plot.draw(args.plot, notes, results)
 
 
 class Job(NamedTuple):
@@ -225,7 +216,7 @@ def _measure(
             results.finish(job.title)
             if args.json and (args.json.is_file() or not args.json.exists()):
                 # A process that is killed shows nothing in the end. No pipe is written twice.
-                save(args.json, notes, results)
+                write(args.json, saved(notes, results))
 
 
 def _layer_jobs(args: argparse.Namespace, chosen: settings.Settings, results: Results) -> list[Job]:

@@ -12,6 +12,8 @@ from typing import (
 
 import mlx.core as mx
 
+from ..runs import dtype_name
+
 # The caches that are measured. The first of them that a group of measurements has is what
 # its others are compared with.
 KVCACHE = "KVCache"
@@ -224,11 +226,6 @@ def _reason(error: Exception) -> str:
     if UNSUPPORTED.search(text):
         return f"MLX can't run it on {mx.default_device()}: {text}"
     return text
-
-
-def dtype_name(dtype: mx.Dtype) -> str:
-    """The name of a dtype, such as "float16"."""
-    return str(dtype).removeprefix("mlx.core.")
 
 
 def too_large(needed: int) -> str | None:

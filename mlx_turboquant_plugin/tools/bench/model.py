@@ -11,7 +11,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...codecs.byte_matrix import constants
-from ..runs import compressed, compressed_prompt_cache, kv_bytes, prompt_cache, table_bytes
+from ..runs import (
+    compressed,
+    compressed_prompt_cache,
+    dtype_name,
+    kv_bytes,
+    prompt_cache,
+    table_bytes,
+)
 from . import prompts
 from .measurement import (
     BATCH_KVCACHE,
@@ -23,7 +30,6 @@ from .measurement import (
     Results,
     Sample,
     Situation,
-    dtype_name,
     filled,
     quantized_group,
     slow_when_quantized,

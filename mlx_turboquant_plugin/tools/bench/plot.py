@@ -1,13 +1,10 @@
-"""Speed and memory against length, as a PNG. Needs matplotlib, which is an extra."""
+"""Speed and memory against length, as an SVG."""
 
-import io
-from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from html import escape
 from typing import Any, NamedTuple
 
-from ...rules import SettingsError
-from ..arguments import write
+from .. import plots
 from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, Measurement, Results
 
 # Okabe and Ito's colours, which everybody can tell apart.
@@ -18,8 +15,7 @@ COLOURS = {
     COMPRESSED: "#0072B2",
 }
 # One for each dtype and batch size.
-LINES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D")
+DASHES = ("", "8 4", "2 3", "8 3 2 3")
 MIB = 2**20
 
 
@@ -80,79 +76,111 @@ PANELS = (
     Panel("prefill", "prompt, peak memory", "MiB", _peak, "less", SIZE),
 )
 COLUMNS = 3
+# In pixels: the title of the whole, those of a panel, and a row of the legend.
+HEAD, TITLES, ROW = 36, 64, 20
+LINE = 17
+STYLE = """\
+svg { font: 12px system-ui, sans-serif; } .page { fill: #ffffff; }
+text { fill: #444444; } .title { fill: #000000; font-size: 14px; font-weight: 600; }
+polyline { fill: none; } g polyline, g line { stroke-width: 2; }
+.grid line { stroke: #dddddd; stroke-width: 1; }
+""" + "\n".join(
+    f".s{i} polyline, .s{i} line {{ stroke: {colour}; }} .s{i} circle {{ fill: {colour}; }}"
+    for i, colour in enumerate(COLOURS.values())
+)
 
 
-def check() -> None:
-    """Raise SettingsError unless diagrams can be drawn."""
-    if find_spec("matplotlib") is None:
-        raise SettingsError(
-            "--plot needs matplotlib, which is not installed: "
-            "pip install 'mlx-turboquant-plugin[plot]', or leave --plot out"
-        )
-
-
-def draw(path: Path, notes: dict[str, Any], results: Results) -> None:
-    """Draw what was measured to the file ``path``, a PNG.
-
-    Raises:
-        SettingsError: it can't be written.
-    """
-    # Drawing to a file needs neither a window system nor pyplot's global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def picture(notes: dict[str, Any], results: Results) -> str:
+    """What was measured, as the text of an SVG file."""
     # An interrupted run may have others, which have not had a turn.
     measured = [m for m in results.measurements if m.samples]
-    parts = {m.part for m in measured}
     kinds = list(dict.fromkeys((m.dtype, m.batch) for m in measured))
-    panels = [panel for panel in PANELS if panel.part in parts]
-    columns = max(1, min(COLUMNS, len(panels)))
-    rows = max(1, -(-len(panels) // columns))
-    figure = Figure(figsize=(4.6 * columns, 3.6 * rows + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(f"{notes['device']}, kernel {notes['kernel']}; {notes['model']}", fontsize=10)
-    for index, panel in enumerate(panels, 1):
-        axes = figure.add_subplot(rows, columns, index)
-        _panel(axes, panel, [m for m in measured if m.part == panel.part], kinds)
+    shown = [
+        (panel, found)
+        for panel in PANELS
+        if (found := [m for m in measured if m.part == panel.part])
+    ]
+    columns = max(1, min(COLUMNS, len(shown)))
+    lines = [_lines(panel, found, kinds) for panel, found in shown]
     # Many panels share few lines: one legend, where it hides none of them.
-    handles = [axes.get_legend_handles_labels() for axes in figure.axes]
-    legend = {label: handle for pair in handles for handle, label in zip(*pair)}
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3, fontsize=8)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
-    write(path, png.getvalue())
+    legend = list({line.name: line for some in lines for line in some}.values())
+    bottom = HEAD + -(-len(shown) // columns) * (TITLES + plots.HEIGHT)
+    width, height = columns * plots.WIDTH, bottom + -(-len(legend) // columns) * ROW + ROW
+    about = f"{notes['device']}, kernel {notes['kernel']}; {notes['model']}"
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">',
+            f"<style>{STYLE}</style>",
+            f'<rect class="page" width="{width}" height="{height}"/>',
+            f'<text class="title" x="{plots.LEFT}" y="24">{escape(about)}</text>',
+            *_placed(
+                [_panel(*each, some) for each, some in zip(shown, lines)],
+                columns,
+                HEAD,
+                TITLES + plots.HEIGHT,
+            ),
+            *_placed([_sample(line) for line in legend], columns, bottom, ROW),
+            "</svg>\n",
+        ]
+    )
 
 
-def _panel(
-    axes: Any, panel: Panel, measured: list[Measurement], kinds: list[tuple[str, int]]
-) -> None:
-    for index, kind in enumerate(kinds):
-        style = LINES[index % len(LINES)] + MARKERS[index % len(MARKERS)]
-        for cache, colour in COLOURS.items():
-            points = sorted(
-                (m.tokens, *panel.figure(m))
-                for m in measured
-                if (m.dtype, m.batch, m.cache) == (*kind, cache)
-            )
-            if points:
-                tokens, values, lows, highs = zip(*points)
-                spread = [
-                    [value - low for value, low in zip(values, lows)],
-                    [high - value for value, high in zip(values, highs)],
-                ]
-                label = f"{cache}, {kind[0]}, batch {kind[1]}"
-                axes.errorbar(
-                    tokens, values, spread, fmt=style, color=colour, label=label, ms=5, capsize=3
-                )
-    axes.set_xscale("log", base=2)
+def _placed(parts: Sequence[str], columns: int, top: int, height: int) -> Iterator[str]:
+    """SVG of the parts, row by row."""
+    for index, part in enumerate(parts):
+        row, column = divmod(index, columns)
+        yield f'<g transform="translate({column * plots.WIDTH} {top + row * height})">{part}</g>'
+
+
+def _panel(panel: Panel, measured: list[Measurement], lines: list[plots.Line]) -> str:
     lengths = sorted({m.tokens for m in measured})
-    axes.set_xticks(lengths, [f"{length / 1024:g}k" for length in lengths], minor=False)
-    axes.set_xticks([], minor=True)
-    axes.set_ylim(bottom=0)
-    axes.set_title("\n".join([panel.title, *in_words(panel, measured)]), fontsize=9)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel(panel.unit)
-    axes.grid(alpha=0.3)
+    top = max(high for line in lines for _, high in line.rises)
+    chart = plots.line_chart(
+        panel.title,
+        plots.doublings("tokens", lengths),
+        plots.linear(panel.unit, 0, 1.05 * top),
+        lines,
+    )
+    words = "".join(
+        f'<text x="{plots.LEFT}" y="{LINE * (2 + index)}">{escape(line)}</text>'
+        for index, line in enumerate(in_words(panel, measured))
+    )
+    title = f'<text class="title" x="{plots.LEFT}" y="{LINE}">{escape(panel.title)}</text>'
+    return f'{title}{words}<g transform="translate(0 {TITLES - LINE})">{chart}</g>'
+
+
+def _lines(
+    panel: Panel, measured: list[Measurement], kinds: list[tuple[str, int]]
+) -> list[plots.Line]:
+    """A curve for each cache, dtype and batch size that was measured."""
+    lines = []
+    for index, (dtype, batch) in enumerate(kinds):
+        for series, cache in enumerate(COLOURS):
+            spans = sorted(
+                (m.tokens, panel.figure(m))
+                for m in measured
+                if (m.dtype, m.batch, m.cache) == (dtype, batch, cache)
+            )
+            if spans:
+                lines.append(
+                    plots.Line(
+                        f"{cache}, {dtype}, batch {batch}",
+                        series,
+                        [(tokens, span.value) for tokens, span in spans],
+                        [(span.low, span.high) for _, span in spans],
+                        DASHES[index % len(DASHES)],
+                    )
+                )
+    return lines
+
+
+def _sample(line: plots.Line) -> str:
+    """A row of the legend."""
+    return (
+        f'<g class="s{line.series}"><polyline points="{plots.LEFT},10 {plots.LEFT + 40},10"'
+        f"{plots.dashes(line)}/></g>"
+        f'<text x="{plots.LEFT + 50}" y="14">{escape(line.name)}</text>'
+    )
 
 
 def in_words(panel: Panel, measured: list[Measurement]) -> list[str]:

@@ -1,8 +1,7 @@
-"""The results as a table and as JSON."""
+"""The results as a table."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from .measurement import Measurement, Results
@@ -24,14 +23,6 @@ class Column(NamedTuple):
     width: int
     style: str
     value: Callable[[Measurement, Measurement], Any]
-
-
-def as_json(notes: dict[str, Any], results: Results) -> dict[str, Any]:
-    """Everything, as what :mod:`json` can write: seconds and bytes."""
-    report = {"notes": notes, **asdict(results)}
-    for row, m in zip(report["measurements"], results.measurements):
-        row["seconds"] = m.seconds and asdict(m.seconds)
-    return report
 
 
 def lines(notes: dict[str, Any], results: Results) -> Iterator[str]:

@@ -1,21 +1,24 @@
 """What a run has measured, kept in its JSON file as it goes on, so that another can resume it."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ...rules import SettingsError
-from ..arguments import write
+from ..arguments import as_json
 from .measurement import Measurement, Results, Skipped
-from .report import as_json
 
 # Known only in the end.
 CHANGING = {"fallbacks"}
 
 
-def save(path: Path, notes: dict[str, Any], results: Results) -> None:
-    """Write everything that was found so far."""
-    write(path, json.dumps(as_json(notes, results), indent=2) + "\n")
+def saved(notes: dict[str, Any], results: Results) -> str:
+    """Everything that was found so far, as the file holds it: seconds and bytes."""
+    report = {"notes": notes, **asdict(results)}
+    for row, m in zip(report["measurements"], results.measurements):
+        row["seconds"] = m.seconds and asdict(m.seconds)
+    return as_json(report)
 
 
 def resume(path: Path, notes: dict[str, Any]) -> Results:
