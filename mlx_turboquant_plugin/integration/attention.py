@@ -52,7 +52,7 @@ def _scaled_dot_product_attention(wrapped, instance, args, kwargs):
 
 def _attention_call(parameters, wrapped, instance, args, kwargs):
     given = {**dict(zip(parameters, args)), **kwargs}
-    cache = given.get("cache")
+    cache: Any = given.get("cache")
     if type(cache) is CacheList:
         cache = next((c for c in cache.caches if _ours(c)), None)
     if not _ours(cache):
@@ -94,6 +94,6 @@ def bind(cache: CompressedKVCache | BatchCompressedKVCache, attention: nn.Module
         ValueError: it was filled by another model.
     """
     layer = known_layer(attention)
-    invariant = layer.visibility.invariant
+    invariant = bool(layer.visibility.invariant)
     cache.bind(layer.codec, layer.fingerprint, layer.kernel, invariant, layer.key_bias)
     cache.attention, cache.reading = weakref.ref(attention), layer.reading

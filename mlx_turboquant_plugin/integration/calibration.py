@@ -57,11 +57,10 @@ class Calibration:
         self._model = weakref.ref(model)
         # The originals may be filled before the measuring.
         self._caches = [_observed(cache) for cache in caches]
-        self._attentions = [
-            weakref.ref(one) for one in _attentions(layers_of(model)) if one is not None
-        ]
-        for reference in self._attentions:
-            _keep(_expected, reference(), self)
+        attentions = [one for one in _attentions(layers_of(model)) if one is not None]
+        self._attentions = [weakref.ref(one) for one in attentions]
+        for one in attentions:
+            _keep(_expected, one, self)
 
     def statistics(self, attention: nn.Module) -> tuple[bool, Statistics | None]:
         """Those of one of the model's attentions, see :func:`statistics_for`."""
@@ -83,10 +82,10 @@ class Calibration:
 
 def statistics_for(attention: nn.Module) -> tuple[bool, Statistics | None]:
     """Whether an attention has been measured, maybe just now, and what was found."""
-    reference, calibration = _expected.get(id(attention), (None, None))
-    if reference is None or reference() is not attention:
+    found = _expected.get(id(attention))
+    if found is None or found[0]() is not attention:
         return False, None
-    return calibration.statistics(attention)
+    return found[1].statistics(attention)
 
 
 def statistics_of(

@@ -72,7 +72,7 @@ def fingerprint(model: nn.Module, attentions: Sequence[nn.Module | None], tokens
 
 def _turned(attention: nn.Module) -> mx.array:
     """What tells the rope of an attention from others."""
-    rope = getattr(attention, family_of(attention).rope, None)
+    rope: Any = getattr(attention, family_of(attention).rope, None)
     dims = getattr(rope, "dims", getattr(rope, "dim", None))
     name = mx.array(np.frombuffer(type(rope).__name__.encode(), np.uint8))
     if not isinstance(dims, int):

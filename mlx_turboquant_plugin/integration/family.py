@@ -109,9 +109,9 @@ def register(attention: type, module: str, family: Family) -> None:
     _modules[module] = family
 
 
-def family_of(attention: Any) -> Family | None:
-    """The family of an attention module, or None if its class is not patched."""
-    return _families.get(type(attention))
+def family_of(attention: Any) -> Family:
+    """The family of an attention module whose class is registered; else a KeyError."""
+    return _families[type(attention)]
 
 
 def layers_of(model: Any) -> list[Any]:
@@ -125,7 +125,7 @@ def attention_of(layer: Any) -> tuple[Any, Family | None]:
     # In the order of registration: a set has another order in each process.
     for path in dict.fromkeys(family.layer_attention for family in _families.values()):
         attention = _deep(layer, path)
-        family = family_of(attention)
+        family = _families.get(type(attention))
         if family is not None and family.layer_attention == path:
             return attention, family
     return None, None

@@ -256,23 +256,25 @@ def _rms_and_bias(
     if statistics is not None and tuple(x.shape for x in statistics[1:]) != shapes:
         statistics = None
     if statistics is not None and (statistics.mean is not None or family.dims):
-        rms = mx.sqrt(statistics[1]), mx.sqrt(statistics[2])
+        measured = mx.sqrt(statistics[1]), mx.sqrt(statistics[2])
         try:
             bias = None if statistics.mean is None else KeyBias(statistics.mean, rope)
-            return rms, bias, True
+            return measured, bias, True
         except ValueError:
             # The rope is another one than when this was measured; the weights have to do.
             pass
     if family.dims:
         return None, None, False
-    query_norm, key_norm = (getattr(attention, name, None) for name in family.head_norms)
+    norms: list[Any] = [getattr(attention, name, None) for name in family.head_norms]
+    query_norm, key_norm = norms
     bias = rms = None
     if key_norm is not None:
         rms = norm_rms(key_norm, kv_heads, head_dim), norm_rms(query_norm, heads, head_dim)
     else:
         queries, keys, *_ = family.projections_of(attention)
-        if _has_bias(family, attention):
-            bias = KeyBias(keys.bias().reshape(kv_heads, -1), rope)
+        key_bias = keys.bias()
+        if key_bias is not None:
+            bias = KeyBias(key_bias.reshape(kv_heads, -1), rope)
         if norm is not None:
             rms = (
                 projection_rms(keys, norm, kv_heads),

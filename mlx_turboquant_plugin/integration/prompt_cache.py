@@ -59,7 +59,7 @@ def inform(caches: list[Any]) -> None:
         return
     for cache in caches:
         for one in getattr(cache, "caches", [cache]):
-            if isinstance(one, CompressedKVCache) and not one.empty():
+            if isinstance(one, CompressedKVCache) and one.codec and not one.empty():
                 one.codec.learn()
 
 
@@ -210,7 +210,8 @@ def _bits(chosen: settings.Settings, caches: list[Any]) -> str:
     if chosen.bypass:
         return f"bypass {chosen.bypass}"
     parts = (one for cache in caches for one in getattr(cache, "caches", [cache]))
-    codecs = {one.codec.spec.key_codec for one in parts if isinstance(one, CompressedKVCache)}
+    ours = (one.codec for one in parts if isinstance(one, CompressedKVCache))
+    codecs = {codec.spec.key_codec for codec in ours if codec}
     prompts = "read what decoding reads" if chosen.invariant else "read their own chunk exactly"
     return (
         f"keys {chosen.key_bits} bits {' and '.join(sorted(codecs))}, "

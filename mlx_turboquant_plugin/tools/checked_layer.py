@@ -279,7 +279,7 @@ class CheckedLayer:
 
     def _fed_back(self, h: int, segment: int) -> np.ndarray:
         """What errors of codes are multiplied by, see :func:`reference.feedback`."""
-        if self.query_squares is None:
+        if self.query_squares is None or self.balance is None:
             return np.zeros((self.case.dim // 2,) * 2)
         weights = self.query_squares[h] * self.balance[h, 0] ** 2
         return reference.feedback(np.split(weights[self._cut[0][h]], 2)[segment])

@@ -227,7 +227,7 @@ class Comparison:
         return _result(
             [runs[index] for runs in self._runs],
             found,
-            free=said and agreement(spoken.tokens, said.tokens),
+            free=agreement(spoken.tokens, said.tokens) if spoken and said else None,
             decode_tokens_per_second=said and said.speed,
             kv_bytes_per_token=size[at] / self.args.length,
             kv_ratio=self._sizes[EXACT.name][at] / size[at],
@@ -258,7 +258,7 @@ def _result(runs: Sequence[Run], windows: Sequence[Divergence], **others: Any) -
     kls = np.mean([window.kls for window in windows], axis=0)
     bits, coded = str(arm.mlx_lm_bits or 16), 1.0
     ours = only_compressed(caches)
-    if ours:
+    if ours and ours[0].codec:
         spec, visibility = ours[0].codec.spec, ours[0].visibility
         bits = f"{spec.key_bits}/{spec.value_bits}" if spec.key_codec != "exact" else "exact"
         reads = [visibility.exact_from(p) > visibility.sinks for p in range(len(kls))]

@@ -188,7 +188,8 @@ class Probe(KVCache):
 
     def observe(self, queries: mx.array, scale: float) -> None:
         """Add the errors of the newest queries (1, H_q, N, D), one for each newest token."""
-        count, kv_heads = queries.shape[2], self.keys.shape[1]
+        exact_keys, exact_values = self.keys_and_values()
+        count, kv_heads = queries.shape[2], exact_keys.shape[1]
         start = self.offset - count
         positions = mx.arange(start, self.offset)[:, None]
         tokens = mx.arange(self.offset)
@@ -197,7 +198,6 @@ class Probe(KVCache):
         )[:, None]
         coded = (tokens >= self.visibility.sinks) & (tokens < begins)
         reads = mx.any(coded, axis=-1)[:, None].astype(mx.float32)
-        exact_keys, exact_values = self.keys_and_values()
         coded_keys, coded_values = self._decoded[0].keys_and_values()
         # (H, query heads of a KV head, N, D), against (H, 1, T, D).
         q = queries[0].reshape(kv_heads, -1, count, queries.shape[-1]) * scale

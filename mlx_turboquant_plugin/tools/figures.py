@@ -46,7 +46,10 @@ def _quality_against_size(report: Report, lossy: Sequence[int]) -> tuple:
 def _rise(r: Result) -> tuple[float, float] | None:
     """The interval of the KL, for a logarithmic axis."""
     kl = r.summary.kl
-    return None if kl.low is None else (max(kl.low, FLOOR), max(kl.high, FLOOR))
+    if kl.low is None:
+        return None
+    low, high = kl.ends
+    return max(low, FLOOR), max(high, FLOOR)
 
 
 def _by_position(report: Report, lossy: Sequence[int]) -> tuple:
@@ -129,7 +132,8 @@ def _changes(report: Report, shown: Sequence[int]) -> tuple:
     ends = [-0.1, 0.1]
     for row, i in enumerate(shown):
         name, change = report.results[i].name, report.results[i].summary.change
-        span = 100 * change.low, 100 * change.high
+        low, high = change.ends
+        span = 100 * low, 100 * high
         if report.results[i].verdict.word == "broken":
             name += f": {change.estimate:+.0%}, off the scale"
         else:

@@ -84,10 +84,11 @@ def texts(report: Report) -> Iterator[str]:
         return
     yield f"<h2>Greedy texts after {report.prompt:,} tokens</h2>"
     for r in report.rows:
-        same = common(report.exact.text, r.text)
+        text = r.text or ""
+        same = common(report.exact.text or "", text)
         yield (
             f"<details><summary>{escape(r.name)}: {_same_for(report, r)}</summary>"
-            f"<pre>{escape(r.text[:same])}<mark>{escape(r.text[same:])}</mark></pre></details>"
+            f"<pre>{escape(text[:same])}<mark>{escape(text[same:])}</mark></pre></details>"
         )
 
 
@@ -97,7 +98,7 @@ def kl_in_words(value: float) -> str:
 
 
 def _same_for(report: Report, r: Result) -> str:
-    if r is report.exact:
+    if r is report.exact or r.free is None:
         return "the text to compare with"
     return f"the same for {r.free.same_for} of {report.generated} tokens"
 

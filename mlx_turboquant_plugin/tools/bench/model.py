@@ -169,7 +169,8 @@ class ModelBench:
 
     def _group(self) -> int | None:
         groups = {quantized_group(dim) for heads in self.layers for dim in heads[1:]}
-        return None if None in groups else min(groups)
+        known = {group for group in groups if group}
+        return min(known) if known == groups else None
 
     def _caches(self, kind: str) -> list[Any]:
         if kind == COMPRESSED:

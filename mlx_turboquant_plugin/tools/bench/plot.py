@@ -5,7 +5,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from .. import plots
-from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, Measurement, Results
+from .measurement import BATCH_KVCACHE, COMPRESSED, KVCACHE, QUANTIZED, Measurement, Results, Timing
 
 # Okabe and Ito's colours, which everybody can tell apart.
 COLOURS = {
@@ -44,15 +44,18 @@ class Panel(NamedTuple):
 
 
 def _milliseconds(m: Measurement) -> Span:
-    return Span(1e3 * m.seconds.median, 1e3 * m.seconds.low, 1e3 * m.seconds.high)
+    seconds = Timing.of(m.samples)
+    return Span(1e3 * seconds.median, 1e3 * seconds.low, 1e3 * seconds.high)
 
 
 def _speed(m: Measurement) -> Span:
-    slow, fast = m.processed / m.seconds.high, m.processed / m.seconds.low
-    return Span(m.processed / m.seconds.median, slow, fast)
+    seconds = Timing.of(m.samples)
+    slow, fast = m.processed / seconds.high, m.processed / seconds.low
+    return Span(m.processed / seconds.median, slow, fast)
 
 
 def _first_speed(m: Measurement) -> Span:
+    assert m.first  # Prompts have one before they take turns.
     return Span(*[m.processed / m.first] * 3)
 
 
@@ -61,6 +64,7 @@ def _cache(m: Measurement) -> Span:
 
 
 def _peak(m: Measurement) -> Span:
+    assert m.peak_bytes is not None  # Of a model.
     return Span(*[m.peak_bytes / MIB] * 3)
 
 

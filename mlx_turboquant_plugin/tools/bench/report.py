@@ -84,11 +84,20 @@ def _median(m: Measurement) -> float | None:
 
 def _ratio(value: Callable[[Measurement], float | None]) -> Callable:
     """How many times the first one's ``value`` is this one's."""
-    return lambda m, base: value(base) / value(m) if value(base) and value(m) else None
+
+    def ratio(m: Measurement, base: Measurement) -> float | None:
+        one, other = value(base), value(m)
+        return one / other if one and other else None
+
+    return ratio
 
 
 def _scaled(value: Callable[[Measurement], float | None], factor: float) -> Callable:
-    return lambda m, base: None if value(m) is None else factor * value(m)
+    def scaled(m: Measurement, base: Measurement) -> float | None:
+        found = value(m)
+        return None if found is None else factor * found
+
+    return scaled
 
 
 SITUATION = [
