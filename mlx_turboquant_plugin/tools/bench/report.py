@@ -2,8 +2,9 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
+from ..tables import Column, table
 from .measurement import Measurement, Results
 
 MIB = 2**20
@@ -14,15 +15,6 @@ TITLES = {
     "prefill": "prompts in steps of {chunk}, up to the first token; those of a batch have from an "
     "eighth of the tokens to all",
 }
-
-
-class Column(NamedTuple):
-    """A column of the table: ``value(m, first of the group)`` is None where nothing is known."""
-
-    title: str
-    width: int
-    style: str
-    value: Callable[[Measurement, Measurement], Any]
 
 
 def lines(notes: dict[str, Any], results: Results) -> Iterator[str]:
@@ -62,20 +54,20 @@ def lines(notes: dict[str, Any], results: Results) -> Iterator[str]:
 
 
 def _table(part: str, measured: list[Measurement]) -> Iterator[str]:
-    columns = COLUMNS[part]
-    yield " ".join(f"{column.title:>{column.width}}" for column in columns)
     groups = defaultdict(list)
     for m in measured:
         groups[m.tokens, m.batch, m.dtype].append(m)
-    for group in groups.values():
-        for m in group:
-            cells = (_cell(column, m, group[0]) for column in columns)
-            yield " ".join(f"{text:>{column.width}}" for text, column in zip(cells, columns))
+    return table(COLUMNS[part], [(m, group[0]) for group in groups.values() for m in group])
 
 
-def _cell(column: Column, m: Measurement, base: Measurement) -> str:
-    value = column.value(m, base)
-    return "-" if value is None else format(value, column.style)
+def _column(title: str, style: str, value: Callable[[Measurement, Measurement], Any]) -> Column:
+    """``value(m, first of the group)`` is None where nothing is known."""
+
+    def read(row: tuple[Measurement, Measurement]) -> str:
+        found = value(*row)
+        return "-" if found is None else format(found, style)
+
+    return Column(title, ">", read)
 
 
 def _median(m: Measurement) -> float | None:
@@ -101,31 +93,31 @@ def _scaled(value: Callable[[Measurement], float | None], factor: float) -> Call
 
 
 SITUATION = [
-    Column("tokens", 7, "", lambda m, base: m.tokens),
-    Column("batch", 5, "", lambda m, base: m.batch),
-    Column("dtype", 9, "", lambda m, base: m.dtype),
-    Column("cache", 17, "", lambda m, base: m.cache),
+    _column("tokens", "", lambda m, base: m.tokens),
+    _column("batch", "", lambda m, base: m.batch),
+    _column("dtype", "", lambda m, base: m.dtype),
+    _column("cache", "", lambda m, base: m.cache),
 ]
 FIRST = [
-    Column("first ms", 10, ".1f", _scaled(lambda m: m.first, 1e3)),
-    Column("speed", 6, ".2f", _ratio(lambda m: m.first)),
+    _column("first ms", ".1f", _scaled(lambda m: m.first, 1e3)),
+    _column("speed", ".2f", _ratio(lambda m: m.first)),
 ]
 TIMES = [
-    Column("ms", 10, ".3f", _scaled(_median, 1e3)),
-    Column("spread", 7, ".1%", lambda m, base: m.seconds and m.seconds.spread),
-    Column("speed", 6, ".2f", _ratio(_median)),
+    _column("ms", ".3f", _scaled(_median, 1e3)),
+    _column("spread", ".1%", lambda m, base: m.seconds and m.seconds.spread),
+    _column("speed", ".2f", _ratio(_median)),
 ]
-MEANS = [Column("means", 6, ".2f", _ratio(lambda m: m.seconds.mean if m.seconds else None))]
+MEANS = [_column("means", ".2f", _ratio(lambda m: m.seconds.mean if m.seconds else None))]
 THROUGHPUT = [
-    Column("tokens/s", 9, ".1f", lambda m, base: m.seconds and m.processed / m.seconds.median)
+    _column("tokens/s", ".1f", lambda m, base: m.seconds and m.processed / m.seconds.median)
 ]
 CACHE = [
-    Column("cache", 9, ".2f", _scaled(lambda m: m.cache_bytes, 1 / MIB)),
-    Column("ratio", 6, ".2f", _ratio(lambda m: m.cache_bytes)),
+    _column("cache", ".2f", _scaled(lambda m: m.cache_bytes, 1 / MIB)),
+    _column("ratio", ".2f", _ratio(lambda m: m.cache_bytes)),
 ]
 PEAK = [
-    Column("peak", 9, ".2f", _scaled(lambda m: m.peak_bytes, 1 / MIB)),
-    Column("ratio", 6, ".2f", _ratio(lambda m: m.peak_bytes)),
+    _column("peak", ".2f", _scaled(lambda m: m.peak_bytes, 1 / MIB)),
+    _column("ratio", ".2f", _ratio(lambda m: m.peak_bytes)),
 ]
 COLUMNS = {
     "call": SITUATION + TIMES + MEANS + CACHE,
