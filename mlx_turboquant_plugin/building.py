@@ -11,7 +11,8 @@ from typing import Any
 
 from .codecs.kv_codec import CodecSpec
 from .compiling import finished
-from .evaluation.selftest import Case, check
+from .tools.cases import Case
+from .tools.selftest import check
 
 # Prompts, then decoding over several pieces of codes.
 WORK: tuple[dict[str, Any], ...] = (

@@ -17,15 +17,15 @@ from .rules import SettingsError
 # Subcommand -> module, what it does.
 COMMANDS = {
     "status": ("status_command", "say whether compression is on, and why"),
-    "demo": ("evaluation.demo", "generate with and without compression, side by side"),
-    "compare": ("evaluation.compare", "measure what each preset costs and saves on a model"),
-    "drift": ("evaluation.drift", "measure which layers and heads lose how much"),
-    "truncate": ("evaluation.truncate", "cut a cache, continue, and compare with an uncut run"),
-    "bench": ("evaluation.bench", "measure speed and memory against mlx-lm's own KV cache"),
-    "selftest": ("evaluation.selftest", "check the kernels of this device"),
+    "demo": ("tools.demo", "generate with and without compression, side by side"),
+    "compare": ("tools.compare", "measure what each preset costs and saves on a model"),
+    "drift": ("tools.drift", "measure which layers and heads lose how much"),
+    "truncate": ("tools.truncate", "cut a cache, continue, and compare with an uncut run"),
+    "bench": ("tools.bench", "measure speed and memory against mlx-lm's own KV cache"),
+    "selftest": ("tools.selftest", "check the kernels of this device"),
 }
 # The module that says how far they are.
-PROGRESS = f"{__package__}.evaluation.progress"
+PROGRESS = f"{__package__}.tools.progress"
 BAD_SETTINGS = 2
 # What a shell says of a program that Ctrl-C, or a closed pipe, has ended.
 INTERRUPTED, CLOSED = 130, 141

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from . import __version__, activation, patching, settings, startup
+from . import __version__, activation, hooking, patching, settings, startup
 from .compatibility import installed_version
 
 DISTRIBUTION = "mlx-turboquant-plugin"
@@ -29,7 +29,7 @@ class Status:
         kernel: what the setting ``kernel`` comes down to here; None if unknown.
         compiler: why functions run uncompiled on the CPU, and what to do; None if they don't.
         fallbacks: what that kernel had to leave to another so far.
-        hooks: module, function and outcome of each entry point.
+        hooks: module, function and outcome of each.
         patched: dotted names of what is replaced in mlx_lm now.
         config: the settings file, if any.
         settings: value and source of each setting; None if they can't be read.
@@ -82,7 +82,7 @@ def status() -> Status:
             kernel = kernel_of(configuration.general) if configuration else None
         except settings.SettingsError as bad:
             error = str(bad)
-    prompt_cache = sys.modules.get(f"{__package__}.models.prompt_cache")
+    prompt_cache = sys.modules.get(f"{__package__}.integration.prompt_cache")
     fused = sys.modules.get(f"{__package__}.attention.fused")
     return Status(
         active=patching.active(),
@@ -96,7 +96,7 @@ def status() -> Status:
         fallbacks=fused.fallbacks() if fused else [],
         hooks=[
             {"module": h.module, "function": h.function, "outcome": h.outcome}
-            for h in activation.hooks()
+            for h in hooking.hooks()
         ],
         patched=patching.replaced(),
         config=configuration.config if configuration else None,

@@ -24,7 +24,7 @@ def main() -> None:
 
 
 def withdraw() -> None:
-    """Stop waiting: somebody has switched compression on or off by hand."""
+    """Stop waiting."""
     sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _Finder)]
 
 

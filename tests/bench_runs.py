@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mlx_turboquant_plugin import cli
-from mlx_turboquant_plugin.evaluation.bench.measurement import Sample
+from mlx_turboquant_plugin.tools.bench.measurement import Sample
 
 SMALL = ["--rounds", "1", "--layers", "1", "--heads", "4", "2", "--head-dim", "64"]
 SHORT = ["--parts", "prefill", "--prompts", 200, "--chunk", 64]

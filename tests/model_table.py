@@ -6,7 +6,7 @@ import tiny_models
 from mlx_lm.models import cache as mlx_lm_cache
 
 import mlx_turboquant_plugin
-from mlx_turboquant_plugin.models import prompt_cache, table
+from mlx_turboquant_plugin.integration import prompt_cache, table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 START, END = "<!-- tables -->\n", "<!-- end of tables -->\n"

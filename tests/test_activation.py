@@ -57,8 +57,8 @@ def test_enable_imports_no_mlx_lm():
     code = PRELUDE + (
         "from importlib import metadata\n"
         "point = metadata.EntryPoint('mlx_lm.utils', 'os:fspath', 'mlx_turboquant_plugin')\n"
-        "from mlx_turboquant_plugin import activation\n"
-        "activation.entry_points = lambda group: [point]\n"
+        "from mlx_turboquant_plugin import hooking\n"
+        "hooking.entry_points = lambda group: [point]\n"
         "plugin.enable()\n"
         "print(plugin.status().active, [m for m in sys.modules if m.startswith('mlx_lm')])"
     )
@@ -241,7 +241,7 @@ for module in [m for n, m in sys.modules.items() if n.startswith("mlx_lm")]:
 
 
 @pytest.mark.skipif(not INSTALLED, reason="hooks are found in the installed package")
-@pytest.mark.parametrize("first", ["cache", "attention.dispatch", "evaluation.compare"])
+@pytest.mark.parametrize("first", ["cache", "attention.dispatch", "tools.compare"])
 def test_any_module_can_be_imported_first(first):
     code = f"""
 import mlx_turboquant_plugin.{first}

@@ -10,11 +10,11 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
-from mlx_turboquant_plugin.models.balance import balance, norm_rms, projection_rms
-from mlx_turboquant_plugin.models.family import register
-from mlx_turboquant_plugin.models.layer import known_layer
-from mlx_turboquant_plugin.models.projections import Projection, base_linear
-from mlx_turboquant_plugin.models.table import FAMILIES
+from mlx_turboquant_plugin.integration.balance import balance, norm_rms, projection_rms
+from mlx_turboquant_plugin.integration.family import register
+from mlx_turboquant_plugin.integration.layer import known_layer
+from mlx_turboquant_plugin.integration.projections import Projection, base_linear
+from mlx_turboquant_plugin.integration.table import FAMILIES
 
 DIM, HEADS, QUERY_HEADS = 64, 2, 4
 HIDDEN = DIM * QUERY_HEADS

@@ -1,9 +1,8 @@
 """``mlx_turboquant bench``: what it measures, what it says, and what it refuses."""
 
 import json
-import sys
+from xml.etree import ElementTree
 
-import matplotlib.image
 import mlx.core as mx
 import pytest
 import tiny
@@ -16,12 +15,13 @@ import mlx_turboquant_plugin
 from mlx_turboquant_plugin import cli
 from mlx_turboquant_plugin.attention import dispatch, fused
 from mlx_turboquant_plugin.cache import BatchCompressedKVCache, CompressedKVCache
-from mlx_turboquant_plugin.evaluation import progress
-from mlx_turboquant_plugin.evaluation.bench import command, measurement, model, prompts, shapes
-from mlx_turboquant_plugin.evaluation.bench.measurement import Results
-from mlx_turboquant_plugin.evaluation.bench.model import ModelBench
-from mlx_turboquant_plugin.evaluation.runs import compressed, compressed_prompt_cache, table_bytes
 from mlx_turboquant_plugin.kernels import fused_kernels
+from mlx_turboquant_plugin.tools import progress
+from mlx_turboquant_plugin.tools.bench import command, measurement, model, prompts, shapes
+from mlx_turboquant_plugin.tools.bench.measurement import Results
+from mlx_turboquant_plugin.tools.bench.model import ModelBench
+from mlx_turboquant_plugin.tools.bench.plot import PANELS
+from mlx_turboquant_plugin.tools.runs import compressed, compressed_prompt_cache, table_bytes
 
 KINDS = {
     "KVCache": KVCache,
@@ -33,7 +33,7 @@ KINDS = {
 
 def test_every_part_with_table_json_and_plot(measure, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "PAUSE", 3600)
-    plot = tmp_path / "bench.png"
+    plot = tmp_path / "bench.svg"
     report, rows = measure(
         "--lengths", 300, 600, "--batch", 1, 2, "--prompts", 400, "--chunk", 128,
         "--dtypes", "float32", "--model-dtype", "float32", "--plot", plot,
@@ -56,7 +56,16 @@ def test_every_part_with_table_json_and_plot(measure, tmp_path, capsys, monkeypa
         assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"]
         assert (row["first"] or 0) > 0 if row["part"] == "prefill" else row["first"] is None
         assert (row["peak_bytes"] or row["cache_bytes"]) >= row["cache_bytes"] > 0
-    assert len(matplotlib.image.imread(plot)) > 500
+    charts = list(ElementTree.parse(plot).iter("{http://www.w3.org/2000/svg}svg"))[1:]
+    drawn = {
+        chart.get("aria-label"): [line.text for line in chart.iterfind(".//{*}polyline/{*}title")]
+        for chart in charts
+    }
+    assert list(drawn) == [panel.title for panel in PANELS if panel.part != "chain"]
+    assert drawn["decoding"] == [
+        *(f"{kind}, float32, batch 1" for kind in ("KVCache", "QuantizedKVCache", "compressed")),
+        *(f"{kind}, float32, batch 2" for kind in ("BatchKVCache", "compressed")),
+    ]
     out, err = capsys.readouterr()
     table = [line.split() for line in out.splitlines()]
     assert sum("compressed" in line[:4] for line in table) == 10
@@ -217,7 +226,7 @@ def test_bad_settings(arguments, environment, said, monkeypatch, caplog, capsys)
         (["--kernel", "vulkan"], "invalid choice: 'vulkan'"),
         (["--dtypes", "int8"], "invalid choice: 'int8'"),
         (["--json", "no/such/x.json"], "'no/such/x.json' can't be written: there is no folder"),
-        (["--plot", "no/such/x.png"], "'no/such/x.png' can't be written: there is no folder"),
+        (["--plot", "no/such/x.svg"], "'no/such/x.svg' can't be written: there is no folder"),
         (["--model", "x", "--shape", "qwen3-8b"], "not allowed with argument"),
     ],
 )
@@ -226,18 +235,6 @@ def test_bad_arguments(arguments, said, capsys):
         run(*arguments)
     assert stop.value.code == cli.BAD_SETTINGS
     assert said in capsys.readouterr().err
-
-
-def test_without_matplotlib(monkeypatch, caplog, tmp_path):
-    # What find_spec() answers for a module that is not installed.
-    monkeypatch.setattr("mlx_turboquant_plugin.evaluation.bench.plot.find_spec", lambda name: None)
-    assert run("--plot", tmp_path / "x.png") == cli.BAD_SETTINGS
-    assert "pip install 'mlx-turboquant-plugin[plot]', or leave --plot out" in caplog.text
-
-
-def test_the_measurement_does_not_need_matplotlib(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert run("--parts", "layer", "--lengths", 300, "--dtypes", "float32") == 0
 
 
 def test_what_can_not_be_measured_is_said(measure, monkeypatch, capsys):
@@ -265,7 +262,7 @@ def test_other_errors_are_not_hidden(measure, monkeypatch):
     def attend(*args, **kwargs):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("mlx_turboquant_plugin.evaluation.bench.layer.attend", attend)
+    monkeypatch.setattr("mlx_turboquant_plugin.tools.bench.layer.attend", attend)
     with pytest.raises(RuntimeError, match="broken"):
         measure("--parts", "layer", "--lengths", 300, "--dtypes", "float32")
 
@@ -336,7 +333,7 @@ def stopping(monkeypatch, kind, error):
 
 def test_an_interrupted_run_shows_what_it_has(monkeypatch, tmp_path, capsys):
     stopping(monkeypatch, "KVCache", KeyboardInterrupt())
-    files = tmp_path / "x.json", tmp_path / "x.png"
+    files = tmp_path / "x.json", tmp_path / "x.svg"
     assert run(*SHORT, "--json", files[0], "--plot", files[1]) == 130
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == "interrupted: this is what was measured until then"

@@ -7,9 +7,9 @@ import pytest
 from bench_runs import SHORT, failing, measure, run  # noqa: F401
 
 from mlx_turboquant_plugin import cli
-from mlx_turboquant_plugin.evaluation.bench import measurement, plot, saved
-from mlx_turboquant_plugin.evaluation.bench.measurement import Results, Sample, Situation, Timing
-from mlx_turboquant_plugin.evaluation.bench.model import ModelBench
+from mlx_turboquant_plugin.tools.bench import measurement, plot, saved
+from mlx_turboquant_plugin.tools.bench.measurement import Results, Sample, Situation, Timing
+from mlx_turboquant_plugin.tools.bench.model import ModelBench
 
 
 def test_turns():
@@ -96,7 +96,7 @@ def test_what_was_left_in_its_middle_is_measured_again(tmp_path):
         if title == "a":
             results.finish(title)
     file = tmp_path / "x.json"
-    saved.save(file, {"fallbacks": []}, results)
+    file.write_text(saved.saved({"fallbacks": []}, results))
     again = saved.resume(file, {"fallbacks": ["other"]})
     assert again.measurements == results.measurements[:1] and len(results.measurements) == 2
     assert again.skipped == results.skipped[:1] and again.done == ["a"]

@@ -12,10 +12,10 @@ from mlx_lm.tuner.lora import LoRALinear
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin.cache import CompressedKVCache
 from mlx_turboquant_plugin.codecs.key_bias import RotaryTable
-from mlx_turboquant_plugin.models import calibration, calibration_file
-from mlx_turboquant_plugin.models import layer as layer_module
-from mlx_turboquant_plugin.models.balance import balance
-from mlx_turboquant_plugin.models.calibration import statistics_of
+from mlx_turboquant_plugin.integration import calibration, calibration_file
+from mlx_turboquant_plugin.integration import layer as layer_module
+from mlx_turboquant_plugin.integration.balance import balance
+from mlx_turboquant_plugin.integration.calibration import statistics_of
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """What every subcommand does about Ctrl-C, closed pipes and places that are not there."""
 
-import argparse
 import io
 import json
 import os
@@ -14,12 +13,10 @@ import tiny
 from processes import ROOT, clean_environ, run_python
 
 from mlx_turboquant_plugin import __version__, cli, status_command
-from mlx_turboquant_plugin.evaluation import compare, demo, drift, progress, truncate
-from mlx_turboquant_plugin.evaluation.arguments import output_file
-from mlx_turboquant_plugin.evaluation.bench import plot
-from mlx_turboquant_plugin.evaluation.bench.measurement import Results
-from mlx_turboquant_plugin.evaluation.runs import load_model
 from mlx_turboquant_plugin.rules import SettingsError
+from mlx_turboquant_plugin.tools import compare, demo, drift, progress, truncate
+from mlx_turboquant_plugin.tools.arguments import as_json, output_file, show
+from mlx_turboquant_plugin.tools.runs import load_model
 
 COMMAND = [sys.executable, "-m", "mlx_turboquant_plugin"]
 
@@ -107,13 +104,13 @@ BENCH = ["bench", "--model", "no-such-model"]
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        ([*BENCH, "--plot", "/proc/speed.png"], "'/proc/speed.png' can't be written: "),
+        ([*BENCH, "--plot", "/proc/speed.svg"], "'/proc/speed.svg' can't be written: "),
         ([*BENCH, "--json", "/proc/speed.json"], "'/proc/speed.json' can't be written: "),
         (
             [*BENCH, "--plot", "speed.html"],
-            "it is named like html, and png is written: name it .png",
+            "it is named like html, and svg is written: name it .svg",
         ),
-        ([*BENCH, "--plot", "speed.SVG"], "named like svg"),
+        ([*BENCH, "--plot", "speed.PNG"], "named like png"),
         (["compare", "--model", "x", "--html", "/proc/report.html"], "can't be written: "),
         (["compare", "--model", "x", "--html", "report.json"], "named like json"),
     ],
@@ -137,10 +134,10 @@ def test_trying_a_file_leaves_it_as_it_is(tmp_path):
     assert not new.exists() and old.read_text() == "before"
 
 
-def test_a_plot_that_can_not_be_written_is_no_traceback(tmp_path):
-    notes = {"device": "", "kernel": "", "model": ""}
+def test_a_file_that_can_not_be_written_is_no_traceback(tmp_path, capsys):
     with pytest.raises(SettingsError, match="can't be written"):
-        plot.draw(tmp_path / "gone" / "speed.png", notes, Results())
+        show(["a line"], (None, str), (tmp_path / "gone" / "speed.svg", str))
+    assert capsys.readouterr().out == "a line\n"
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -160,10 +157,9 @@ def test_the_reader_is_gone_and_the_file_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys, "stdout", Closed())
     file = tmp_path / "cuts.json"
-    args = argparse.Namespace(model="x", preset="default", json=file)
     with pytest.raises(BrokenPipeError):
-        truncate._show(args, [truncate.Cut(1, 1, 0, 0.0, 1.0, 1.0, "equal")])
-    assert json.loads(file.read_text())[0]["outcome"] == "equal"
+        show(["a line"], (file, lambda: as_json(["equal"])))
+    assert json.loads(file.read_text()) == ["equal"]
 
 
 def raising(error, times):

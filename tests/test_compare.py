@@ -16,16 +16,16 @@ from mlx_turboquant_plugin import settings
 from mlx_turboquant_plugin.cli import main
 from mlx_turboquant_plugin.codecs import packing
 from mlx_turboquant_plugin.codecs.segmented import Segmented
-from mlx_turboquant_plugin.evaluation import free_running, memory, plots, progress
-from mlx_turboquant_plugin.evaluation.arguments import write
-from mlx_turboquant_plugin.evaluation.arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
-from mlx_turboquant_plugin.evaluation.runs import compressed, compressed_prompt_cache
-from mlx_turboquant_plugin.evaluation.statistics import RULE, summarise, verdict
-from mlx_turboquant_plugin.evaluation.teacher_forcing import Divergence, lockstep
-from mlx_turboquant_plugin.evaluation.worst_tokens import CONTEXT, WORST, worst_tokens
-from mlx_turboquant_plugin.models import prompt_cache
+from mlx_turboquant_plugin.integration import prompt_cache
 from mlx_turboquant_plugin.rules import PRESETS
 from mlx_turboquant_plugin.settings import SettingsError
+from mlx_turboquant_plugin.tools import free_running, memory, plots, progress
+from mlx_turboquant_plugin.tools.arguments import write
+from mlx_turboquant_plugin.tools.arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
+from mlx_turboquant_plugin.tools.runs import compressed, compressed_prompt_cache
+from mlx_turboquant_plugin.tools.statistics import RULE, summarise, verdict
+from mlx_turboquant_plugin.tools.teacher_forcing import Divergence, lockstep
+from mlx_turboquant_plugin.tools.worst_tokens import CONTEXT, WORST, worst_tokens
 
 # A small window, so that short texts read codes.
 SMALL = Arm("small window", {"preset": "quality", "window": 32})
@@ -329,7 +329,7 @@ def test_writing_that_fails_is_said(tmp_path):
 
 
 def test_head_dims_that_mlx_lm_cannot_quantise_are_left_out():
-    from mlx_turboquant_plugin.evaluation.compare import applicable
+    from mlx_turboquant_plugin.tools.compare import applicable
 
     arms = [PRESET_ARMS["default"], BESIDE["mlx-lm-4bit"]]
     kept, left_out = applicable(arms, [((2, 80), (2, 80))])

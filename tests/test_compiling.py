@@ -10,7 +10,7 @@ import tiny
 
 from mlx_turboquant_plugin import compiling
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec
-from mlx_turboquant_plugin.evaluation.demo import MODEL
+from mlx_turboquant_plugin.tools.demo import MODEL
 
 pytestmark = pytest.mark.skipif(
     mx.default_device().type == mx.gpu, reason="MLX needs no C++ compiler for a GPU"

@@ -4,8 +4,8 @@ import pytest
 import tiny
 
 from mlx_turboquant_plugin.cli import main
-from mlx_turboquant_plugin.evaluation import smollm2
-from mlx_turboquant_plugin.models import prompt_cache
+from mlx_turboquant_plugin.integration import prompt_cache
+from mlx_turboquant_plugin.tools import smollm2
 
 
 def test_it_compresses_whatever_the_environment_bypasses(monkeypatch, capsys):

@@ -11,8 +11,8 @@ import tiny_models
 from mlx_turboquant_plugin.cache import Visibility
 from mlx_turboquant_plugin.cli import main
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
-from mlx_turboquant_plugin.evaluation.drift import LayerDrift, Probe, _queries_seen, outstanding
-from mlx_turboquant_plugin.evaluation.runs import prompt_cache
+from mlx_turboquant_plugin.tools.drift import LayerDrift, Probe, _queries_seen, outstanding
+from mlx_turboquant_plugin.tools.runs import prompt_cache
 
 VISIBILITY = Visibility(32, 4)
 

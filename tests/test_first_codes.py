@@ -13,11 +13,11 @@ from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache, s
 
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin.cache import BatchCompressedKVCache, CompressedKVCache
-from mlx_turboquant_plugin.models import calibration, family
-from mlx_turboquant_plugin.models import layer as layer_module
-from mlx_turboquant_plugin.models.balance import projection_rms
-from mlx_turboquant_plugin.models.family import Family
-from mlx_turboquant_plugin.models.projections import Projection
+from mlx_turboquant_plugin.integration import calibration, family
+from mlx_turboquant_plugin.integration import layer as layer_module
+from mlx_turboquant_plugin.integration.balance import projection_rms
+from mlx_turboquant_plugin.integration.family import Family
+from mlx_turboquant_plugin.integration.projections import Projection
 
 SHORT, LONG = 150, 400
 

@@ -15,7 +15,7 @@ from processes import ROOT, run, run_python
 
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin.cache import CompressedKVCache, RotatingCompressedKVCache
-from mlx_turboquant_plugin.models import layer
+from mlx_turboquant_plugin.integration import layer
 
 # A code can flip at a threshold by rounding, so single logits may differ.
 AGREE = 1e-5

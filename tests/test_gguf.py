@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from mlx_turboquant_plugin.evaluation import gguf, smollm2
 from mlx_turboquant_plugin.rules import SettingsError
+from mlx_turboquant_plugin.tools import gguf, smollm2
 
 LLAMA = tiny.PATHS["tiny-llama"]
 NAMES = {name: key for key, name in gguf.NAMES.items()}

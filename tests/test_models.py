@@ -20,7 +20,7 @@ from processes import ROOT
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin.cache import BatchCompressedKVCache, CompressedKVCache
 from mlx_turboquant_plugin.codecs.segmented import ERRORS, USUAL_BITS
-from mlx_turboquant_plugin.models import table
+from mlx_turboquant_plugin.integration import table
 
 # One for each way in which a family differs from Llama.
 QUICK = {
@@ -220,12 +220,14 @@ def test_every_module_of_mlx_lm_is_in_one_table():
     )
 
 
-def test_every_family_has_its_entry_point():
+def test_one_entry_point_hooks_every_family():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    points = project["entry-points"]["mlx_turboquant_plugin"]
-    hook = "mlx_turboquant_plugin.models.table:patch"
-    named = {module for module, function in points.items() if function == hook}
-    assert named == {f"mlx_lm.models.{name}" for name in table.FAMILIES}
+    [point] = project["entry-points"]["mlx_turboquant_plugin"].items()
+    mlx_turboquant_plugin.enable()
+    hooks = mlx_turboquant_plugin.status().hooks
+    assert point in [(hook["module"], hook["function"]) for hook in hooks]
+    hooked = {h["module"] for h in hooks if h["function"].endswith(".hook:patch_model")}
+    assert hooked == {f"mlx_lm.models.{name}" for name in table.FAMILIES}
 
 
 def test_the_page_names_every_model():

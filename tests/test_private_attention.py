@@ -17,9 +17,9 @@ from mlx_lm.models.cache import ArraysCache, CacheList
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin.cache import CompressedKVCache
 from mlx_turboquant_plugin.cache.reading import Reading
-from mlx_turboquant_plugin.models import table
-from mlx_turboquant_plugin.models.attention import patch_family
-from mlx_turboquant_plugin.models.family import register
+from mlx_turboquant_plugin.integration import table
+from mlx_turboquant_plugin.integration.attention import patch_family
+from mlx_turboquant_plugin.integration.family import register
 
 
 def by_mlx_lm(queries, keys, values, cache, scale, mask):

@@ -11,8 +11,8 @@ from mlx_turboquant_plugin.attention.function import attention_functions
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 from mlx_turboquant_plugin.codecs.segmented import ERRORS, FIRST_BITS
-from mlx_turboquant_plugin.evaluation import stored
-from mlx_turboquant_plugin.models.balance import layout as layout_of
+from mlx_turboquant_plugin.integration.balance import layout as layout_of
+from mlx_turboquant_plugin.tools import stored
 
 HEADS, TOKENS, START = 3, 60, 130
 every_dim = pytest.mark.parametrize("dim", [32, 64, 80, 128])

@@ -9,9 +9,6 @@ from mlx_turboquant_plugin import cli
 from mlx_turboquant_plugin.attention import dispatch, fused
 from mlx_turboquant_plugin.cache import Visibility, compressed
 from mlx_turboquant_plugin.codecs.kv_codec import KVCodec
-from mlx_turboquant_plugin.evaluation import selftest
-from mlx_turboquant_plugin.evaluation.cases import QUICK, table
-from mlx_turboquant_plugin.evaluation.selftest import check
 from mlx_turboquant_plugin.kernels import (
     cuda,
     cuda_encode,
@@ -19,6 +16,9 @@ from mlx_turboquant_plugin.kernels import (
     cuda_source,
     fused_kernels,
 )
+from mlx_turboquant_plugin.tools import checked_layer, selftest
+from mlx_turboquant_plugin.tools.cases import QUICK, table
+from mlx_turboquant_plugin.tools.selftest import check
 
 PROMPTS = [case for case in QUICK if case.count > 16]
 
@@ -170,7 +170,7 @@ def test_a_gpu_compiles_few_kernels(monkeypatch):
     monkeypatch.setattr(dispatch, "_on_gpu", lambda: True)
     # Nothing need be computed.
     monkeypatch.setattr(
-        selftest,
+        checked_layer,
         "scaled_dot_product_attention",
         lambda queries, *args, **kw: mx.zeros_like(queries),
     )
@@ -180,7 +180,7 @@ def test_a_gpu_compiles_few_kernels(monkeypatch):
     for case in table():
         # Longer ones share the kernels of others.
         if max(case.lengths) < 1000:
-            selftest._Layer(case, "cuda").attend()
+            checked_layer.CheckedLayer(case, "cuda").attend()
     for maker in makers:
         maker.cache_clear()
     mx.enable_compile()

@@ -14,7 +14,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 import mlx_turboquant_plugin
-from mlx_turboquant_plugin.models import layer
+from mlx_turboquant_plugin.integration import layer
 
 FEW = dict(key_bits=2, value_bits=2, window=64, sinks=8, kernel="eager")
 MANY = dict(window=32, sinks=0, kernel="eager")

@@ -4,13 +4,13 @@ import mlx.core as mx
 import pytest
 import tiny
 
-from mlx_turboquant_plugin.evaluation import smollm2, texts
-from mlx_turboquant_plugin.evaluation.runs import (
+from mlx_turboquant_plugin.tools import smollm2, texts
+from mlx_turboquant_plugin.tools.runs import (
     compressed,
     compressed_prompt_cache,
     prompt_cache,
 )
-from mlx_turboquant_plugin.evaluation.teacher_forcing import diverge
+from mlx_turboquant_plugin.tools.teacher_forcing import diverge
 
 pytestmark = [
     pytest.mark.slow,

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mlx_turboquant_plugin.evaluation.statistics import (
+from mlx_turboquant_plugin.tools.statistics import (
     FEWEST_WINDOWS,
     Interval,
     Summary,
@@ -14,7 +14,7 @@ from mlx_turboquant_plugin.evaluation.statistics import (
     t_quantile,
     verdict,
 )
-from mlx_turboquant_plugin.evaluation.teacher_forcing import Divergence
+from mlx_turboquant_plugin.tools.teacher_forcing import Divergence
 
 
 def window(rng, size=100, growth=0.0, noise=0.0, kl=1e-4, top1=1.0):

@@ -9,12 +9,12 @@ import tiny
 
 from mlx_turboquant_plugin.cache import CompressedKVCache
 from mlx_turboquant_plugin.cli import main
-from mlx_turboquant_plugin.evaluation import answering
-from mlx_turboquant_plugin.evaluation.arms import EXACT, Arm, Run
-from mlx_turboquant_plugin.evaluation.paired import difference, mcnemar, paired
-from mlx_turboquant_plugin.evaluation.task_results import answers, by_place, task_report
-from mlx_turboquant_plugin.evaluation.tasks import TASKS, Prompt, prompts
 from mlx_turboquant_plugin.rules import SettingsError
+from mlx_turboquant_plugin.tools import answering
+from mlx_turboquant_plugin.tools.arms import EXACT, Arm, Run
+from mlx_turboquant_plugin.tools.paired import difference, mcnemar, paired
+from mlx_turboquant_plugin.tools.task_results import answers, by_place, task_report
+from mlx_turboquant_plugin.tools.tasks import TASKS, Prompt, prompts
 
 SMALL = Arm("small window", {"preset": "quality", "window": 32})
 

@@ -65,3 +65,12 @@ def test_without_the_entry_point_it_runs_as_it_is(installed, toy):
         points.with_suffix(".off").rename(points)
     assert kinds == ["KVCache"] * 2 and (left == plain).all()
     assert log.count("toy runs uncompressed: this architecture is not supported") == 1
+
+
+def test_hooks_written_for_the_former_path_go_on():
+    from mlx_turboquant_plugin.models.attention import patch_family
+    from mlx_turboquant_plugin.models.family import Family
+
+    from mlx_turboquant_plugin.integration import attention, family
+
+    assert patch_family is attention.patch_family and Family is family.Family

@@ -7,8 +7,8 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mlx_turboquant_plugin.evaluation.runs import compressed, compressed_prompt_cache, prompt_cache
-from mlx_turboquant_plugin.evaluation.teacher_forcing import diverge
+from mlx_turboquant_plugin.tools.runs import compressed, compressed_prompt_cache, prompt_cache
+from mlx_turboquant_plugin.tools.teacher_forcing import diverge
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TOKENS = SHARED / "data" / "wikitext-2" / "test-tokens-8192.npy"

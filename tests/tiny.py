@@ -14,7 +14,7 @@ PATHS = {
     "tiny-llama": ROOT / "tests" / "data" / "tiny-llama",
     "tiny-qwen2": ROOT / "tests" / "data" / "tiny-qwen2",
 }
-TEXT = ROOT / "mlx_turboquant_plugin" / "evaluation" / "demo_prompt.txt"
+TEXT = ROOT / "mlx_turboquant_plugin" / "tools" / "demo_prompt.txt"
 
 
 @functools.cache

@@ -6,8 +6,8 @@ import zlib
 import mlx.core as mx
 from mlx.utils import tree_map_with_path
 
-from mlx_turboquant_plugin.models import table
-from mlx_turboquant_plugin.models.family import attention_of, register
+from mlx_turboquant_plugin.integration import table
+from mlx_turboquant_plugin.integration.family import attention_of, register
 
 WINDOW = 48
 

@@ -9,14 +9,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_turboquant_plugin.codecs.kv_codec import KVCodec
-from mlx_turboquant_plugin.evaluation.arguments import add_text_arguments, read_windows
-from mlx_turboquant_plugin.evaluation.runs import (
+from mlx_turboquant_plugin.tools.arguments import add_text_arguments, read_windows
+from mlx_turboquant_plugin.tools.runs import (
     compressed,
     compressed_prompt_cache,
     load_model,
     prompt_cache,
 )
-from mlx_turboquant_plugin.evaluation.teacher_forcing import Divergence, join, lockstep
+from mlx_turboquant_plugin.tools.teacher_forcing import Divergence, join, lockstep
 
 # From the index of a layer and its codec to the codec that it gets instead.
 Change = Callable[[int, KVCodec], KVCodec]

@@ -11,7 +11,7 @@ import mlx.core as mx
 from common import changed_caches, load, measure
 
 from mlx_turboquant_plugin.codecs.kv_codec import KVCodec
-from mlx_turboquant_plugin.evaluation.runs import compressed
+from mlx_turboquant_plugin.tools.runs import compressed
 
 ARMS = {
     "bias and balance": lambda i, c: c,

@@ -8,9 +8,9 @@ Run it as
 import mlx.core as mx
 from common import load
 
-from mlx_turboquant_plugin.evaluation.arms import EXACT, Arm, Run
-from mlx_turboquant_plugin.evaluation.memory import bf16_bytes, bytes_by_length, layer_shapes
-from mlx_turboquant_plugin.evaluation.teacher_forcing import join, lockstep
+from mlx_turboquant_plugin.tools.arms import EXACT, Arm, Run
+from mlx_turboquant_plugin.tools.memory import bf16_bytes, bytes_by_length, layer_shapes
+from mlx_turboquant_plugin.tools.teacher_forcing import join, lockstep
 
 CHOICES = [(32, 4), (64, 4), (128, 4), (192, 4), (256, 4), (384, 4), (192, 0), (192, 32)]
 LENGTHS = [2048, 8192, 32768]

@@ -65,7 +65,7 @@ class AttendedCache(_BaseCache):
         fetched: the keys and values that were returned with it.
         whole: whether these are all, not those that were given.
         read: whether the view was read in their place; None if nothing was.
-        interrupted: whether its model can't go on, see models/whole_passes.py.
+        interrupted: whether its model can't go on, see integration/whole_passes.py.
     """
 
     hooked = False

@@ -11,9 +11,9 @@ from mlx_turboquant_plugin.attention import dispatch
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
 from mlx_turboquant_plugin.codecs.segmented import FIRST_BITS
-from mlx_turboquant_plugin.evaluation.cases import QUICK
-from mlx_turboquant_plugin.evaluation.selftest import check
 from mlx_turboquant_plugin.kernels import cuda, cuda_encode, cuda_portable, cuda_source
+from mlx_turboquant_plugin.tools.cases import QUICK
+from mlx_turboquant_plugin.tools.selftest import check
 
 pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="needs g++ 12 or clang (apt-get install g++)"

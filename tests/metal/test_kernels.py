@@ -18,10 +18,10 @@ from mlx_turboquant_plugin.cache import CompressedKVCache, RotatingCompressedKVC
 from mlx_turboquant_plugin.cache.exact import ExactTokens
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
-from mlx_turboquant_plugin.evaluation.cases import QUICK, table
-from mlx_turboquant_plugin.evaluation.selftest import check
 from mlx_turboquant_plugin.kernels import metal, unsupported
 from mlx_turboquant_plugin.kernels.inputs import DEVICE_SIZE
+from mlx_turboquant_plugin.tools.cases import QUICK, table
+from mlx_turboquant_plugin.tools.selftest import check
 
 pytestmark = pytest.mark.skipif(
     emulator.unavailable() is not None, reason=str(emulator.unavailable())

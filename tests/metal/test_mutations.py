@@ -6,9 +6,9 @@ import pytest
 
 from mlx_turboquant_plugin.attention import dispatch
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
-from mlx_turboquant_plugin.evaluation.cases import QUICK
-from mlx_turboquant_plugin.evaluation.selftest import check
 from mlx_turboquant_plugin.kernels import metal
+from mlx_turboquant_plugin.tools.cases import QUICK
+from mlx_turboquant_plugin.tools.selftest import check
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 SIMD_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);\n"

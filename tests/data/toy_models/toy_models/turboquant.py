@@ -1,7 +1,7 @@
 """What the plugin must know about the toy model; the entry point names ``patch``."""
 
-from mlx_turboquant_plugin.models.attention import patch_family
-from mlx_turboquant_plugin.models.family import Family
+from mlx_turboquant_plugin.integration.attention import patch_family
+from mlx_turboquant_plugin.integration.family import Family
 
 TOY = Family(
     attention="ToyAttention",

@@ -1,0 +1,99 @@
+"""Patching the attention of a family of models, so that it reads compressed caches."""
+
+import functools
+import inspect
+import weakref
+from types import ModuleType
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models.cache import CacheList
+
+from .. import patching
+from ..attention.dispatch import attend
+from ..attention.masks import check
+from ..cache import BatchCompressedKVCache, CompressedKVCache
+from ..cache.transaction import AllOrNothing
+from . import upstream
+from .family import Family, family_of, register
+from .layer import known_layer
+from .whole_passes import guard
+
+
+def patch_family(module: ModuleType, family: Family) -> None:
+    """Let the models of ``module`` attend over compressed caches.
+
+    Replaces the module's name ``scaled_dot_product_attention``, and wraps the
+    attention class's ``__call__`` so that a cache learns which layer it serves, and the
+    model's, see :mod:`whole_passes`; nothing at all where mlx-lm asks for it (see :mod:`upstream`).
+
+    Raises:
+        AttributeError: the module does not have what the family describes.
+    """
+    attention = getattr(module, family.attention)
+    if not upstream.available():
+        parameters = list(inspect.signature(attention.__call__).parameters)[1:]
+        if "cache" not in parameters:
+            raise AttributeError(
+                f"{attention.__qualname__}.__call__ has no parameter cache, only "
+                f"{', '.join(parameters)}: name the class that updates the cache"
+            )
+        patching.wrap(module, "scaled_dot_product_attention", _scaled_dot_product_attention)
+        patching.wrap(attention, "__call__", functools.partial(_attention_call, parameters))
+        if hasattr(module, "Model"):
+            # Others are met when a prompt cache is made for them.
+            guard(module.Model)
+    register(attention, module.__name__, family)
+
+
+def _scaled_dot_product_attention(wrapped, instance, args, kwargs):
+    return attend(wrapped, *args, **kwargs)
+
+
+def _attention_call(parameters, wrapped, instance, args, kwargs):
+    given = {**dict(zip(parameters, args)), **kwargs}
+    cache: Any = given.get("cache")
+    if type(cache) is CacheList:
+        cache = next((c for c in cache.caches if _ours(c)), None)
+    if not _ours(cache):
+        return wrapped(*args, **kwargs)
+    if cache.attention is None or cache.attention() is not instance:
+        bind(cache, instance)
+    if not _plain(given.get("mask")):
+        # Before the cache changes.
+        batch, count = given[parameters[0]].shape[:2]
+        heads, _ = family_of(instance).head_counts(instance)
+        check(given["mask"], (batch, heads, count, cache.columns(count)))
+    with AllOrNothing(*cache.holders):
+        cache.attending = True
+        try:
+            out = wrapped(*args, **kwargs)
+        except ValueError:
+            if not cache.whole:
+                # Perhaps MLX's words for a mask of all tokens over those that were given.
+                cache.settle()
+            raise
+        if cache.whole or not cache.read:
+            cache.settle(out)
+        cache.attending, cache.view, cache.fetched = False, None, None
+    return out
+
+
+def _plain(mask: Any) -> bool:
+    return mask is None or (isinstance(mask, str) and mask == "causal")
+
+
+def _ours(cache: Any) -> bool:
+    return isinstance(cache, (CompressedKVCache, BatchCompressedKVCache))
+
+
+def bind(cache: CompressedKVCache | BatchCompressedKVCache, attention: nn.Module) -> None:
+    """Tell a cache which layer it serves.
+
+    Raises:
+        ValueError: it was filled by another model.
+    """
+    layer = known_layer(attention)
+    invariant = bool(layer.visibility.invariant)
+    cache.bind(layer.codec, layer.fingerprint, layer.kernel, invariant, layer.key_bias)
+    cache.attention, cache.reading = weakref.ref(attention), layer.reading

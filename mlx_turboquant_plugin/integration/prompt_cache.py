@@ -1,0 +1,220 @@
+"""Give each model that mlx-lm makes a prompt cache for a compressed one."""
+
+from typing import Any
+
+from mlx_lm.models import cache as cache_module
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
+
+from .. import compiling, patching, settings
+from ..attention.dispatch import attend
+from ..cache import BatchCompressedKVCache, CompressedKVCache, RotatingCompressedKVCache
+from ..cache.files import check_file
+from ..cache.observed import ObservedKVCache
+from ..log import log_once, logger
+from . import table, upstream
+from .attention import bind
+from .calibration import Calibration, distributed
+from .family import attention_of, layers_of
+from .identity import identity_of
+from .layer import known_layer
+from .whole_passes import guard_all
+
+KINDS = (CompressedKVCache, RotatingCompressedKVCache, BatchCompressedKVCache)
+BY_WEIGHTS = "; keys go by the weights alone, since it could not be measured"
+# Kinds of mlx-lm's that this package would have replaced.
+UNCOMPRESSED = {"KVCache", "QuantizedKVCache", "RotatingKVCache"}
+
+# What became of each model's caches, and the calibration of those that are compressed.
+_reports: dict[settings.ModelIdentity, tuple[str, Calibration | None]] = {}
+
+
+def register() -> None:
+    """Have an mlx-lm with hooks (see patches/) use compressed caches."""
+    upstream.register(_prepare, attend, (*KINDS, ObservedKVCache))
+
+
+def check_saved(file: str) -> None:
+    """Check a file before mlx-lm loads a prompt cache from it; say if it is uncompressed.
+
+    Raises:
+        ValueError: see :func:`check_file`.
+    """
+    for kind in KINDS:
+        # mlx-lm looks the class up by its name there.
+        setattr(cache_module, kind.__name__, kind)
+    if {*check_file(file)} <= UNCOMPRESSED:
+        log_once(
+            "the prompt cache %s was saved uncompressed and stays so: make it again with "
+            "TURBOQUANT=1",
+            file,
+        )
+
+
+def inform(caches: list[Any]) -> None:
+    """Have caches learn what their codes will need: whoever loads them may not have the model.
+
+    Not where other processes run parts of the model, which may save nothing now.
+    """
+    if distributed():
+        return
+    for cache in caches:
+        for one in getattr(cache, "caches", [cache]):
+            if isinstance(one, CompressedKVCache) and one.codec and not one.empty():
+                one.codec.learn()
+
+
+def refuse_kv_bits(caches: list[Any], bits: int) -> None:
+    """Say, once, that mlx-lm's own quantisation is left out where ``caches`` are compressed."""
+    ours = next((cache for cache in caches if isinstance(cache, CompressedKVCache)), None)
+    if ours is not None:
+        ours.to_quantized(bits=bits)
+
+
+def report() -> list[str]:
+    """One line about each model that a cache was made for: compressed how, or why not."""
+    return [
+        text + BY_WEIGHTS if calibration is not None and calibration.failed else text
+        for text, calibration in _reports.values()
+    ]
+
+
+def compress(model: Any, caches: list[Any]) -> list[Any]:
+    """Replace the KVCaches of ``caches`` by compressed ones where the model allows it.
+
+    No weight is evaluated, and the model is not run.
+    """
+    identity = identity_of(model)
+    try:
+        return _compress(model, identity, caches)
+    except Exception as error:  # Models can be changed in any way, and have to run.
+        logger.debug("the failure in full", exc_info=True)
+        return _leave(identity, caches, f"{type(error).__name__}: {error}")
+
+
+def _compress(model: Any, identity: settings.ModelIdentity, caches: list[Any]) -> list[Any]:
+    chosen = settings.in_force().for_model(identity)
+    pattern = chosen.opted_out(identity)
+    if pattern is not None:
+        return _leave(identity, caches, f"opt_out pattern {pattern!r} matches it")
+    reason = table.why_not(type(model).__module__)
+    if reason:
+        return _leave(identity, caches, reason)
+    layers = layers_of(model)
+    if len(layers) != len(caches):
+        return _leave(identity, caches, "its layers and its caches do not correspond")
+    try:
+        by_layer = chosen.for_layers(len(layers))
+    except settings.SettingsError as error:
+        return _leave(identity, caches, str(error))
+    compiling.update()
+    calibration = None if chosen.bypass == "identity" else Calibration(model, caches)
+    pairs = [_compressed(identity.type, *each) for each in zip(layers, caches, by_layer)]
+    pairs = _all_or_no_rings(caches, pairs)
+    compressed = [new or old for (new, _), old in zip(pairs, caches)]
+    reasons = [reason for _, reason in pairs if reason]
+    count = len(layers) - len(reasons)
+    if count == 0:
+        return _leave(identity, caches, reasons[0] if reasons else "it has no layers")
+    text = f"{_name(identity)}: {count} of {len(layers)} layers compressed, "
+    text += _bits(chosen, compressed)
+    if not upstream.available():
+        guard_all(model)
+    if reasons:
+        text += f"; the others not: {reasons[0]}"
+    if identity not in _reports:
+        logger.info("%s", text)
+    _report(identity, text, calibration)
+    return compressed
+
+
+def _all_or_no_rings(caches: list[Any], pairs: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
+    """Rotating caches share one mask, and compressed batches of them have another layout."""
+    reasons = [why for cache, (_, why) in zip(caches, pairs) if type(cache) is RotatingKVCache]
+    reason = next(filter(None, reasons), "")
+    if not reason:
+        return pairs
+    return [
+        (None, why or reason) if type(cache) is RotatingKVCache else (new, why)
+        for cache, (new, why) in zip(caches, pairs)
+    ]
+
+
+def _prepare(model: Any, caches: list[Any], new: bool) -> list[Any]:
+    """What an mlx-lm with hooks calls for every prompt cache, made by it or handed to it."""
+    if not patching.active():
+        return caches
+    if new:
+        caches = compress(model, caches)
+    for layer, cache in zip(layers_of(model), caches):
+        attention, _ = attention_of(layer)
+        for one in getattr(cache, "caches", [cache]):
+            if isinstance(one, CompressedKVCache) and attention is not None:
+                bind(one, attention)
+    return caches
+
+
+def _compressed(model: str, layer: Any, cache: Any, chosen: settings.Settings) -> tuple[Any, str]:
+    """A compressed cache for one layer of a model of this type, or None and the reason."""
+    if type(cache) is CacheList:
+        return _compressed_in_list(model, layer, cache, chosen)
+    if type(cache) not in (KVCache, RotatingKVCache):
+        return None, f"{type(cache).__name__} is not supported"
+    attention, family = attention_of(layer)
+    if family is None:
+        return None, "this architecture is not supported"
+    if type(cache) is KVCache and getattr(layer, "use_sliding", False):
+        # Pixtral and Mistral 3: the mask alone says how far back queries see.
+        return None, "a sliding window over a KVCache that does not rotate is not supported"
+    try:
+        known = known_layer(attention, family.norm_of(layer), chosen)
+    except ValueError as error:
+        return None, str(error)
+    known.reading.model = model
+    parts = known.codec, known.visibility, known.kernel
+    if type(cache) is KVCache:
+        return CompressedKVCache(*parts), ""
+    return RotatingCompressedKVCache(cache.max_size, cache.keep, *parts), ""
+
+
+def _compressed_in_list(
+    model: str, layer: Any, caches: CacheList, chosen: settings.Settings
+) -> tuple[CacheList | None, str]:
+    """The same for a layer that has several caches: its keys and values among them."""
+    pairs = [_compressed(model, layer, cache, chosen) for cache in caches.caches]
+    if not any(replacement for replacement, _ in pairs):
+        return None, pairs[-1][1]
+    return CacheList(*(new or old for (new, _), old in zip(pairs, caches.caches))), ""
+
+
+def _leave(identity: settings.ModelIdentity, caches: list[Any], reason: str) -> list[Any]:
+    text = f"{_name(identity)} runs uncompressed: {reason}"
+    _report(identity, text)
+    log_once("%s", text)
+    return caches
+
+
+def _report(
+    identity: settings.ModelIdentity, text: str, calibration: Calibration | None = None
+) -> None:
+    # The newest is the last.
+    _reports.pop(identity, None)
+    _reports[identity] = text, calibration
+
+
+def _name(identity: settings.ModelIdentity) -> str:
+    where = identity.hub_id or identity.path
+    return f"{identity.type} ({where})" if where else identity.type
+
+
+def _bits(chosen: settings.Settings, caches: list[Any]) -> str:
+    if chosen.bypass:
+        return f"bypass {chosen.bypass}"
+    parts = (one for cache in caches for one in getattr(cache, "caches", [cache]))
+    ours = (one.codec for one in parts if isinstance(one, CompressedKVCache))
+    codecs = {codec.spec.key_codec for codec in ours if codec}
+    prompts = "read what decoding reads" if chosen.invariant else "read their own chunk exactly"
+    return (
+        f"keys {chosen.key_bits} bits {' and '.join(sorted(codecs))}, "
+        f"values {chosen.value_bits} bits {chosen.value_codec}, "
+        f"window {chosen.window}, sinks {chosen.sinks}, prompts {prompts}"
+    )
