@@ -123,7 +123,7 @@ def check(case: Case, kernel: str) -> None:
     layout = layout_of(view)
     total = case.left + layout.total + case.right
     layout = layout._replace(left=case.left, total=total)
-    slot = view.slot(layout.exact.start)
+    slot = view.plan.slot(layout.exact.start)
     ours = dequantized.laid_out(view, layout, slot)
     expected = dequantized.laid_out(view._replace(kernel="eager"), layout, slot)
     places = layout.positions()

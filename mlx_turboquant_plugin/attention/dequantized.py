@@ -45,20 +45,20 @@ def attend_dequantized(
     else:
         layout = layout_of(view)
         row = Row.of(view, layout)
-        if layout.repeats or view.forgets:
-            if not view.is_prompt:
+        if layout.repeats or view.plan.forgets:
+            if not view.plan.is_prompt:
                 total = _in_steps(layout.total)
                 layout = layout._replace(left=total - layout.total, total=total)
                 row = row._replace(layout=layout)
             mask = combined_mask([row], queries.shape[2], mask, [None], queries.dtype)
-        keys, values = laid_out(view, layout, view.slot(layout.exact.start))
+        keys, values = laid_out(view, layout, view.plan.slot(layout.exact.start))
     out = original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
     return _paced(out, keys, values, view)
 
 
 def _paced(out: mx.array, keys: mx.array, values: mx.array, view: View) -> mx.array:
-    few = view.end - view.start <= ROLLBACK
-    return out if few else paced(out, keys.nbytes + values.nbytes, view.start, view.codec)
+    few = view.plan.end - view.plan.start <= ROLLBACK
+    return out if few else paced(out, keys.nbytes + values.nbytes, view.plan.start, view.codec)
 
 
 def attend_rows_dequantized(
@@ -84,20 +84,20 @@ def attend_rows_dequantized(
     # being later than its queries.
     after = [count - row.last for row in rows]
     total = max(layout.tokens + right for layout, right in zip(layouts, after))
-    if not some.is_prompt:
+    if not some.plan.is_prompt:
         total = _in_steps(total)
     layouts = [
         layout._replace(left=total - right - layout.tokens, total=total)
         for layout, right in zip(layouts, after)
     ]
     known = [
-        Row(layout, 0, row.first, 0, True, some.visibility)
+        Row(layout, 0, row.first, 0, True, some.plan.visibility)
         if row.view is None
         else Row.of(row.view, layout, row.first)
         for row, layout in zip(rows, layouts)
     ]
     if not isinstance(mask, str) or any(
-        layout.left or row.first or layout.repeats or row.view.forgets
+        layout.left or row.first or layout.repeats or row.view.plan.forgets
         for row, layout in zip(rows, layouts)
         if row.view is not None
     ):
@@ -105,7 +105,7 @@ def attend_rows_dequantized(
     pairs = [
         _zeros(some, total)
         if row.view is None
-        else laid_out(row.view, layout, row.view.slot(layout.exact.start))
+        else laid_out(row.view, layout, row.view.plan.slot(layout.exact.start))
         for row, layout in zip(rows, layouts)
     ]
     keys, values = (mx.concatenate(list(side)) for side in zip(*pairs))

@@ -131,8 +131,10 @@ def _row_mask(mask: Mask, index: int, row: RowView, padding: int) -> Mask:
         return mask if row.last - row.first > 1 else None
     mask = mask[index : index + 1] if mask.shape[0] > 1 else mask
     mask = mask[:, :, row.first : row.last, padding:]
-    oldest = max(view.sinks, view.oldest(0)[1])
-    return mx.concatenate([mask[..., : view.sinks], mask[..., oldest : view.end]], axis=-1)
+    oldest = max(view.plan.sinks, view.plan.oldest(0)[1])
+    return mx.concatenate(
+        [mask[..., : view.plan.sinks], mask[..., oldest : view.plan.end]], axis=-1
+    )
 
 
 def _attend_packed(

@@ -62,11 +62,11 @@ class Layout(NamedTuple):
 
 def layout_of(view: View) -> Layout:
     """What the queries of ``view`` see, without any zeros."""
-    sinks = view.sinks
-    oldest = max(sinks, view.oldest(0)[1])
-    exact_from = min(view.end, max(oldest, view.exact_from(view.start)))
-    decoded_to = min(view.end, max(oldest, view.exact_from(view.end - 1)))
-    decoded, exact = range(oldest, decoded_to), range(exact_from, view.end)
+    sinks = view.plan.sinks
+    oldest = max(sinks, view.plan.oldest(0)[1])
+    exact_from = min(view.plan.end, max(oldest, view.plan.exact_from(view.plan.start)))
+    decoded_to = min(view.plan.end, max(oldest, view.plan.exact_from(view.plan.end - 1)))
+    decoded, exact = range(oldest, decoded_to), range(exact_from, view.plan.end)
     return Layout(sinks, decoded, exact, 0, sinks + len(decoded) + len(exact))
 
 
@@ -94,12 +94,12 @@ class Row(NamedTuple):
         """The row of a view, whose first query is number ``first`` of the pass."""
         return cls(
             layout,
-            view.start,
+            view.plan.start,
             first,
-            view.exact_start,
-            view.is_prompt,
-            view.visibility,
-            view.ring,
+            view.plan.exact_start,
+            view.plan.is_prompt,
+            view.plan.visibility,
+            view.plan.ring,
         )
 
     def limits(self, count: int) -> tuple[np.ndarray, ...]:

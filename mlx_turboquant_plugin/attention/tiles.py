@@ -33,7 +33,7 @@ def attend_tiles(
         learned_sinks: (H_q,), see :func:`attend_codes`.
     """
     batch, heads, count, _ = queries.shape
-    per_query = 4 * batch * heads * min(view.end, PIECE)
+    per_query = 4 * batch * heads * min(view.plan.end, PIECE)
     rows = max(BLOCK, TILE_BYTES // per_query)
     tiles: list[mx.array] = []
     for i in range(0, count, rows):
@@ -53,21 +53,21 @@ def _tile(
     queries, view: View, index: int, scale: float, mask: Mask, functions, learned_sinks
 ) -> mx.array:
     count, kv_heads = queries.shape[2], view.exact_tokens.keys.shape[1]
-    first = view.start + index
+    first = view.plan.start + index
     last = first + count - 1
-    _, oldest = view.oldest(index)
-    exact_from = max(oldest, view.exact_from(first))
-    coded_to = max(oldest, view.exact_from(last))
-    seen_to = last + 1 if isinstance(mask, str) or count == 1 else view.end
+    _, oldest = view.plan.oldest(index)
+    exact_from = max(oldest, view.plan.exact_from(first))
+    coded_to = max(oldest, view.plan.exact_from(last))
+    seen_to = last + 1 if isinstance(mask, str) or count == 1 else view.plan.end
     keys, values = view.exact(exact_from, seen_to)
-    forgets = view.oldest(index + count - 1)[0] > 0
-    if coded_to == view.sinks and not forgets:
+    forgets = view.plan.oldest(index + count - 1)[0] > 0
+    if coded_to == view.plan.sinks and not forgets:
         part = mask[..., :seen_to] if isinstance(mask, mx.array) else mask
         return mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=scale, mask=part, sinks=learned_sinks
         )
     # Whole blocks make matrices of a shape that is fast.
-    whole = max(view.first_coded, oldest // BLOCK * BLOCK)
+    whole = max(view.plan.first_coded, oldest // BLOCK * BLOCK)
     codes = range(whole if coded_to > oldest else coded_to, coded_to)
     exact_mask, code_mask = (
         _per_row(m, queries.shape[1] // kv_heads, kv_heads)
@@ -83,17 +83,17 @@ def _masks(
 ):
     """Masks of the exact tokens and of the codes, or None where all are seen."""
     exact_mask = code_mask = None
-    sinks = view.sinks
+    sinks = view.plan.sinks
     if count > 1 or forgets:
         exact = mx.concatenate([mx.arange(sinks), mx.arange(exact_from, seen_to)])
         queries = mx.arange(index, index + count)[:, None]
-        hidden, oldest = view.oldest(queries)
-        positions = view.start + queries
-        # view.exact_from(), for every query at once.
+        hidden, oldest = view.plan.oldest(queries)
+        positions = view.plan.start + queries
+        # view.plan.exact_from(), for every query at once.
         begins = exact_from
-        if not view.is_prompt:
-            begins = positions // BLOCK * BLOCK - view.visibility.window
-            begins = mx.maximum(begins, view.exact_start)
+        if not view.plan.is_prompt:
+            begins = positions // BLOCK * BLOCK - view.plan.visibility.window
+            begins = mx.maximum(begins, view.plan.exact_start)
         begins = mx.maximum(begins, oldest)
         exact_mask = mx.where(exact < sinks, exact >= hidden, exact >= begins)
         if isinstance(mask, str):
@@ -103,7 +103,7 @@ def _masks(
             code_mask = (coded >= oldest) & (coded < begins)
     if isinstance(mask, mx.array):
         # What the first query of the pass does not see has no column.
-        skipped = max(sinks, view.oldest(0)[1]) - sinks
+        skipped = max(sinks, view.plan.oldest(0)[1]) - sinks
         exact_given, code_given = (
             mx.take(mask, mx.array(columns, mx.int32), axis=-1)
             for columns in (

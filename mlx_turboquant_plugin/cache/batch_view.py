@@ -96,12 +96,12 @@ def side_by_side(
             rows.append([mx.zeros((1, x.shape[1], columns, x.shape[3]), x.dtype) for x in like])
             continue
         # What a ring has forgotten leaves a gap.
-        sinks, gap = view.sinks, min(view.oldest(0)[1], view.end) - view.sinks
+        sinks, gap = view.plan.sinks, min(view.plan.oldest(0)[1], view.plan.end) - view.plan.sinks
         parts = [
             [x[:, :, :sinks], mx.zeros((*x.shape[:2], gap, x.shape[3]), x.dtype), x[:, :, sinks:]]
             for x in view.keys_and_values()
         ]
-        around = [(0, 0), (0, 0), (padding, columns - padding - view.end), (0, 0)]
+        around = [(0, 0), (0, 0), (padding, columns - padding - view.plan.end), (0, 0)]
         rows.append([mx.pad(mx.concatenate(x, axis=2), around) for x in parts])
     keys, values = (mx.concatenate(list(side)) for side in zip(*rows))
     return keys, values

@@ -1,17 +1,12 @@
 """What the attention of one forward pass reads from a cache."""
 
-import operator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..codecs.kv_codec import Codes, KVCodec
 from .exact import ExactTokens
 from .passes import StepPlan
-
-
-def _of_plan(name: str) -> Any:
-    return property(operator.attrgetter(f"plan.{name}"))
 
 
 class View(NamedTuple):
@@ -21,7 +16,7 @@ class View(NamedTuple):
         kernel: what runs the attention.
         exact_tokens: the sinks, then the positions ``exact_start``, ..., ``end`` - 1.
         key_codes, value_codes: of the positions ``first_coded``, ..., ``coded`` - 1.
-        plan: who sees what of them; its attributes are the view's, too.
+        plan: which positions these are, and who sees what of them.
         laid_out: keys and values (B, H, T, D), sinks, decoded and exact tokens, if they
             have been put side by side already.
     """
@@ -34,12 +29,15 @@ class View(NamedTuple):
     plan: StepPlan
     laid_out: tuple[mx.array, mx.array] | None = None
 
-    visibility, ring = _of_plan("visibility"), _of_plan("ring")
-    first_coded, coded = _of_plan("first_coded"), _of_plan("coded")
-    start, end, queries = _of_plan("start"), _of_plan("end"), _of_plan("queries")
-    is_prompt, forgets = _of_plan("is_prompt"), _of_plan("forgets")
-    sinks, exact_start = _of_plan("sinks"), _of_plan("exact_start")
-    exact_from, oldest, slot = _of_plan("exact_from"), _of_plan("oldest"), _of_plan("slot")
+    @property
+    def queries(self) -> int:
+        """The number of queries."""
+        return self.plan.queries
+
+    @property
+    def first_coded(self) -> int:
+        """The position of the first code."""
+        return self.plan.first_coded
 
     @property
     def apart(self) -> "View":
@@ -53,9 +51,9 @@ class View(NamedTuple):
 
     def exact(self, first: int, last: int) -> tuple[mx.array, mx.array]:
         """Exact keys and values of the sinks and of the positions first, ..., last - 1."""
-        if first == self.exact_start and last == self.end:
+        if first == self.plan.exact_start and last == self.plan.end:
             return self.exact_tokens.keys, self.exact_tokens.values
-        sinks, skip = self.sinks, self.sinks - self.exact_start
+        sinks, skip = self.plan.sinks, self.plan.sinks - self.plan.exact_start
         keys, values = (
             mx.concatenate([x[:, :, :sinks], x[:, :, first + skip : last + skip]], axis=2)
             for x in (self.exact_tokens.keys, self.exact_tokens.values)
@@ -64,16 +62,16 @@ class View(NamedTuple):
 
     def codes(self, first: int, last: int) -> tuple[Codes, Codes]:
         """Codes of keys and values of the positions first, ..., last - 1."""
-        if (first, last) == (self.first_coded, self.coded):
+        if (first, last) == (self.plan.first_coded, self.plan.coded):
             return self.key_codes, self.value_codes
-        first, last = first - self.first_coded, last - self.first_coded
+        first, last = first - self.plan.first_coded, last - self.plan.first_coded
         return code_range(self.key_codes, self.value_codes, first, last)
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All that the queries see, (B, H, T, D) in the model's dtype, codes dequantised."""
-        oldest = self.oldest(0)[1]
-        coded = max(oldest, min(self.coded, self.exact_from(self.end - 1)))
-        exact = self.exact(coded, self.end)
+        oldest = self.plan.oldest(0)[1]
+        coded = max(oldest, min(self.plan.coded, self.plan.exact_from(self.plan.end - 1)))
+        exact = self.exact(coded, self.plan.end)
         if coded == oldest:
             return exact
         key_codes, value_codes = self.codes(oldest, coded)
@@ -83,7 +81,7 @@ class View(NamedTuple):
         )
         keys, values = (
             mx.concatenate(
-                [x[:, :, : self.sinks], d.astype(x.dtype), x[:, :, self.sinks :]], axis=2
+                [x[:, :, : self.plan.sinks], d.astype(x.dtype), x[:, :, self.plan.sinks :]], axis=2
             )
             for x, d in zip(exact, decoded)
         )

@@ -51,9 +51,9 @@ def attend(problem: "Problem") -> mx.array:
     if unjoined is None or unjoined.drop > 1:
         # More than one go only after a trim or when several tokens come, and each number has
         # a trace of its own.
-        tokens, drop = (exact.keys, exact.values), 0
+        tokens, drop = [exact.keys, exact.values], 0
     else:
-        tokens, drop = unjoined[:4], unjoined.drop
+        tokens, drop = [*unjoined[:4]], unjoined.drop
     layer = layer_of(codec)
     key = layer.kind, layer.table, problem.scale, len(tokens), drop
     launch = problem.shared.get(key)

@@ -29,10 +29,10 @@ def kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], body: str) 
         body: the function that the device runs; see :func:`source`.
     """
     if name in QUICK_PARTS and nvrtc.available():
-        parts = ["types.cuh", *QUICK_PARTS[name]]
+        quick = ["types.cuh", *QUICK_PARTS[name]]
         # Each constant that a kernel need not have is in its machine code, too.
-        levels = [_levels()] if "codes.cu" in parts else []
-        header = "\n".join([*levels, *map(read, parts)])
+        levels = [_levels()] if "codes.cu" in quick else []
+        header = "\n".join([*levels, *map(read, quick)])
         return nvrtc.Kernel(name, inputs, outputs, body, header, BOUNDS[name])
     # MLX may keep what it compiled under this name, and does not see the files.
     parts = map(read, PORTABLE_PARTS.get(name, PARTS))
