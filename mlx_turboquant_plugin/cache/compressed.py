@@ -161,8 +161,7 @@ class CompressedKVCache(AttendedCache):
             view = self._pass(start, keys, values)
             if view is not None:
                 return view
-        if step.encode_to > self.coded:
-            self.encode(step.encode_to)
+        self.encode(step.encode_to)
         view = self._view(step.plan)
         self._forget(count <= ROLLBACK and not is_prompt)
         return view

@@ -40,6 +40,11 @@ class View(NamedTuple):
         return self.plan.first_coded
 
     @property
+    def coded(self) -> int:
+        """One more than the position of the last code."""
+        return self.plan.coded
+
+    @property
     def apart(self) -> "View":
         """The same, to be read without joining exact tokens that a kernel is to join."""
         return self._replace(exact_tokens=self.exact_tokens.apart())
