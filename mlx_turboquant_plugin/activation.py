@@ -85,7 +85,7 @@ def _check_kernels(configuration: settings.Configuration) -> None:
             f"mlx can't be imported ({error}): reinstall it; on Linux it needs a "
             "backend, pip install 'mlx-turboquant-plugin[cpu]' or [cuda]"
         ) from error
-    from .attention.kernels import kernel_of
+    from .backends.choice import kernel_of
 
     for chosen in configuration.all_settings():
         kernel_of(chosen)

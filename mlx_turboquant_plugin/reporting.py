@@ -74,7 +74,8 @@ def status() -> Status:
         error = str(bad)
     device = kernels = kernel = compiler = None
     if "mlx.core" in sys.modules:
-        from .attention.kernels import available_kernels, kernel_of
+        from .backends import available_kernels
+        from .backends.choice import kernel_of
         from .compiling import uncompiled
 
         device, kernels, compiler = _device(), available_kernels(), uncompiled()

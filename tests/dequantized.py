@@ -10,6 +10,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from mlx_turboquant_plugin.attention import dequantized, dispatch
 from mlx_turboquant_plugin.attention.layout import layout_of
+from mlx_turboquant_plugin.backends import backend
 from mlx_turboquant_plugin.cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
@@ -114,7 +115,7 @@ def view_of(case: Case, kernel: str):
         if index == len(case.chunks) - 1:
             cache.trim(case.trim)
         view = cache.append(*random(case, count))
-    return view._replace(kernel=kernel)
+    return view._replace(backend=backend(kernel))
 
 
 def check(case: Case, kernel: str) -> None:
@@ -125,7 +126,7 @@ def check(case: Case, kernel: str) -> None:
     layout = layout._replace(left=case.left, total=total)
     slot = view.plan.slot(layout.exact.start)
     ours = dequantized.laid_out(view, layout, slot)
-    expected = dequantized.laid_out(view._replace(kernel="eager"), layout, slot)
+    expected = dequantized.laid_out(view._replace(backend=backend("eager")), layout, slot)
     places = layout.positions()
     for x, y in zip(ours, expected):
         assert x.shape == y.shape and x.dtype == y.dtype

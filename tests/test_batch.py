@@ -7,6 +7,7 @@ from batches import CODEC, DIM, KV_HEADS, Schedule, Sequence, forward, single
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
 from mlx_turboquant_plugin.attention import dispatch
+from mlx_turboquant_plugin.backends import backend
 from mlx_turboquant_plugin.cache import BatchCompressedKVCache, CompressedKVCache
 
 
@@ -164,5 +165,5 @@ def test_the_bridge_serves_packed_rows(monkeypatch):
     schedule = Schedule(3, iter(range(3)))
     schedule.prompt([150, 40, 333], 64)
     for cache in (*schedule.alone, *schedule.batch.rows):
-        cache.kernel = "bridge"
+        cache.backend = backend("bridge")
     schedule.decode(3)

@@ -14,8 +14,8 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin import cli
 from mlx_turboquant_plugin.attention import dispatch, fused
+from mlx_turboquant_plugin.backends import backend, fused_kernels
 from mlx_turboquant_plugin.cache import BatchCompressedKVCache, CompressedKVCache
-from mlx_turboquant_plugin.kernels import fused_kernels
 from mlx_turboquant_plugin.tools import progress
 from mlx_turboquant_plugin.tools.bench import command, measurement, model, prompts, shapes
 from mlx_turboquant_plugin.tools.bench.measurement import Results
@@ -179,11 +179,11 @@ def test_what_a_kernel_leaves_to_others_is_said(monkeypatch, capsys):
     attend = dispatch.attend_tiles
 
     def leaving(*args):
-        dispatch.fall_back("metal", "this")
+        dispatch.fall_back(backend("metal"), "this")
         return attend(*args)
 
     monkeypatch.setattr(dispatch, "attend_tiles", leaving)
-    fused.fall_back("metal", "what was before")
+    fused.fall_back(backend("metal"), "what was before")
     assert run("--parts", "decode", "--lengths", 300, "--model-dtype", "float32") == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "does not support" in line]
     assert said == ["the metal kernel does not support this: the compiled one serves instead"]

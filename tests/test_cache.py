@@ -12,11 +12,11 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache, save_prompt_cache
 
 import mlx_turboquant_plugin
+from mlx_turboquant_plugin.backends import backend
 from mlx_turboquant_plugin.cache import (
     CompressedKVCache,
     RotatingCompressedKVCache,
     Visibility,
-    compressed,
 )
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
@@ -114,14 +114,14 @@ def test_without_arguments_it_is_used_like_kvcache():
 def steady(request, monkeypatch):
     """Caches as they are for kernels that like arrays to keep their shapes."""
     if request.param:
-        monkeypatch.setattr(compressed, "STEADY", ("eager",))
+        monkeypatch.setattr(backend("eager"), "fixed_shapes", True)
 
 
 @pytest.mark.parametrize("window, sinks", [(0, 4), (32, 0), (64, 4)])
 def test_a_steady_cache_always_holds_as_many_exact_tokens(window, sinks, monkeypatch):
     plain, ours = (CompressedKVCache(codec(), Visibility(window, sinks)) for _ in range(2))
     fill(plain, 300, 1)
-    monkeypatch.setattr(compressed, "STEADY", ("eager",))
+    monkeypatch.setattr(backend("eager"), "fixed_shapes", True)
     fill(ours, 230, 230)
     counts = {fill(ours, length, 1).exact_tokens.count for length in range(230, 301)}
     assert counts == {sinks + window + 48}

@@ -9,34 +9,29 @@ import pytest
 from test_attention import LEARNED, Case, close, step
 
 import mlx_turboquant_plugin
-import mlx_turboquant_plugin.kernels as package
-from mlx_turboquant_plugin.attention import fused, kernels
-from mlx_turboquant_plugin.attention.kernels import available_kernels, resolve_kernel
-from mlx_turboquant_plugin.cache import CompressedKVCache, compressed
+from mlx_turboquant_plugin.attention import fused
+from mlx_turboquant_plugin.backends import available_kernels, backend, fused_kernels
+from mlx_turboquant_plugin.backends.choice import resolve_kernel
+from mlx_turboquant_plugin.cache import CompressedKVCache
 from mlx_turboquant_plugin.codecs.kv_codec import KVCodec
-from mlx_turboquant_plugin.kernels import fused_kernels
 
 
 @pytest.fixture
 def module(monkeypatch):
-    """Stands for the module of the Metal kernels; keeps the problems that it is given."""
+    """Stands for the Metal kernels; keeps the problems that it is given."""
     seen = []
 
     def attend(problem):
         seen.append(problem)
         return mx.zeros((*problem.queries.shape[:3], problem.exact_tokens.values.shape[-1]))
 
-    module = SimpleNamespace(
-        seen=seen,
-        attend=attend,
-        encode=KVCodec.encode,
-    )
-    for place in (fused, package):
-        monkeypatch.setattr(place, "fused_kernel", lambda name: module)
-    monkeypatch.setattr(fused, "_fallbacks", [])
+    metal = backend("metal")
+    monkeypatch.setattr(metal, "attend", attend)
+    monkeypatch.setattr(metal, "encode", KVCodec.encode)
     # Nor does a prompt's pass launch anything.
-    monkeypatch.setattr(compressed, "can_pass", lambda *args: False)
-    return module
+    monkeypatch.setattr(metal, "passes", lambda *args: False)
+    monkeypatch.setattr(fused, "_fallbacks", [])
+    return SimpleNamespace(seen=seen)
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
@@ -77,7 +72,7 @@ def test_learned_sinks_fall_back(rows, module):
 
 @pytest.mark.parametrize("mask", [False, True])
 def test_what_falls_back_is_said_once_and_in_status(mask, module, monkeypatch, caplog):
-    monkeypatch.setattr(fused, "unsupported", lambda problem: "this")
+    monkeypatch.setattr(backend("metal"), "unsupported", lambda problem: "this")
     case = Case(count=2)
     given = mx.tril(mx.ones((2, case.length), mx.bool_), case.length - 2) if mask else "causal"
     with caplog.at_level(logging.WARNING):
@@ -92,7 +87,7 @@ def test_what_falls_back_is_said_once_and_in_status(mask, module, monkeypatch, c
 
 
 def test_the_best_kernel_is_the_default(monkeypatch):
-    monkeypatch.setattr(kernels, "fused_kernels", lambda: ["metal"])
+    monkeypatch.setattr(backend("metal"), "runs_here", lambda: True)
     assert available_kernels() == ["metal", "compiled", "eager"]
     assert resolve_kernel("auto") == resolve_kernel("metal") == "metal"
 

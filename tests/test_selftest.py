@@ -7,15 +7,13 @@ import pytest
 
 from mlx_turboquant_plugin import cli
 from mlx_turboquant_plugin.attention import dispatch, fused
-from mlx_turboquant_plugin.cache import Visibility, compressed
+from mlx_turboquant_plugin.backends import backend, fused_kernels
+from mlx_turboquant_plugin.backends.cuda import attend as cuda
+from mlx_turboquant_plugin.backends.cuda import encode as cuda_encode
+from mlx_turboquant_plugin.backends.cuda import portable as cuda_portable
+from mlx_turboquant_plugin.backends.cuda import source as cuda_source
+from mlx_turboquant_plugin.cache import Visibility
 from mlx_turboquant_plugin.codecs.kv_codec import KVCodec
-from mlx_turboquant_plugin.kernels import (
-    cuda,
-    cuda_encode,
-    cuda_portable,
-    cuda_source,
-    fused_kernels,
-)
 from mlx_turboquant_plugin.tools import checked_layer, selftest
 from mlx_turboquant_plugin.tools.cases import QUICK, table
 from mlx_turboquant_plugin.tools.selftest import check
@@ -86,8 +84,8 @@ def test_a_kernel_that_leaves_its_work_to_another_fails(monkeypatch):
     monkeypatch.setattr(
         dispatch, "attend_fused", lambda kernel, problem: dispatch.fall_back(kernel, "anything")
     )
-    monkeypatch.setattr(compressed, "encoder", lambda kernel: KVCodec)
-    monkeypatch.setattr(compressed, "can_pass", lambda *args: False)
+    monkeypatch.setattr(backend("metal"), "encode", KVCodec.encode)
+    monkeypatch.setattr(backend("metal"), "passes", lambda *args: False)
     # Whether or not the same has been said before.
     for _ in range(2):
         result = check(QUICK[0], "metal")
@@ -100,7 +98,7 @@ def test_all_that_falls_back_in_a_case_is_told(monkeypatch):
     attend = dispatch.attend_tiles
 
     def leaving(*args):
-        dispatch.fall_back("metal", next(causes))
+        dispatch.fall_back(backend("metal"), next(causes))
         return attend(*args)
 
     monkeypatch.setattr(dispatch, "attend_tiles", leaving)

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
+from ..backends.tokens import Places, Tokens
 from ..cache.batch_view import RowView
 from ..cache.packed import PackedRows
 from ..cache.view import View, code_range
 from ..cache.visibility import ROLLBACK
-from ..kernels import FUSED
-from ..kernels.dequantize import Places, Tokens, cannot_lay_out, lay_out
 from .layout import Layout, Row, combined_mask, layout_of
 from .masks import Mask
 from .pacing import paced
@@ -160,7 +159,7 @@ def laid_out(source: View | PackedRows, layout: Layout, slot: int) -> tuple[mx.a
         older = unjoined.keys, unjoined.values
         newer = unjoined.new_keys, unjoined.new_values
     tokens = Tokens(older, newer, source.key_codes, source.value_codes, source.first_coded)
-    if source.kernel not in FUSED or cannot_lay_out(source.codec, tokens):
+    if not source.backend.lays_out(source.codec, tokens):
         return _by_operations(source, layout, slot)
     places = Places(
         left=layout.left,
@@ -172,7 +171,7 @@ def laid_out(source: View | PackedRows, layout: Layout, slot: int) -> tuple[mx.a
         total=layout.total,
     )
     codec = source.codec if layout.decoded else source.codec.plain
-    return lay_out(source.kernel, codec, tokens, places)[0]
+    return source.backend.lay_out(codec, tokens, places)[0]
 
 
 def _by_operations(

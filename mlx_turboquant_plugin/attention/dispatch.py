@@ -8,15 +8,13 @@ import mlx.core as mx
 from ..cache import BatchCompressedKVCache, BatchView, CompressedKVCache, PackedRows, RowView, View
 from ..cache.observed import ObservedKVCache
 from ..cache.visibility import ROLLBACK
-from ..kernels import FUSED
 from .dequantized import attend_dequantized, attend_packed_dequantized, attend_rows_dequantized
 from .function import AttentionFunctions, attention_functions
-from .fused import MAX_QUERIES, attend_fused, fall_back, problem_of_rows, problem_of_view
+from .fused import attend_fused, fall_back, problem_of_rows, problem_of_view
 from .masks import Mask, checked
 from .packed import attend_packed
 from .tiles import attend_tiles
 
-BRIDGE = "bridge"
 LEARNED_SINKS = "learned attention sinks"
 OTHER_MASKS = "masks other than the causal one"
 
@@ -81,15 +79,15 @@ def _attend_view(
         # Nothing is compressed yet: this is mlx-lm's own result, bit for bit.
         keys, values = view.laid_out or view.keys_and_values()
         return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=sinks)
-    if view.kernel in FUSED and count <= MAX_QUERIES:
+    if count <= view.backend.max_queries:
         missing = _missing(isinstance(mask, str) or (mask is None and count == 1), sinks)
         if missing is None:
-            out = attend_fused(view.kernel, problem_of_view(queries, view, scale))
+            out = attend_fused(view.backend, problem_of_view(queries, view, scale))
             if out is not None:
                 return out
         else:
-            fall_back(view.kernel, missing)
-    if _on_gpu() or view.kernel == BRIDGE:
+            fall_back(view.backend, missing)
+    if _on_gpu() or view.backend.dequantizes:
         return attend_dequantized(original, queries, view, scale, mask, sinks)
     return attend_tiles(queries, view, scale, mask, _functions(view), sinks)
 
@@ -106,8 +104,8 @@ def _attend_batch(
     if isinstance(rows, PackedRows):
         return _attend_packed(original, queries, rows, scale, mask, view.left_padding, sinks)
     filled = [row.view for row in rows if row.view is not None]
-    few = count <= MAX_QUERIES and filled[:1] and filled[0].kernel in FUSED
-    if filled and not few and (_on_gpu() or filled[0].kernel == BRIDGE):
+    backend = filled[0].backend if filled else None
+    if backend and count > backend.max_queries and (_on_gpu() or backend.dequantizes):
         return attend_rows_dequantized(
             original, queries, rows, scale, mask, view.left_padding, sinks
         )
@@ -146,15 +144,15 @@ def _attend_packed(
     left_padding: Sequence[int],
     sinks,
 ) -> mx.array:
-    if rows.kernel in FUSED and rows.key_codes:
+    if rows.backend.max_queries and rows.key_codes:
         missing = _missing(not isinstance(mask, mx.array), sinks)
         if missing is None:
-            out = attend_fused(rows.kernel, problem_of_rows(queries, rows, scale))
+            out = attend_fused(rows.backend, problem_of_rows(queries, rows, scale))
             if out is not None:
                 return out
         else:
-            fall_back(rows.kernel, missing)
-    if _on_gpu() or rows.kernel == BRIDGE:
+            fall_back(rows.backend, missing)
+    if _on_gpu() or rows.backend.dequantizes:
         return attend_packed_dequantized(original, queries, rows, scale, mask, left_padding, sinks)
     given = mask if isinstance(mask, mx.array) else None
     return attend_packed(queries, rows, scale, _functions(rows), given, left_padding, sinks)
@@ -168,8 +166,7 @@ def _missing(causal: bool, sinks: mx.array | None) -> str | None:
 
 
 def _functions(view: View | PackedRows) -> AttentionFunctions:
-    # What a fused kernel leaves to others is for the compiled functions.
-    return attention_functions(view.codec.spec, view.kernel in ("compiled", *FUSED))
+    return attention_functions(view.codec.spec, view.backend.compiled)
 
 
 def _on_gpu() -> bool:

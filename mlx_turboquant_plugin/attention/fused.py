@@ -1,78 +1,45 @@
 """Attention of a few queries in one pass over the codes: what a fused kernel is given.
 
 Nothing dequantised reaches memory. The kernels themselves, and what launches them, are
-in ``kernels``; long blocks of queries and array masks are served by tiles.
+in ``backends``; long blocks of queries and array masks are served by tiles.
 """
 
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..cache.exact import ExactTokens
+from ..backends import Backend
+from ..backends.problem import Problem
 from ..cache.packed import PackedRows
 from ..cache.passes import StepPlan
 from ..cache.view import View
 from ..cache.visibility import Visibility
-from ..codecs.kv_codec import Codes, KVCodec
-from ..kernels import fused_kernel, unsupported
 from ..log import log_once
 from ..per_thread import cached_per_thread
 from .layout import forget_masks
-
-# Speculative decoding verifies a few tokens at once; more are better served by tiles.
-MAX_QUERIES = 8
 
 _fallbacks: list[str] = []
 _listening: list[list[str]] = []
 
 
-class Problem(NamedTuple):
-    """What one launch of a fused kernel reads.
-
-    Attributes:
-        codec: gives the rotations, the balance and the key bias.
-        queries: (B, H_q, N, D), not scaled; N is at most 8.
-        exact_tokens: ``sinks`` sinks, then the newest tokens of each row, the very newest
-            last. The last N are those of the queries.
-        key_codes, value_codes: see :class:`KVCodec`; index i stands for the position
-            ``first_coded`` + i.
-        bounds: int32 (B, N, 4), what each query sees: the first sink; the index of the
-            first code; how many of the last codes it does not read, because it reads
-            their tokens exactly or not at all; how many of the last exact tokens it reads
-            if not older than itself. Counted like this they repeat: arrays of numbers
-            are costly to make on some devices.
-        scale: what scores are multiplied by.
-        shared: what kernels have made of the positions for all layers, under keys of their own.
-    """
-
-    codec: KVCodec
-    queries: mx.array
-    exact_tokens: ExactTokens
-    sinks: int
-    key_codes: Codes
-    value_codes: Codes
-    first_coded: int
-    bounds: mx.array
-    scale: float
-    shared: dict[Any, Any]
-
-
-def attend_fused(kernel: str, problem: Problem) -> mx.array | None:
-    """The attention (B, H_q, N, D_v), or None if the kernel can't do it, which is logged."""
-    missing = unsupported(problem)
+def attend_fused(backend: Backend, problem: Problem) -> mx.array | None:
+    """The attention (B, H_q, N, D_v), or None if the backend can't do it, which is logged."""
+    missing = backend.unsupported(problem)
     if missing is None:
-        return fused_kernel(kernel).attend(problem)
-    fall_back(kernel, missing)
+        return backend.attend(problem)
+    fall_back(backend, missing)
     return None
 
 
-def fall_back(kernel: str, missing: str) -> None:
+def fall_back(backend: Backend, missing: str) -> None:
     """Say, once, that attention is left to the compiled functions because of ``missing``."""
-    message = f"the {kernel} kernel does not support {missing}: the compiled one serves instead"
+    message = (
+        f"the {backend.name} kernel does not support {missing}: the compiled one serves instead"
+    )
     for heard in (_fallbacks, *_listening):
         if message not in heard:
             heard.append(message)

@@ -7,11 +7,10 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
+from ..backends import Backend, backend
+from ..backends.tokens import Tokens
 from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import CodecSpec, Codes, KVCodec
-from ..kernels import FUSED, STEADY, encoder
-from ..kernels.dequantize import Tokens
-from ..kernels.prompt import can_pass, run_pass
 from ..log import log_once
 from ..per_thread import release
 from . import state as saved
@@ -42,9 +41,10 @@ class CompressedKVCache(AttendedCache):
         codec: how to encode; by default made from the first keys with the default
             bits and no knowledge of the model.
         visibility: the window and the sinks.
-        kernel: what runs the attention: "eager", "compiled", "bridge", or a fused kernel.
+        kernel: the name of the backend.
 
     Attributes:
+        backend: what makes the codes and runs the attention.
         exact_tokens: the sinks and the newest tokens as they are.
         keys, values: these, (B, H, E, D) in the model's dtype; to an attention that is running,
             those of all tokens, the codes dequantised.
@@ -68,7 +68,7 @@ class CompressedKVCache(AttendedCache):
     ):
         self.codec = codec
         self.visibility = visibility
-        self.kernel = kernel
+        self.backend: Backend = backend(kernel)
         self.unplaced_bias: mx.array | None = None
         self.fingerprint: Any = ""
         self.attention: Callable[[], Any] | None = None
@@ -88,6 +88,11 @@ class CompressedKVCache(AttendedCache):
         self.key_codes, self.value_codes = key_codes, value_codes
         self.first_coded, self.coded = first_coded, coded
         self._offset = offset
+
+    @property
+    def kernel(self) -> str:
+        """The name of the backend."""
+        return self.backend.name
 
     @property
     def offset(self) -> int:
@@ -141,7 +146,7 @@ class CompressedKVCache(AttendedCache):
         if self.codec is None:
             self.codec = KVCodec(CodecSpec(shape[-1], values.shape[-1]))
         check_shapes(shape, values.shape, self.codec.spec, exact.heads)
-        count, end, steady = shape[2], start + shape[2], self.kernel in STEADY
+        count, end, steady = shape[2], start + shape[2], self.backend.fixed_shapes
         if is_prompt is None:
             is_prompt = self.visibility.is_prompt(count)
         step = plan_step(
@@ -169,7 +174,7 @@ class CompressedKVCache(AttendedCache):
     def _fuses(self, keys: mx.array, values: mx.array) -> bool:
         """Whether fused kernels can make and read all that ``keys`` and ``values`` come to."""
         same = self.exact_tokens.dtypes == (keys.dtype, values.dtype)
-        return same and self.kernel in FUSED and can_pass(self.codec, keys, values)
+        return same and self.backend.passes(self.codec, keys, values)
 
     def _pass(self, start: int, keys: mx.array, values: mx.array) -> View | None:
         """Have fused kernels do all that a prompt's tokens from ``start`` on ask for at once.
@@ -181,7 +186,7 @@ class CompressedKVCache(AttendedCache):
         codes = self.key_codes, self.value_codes
         plan = plan_pass(
             self.visibility,
-            self.kernel in STEADY,
+            self.backend.fixed_shapes,
             self.first_coded,
             self.coded,
             self.exact_tokens.count,
@@ -194,7 +199,7 @@ class CompressedKVCache(AttendedCache):
         view = self._view(self._plan(start, True))
         older = self.exact_tokens.before(keys.shape[2])
         tokens = Tokens(older, (keys, values), *codes, self.first_coded)
-        done = run_pass(self.kernel, self.codec, tokens, plan)
+        done = self.backend.run_pass(self.codec, tokens, plan)
         self.exact_tokens = ExactTokens(*done.kept)
         self.key_codes, self.value_codes = done.key_codes, done.value_codes
         self.coded += len(plan.encoded)
@@ -207,10 +212,11 @@ class CompressedKVCache(AttendedCache):
             return
         self._check_codec()
         skip = self._sinks() - self.exact_start
-        coder = encoder(self.kernel)
         keys, values = self.exact_tokens.part(start + skip, end + skip)
         older = self.key_codes, self.value_codes
-        self.key_codes, self.value_codes = coder.encode(self.codec, keys, values, start, older)
+        self.key_codes, self.value_codes = self.backend.encode(
+            self.codec, keys, values, start, older
+        )
         self.coded = end
 
     def encode_ahead(self) -> None:
@@ -250,7 +256,7 @@ class CompressedKVCache(AttendedCache):
 
     def _forgettable(self, offset: int) -> int:
         """How many tokens after the sinks queries from position ``offset`` on do not need."""
-        retained = self.visibility.retained_from(offset, self.kernel in STEADY)
+        retained = self.visibility.retained_from(offset, self.backend.fixed_shapes)
         return max(0, min(retained, self.coded) - self.exact_start)
 
     def _drop_exact(self, drop: int) -> None:
@@ -309,7 +315,7 @@ class CompressedKVCache(AttendedCache):
 
     def _view(self, plan: StepPlan) -> View:
         return View(
-            self.codec, self.kernel, self.exact_tokens, self.key_codes, self.value_codes, plan
+            self.codec, self.backend, self.exact_tokens, self.key_codes, self.value_codes, plan
         )
 
     def _plan(self, start: int, is_prompt: bool = False) -> StepPlan:
@@ -368,7 +374,7 @@ class CompressedKVCache(AttendedCache):
         self.codec = codec
         self.unplaced_bias = None
         self.fingerprint = fingerprint
-        self.kernel = kernel
+        self.backend = backend(kernel)
         if self.visibility.invariant is None:
             self.visibility = self.visibility._replace(invariant=invariant)
 

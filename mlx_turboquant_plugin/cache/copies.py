@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..backends import backend
 from .visibility import Visibility
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def unpickled(kind: Any, state: tuple, visibility: Visibility, kernel: str) -> "
     The model makes itself known to it again, as to one from a file.
     """
     cache = kind.from_state(state)
-    cache.visibility, cache.kernel = visibility, kernel
+    cache.visibility, cache.backend = visibility, backend(kernel)
     return cache
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from ..backends import Backend
 from ..codecs.kv_codec import Codes, KVCodec
 from .compressed import CompressedKVCache
 from .copies import shared
@@ -78,8 +79,8 @@ class PackedRows:
         return self._model.visibility
 
     @property
-    def kernel(self) -> str:
-        return self._model.kernel
+    def backend(self) -> Backend:
+        return self._model.backend
 
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Append one token (B, H, 1, D) to every row.
@@ -179,7 +180,7 @@ def _alike(row: CompressedKVCache, other: CompressedKVCache) -> bool:
         type(row) is CompressedKVCache
         and row.codec is other.codec
         and row.visibility == other.visibility
-        and row.kernel == other.kernel
+        and row.backend is other.backend
         and row.offset >= row.visibility.sinks
         and not row.empty()
         and row.exact_tokens.dtypes == other.exact_tokens.dtypes

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..kernels.dequantize import Places
-from ..kernels.prompt import Plan
+from ..backends.tokens import Places, Plan
 from ..per_thread import cached_per_thread
 from .visibility import ROLLBACK, Ring, Visibility
 

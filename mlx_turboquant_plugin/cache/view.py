@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..backends import Backend
 from ..codecs.kv_codec import Codes, KVCodec
 from .exact import ExactTokens
 from .passes import StepPlan
@@ -13,7 +14,7 @@ class View(NamedTuple):
     """One layer's keys and values as the queries of one forward pass find them.
 
     Attributes:
-        kernel: what runs the attention.
+        backend: what runs the attention.
         exact_tokens: the sinks, then the positions ``exact_start``, ..., ``end`` - 1.
         key_codes, value_codes: of the positions ``first_coded``, ..., ``coded`` - 1.
         plan: which positions these are, and who sees what of them.
@@ -22,7 +23,7 @@ class View(NamedTuple):
     """
 
     codec: KVCodec
-    kernel: str
+    backend: Backend
     exact_tokens: ExactTokens
     key_codes: Codes
     value_codes: Codes

@@ -16,8 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import compiling
-from ..attention.dispatch import BRIDGE
-from ..attention.kernels import resolve_kernel
+from ..backends.choice import resolve_kernel
 from ..cache import Visibility
 from ..cache.reading import Reading, reading_of
 from ..codecs.key_bias import KeyBias
@@ -160,7 +159,7 @@ def _read_layer(attention: nn.Module, norm: nn.Module | None, settings: Settings
     return Layer(
         KVCodec.learning(spec, functools.partial(_learn, *found, settings.balance)),
         Visibility(settings.window, settings.sinks, settings.invariant),
-        BRIDGE if settings.bypass == BRIDGE else resolve_kernel(settings.kernel),
+        settings.bypass if settings.bypass == "bridge" else resolve_kernel(settings.kernel),
         Fingerprint(linear),
         settings,
         in_force(),

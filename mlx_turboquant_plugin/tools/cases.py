@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, product
 
-from ..attention.fused import MAX_QUERIES
+from ..backends.fused import MAX_QUERIES
 
 DTYPES = ("float32", "float16", "bfloat16")
 SHORT = {"affine": "a", "segmented": "s"}

@@ -69,12 +69,12 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from .. import reference
 from ..attention.dispatch import attend
-from ..attention.fused import MAX_QUERIES
+from ..backends import backend
+from ..backends.fused import MAX_QUERIES
 from ..cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
 from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import CodecSpec, Codes, KVCodec
 from ..codecs.segmented import FIRST_BITS, USUAL_BITS
-from ..kernels import FUSED
 from . import stored
 from .cases import Case
 
@@ -302,7 +302,7 @@ class CheckedLayer:
     def _inexact(self, x: np.ndarray, turned: np.ndarray) -> np.ndarray:
         """By what part of their length vectors (..., T, D) may be off."""
         inexact = ROUNDOFF["float32"] * (64 + turned / np.linalg.norm(x, axis=-1))
-        if mx.default_device().type == mx.gpu and self.kernel not in FUSED:
+        if mx.default_device().type == mx.gpu and not backend(self.kernel).max_queries:
             inexact = inexact + 4 * TF32_ROUNDOFF
         return inexact
 
@@ -333,7 +333,7 @@ class CheckedLayer:
         return ~forgotten & (columns > newest - self.case.ring)
 
     def _tolerance(self, out: float, score: float, value: float) -> float:
-        on_gpu, fused = mx.default_device().type == mx.gpu, self.kernel in FUSED
+        on_gpu, fused = mx.default_device().type == mx.gpu, bool(backend(self.kernel).max_queries)
         roundoff = ROUNDOFF[self.case.dtype]
         inner = ROUNDOFF["float32"] * value * (64 + score * (self.case.dim**0.5 + 18))
         if self.is_prompt if fused else on_gpu:

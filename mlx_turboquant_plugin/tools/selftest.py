@@ -25,8 +25,8 @@ import numpy as np
 
 from .. import compiling
 from ..attention.fused import fallbacks_heard
-from ..attention.kernels import available_kernels, resolve_kernel
-from ..kernels import fused_kernels
+from ..backends import available_kernels, fused_kernels
+from ..backends.choice import resolve_kernel
 from ..rules import KERNELS
 from .cases import QUICK, Case, table
 from .checked_layer import CheckedLayer

@@ -16,7 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_turboquant_plugin.kernels import cuda_source
+from mlx_turboquant_plugin.backends.cuda import source as cuda_source
 
 TYPES = {
     mx.float32: "float",

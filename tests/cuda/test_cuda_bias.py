@@ -6,9 +6,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_turboquant_plugin.backends.cuda.bias import rotary_array
+from mlx_turboquant_plugin.backends.inputs import pair_layout
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
-from mlx_turboquant_plugin.kernels.cuda_bias import rotary_array
-from mlx_turboquant_plugin.kernels.inputs import pair_layout
 
 pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="needs g++ 12 or clang (apt-get install g++)"

@@ -8,10 +8,13 @@ import pytest
 from layouts import layout
 
 from mlx_turboquant_plugin.attention import dispatch
+from mlx_turboquant_plugin.backends.cuda import attend as cuda
+from mlx_turboquant_plugin.backends.cuda import encode as cuda_encode
+from mlx_turboquant_plugin.backends.cuda import portable as cuda_portable
+from mlx_turboquant_plugin.backends.cuda import source as cuda_source
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
 from mlx_turboquant_plugin.codecs.segmented import FIRST_BITS
-from mlx_turboquant_plugin.kernels import cuda, cuda_encode, cuda_portable, cuda_source
 from mlx_turboquant_plugin.tools.cases import QUICK
 from mlx_turboquant_plugin.tools.selftest import check
 
@@ -98,7 +101,7 @@ def codec(dim, bits, balanced=False, biased=False, keys="lloyd-max", heads=2):
 
 
 def check_codes(one, keys, values, start):
-    pairs = zip(cuda.encode(one, keys, values, start), one.encode(keys, values, start))
+    pairs = zip(cuda_encode.encode(one, keys, values, start), one.encode(keys, values, start))
     for axis, (ours, expected) in zip((-2, -1), pairs):
         assert [(x.dtype, x.shape) for x in ours] == [(x.dtype, x.shape) for x in expected]
         differs = sum(mx.any(x != y, axis=axis) for x, y in zip(ours, expected)) > 0
@@ -165,7 +168,7 @@ def test_codes_of_parts_of_arrays(layout, emulated):
 def test_codes_of_extremes(x, bits, keys, emulated):
     one = codec(64, bits, keys=keys, heads=3)
     x = mx.broadcast_to(mx.array(x), (1, 3, 3, 64))
-    for ours, expected in zip(cuda.encode(one, x, x, 0), one.encode(x, x, 0)):
+    for ours, expected in zip(cuda_encode.encode(one, x, x, 0), one.encode(x, x, 0)):
         for plane, right in zip(ours, expected):
             assert mx.array_equal(plane, right)
 
@@ -182,10 +185,10 @@ def test_codes_after_older_ones(bits, keys, before, length, emulated, monkeypatc
     one = codec(80, bits, keys=keys)
     x = vectors(2, 2, before + length, 80)
     older, newer = x[:, :, :before], x[:, :, before:]
-    ours = cuda.encode(one, newer, newer, before, cuda.encode(one, older, older, 0))
-    whole = cuda.encode(one, x, x, 0)
-    part = cuda.encode(
-        one, x, x, before, cuda.encode(one, x, x, 0, part=slice(before)), slice(before, None)
+    ours = cuda_encode.encode(one, newer, newer, before, cuda_encode.encode(one, older, older, 0))
+    whole = cuda_encode.encode(one, x, x, 0)
+    part = cuda_encode.encode(
+        one, x, x, before, cuda_encode.encode(one, x, x, 0, part=slice(before)), slice(before, None)
     )
     for codes in (ours, part):
         for side, expected in zip(codes, whole):
@@ -220,7 +223,7 @@ def test_one_launch_for_keys_and_values(bits, emulated, monkeypatch):
 
     monkeypatch.setattr(cuda_emulator.EmulatedKernel, "__call__", counted)
     one, (keys, values) = codec(64, bits, balanced=True), mx.random.normal((2, 1, 2, 70, 64))
-    cuda.encode(one, keys, values, 70, one.encode(keys, values, 0))
+    cuda_encode.encode(one, keys, values, 70, one.encode(keys, values, 0))
     ((name, inputs),) = launches
     assert name == "encode"
     # As they are given, so no operation of MLX came before.

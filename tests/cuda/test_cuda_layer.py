@@ -7,11 +7,14 @@ import pytest
 from layouts import layout
 
 from mlx_turboquant_plugin.attention import dispatch
+from mlx_turboquant_plugin.backends.cuda import attend as cuda
+from mlx_turboquant_plugin.backends.cuda import encode as cuda_encode
+from mlx_turboquant_plugin.backends.cuda import portable as cuda_portable
+from mlx_turboquant_plugin.backends.cuda import source as cuda_source
+from mlx_turboquant_plugin.backends.cuda.layer import layer_of
 from mlx_turboquant_plugin.cache import CompressedKVCache, Visibility
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
-from mlx_turboquant_plugin.kernels import cuda, cuda_encode, cuda_portable, cuda_source
-from mlx_turboquant_plugin.kernels.cuda_layer import layer_of
 
 HEADS, DIM = 2, 64
 

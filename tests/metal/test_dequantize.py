@@ -5,7 +5,7 @@ import mlx.core as mx
 import pytest
 from dequantized import CASES, PASSES, check, check_passes, check_short_rows
 
-from mlx_turboquant_plugin.kernels import metal
+from mlx_turboquant_plugin.backends.metal import launch as metal
 
 pytestmark = pytest.mark.skipif(
     emulator.unavailable() is not None, reason=str(emulator.unavailable())

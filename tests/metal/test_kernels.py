@@ -11,15 +11,18 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import scaled_dot_product_attention
 
 import mlx_turboquant_plugin
-from mlx_turboquant_plugin.attention import dispatch, kernels
+from mlx_turboquant_plugin import backends
+from mlx_turboquant_plugin.attention import dispatch
 from mlx_turboquant_plugin.attention.dispatch import attend
 from mlx_turboquant_plugin.attention.fused import Problem, problem_of_view
+from mlx_turboquant_plugin.backends import backend
+from mlx_turboquant_plugin.backends.inputs import DEVICE_SIZE
+from mlx_turboquant_plugin.backends.metal import launch as metal
+from mlx_turboquant_plugin.backends.support import unsupported
 from mlx_turboquant_plugin.cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
 from mlx_turboquant_plugin.cache.exact import ExactTokens
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
-from mlx_turboquant_plugin.kernels import metal, unsupported
-from mlx_turboquant_plugin.kernels.inputs import DEVICE_SIZE
 from mlx_turboquant_plugin.tools.cases import QUICK, table
 from mlx_turboquant_plugin.tools.selftest import check
 
@@ -66,7 +69,7 @@ def test_the_whole_table(case, emulated, monkeypatch):
 
 def step(cache, queries, keys, values, kernel, mask):
     """What attention by one of the kernels gives, with the same codes."""
-    cache.kernel = kernel
+    cache.backend = backend(kernel)
     cache.attending = True
     new = cache.update_and_fetch(keys, values)
     out = attend(
@@ -216,7 +219,7 @@ def test_what_is_not_supported_is_named(spec, dtype, named):
 @one_run
 def test_models_generate_with_it(tiny_model, emulated, monkeypatch):
     model, tokens = tiny_model
-    monkeypatch.setattr(kernels, "fused_kernels", lambda: ["metal"])
+    monkeypatch.setattr(backends.backend("metal"), "runs_here", lambda: True)
     results = []
     for kernel in ("metal", "eager"):
         mlx_turboquant_plugin.enable(kernel=kernel)

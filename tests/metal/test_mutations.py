@@ -5,8 +5,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_turboquant_plugin.attention import dispatch
+from mlx_turboquant_plugin.backends.metal import launch as metal
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
-from mlx_turboquant_plugin.kernels import metal
 from mlx_turboquant_plugin.tools.cases import QUICK
 from mlx_turboquant_plugin.tools.selftest import check
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 from ... import compiling, settings
 from ...activation import disable
 from ...attention.fused import fallbacks_heard
-from ...attention.kernels import kernel_of, resolve_kernel
+from ...backends.choice import kernel_of, resolve_kernel
 from ...reporting import status
 from ...rules import KERNELS, SettingsError
 from ..arguments import at_least, output_file, show, write

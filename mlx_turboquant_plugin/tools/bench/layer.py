@@ -13,7 +13,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from ... import settings
 from ...attention.dispatch import attend
-from ...attention.kernels import kernel_of
+from ...backends.choice import kernel_of
 from ...cache import BatchCompressedKVCache, CompressedKVCache, Visibility
 from ...codecs.key_bias import KeyBias
 from ...codecs.kv_codec import CodecSpec, KVCodec

@@ -3,8 +3,8 @@
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.key_bias import BLOCK, RotaryTable
-from .cuda_layer import side_by_side
+from ...codecs.key_bias import BLOCK, RotaryTable
+from .layer import side_by_side
 
 # The tokens of a tile.
 TILES = 32, 64

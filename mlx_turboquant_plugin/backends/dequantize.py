@@ -3,17 +3,15 @@
 One source, ``dequantize.metal``, serves both kinds of GPU.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import mlx.core as mx
-
-from ..codecs.kv_codec import Codes, KVCodec
-from . import DTYPES, cuda_portable, metal, unsupported_vectors
-from .cuda_source import DEQUANTIZE_THREADS
+from ..codecs.kv_codec import KVCodec
 from .inputs import MODEL, code_arrays, int_array, inverse_array, level_array, model_arrays
+from .tokens import Pair, Places, Tokens
 
-# Tokens of a threadgroup of dequantize.metal.
-TOKENS = 64
+# Tokens and threads of a threadgroup of dequantize.metal.
+TOKENS, THREADS = 64, 256
 
 DEQUANTIZE = (
     "dequantize",
@@ -22,71 +20,14 @@ DEQUANTIZE = (
     "keys values kept_keys kept_values",
 )
 
-Pair = tuple[mx.array, mx.array]
 
-
-class Tokens(NamedTuple):
-    """The tokens of one layer.
-
-    Attributes:
-        older: exact keys and values (B, H, E, D), or None.
-        newer: those that come after them, (B, H, N, D), or None.
-        key_codes, value_codes: see :class:`KVCodec`; the first stand for the position
-            ``first_coded``.
-    """
-
-    older: Pair | None
-    newer: Pair | None
-    key_codes: Codes
-    value_codes: Codes
-    first_coded: int
-
-    @property
-    def some(self) -> Pair:
-        """Exact keys and values that are there."""
-        return self.older or self.newer
-
-
-class Places(NamedTuple):
-    """Which tokens are put side by side, by their places among codes and among exact tokens.
-
-    Attributes:
-        left: the zeros before.
-        sinks: how many of the first exact tokens come first in all that is made.
-        first_code, decoded: the first code that counts, and how many do.
-        first_exact, exact: the first exact token that counts after the sinks, and how many do.
-        total: T, with the zeros before and after.
-        first_kept, kept: as for exact tokens, for those that are put together apart; at
-            least one, since MLX has no empty outputs.
-    """
-
-    left: int
-    sinks: int
-    first_code: int
-    decoded: int
-    first_exact: int
-    exact: int
-    total: int
-    first_kept: int = 0
-    kept: int = 1
-
-
-def cannot_lay_out(codec: KVCodec, tokens: Tokens) -> str | None:
-    """None, or what the kernel can't do about ``tokens``, in words."""
-    for name, x in zip((codec.spec.key_codec, codec.spec.value_codec), tokens.some):
-        problem = unsupported_vectors(name, x.shape[-1])
-        if problem:
-            return problem
-        if x.dtype not in DTYPES:
-            return f"{x.dtype}: keys and values must be float16, bfloat16 or float32"
-    return None
-
-
-def lay_out(kernel: str, codec: KVCodec, tokens: Tokens, places: Places) -> tuple[Pair, Pair]:
+def lay_out(
+    kernel: Callable[[str, str, str], Any], codec: KVCodec, tokens: Tokens, places: Places
+) -> tuple[Pair, Pair]:
     """Zeros, sinks, tokens from codes, later exact tokens, and zeros.
 
     Args:
-        kernel: "metal" or "cuda".
+        kernel: see :class:`Fused`.
         codec: what made the codes.
 
     Returns:
@@ -116,13 +57,12 @@ def lay_out(kernel: str, codec: KVCodec, tokens: Tokens, places: Places) -> tupl
         *(places.first_kept, places.kept, heads, counts[1], *rotary),
     )
     dims = keys.shape[-1], values.shape[-1]
-    compiled = metal.kernel if kernel == "metal" else cuda_portable.kernel
     shapes = [
         (batch, heads, count, dim)
         for count in (places.total, places.sinks + places.kept)
         for dim in dims
     ]
-    out = compiled(*DEQUANTIZE)(
+    out = kernel(*DEQUANTIZE)(
         inputs=[
             older[0],
             newer[0],
@@ -151,8 +91,8 @@ def lay_out(kernel: str, codec: KVCodec, tokens: Tokens, places: Places) -> tupl
             ("SORTED", codec.layout is not None),
             ("BIASED", codec.bias is not None),
         ],
-        grid=(2 * _groups(places) * DEQUANTIZE_THREADS, batch * heads, 1),
-        threadgroup=(DEQUANTIZE_THREADS, 1, 1),
+        grid=(2 * _groups(places) * THREADS, batch * heads, 1),
+        threadgroup=(THREADS, 1, 1),
         output_shapes=shapes,
         output_dtypes=[keys.dtype, values.dtype] * 2,
     )

@@ -1,22 +1,19 @@
-"""The fused attention kernel and the encoder for NVIDIA GPUs (compute capability 8.0 on)."""
+"""Launches the fused attention kernels of NVIDIA GPUs."""
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..codecs.kv_codec import CodecSpec
-from ..per_thread import cached_per_thread
-from . import cuda_portable, cuda_source
-from .cuda_bias import rotary_array
-from .cuda_encode import encode
-from .cuda_layer import Kind, Layer, layer_of
-from .cuda_source import BLOCKS, MERGE_THREADS, SPLIT_THREADS
-from .inputs import int_array
-
-if TYPE_CHECKING:
-    from ..attention.fused import Problem
+from ...codecs.kv_codec import CodecSpec
+from ...per_thread import cached_per_thread
+from ..inputs import int_array
+from ..problem import Problem
+from . import portable, source
+from .bias import rotary_array
+from .layer import Kind, Layer, layer_of
+from .source import BLOCKS, MERGE_THREADS, SPLIT_THREADS
 
 # Exact tokens of a part.
 EXACT_PART = 64
@@ -26,8 +23,6 @@ EXACT_PART = 64
 ROOM = 132 * BLOCKS
 
 MOST_PARTS = 256
-
-__all__ = ["attend", "encode"]
 
 
 class Launch(NamedTuple):
@@ -42,11 +37,11 @@ class Launch(NamedTuple):
     numbers: tuple[mx.array, ...]
 
 
-def attend(problem: "Problem") -> mx.array:
+def attend(problem: Problem) -> mx.array:
     """Attention in two launches: (B, H_q, N, D_v) in the dtype of the queries."""
     codec, exact = problem.codec, problem.exact_tokens
     if "affine" in (codec.spec.key_codec, codec.spec.value_codec):
-        return cuda_portable.attend(problem)
+        return portable.attend(problem)
     unjoined = exact.unjoined
     if unjoined is None or unjoined.drop > 1:
         # More than one go only after a trim or when several tokens come, and each number has
@@ -73,7 +68,7 @@ def attend(problem: "Problem") -> mx.array:
     return out
 
 
-def _launch(problem: "Problem", layer: Layer, drop: int) -> Launch:
+def _launch(problem: Problem, layer: Layer, drop: int) -> Launch:
     coded = problem.key_codes[-1].shape[-1]
     numbers = [problem.bounds, int_array(problem.first_coded, drop)]
     if layer.table is not None:
@@ -269,13 +264,13 @@ def _split_kernel(
     }
     body = f"  constexpr float SCALE = {float(scale)}f;\n{_constants(numbers)}{body}"
     outputs = ["partial", *(["all_keys", "all_values"] if appends else [])]
-    return cuda_source.kernel("split", inputs, outputs, body)
+    return source.kernel("split", inputs, outputs, body)
 
 
 @functools.cache
 def _merge_kernel(value_dim: int, rows: int, count: int):
     numbers = {"VALUE_DIM": value_dim, "ROWS": rows, "COUNT": count}
-    return cuda_source.kernel(
+    return source.kernel(
         "merge", ("partial", "rotations"), ("out",), _constants(numbers) + MERGE_BODY
     )
 

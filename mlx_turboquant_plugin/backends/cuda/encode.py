@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..codecs.kv_codec import ALL, Codes, KVCodec
-from ..codecs.rotation import Rotation
-from . import cuda_source, encodes
-from .cuda_source import ENCODE_THREADS
-from .inputs import MODEL, int_array, model_arrays
+from ...codecs.kv_codec import ALL, Codes, KVCodec
+from ...codecs.rotation import Rotation
+from ..inputs import MODEL, int_array, model_arrays
+from ..support import encodes
+from . import source
+from .source import ENCODE_THREADS
 
 # Tokens of a block of encode.cu, which has a warp for each.
 ENCODED = 32
@@ -177,4 +178,4 @@ def _encode_kernel(sides: tuple[tuple[bool, int], ...]) -> Any:
     widest = names[0] if len(names) == 1 else "(K_DIM > V_DIM ? K_DIM : V_DIM)"
     body = BODY.format(widest=widest) + "".join(bodies)
     inputs += [*MODEL.split()[1:], "feedback", "places"]
-    return cuda_source.kernel("encode", inputs, outputs, body)
+    return source.kernel("encode", inputs, outputs, body)

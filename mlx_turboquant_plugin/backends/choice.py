@@ -1,13 +1,8 @@
-"""Which attention kernels this machine can run. Must not import mlx_lm."""
+"""Which backend a setting means on this machine. Must not import mlx_lm."""
 
-from ..kernels import fused_kernels
 from ..rules import SettingsError
 from ..settings import Settings
-
-
-def available_kernels() -> list[str]:
-    """The kernels that this machine can run, the best first."""
-    return [*fused_kernels(), "compiled", "eager"]
+from . import available_kernels
 
 
 def resolve_kernel(name: str, where: str = "kernel") -> str:

@@ -9,13 +9,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.feedback import FEEDBACK_BLOCK
-from ..codecs.lloyd_max import CODEBOOKS, OFFSET
-from ..codecs.segmented import SHIFTS, UNIT, USUAL_BITS
-from . import metal, nvrtc
+from ...codecs.feedback import FEEDBACK_BLOCK
+from ...codecs.lloyd_max import CODEBOOKS, OFFSET
+from ...codecs.segmented import SHIFTS, UNIT, USUAL_BITS
+from ..dequantize import THREADS as DEQUANTIZE_THREADS
+from ..metal import launch as metal
+from . import nvrtc
 
-# Threads of a block in split.cu, merge.cu and encode.cu, and in dequantize.metal.
-SPLIT_THREADS, MERGE_THREADS, ENCODE_THREADS, DEQUANTIZE_THREADS = 128, 512, 1024, 256
+# Threads of a block in split.cu, merge.cu and encode.cu.
+SPLIT_THREADS, MERGE_THREADS, ENCODE_THREADS = 128, 512, 1024
 
 # Blocks of the first launch of attention that run at once on a multiprocessor.
 BLOCKS = 4
@@ -90,12 +92,16 @@ def source(name: str) -> str:
 
 def include(part: str) -> str:
     """The line that brings in a file of this package."""
-    return f'#include "{files(__package__) / part}"'
+    return f'#include "{_file(part)}"'
 
 
 def read(part: str) -> str:
     """The text of a file of this package."""
-    return (files(__package__) / part).read_text("utf-8")
+    return _file(part).read_text("utf-8")
+
+
+def _file(part: str) -> Any:
+    return files(metal.__package__ if part.endswith(".metal") else __package__) / part
 
 
 def _levels() -> str:

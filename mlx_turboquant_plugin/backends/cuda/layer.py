@@ -7,10 +7,10 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.key_bias import RotaryTable
-from ..codecs.kv_codec import CodecSpec, KVCodec
-from ..codecs.rotation import Rotation
-from .inputs import PairLayout, pair_layout
+from ...codecs.key_bias import RotaryTable
+from ...codecs.kv_codec import CodecSpec, KVCodec
+from ...codecs.rotation import Rotation
+from ..inputs import PairLayout, pair_layout
 
 
 @dataclass(frozen=True, eq=False)

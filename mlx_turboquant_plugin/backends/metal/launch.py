@@ -14,19 +14,17 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.feedback import FEEDBACK_BLOCK
-from ..codecs.kv_codec import ALL, Codes, KVCodec, joined
-from ..codecs.lloyd_max import ALONG, SEARCH
-from . import encodes
-from .inputs import MODEL, code_arrays, int_array, inverse_array, level_array, model_arrays
-
-if TYPE_CHECKING:
-    from ..attention.fused import Problem
+from ...codecs.feedback import FEEDBACK_BLOCK
+from ...codecs.kv_codec import ALL, Codes, KVCodec, joined
+from ...codecs.lloyd_max import ALONG, SEARCH
+from ..inputs import MODEL, code_arrays, int_array, inverse_array, level_array, model_arrays
+from ..problem import Problem
+from ..support import encodes
 
 # Those of decode.metal.
 SIMDS = 4
@@ -54,7 +52,7 @@ ENCODE_3_BITS = *ENCODE[:2], "low low_of_upper_fields high scales"
 PARTS = {"decode": ["attention"], "encode": ["quantizer"], "dequantize": ["tokens"]}
 
 
-def attend(problem: "Problem", compiled: Callable[..., Any] | None = None) -> mx.array:
+def attend(problem: Problem, compiled: Callable[..., Any] | None = None) -> mx.array:
     """Attention (B, H_q, N, D_v), in the dtype of the queries.
 
     Args:

@@ -5,44 +5,17 @@ each pass is traced by ``mx.compile`` for the first layer and repeated for the o
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
 from ..codecs.key_bias import RotaryTable
-from ..codecs.kv_codec import CodecSpec, Codes, KVCodec
+from ..codecs.kv_codec import CodecSpec, KVCodec
 from ..per_thread import cached_per_thread
-from . import encodes, fused_kernel
-from .dequantize import Pair, Places, Tokens, lay_out
+from .tokens import Pass, Plan, Tokens
 
-
-class Pass(NamedTuple):
-    """What a pass makes.
-
-    Attributes:
-        laid_out: keys and values (B, H, T, D) that its queries read.
-        kept: the exact tokens that stay, (B, H, E, D).
-        key_codes, value_codes: all there are now.
-    """
-
-    laid_out: Pair
-    kept: Pair
-    key_codes: Codes
-    value_codes: Codes
-
-
-class Plan(NamedTuple):
-    """What a pass is to do; equal for all layers.
-
-    Attributes:
-        places: of the tokens that its queries read, and of those that stay exact.
-        start: the position of the first token that becomes a code.
-        encoded: which tokens do, by their places among those that are laid out.
-    """
-
-    places: Places
-    start: int
-    encoded: range
+if TYPE_CHECKING:
+    from .fused import Fused
 
 
 class _Bias(NamedTuple):
@@ -52,22 +25,16 @@ class _Bias(NamedTuple):
     table: RotaryTable
 
 
-def can_pass(codec: KVCodec, keys: mx.array, values: mx.array) -> bool:
-    """Whether kernels make and read the codes of ``keys`` and ``values`` (B, H, N, D)."""
-    spec = codec.spec
-    return encodes(spec.key_codec, keys) and encodes(spec.value_codec, values)
-
-
-def run_pass(kernel: str, codec: KVCodec, tokens: Tokens, plan: Plan) -> Pass:
+def run_pass(backend: "Fused", codec: KVCodec, tokens: Tokens, plan: Plan) -> Pass:
     """Dequantise, encode and drop, for one layer.
 
     Args:
-        kernel: a fused one.
+        backend: a fused one.
         tokens: those of the pass are the newer ones.
     """
     bias, shape = codec.bias, tokens.newer[0].shape
     run = _traced(
-        kernel,
+        backend,
         codec.spec,
         codec.balance is not None,
         codec.layout is not None,
@@ -89,7 +56,7 @@ def run_pass(kernel: str, codec: KVCodec, tokens: Tokens, plan: Plan) -> Pass:
 # Prompts have passes of a few kinds, and other prompts the same. MLX keeps traces by thread.
 @cached_per_thread(maxsize=64)
 def _traced(
-    kernel: str,
+    backend: "Fused",
     spec: CodecSpec,
     balanced: bool,
     ordered: bool,
@@ -110,7 +77,7 @@ def _traced(
             fed back, and the rotary table of a bias.
         older_count, shape, key_dtype, value_dtype, coded: of the arrays that it is given.
     """
-    coder, part = fused_kernel(kernel), slice(plan.encoded.start, plan.encoded.stop)
+    part = slice(plan.encoded.start, plan.encoded.stop)
 
     def run(older, newer, key_codes, value_codes, known):
         arrays = iter(known)
@@ -122,8 +89,8 @@ def _traced(
         # Given, since what it is made of has no values here.
         codec.feedback = feedback
         tokens = Tokens(older or None, newer, key_codes, value_codes, first_coded)
-        (keys, values), kept = lay_out(kernel, codec, tokens, plan.places)
-        codes = coder.encode(codec, keys, values, plan.start, (key_codes, value_codes), part)
+        (keys, values), kept = backend.lay_out(codec, tokens, plan.places)
+        codes = backend.encode(codec, keys, values, plan.start, (key_codes, value_codes), part)
         return (keys, values), kept, *codes
 
     return mx.compile(run)

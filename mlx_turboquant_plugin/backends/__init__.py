@@ -1,0 +1,45 @@
+"""What runs the attention over codes: one backend for each value of the setting ``kernel``.
+
+Adding one means a folder with a class of :class:`~.protocol.Backend`, and its line here.
+"""
+
+import functools
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from .bridge import Bridge
+from .cuda.backend import Cuda
+from .metal.backend import Metal
+from .mlx_ops import MLXOps
+from .protocol import Backend
+
+# The best first. The bridge is asked for by another setting.
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "metal": Metal,
+    "cuda": Cuda,
+    "compiled": functools.partial(MLXOps, "compiled", compiled=True),
+    "eager": functools.partial(MLXOps, "eager"),
+    "bridge": Bridge,
+}
+CHOICES = ("metal", "cuda", "compiled", "eager")
+
+__all__ = ["CHOICES", "Backend", "available_kernels", "backend", "fused_kernels"]
+
+
+@functools.cache
+def backend(kernel: str) -> Backend:
+    """The backend of this name; it is not asked whether it runs here."""
+    return BACKENDS[kernel]()
+
+
+def available_kernels() -> list[str]:
+    """The names of the backends that can run on the default device, the best first."""
+    return [name for name in CHOICES if backend(name).runs_here()]
+
+
+def fused_kernels() -> list[str]:
+    """Those that have kernels of their own."""
+    if mx.default_device().type != mx.gpu:
+        return []
+    return [name for name in available_kernels() if backend(name).max_queries]

@@ -1,0 +1,12 @@
+"""The backend that hands dequantised keys and values to MLX's own attention: to compare with."""
+
+from .mlx_ops import MLXOps
+
+
+class Bridge(MLXOps):
+    """Everything dequantised, on every device."""
+
+    dequantizes = True
+
+    def __init__(self):
+        super().__init__("bridge")

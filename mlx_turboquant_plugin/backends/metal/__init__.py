@@ -1,0 +1,1 @@
+"""The kernels in Metal, and their launches."""

@@ -1,0 +1,84 @@
+"""The tokens of one layer that a backend puts side by side, and what it makes of them."""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..codecs.kv_codec import Codes
+
+Pair = tuple[mx.array, mx.array]
+
+
+class Tokens(NamedTuple):
+    """The tokens of one layer.
+
+    Attributes:
+        older: exact keys and values (B, H, E, D), or None.
+        newer: those that come after them, (B, H, N, D), or None.
+        key_codes, value_codes: see :class:`KVCodec`; the first stand for the position
+            ``first_coded``.
+    """
+
+    older: Pair | None
+    newer: Pair | None
+    key_codes: Codes
+    value_codes: Codes
+    first_coded: int
+
+    @property
+    def some(self) -> Pair:
+        """Exact keys and values that are there."""
+        return self.older or self.newer
+
+
+class Places(NamedTuple):
+    """Which tokens are put side by side, by their places among codes and among exact tokens.
+
+    Attributes:
+        left: the zeros before.
+        sinks: how many of the first exact tokens come first in all that is made.
+        first_code, decoded: the first code that counts, and how many do.
+        first_exact, exact: the first exact token that counts after the sinks, and how many do.
+        total: T, with the zeros before and after.
+        first_kept, kept: as for exact tokens, for those that are put together apart; at
+            least one, since MLX has no empty outputs.
+    """
+
+    left: int
+    sinks: int
+    first_code: int
+    decoded: int
+    first_exact: int
+    exact: int
+    total: int
+    first_kept: int = 0
+    kept: int = 1
+
+
+class Pass(NamedTuple):
+    """What a pass makes.
+
+    Attributes:
+        laid_out: keys and values (B, H, T, D) that its queries read.
+        kept: the exact tokens that stay, (B, H, E, D).
+        key_codes, value_codes: all there are now.
+    """
+
+    laid_out: Pair
+    kept: Pair
+    key_codes: Codes
+    value_codes: Codes
+
+
+class Plan(NamedTuple):
+    """What a pass is to do; equal for all layers.
+
+    Attributes:
+        places: of the tokens that its queries read, and of those that stay exact.
+        start: the position of the first token that becomes a code.
+        encoded: which tokens do, by their places among those that are laid out.
+    """
+
+    places: Places
+    start: int
+    encoded: range
