@@ -33,9 +33,10 @@ def by_itself(queries, keys, values, cache, scale, mask):
 
 
 class Attention(qwen2.Attention):
-    """Attends by the function ``attend`` alone."""
+    """Attends by the function ``attend`` alone, and updates its cache ``updates`` times in a call."""
 
     attend = staticmethod(by_mlx_lm)
+    updates = 1
 
     def __call__(self, x, mask=None, cache=None):
         if isinstance(cache, CacheList):
@@ -49,8 +50,11 @@ class Attention(qwen2.Attention):
             )
         )
         queries, keys = (self.rope(x, offset=cache.offset) for x in (queries, keys))
-        keys, values = cache.update_and_fetch(keys, values)
-        out = self.attend(queries, keys, values, cache, self.scale, mask)
+        parts = self.updates if x.shape[1] > 1 else 1
+        outs = []
+        for q, *pair in zip(*(mx.split(one, parts, axis=2) for one in (queries, keys, values))):
+            outs.append(self.attend(q, *cache.update_and_fetch(*pair), cache, self.scale, mask))
+        out = mx.concatenate(outs, axis=2)
         return self.o_proj(out.swapaxes(1, 2).reshape(*x.shape[:2], -1))
 
 
@@ -179,15 +183,15 @@ def test_attention_may_be_private_now_and_then(attend, monkeypatch):
     assert np.abs(made - expected).max() < 2e-4 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_attention_may_compute_with_keys_beside_mlx_lms_function(kind, caplog):
+@pytest.mark.parametrize("kind, updates", [*((kind, 1) for kind in KINDS), ("plain", 2)])
+def test_attention_may_compute_with_keys_beside_mlx_lms_function(kind, updates, caplog):
     # Codes that rounding tips would count.
     enable(bypass="identity")
     outputs = []
     for attend in (by_itself, by_mlx_lm):
         both = staticmethod(functools.partial(and_mean_key, attend))
         # How a class reads is found out once.
-        attention = type("Both", (Attention,), {"attend": both})
+        attention = type("Both", (Attention,), {"attend": both, "updates": updates})
         register(attention, module.__name__, table.OWN)
         outputs.append(single(*load(attention), KINDS[kind]))
     expected, made = outputs
