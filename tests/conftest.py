@@ -7,6 +7,7 @@ import tiny
 
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin import compiling
+from mlx_turboquant_plugin.attention import function
 
 
 def pytest_configure(config):
@@ -44,3 +45,23 @@ def tiny_model(request):
     """(model in fp32, 420 tokens of text (1, 420)): more than the window and the sinks."""
     model, tokenizer = tiny.load(request.param)
     return model, mx.array(tiny.text_tokens(tokenizer, 420))[None]
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """A list that grows whenever a function of compiled attention is traced."""
+    calls = []
+
+    def noted(part):
+        def call(*args):
+            calls.append(part)
+            return part(*args)
+
+        return call
+
+    # Each function but the first has one of them.
+    for name in ("_masked", "_added"):
+        monkeypatch.setattr(function, name, noted(getattr(function, name)))
+    function.attention_functions.cache_clear()
+    yield calls
+    function.attention_functions.cache_clear()

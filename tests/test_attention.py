@@ -8,7 +8,6 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache
 
 from mlx_turboquant_plugin import reference
-from mlx_turboquant_plugin.attention import function
 from mlx_turboquant_plugin.attention.dispatch import attend
 from mlx_turboquant_plugin.cache import CompressedKVCache, Visibility
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
@@ -196,17 +195,17 @@ def test_eager_and_compiled_round_alike():
     close(case.run("eager"), np.array(case.run("compiled")), 1e-4)
 
 
-def test_one_trace_serves_a_thousand_tokens():
+def test_one_trace_serves_a_thousand_tokens(traced):
     case = Case(dim=32, length=300, key_bits=2, value_bits=2)
     cache = case.cache("compiled")
     traces = []
     for _ in range(1000):
         token = mx.random.normal((1, 2, 1, 32))
         mx.eval(step(cache, case.queries, token, token, case.scale, None))
-        traces.append(function.trace_count())
+        traces.append(len(traced))
     assert cache.offset == 1299
     # rotate, begin, fold with and without a mask, finish: all in the first step.
-    assert traces[-1] == traces[0]
+    assert traces[-1] == traces[0] > 0
 
 
 @pytest.mark.parametrize("kernel", ["eager", "compiled"])

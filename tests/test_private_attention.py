@@ -33,7 +33,7 @@ def by_itself(queries, keys, values, cache, scale, mask):
 
 
 class Attention(qwen2.Attention):
-    """Attends by the function ``attend`` alone, and updates its cache ``updates`` times in a call."""
+    """Attends by the function ``attend`` alone, and updates its cache ``updates`` times."""
 
     attend = staticmethod(by_mlx_lm)
     updates = 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_attention import LEARNED, SINKS, WINDOW, Case, close, step
 
-from mlx_turboquant_plugin.attention import function, pieces, streams
+from mlx_turboquant_plugin.attention import pieces, streams
 from mlx_turboquant_plugin.cache import CompressedKVCache, Visibility
 from mlx_turboquant_plugin.cache.rotating import RotatingCompressedKVCache
 
@@ -147,14 +147,14 @@ def test_another_thread_has_streams_of_its_own(use):
     assert here.isdisjoint({str(stream) for stream, _ in shared})
 
 
-def test_traces_do_not_grow_with_the_shares(use):
+def test_traces_do_not_grow_with_the_shares(use, traced):
     case, shared = Case(length=500, dim=32), use(3)
     cache, traces = case.cache("compiled"), []
     for _ in range(300):
         token = mx.random.normal((1, 2, 1, 32))
         mx.eval(step(cache, case.queries, token, token, case.scale, None))
-        traces.append(function.trace_count())
-    assert len(shared) == 900 and traces[-1] == traces[0]
+        traces.append(len(traced))
+    assert len(shared) == 900 and traces[-1] == traces[0] > 0
 
 
 def test_shares_are_whole_blocks_and_the_first_has_the_exact_tokens_too():

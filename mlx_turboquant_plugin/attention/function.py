@@ -28,13 +28,6 @@ MASKED = -1e30
 # that, the total (B, H, R, 1) and the sum of values weighed with it (B, H, R, D_v).
 Sums = tuple[mx.array, mx.array, mx.array]
 
-_traces = 0
-
-
-def trace_count() -> int:
-    """How often functions of compiled attention have been traced in this process."""
-    return _traces
-
 
 class AttentionFunctions(NamedTuple):
     """Attention in steps. All arrays are fp32 but for the exact tokens and the codes.
@@ -109,7 +102,7 @@ def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
         return out / total
 
     functions: tuple[Callable, ...] = (rotate, begin, fold, finish)
-    return AttentionFunctions(*(map(_compiled, functions) if compiled else functions))
+    return AttentionFunctions(*(map(compiling.compiled, functions) if compiled else functions))
 
 
 def _added(top: mx.array, *sums: Sums) -> Sums:
@@ -118,15 +111,6 @@ def _added(top: mx.array, *sums: Sums) -> Sums:
     total: Any = sum(total * shrink for shrink, (_, total, _) in zip(shrinks, sums))
     out: Any = sum(out * shrink for shrink, (_, _, out) in zip(shrinks, sums))
     return top, total, out
-
-
-def _compiled(function: Callable) -> Callable:
-    def traced(*args):
-        global _traces
-        _traces += 1
-        return function(*args)
-
-    return compiling.compiled(traced)
 
 
 def _masked(scores: mx.array, mask: mx.array | None) -> mx.array:
