@@ -7,7 +7,8 @@ import mlx.nn as nn
 import pytest
 from layouts import layout
 
-from mlx_turboquant_plugin.attention import dispatch
+from mlx_turboquant_plugin.attention import dispatch, fused
+from mlx_turboquant_plugin.cache.passes import plan_step, plan_view
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
 from mlx_turboquant_plugin.codecs.segmented import FIRST_BITS
@@ -27,6 +28,10 @@ RUNS = [(False, 256), (True, 1)]
 def emulated(request, monkeypatch):
     descending, parts = request.param
     kernels = (
+        # Plans keep launches.
+        plan_step,
+        plan_view,
+        fused._plan_of_rows,
         cuda._attention,
         cuda._split_kernel,
         cuda._merge_kernel,
