@@ -7,11 +7,12 @@ import mlx.nn as nn
 import pytest
 from layouts import layout
 
-from mlx_turboquant_plugin.attention import dispatch
+from mlx_turboquant_plugin.attention import dispatch, fused
 from mlx_turboquant_plugin.backends.cuda import attend as cuda
 from mlx_turboquant_plugin.backends.cuda import encode as cuda_encode
 from mlx_turboquant_plugin.backends.cuda import portable as cuda_portable
 from mlx_turboquant_plugin.backends.cuda import source as cuda_source
+from mlx_turboquant_plugin.cache.passes import plan_step, plan_view
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
 from mlx_turboquant_plugin.codecs.segmented import FIRST_BITS
@@ -30,6 +31,10 @@ RUNS = [(False, 256), (True, 1)]
 def emulated(request, monkeypatch):
     descending, parts = request.param
     kernels = (
+        # Plans keep launches.
+        plan_step,
+        plan_view,
+        fused._plan_of_rows,
         cuda._attention,
         cuda._split_kernel,
         cuda._merge_kernel,

@@ -13,6 +13,7 @@ from mlx_turboquant_plugin.backends.cuda import portable as cuda_portable
 from mlx_turboquant_plugin.backends.cuda import source as cuda_source
 from mlx_turboquant_plugin.backends.cuda.layer import layer_of
 from mlx_turboquant_plugin.cache import CompressedKVCache, Visibility
+from mlx_turboquant_plugin.cache.passes import plan_step, plan_view
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
 
@@ -67,6 +68,9 @@ def described(monkeypatch):
             return list(map(mx.zeros, output_shapes, output_dtypes))
 
     made = (
+        # Plans keep launches.
+        plan_step,
+        plan_view,
         cuda._attention,
         cuda._split_kernel,
         cuda._merge_kernel,
@@ -107,3 +111,25 @@ def test_all_layers_and_steps_share_a_description(described):
     step([wider], 2)
     step(caches)
     assert described == ["split", "merge"]
+
+
+def test_batches_at_the_same_positions_have_bounds_of_their_own(described, monkeypatch):
+    bounds, attention = [], cuda._attention
+
+    def noted(*kind):
+        def attend(rotations, queries, *others):
+            bounds.append(next(x.shape for x in others if x.dtype == mx.int32 and x.ndim == 3))
+            return attention(*kind)(rotations, queries, *others)
+
+        return attend
+
+    monkeypatch.setattr(cuda, "_attention", noted)
+    one = codec()
+    for batch in (1, 2, 3, 1):
+        cache = CompressedKVCache(one, Visibility(), "cuda")
+        cache.append(*mx.zeros((2, batch, HEADS, 321, DIM)))
+        keys, queries = mx.ones((batch, HEADS, 1, DIM)), mx.ones((batch, 4 * HEADS, 1, DIM))
+        cache.attending = True
+        cache.update_and_fetch(keys, keys)
+        dispatch.attend(None, queries, keys, keys, cache, 0.1, None)
+    assert bounds == [(1, 1, 4), (2, 1, 4), (3, 1, 4), (1, 1, 4)]

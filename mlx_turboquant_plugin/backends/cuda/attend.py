@@ -30,7 +30,7 @@ class Launch(NamedTuple):
 
     Attributes:
         attention: see :func:`_attention`.
-        numbers: its last inputs, which are about positions.
+        numbers: its last inputs, which are about positions and the same for any batch.
     """
 
     attention: Callable[..., tuple[mx.array, ...]]
@@ -61,6 +61,7 @@ def attend(problem: Problem) -> mx.array:
         *problem.key_codes,
         *problem.value_codes,
         *layer.known,
+        problem.bounds,
         *launch.numbers,
     )
     if joined:
@@ -70,7 +71,7 @@ def attend(problem: Problem) -> mx.array:
 
 def _launch(problem: Problem, layer: Layer, drop: int) -> Launch:
     coded = problem.key_codes[-1].shape[-1]
-    numbers = [problem.bounds, int_array(problem.first_coded, drop)]
+    numbers = [int_array(problem.first_coded, drop)]
     if layer.table is not None:
         numbers.append(rotary_array(layer.table, problem.first_coded + coded))
     exact = problem.exact_tokens.count
