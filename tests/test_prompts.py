@@ -3,6 +3,7 @@
 import copy
 import itertools
 import threading
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +17,8 @@ from test_attention import Case
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin import reference
 from mlx_turboquant_plugin.attention import dispatch, fused, layout, pacing
-from mlx_turboquant_plugin.cache import CompressedKVCache, Visibility
+from mlx_turboquant_plugin.cache import CompressedKVCache, PackedRows, Visibility
+from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 
 PATHS = {"tiles": ("eager", False), "compiled": ("compiled", False), "dequantized": ("eager", True)}
 
@@ -159,16 +161,25 @@ def test_a_file_does_not_keep_the_rule(tiny_model, tmp_path):
     assert not any(cache.visibility.invariant for cache in loaded)
 
 
-def test_masks_of_prompts_are_freed_by_steps(monkeypatch):
+@pytest.mark.parametrize("rows", [1, 2])
+def test_masks_of_prompts_are_freed_by_steps(rows, monkeypatch):
+    monkeypatch.setattr(fused, "fused_kernel", lambda name: SimpleNamespace(attend=lambda p: p))
     places = layout.Layout(4, range(4, 128), range(128, 300), 0, 300)
     row = layout.Row(places, 200, 0, 128, False, Visibility())
-    layout.combined_mask([row], 100, "causal", [0], mx.float32)
-    kept = layout._visible((row,), 100, True, mx.float32)
-    assert layout._visible((row,), 100, True, mx.float32) is kept
-    cache = CompressedKVCache()
-    view = cache.append(*mx.zeros((2, 1, 1, 1, 64)))
-    fused.problem_of_view(mx.zeros((1, 1, 1, 64)), view, 1.0)
-    assert layout._visible((row,), 100, True, mx.float32) is not kept
+    codec, queries = KVCodec(CodecSpec(64, 64)), mx.zeros((rows, 1, 1, 64))
+    # The second sequence comes to the positions of the first.
+    for _ in range(2):
+        layout.combined_mask([row], 100, "causal", [0], mx.float32)
+        kept = layout._visible((row,), 100, True, mx.float32)
+        assert layout._visible((row,), 100, True, mx.float32) is kept
+        caches = [CompressedKVCache(codec) for _ in range(rows)]
+        views = [cache.append(*mx.zeros((2, 1, 1, 300, 64))) for cache in caches]
+        if rows == 1:
+            problem = fused.problem_of_view(queries, views[0], 1.0)
+        else:
+            problem = fused.problem_of_rows(queries, PackedRows.of(caches), 1.0)
+        assert fused.attend_fused("cuda", problem) is problem
+        assert layout._visible((row,), 100, True, mx.float32) is not kept
 
 
 def test_masks_do_not_outlive_their_thread():
