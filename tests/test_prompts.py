@@ -3,7 +3,6 @@
 import copy
 import itertools
 import threading
-from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +16,7 @@ from test_attention import Case
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin import reference
 from mlx_turboquant_plugin.attention import dispatch, fused, layout, pacing
+from mlx_turboquant_plugin.backends import backend
 from mlx_turboquant_plugin.cache import CompressedKVCache, PackedRows, Visibility
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 
@@ -163,7 +163,7 @@ def test_a_file_does_not_keep_the_rule(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_masks_of_prompts_are_freed_by_steps(rows, monkeypatch):
-    monkeypatch.setattr(fused, "fused_kernel", lambda name: SimpleNamespace(attend=lambda p: p))
+    monkeypatch.setattr(backend("cuda"), "attend", lambda problem: problem)
     places = layout.Layout(4, range(4, 128), range(128, 300), 0, 300)
     row = layout.Row(places, 200, 0, 128, False, Visibility())
     codec, queries = KVCodec(CodecSpec(64, 64)), mx.zeros((rows, 1, 1, 64))
@@ -178,7 +178,7 @@ def test_masks_of_prompts_are_freed_by_steps(rows, monkeypatch):
             problem = fused.problem_of_view(queries, views[0], 1.0)
         else:
             problem = fused.problem_of_rows(queries, PackedRows.of(caches), 1.0)
-        assert fused.attend_fused("cuda", problem) is problem
+        assert fused.attend_fused(backend("cuda"), problem) is problem
         assert layout._visible((row,), 100, True, mx.float32) is not kept
 
 

@@ -30,6 +30,8 @@ def attend_fused(backend: Backend, problem: Problem) -> mx.array | None:
     """The attention (B, H_q, N, D_v), or None if the backend can't do it, which is logged."""
     missing = backend.unsupported(problem)
     if missing is None:
+        # A step has begun that needs none of a prompt's masks.
+        forget_masks()
         return backend.attend(problem)
     fall_back(backend, missing)
     return None
@@ -89,8 +91,6 @@ def _bounds_of_view(plan: StepPlan, batch: int) -> mx.array:
     known = plan.shared.get(("bounds", batch))
     if known is not None:
         return known
-    # A step has begun that needs none of a prompt's masks.
-    forget_masks()
     bounds = []
     for position in range(plan.start, plan.end):
         hidden, oldest = plan.oldest(position - plan.start)
@@ -134,7 +134,6 @@ def _plan_of_rows(
     visibility: Visibility,
 ) -> tuple[mx.array, dict[Any, Any]]:
     """The bounds of a :class:`Problem` and an empty ``shared``."""
-    forget_masks()
     bounds = []
     for length, start in zip(lengths, exact_start):
         exact_from = max(visibility.exact_from(length - 1), start)
