@@ -35,7 +35,7 @@ class Rule(NamedTuple):
 def one_of(allowed: Iterable) -> str:
     """The values in words."""
     *most, last = ("none" if value is None else str(value) for value in allowed)
-    return f"{', '.join(most)} or {last}"
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _choice(*allowed: Any, from_text: Callable[[str], Any] = str) -> Rule:
