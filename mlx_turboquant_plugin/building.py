@@ -12,7 +12,7 @@ from typing import Any
 from .codecs.kv_codec import CodecSpec
 from .compiling import finished
 from .tools.cases import Case
-from .tools.selftest import check
+from .tools.checked_layer import CheckedLayer
 
 # Prompts, then decoding over several pieces of codes.
 WORK: tuple[dict[str, Any], ...] = (
@@ -36,7 +36,7 @@ def build(job: str) -> None:
                 extras=extras,
                 **work,
             )
-            check(case, "compiled")
+            CheckedLayer(case, "compiled").attend()
     finished(job).touch()
 
 
