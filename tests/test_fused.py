@@ -86,6 +86,16 @@ def test_what_falls_back_is_said_once_and_in_status(mask, module, monkeypatch, c
     assert mlx_turboquant_plugin.status().fallbacks == []
 
 
+def test_what_falls_back_names_what_serves(module, monkeypatch):
+    monkeypatch.setattr(backend("metal"), "compiled", False)
+    monkeypatch.setattr(backend("metal"), "unsupported", lambda problem: "this")
+    case = Case()
+    close(case.run("metal"), case.expected())
+    assert fused.fallbacks() == [
+        "the metal kernel does not support this: the eager one serves instead"
+    ]
+
+
 def test_the_best_kernel_is_the_default(monkeypatch):
     monkeypatch.setattr(backend("metal"), "runs_here", lambda: True)
     assert available_kernels() == ["metal", "compiled", "eager"]
