@@ -8,7 +8,7 @@ import processes
 import pytest
 import tiny
 
-from mlx_turboquant_plugin import compiling
+from mlx_turboquant_plugin import building, compiling
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec
 from mlx_turboquant_plugin.tools.demo import MODEL
 
@@ -150,6 +150,14 @@ def test_the_first_prompt_waits_for_nothing_of_ours_to_be_compiled(tmp_path):
     never = "compiling._start = lambda job: type('Builder', (), {'poll': lambda self: None})()"
     generate(tmp_path, never)
     assert 0 < libraries(tmp_path) <= NOT_OURS
+
+
+def test_it_compiles_for_codecs_that_the_selftest_does_not_know(monkeypatch, tmp_path):
+    done = tmp_path / "finished"
+    monkeypatch.setattr(building, "finished", lambda job: done)
+    monkeypatch.setattr(building, "WORK", ({"lengths": (300,)},))
+    building.build(json.dumps(CodecSpec(64, 64, "exact", 4, "exact", 4)))
+    assert done.exists()
 
 
 @pytest.mark.slow

@@ -10,10 +10,17 @@ from test_attention import LEARNED, Case, close, step
 
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin.attention import fused
-from mlx_turboquant_plugin.backends import available_kernels, backend, fused_kernels
+from mlx_turboquant_plugin.backends import (
+    BACKENDS,
+    CHOICES,
+    available_kernels,
+    backend,
+    fused_kernels,
+)
 from mlx_turboquant_plugin.backends.choice import resolve_kernel
 from mlx_turboquant_plugin.cache import CompressedKVCache
 from mlx_turboquant_plugin.codecs.kv_codec import KVCodec
+from mlx_turboquant_plugin.rules import BYPASSES, KERNELS
 
 
 @pytest.fixture
@@ -86,10 +93,26 @@ def test_what_falls_back_is_said_once_and_in_status(mask, module, monkeypatch, c
     assert mlx_turboquant_plugin.status().fallbacks == []
 
 
+def test_what_falls_back_names_what_serves(module, monkeypatch):
+    monkeypatch.setattr(backend("metal"), "compiled", False)
+    monkeypatch.setattr(backend("metal"), "unsupported", lambda problem: "this")
+    case = Case()
+    close(case.run("metal"), case.expected())
+    assert fused.fallbacks() == [
+        "the metal kernel does not support this: the eager one serves instead"
+    ]
+
+
 def test_the_best_kernel_is_the_default(monkeypatch):
     monkeypatch.setattr(backend("metal"), "runs_here", lambda: True)
     assert available_kernels() == ["metal", "compiled", "eager"]
     assert resolve_kernel("auto") == resolve_kernel("metal") == "metal"
+
+
+def test_backends_have_the_names_that_settings_allow():
+    assert set(KERNELS) == {"auto", *CHOICES}
+    assert set(BACKENDS) - set(CHOICES) == {"bridge"} < set(BYPASSES)
+    assert all(backend(name).name == name for name in BACKENDS)
 
 
 def test_fused_kernels_need_the_gpu():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mlx_turboquant_plugin.rules import one_of
 from mlx_turboquant_plugin.settings import (
     PRESETS,
     ModelIdentity,
@@ -120,6 +121,10 @@ def test_bits_by_layer(write):
     with pytest.raises(SettingsError, match=r"key_bits \(file .*\) has 3 numbers.* 4 layers"):
         chosen.for_layers(4)
     assert len(load({}).general.for_layers(5)) == 5
+
+
+def test_allowed_values_in_words():
+    assert [one_of(x) for x in ((4,), (2, 4), (None, 2, 4))] == ["4", "2 or 4", "none, 2 or 4"]
 
 
 def test_eight_bits_are_affine_only():

@@ -38,9 +38,10 @@ def attend_fused(backend: Backend, problem: Problem) -> mx.array | None:
 
 
 def fall_back(backend: Backend, missing: str) -> None:
-    """Say, once, that attention is left to the compiled functions because of ``missing``."""
+    """Say, once, that attention is left to MLX's operations because of ``missing``."""
+    other = "compiled" if backend.compiled else "eager"
     message = (
-        f"the {backend.name} kernel does not support {missing}: the compiled one serves instead"
+        f"the {backend.name} kernel does not support {missing}: the {other} one serves instead"
     )
     for heard in (_fallbacks, *_listening):
         if message not in heard:
@@ -49,7 +50,7 @@ def fall_back(backend: Backend, missing: str) -> None:
 
 
 def fallbacks() -> list[str]:
-    """What fused kernels had to leave to the compiled functions since it was last forgotten."""
+    """What fused kernels had to leave to MLX's operations since it was last forgotten."""
     return list(_fallbacks)
 
 

@@ -1,6 +1,7 @@
 """What runs the attention over codes: one backend for each value of the setting ``kernel``.
 
-Adding one means a folder with a class of :class:`~.protocol.Backend`, and its line here.
+Adding one means a module or a folder with a class that does what :class:`~.protocol.Backend` asks,
+its line and its place here, and its name in ``rules.KERNELS``.
 """
 
 import functools
@@ -14,7 +15,6 @@ from .metal.backend import Metal
 from .mlx_ops import MLXOps
 from .protocol import Backend
 
-# The best first. The bridge is asked for by another setting.
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "metal": Metal,
     "cuda": Cuda,
@@ -22,6 +22,7 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "eager": functools.partial(MLXOps, "eager"),
     "bridge": Bridge,
 }
+# For "auto", the best first. The bridge is asked for by another setting.
 CHOICES = ("metal", "cuda", "compiled", "eager")
 
 __all__ = ["CHOICES", "Backend", "available_kernels", "backend", "fused_kernels"]

@@ -1,4 +1,4 @@
-"""What a fused backend is given: attention of a few queries in one pass over the codes."""
+"""What a backend is given to attend: a few queries, the exact tokens and the codes."""
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,22 +11,22 @@ if TYPE_CHECKING:
 
 
 class Problem(NamedTuple):
-    """What one launch of a fused kernel reads.
+    """Causal attention of a few queries over one layer, without learned sinks.
 
     Attributes:
         codec: gives the rotations, the balance and the key bias.
-        queries: (B, H_q, N, D), not scaled; N is at most 8.
+        queries: (B, H_q, N, D), not scaled; N is at most :attr:`Backend.max_queries`.
         exact_tokens: ``sinks`` sinks, then the newest tokens of each row, the very newest
             last. The last N are those of the queries.
         key_codes, value_codes: see :class:`KVCodec`; index i stands for the position
-            ``first_coded`` + i.
+            ``first_coded`` + i. Both are () if there are none.
         bounds: int32 (B, N, 4), what each query sees: the first sink; the index of the
             first code; how many of the last codes it does not read, because it reads
             their tokens exactly or not at all; how many of the last exact tokens it reads
-            if not older than itself. Counted like this they repeat: arrays of numbers
+            if not newer than itself. Counted like this they repeat: arrays of numbers
             are costly to make on some devices.
         scale: what scores are multiplied by.
-        shared: what kernels have made of the positions for all layers, under keys of their own.
+        shared: what backends have made of the positions for all layers, under keys of their own.
     """
 
     codec: KVCodec
