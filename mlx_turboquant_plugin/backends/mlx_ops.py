@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from ..codecs.kv_codec import ALL, Codes, KVCodec
+from ..codecs.kv_codec import KVCodec
 from .problem import Problem
 from .tokens import Pair, Pass, Places, Plan, Tokens
 
@@ -13,23 +13,13 @@ class MLXOps:
     fixed_shapes = False
     max_queries = 0
     dequantizes = False
+    encode = staticmethod(KVCodec.encode)
 
     def __init__(self, name: str, compiled: bool = False):
         self.name, self.compiled = name, compiled
 
     def runs_here(self) -> bool:
         return True
-
-    def encode(
-        self,
-        codec: KVCodec,
-        keys: mx.array,
-        values: mx.array,
-        start: int,
-        older: tuple[Codes, Codes] = ((), ()),
-        part: slice = ALL,
-    ) -> tuple[Codes, Codes]:
-        return codec.encode(keys, values, start, older, part)
 
     def unsupported(self, problem: Problem) -> str | None:
         return "attention without MLX's operations"
