@@ -45,8 +45,9 @@ def ask(model: nn.Module, tokenizer: Any, document: str, max_tokens: int) -> Ite
 
 
 def _warm_up(model: nn.Module, tokenizer: Any, prompt: list[int], caches: list[Any]) -> None:
-    """Do what is done once: read some of ``prompt`` and a token more, in copies of ``caches``."""
-    generate(model, tokenizer, prompt[:2], 2, copy.deepcopy(caches))
+    """Do what is done once: read ``prompt`` and a token more, in copies of ``caches``."""
+    # All of it: what it completes becomes codes, which is compiled, too.
+    generate(model, tokenizer, prompt, 2, copy.deepcopy(caches))
 
 
 def _chat(tokenizer: Any, text: str) -> list[int]:
