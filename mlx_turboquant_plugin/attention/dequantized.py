@@ -56,8 +56,9 @@ def attend_dequantized(
 
 
 def _paced(out: mx.array, keys: mx.array, values: mx.array, view: View) -> mx.array:
-    few = view.plan.end - view.plan.start <= ROLLBACK
-    return out if few else paced(out, keys.nbytes + values.nbytes, view.plan.start, view.codec)
+    if view.queries <= ROLLBACK:
+        return out
+    return paced(out, keys.nbytes + values.nbytes, view.plan.start, view.codec)
 
 
 def attend_rows_dequantized(

@@ -129,10 +129,9 @@ def _row_mask(mask: Mask, index: int, row: RowView, padding: int) -> Mask:
         return mask if row.last - row.first > 1 else None
     mask = mask[index : index + 1] if mask.shape[0] > 1 else mask
     mask = mask[:, :, row.first : row.last, padding:]
-    oldest = max(view.plan.sinks, view.plan.oldest(0)[1])
-    return mx.concatenate(
-        [mask[..., : view.plan.sinks], mask[..., oldest : view.plan.end]], axis=-1
-    )
+    plan = view.plan
+    oldest = max(plan.sinks, plan.oldest(0)[1])
+    return mx.concatenate([mask[..., : plan.sinks], mask[..., oldest : plan.end]], axis=-1)
 
 
 def _attend_packed(

@@ -7,8 +7,6 @@ its line and its place here, and its name in ``rules.KERNELS``.
 import functools
 from collections.abc import Callable
 
-import mlx.core as mx
-
 from .bridge import Bridge
 from .cuda.backend import Cuda
 from .metal.backend import Metal
@@ -41,6 +39,4 @@ def available_kernels() -> list[str]:
 
 def fused_kernels() -> list[str]:
     """Those that have kernels of their own."""
-    if mx.default_device().type != mx.gpu:
-        return []
     return [name for name in available_kernels() if backend(name).max_queries]

@@ -1,6 +1,7 @@
 """Where tokens go when they come, and who sees them then: counted once for all layers."""
 
 import functools
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ from ..per_thread import cached_per_thread
 from .visibility import ROLLBACK, Ring, Visibility
 
 
+@dataclass(eq=False)
 class StepPlan:
     """What the queries of one pass see, which positions alone decide.
 
@@ -28,23 +30,19 @@ class StepPlan:
         shared: what attention has made of it for all layers, under keys of its own.
     """
 
-    def __init__(
-        self,
-        visibility: Visibility,
-        ring: Ring | None,
-        first_coded: int,
-        coded: int,
-        held: int,
-        start: int,
-        end: int,
-        is_prompt: bool,
-    ):
-        self.visibility, self.ring = visibility, ring
-        self.first_coded, self.coded = first_coded, coded
-        self.start, self.end, self.is_prompt = start, end, is_prompt
-        self.queries = end - start
-        self.sinks = min(visibility.sinks, end)
-        self.exact_start = end - (held - self.sinks)
+    visibility: Visibility
+    ring: Ring | None
+    first_coded: int
+    coded: int
+    held: int
+    start: int
+    end: int
+    is_prompt: bool
+
+    def __post_init__(self):
+        self.queries = self.end - self.start
+        self.sinks = min(self.visibility.sinks, self.end)
+        self.exact_start = self.end - (self.held - self.sinks)
         self.shared: dict[Any, Any] = {}
 
     def exact_from(self, position: int) -> int:
@@ -91,10 +89,7 @@ class StepPlan:
     @functools.cached_property
     def whole(self) -> "StepPlan":
         """The same, but all queries see as far back as the first."""
-        held = self.end - self.exact_start + self.sinks
-        ring = self.ring and self.ring._replace(whole=True)
-        parts = self.first_coded, self.coded, held, self.start, self.end, self.is_prompt
-        return StepPlan(self.visibility, ring, *parts)
+        return replace(self, ring=self.ring and self.ring._replace(whole=True))
 
 
 # By thread, as is what attention makes of it.

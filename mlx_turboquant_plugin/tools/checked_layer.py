@@ -99,6 +99,7 @@ class CheckedLayer:
 
     def __init__(self, tested: Case, kernel: str):
         self.case, self.kernel = tested, kernel
+        self.fused = backend(kernel).max_queries > 0
         self.is_prompt = tested.count > MAX_QUERIES
         self.visibility = VISIBILITY._replace(invariant=tested.invariant)
         self.random = np.random.default_rng(zlib.crc32(str(tested).encode()))
@@ -302,7 +303,7 @@ class CheckedLayer:
     def _inexact(self, x: np.ndarray, turned: np.ndarray) -> np.ndarray:
         """By what part of their length vectors (..., T, D) may be off."""
         inexact = ROUNDOFF["float32"] * (64 + turned / np.linalg.norm(x, axis=-1))
-        if mx.default_device().type == mx.gpu and not backend(self.kernel).max_queries:
+        if mx.default_device().type == mx.gpu and not self.fused:
             inexact = inexact + 4 * TF32_ROUNDOFF
         return inexact
 
@@ -333,12 +334,12 @@ class CheckedLayer:
         return ~forgotten & (columns > newest - self.case.ring)
 
     def _tolerance(self, out: float, score: float, value: float) -> float:
-        on_gpu, fused = mx.default_device().type == mx.gpu, bool(backend(self.kernel).max_queries)
+        on_gpu = mx.default_device().type == mx.gpu
         roundoff = ROUNDOFF[self.case.dtype]
         inner = ROUNDOFF["float32"] * value * (64 + score * (self.case.dim**0.5 + 18))
-        if self.is_prompt if fused else on_gpu:
+        if self.is_prompt if self.fused else on_gpu:
             inner += 2 * max(roundoff, TF32_ROUNDOFF * on_gpu) * value * (1 + score)
-            inner += TF32_ROUNDOFF * (not fused) * value * (1 + score)
+            inner += TF32_ROUNDOFF * (not self.fused) * value * (1 + score)
         elif self.kernel == "cuda" and "affine" not in (self.case.keys[0], self.case.values[0]):
             inner += CUDA_ROUNDOFF * value * (2 + score)
         return roundoff * out + inner

@@ -48,7 +48,7 @@ def attend(problem: Problem) -> mx.array:
         # a trace of its own.
         tokens, drop = [exact.keys, exact.values], 0
     else:
-        tokens, drop = [*unjoined[:4]], unjoined.drop
+        tokens, drop = list(unjoined[:4]), unjoined.drop
     layer = layer_of(codec)
     key = layer.kind, layer.table, problem.scale, len(tokens), drop
     launch = problem.shared.get(key)
