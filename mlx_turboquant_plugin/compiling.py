@@ -25,8 +25,7 @@ from .log import logger
 
 _lock = threading.Lock()
 _builders: dict[str, subprocess.Popen | None] = {}
-_building = False
-_here = False
+_asked = _building = _here = False
 
 
 def compiled(function: Callable) -> Callable:
@@ -38,6 +37,9 @@ def compiled(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args):
+        # With a compiler that fails, asking switches ``mx.compile`` off.
+        if not _asked:
+            problem()
         return (function if _building else fused)(*args)
 
     return call
@@ -49,6 +51,8 @@ def problem() -> str | None:
     With a compiler that fails every run of mlx_lm would end in an error: ``mx.compile`` is
     switched off then, for all.
     """
+    global _asked
+    _asked = True
     if mx.default_device().type == mx.gpu:
         return None
     with _lock:
@@ -67,11 +71,15 @@ def _problem() -> str | None:
     function = mx.compile(probe)
     try:
         mx.eval([function(mx.ones(2)) for _ in range(2)])
-    except RuntimeError:
+    except RuntimeError as error:
         mx.disable_compile()
-        logger.warning("mx.compile is switched off, which is slower: g++ fails: reinstall it")
+        cause, remedy = "g++ fails", "reinstall g++"
+        if "filesystem error" in str(error):
+            cause = "the folder for temporary files can't be used"
+            remedy = "set TMPDIR to one that exists and can be written to"
+        logger.warning("mx.compile is switched off, which is slower: %s: %s", cause, remedy)
         logger.debug("the failure in full", exc_info=True)
-        return "g++ fails and MLX runs it uncompiled, slower: reinstall g++"
+        return f"{cause} and MLX runs it uncompiled, slower: {remedy}"
     if len(traces) == 1:
         return None
     if "MLX_DISABLE_COMPILE" in os.environ:

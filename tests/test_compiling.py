@@ -21,9 +21,16 @@ FAILS = "g++ fails and MLX runs it uncompiled, slower: reinstall g++"
 PROMPT = tiny.TEXT.read_text("utf-8")[:1500]
 
 
-@pytest.fixture(params=["missing", "failing"])
+NO_FOLDER = (
+    "the folder for temporary files can't be used and MLX runs it uncompiled, slower: set TMPDIR"
+)
+
+
+@pytest.fixture(params=["missing", "failing", "no folder"])
 def bad_compiler(request, tmp_path):
     """(variables of an environment with that compiler and nothing compiled yet, the advice)."""
+    if request.param == "no folder":
+        return {"TMPDIR": str(tmp_path / "none"), "TURBOQUANT_LOG": "WARNING"}, NO_FOLDER
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "sh").symlink_to("/bin/sh")
@@ -53,7 +60,7 @@ def test_generation_goes_on_uncompiled(bad_compiler):
     )
     assert "Generation: 8 tokens" in done.stdout
     warnings = [x for x in done.stderr.splitlines() if x.startswith("mlx_turboquant_plugin")]
-    assert len(warnings) == (advice == FAILS)
+    assert len(warnings) == (advice != MISSING)
 
 
 def test_commands_say_what_runs(bad_compiler):
@@ -65,6 +72,19 @@ def test_commands_say_what_runs(bad_compiler):
     demo = "demo", "--max-tokens", "2", "--prompt", PROMPT
     said = processes.run_python("-c", commands, *demo, **variables).stdout
     assert f"kernel: compiled, but {advice}" in said
+
+
+def test_codes_are_made_by_hand_without_a_compiler(bad_compiler):
+    variables, _ = bad_compiler
+    code = (
+        "import mlx.core as mx\n"
+        "from mlx_turboquant_plugin.cache import CompressedKVCache\n"
+        "cache = CompressedKVCache()\n"
+        "x = mx.random.normal((1, 2, 512, 64))\n"
+        "mx.eval(cache.update_and_fetch(x, x))\n"
+        "print(cache.coded)"
+    )
+    assert int(processes.run_python("-c", code, **variables).stdout) > 0
 
 
 def test_mlx_switched_off_is_not_called_a_missing_compiler():
