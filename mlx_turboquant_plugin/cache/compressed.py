@@ -14,6 +14,7 @@ from ..codecs.kv_codec import CodecSpec, Codes, KVCodec
 from ..log import log_once
 from ..per_thread import release
 from . import state as saved
+from .adoption import codec_of
 from .copies import shared, unpickled
 from .exact import ExactTokens
 from .passes import StepPlan, plan_pass, plan_step, plan_view
@@ -348,43 +349,24 @@ class CompressedKVCache(AttendedCache):
         kernel: str,
         invariant: bool,
         place: Callable[[mx.array], KeyBias],
-    ):
+    ) -> None:
         """Adopt what is known about the attention module that uses this cache.
 
-        A cache that holds codes keeps the codec that it has. So does one that was filled by this
-        very layer, but that it learns of it what it has not learned so far. An empty one keeps
-        its bits, and any its visibility: other settings may have come into force since it was made.
-
         Args:
+            codec, place: see :func:`~.adoption.codec_of`.
             fingerprint: what :attr:`fingerprint` becomes; read only if the cache is filled.
+            kernel: the name of the backend.
             invariant: see :class:`Visibility`; for a cache that has none, as from a file.
-            place: from a key bias (H, D) to one that turns as this module's keys do.
 
         Raises:
             ValueError: the cache was filled by another model.
         """
-        if not self.empty():
-            saved.check_fits(self, codec, fingerprint)
-            if self.key_codes or (self.fingerprint and self.informed):
-                codec = self._kept(codec, place)
-            elif self.fingerprint:
-                codec = codec.with_spec(self.codec.spec)
-        elif self.codec is not None and self.codec.spec.dims == codec.spec.dims:
-            codec = codec.with_spec(self.codec.spec)
-        self.codec = codec
+        self.codec = codec_of(self, codec, fingerprint, place)
         self.unplaced_bias = None
         self.fingerprint = fingerprint
         self.backend = backend(kernel)
         if self.visibility.invariant is None:
             self.visibility = self.visibility._replace(invariant=invariant)
-
-    def _kept(self, codec: KVCodec, place: Callable[[mx.array], KeyBias]) -> KVCodec:
-        """The codec that made the codes: ``codec`` if that makes the same."""
-        own = self.codec
-        if codec is own or codec.makes_the_codes_of(own, self.bias):
-            return codec
-        bias = own.bias if self.unplaced_bias is None else place(self.unplaced_bias)
-        return KVCodec(own.spec, own.balance, bias, own.layout, own.query_squares)
 
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens (at most all of them) and return how many.
