@@ -5,7 +5,7 @@ import functools
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import CacheList
+from mlx_lm.models.cache import CacheList, ChunkedKVCache
 
 from ..codecs.kv_codec import CodecSpec, KVCodec
 from .compressed import CompressedKVCache
@@ -32,8 +32,10 @@ def bytes_at(cache: Any, used: Any, count: int) -> int:
         codes = keys.shape[0] * keys.shape[1] * code_bytes(cache.codec.spec)
         return exact * (keys.nbytes + values.nbytes) + coded * codes
     filled = copy.deepcopy(cache)
-    # The last one by itself: with it a rotating cache lets go of the rest of a prompt's chunk.
+    # The last one by itself: with it a cache that forgets lets go of the rest of a prompt's chunk.
     for tokens in filter(None, (count - 1, 1)):
+        if isinstance(filled, ChunkedKVCache):
+            filled.maybe_trim_front()
         filled.update_and_fetch(
             *(mx.broadcast_to(x, (*x.shape[:2], tokens, x.shape[3])) for x in (keys, values))
         )

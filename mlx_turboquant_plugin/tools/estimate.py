@@ -20,7 +20,7 @@ from ..cache import CompressedKVCache
 from ..codecs.key_bias import BLOCK
 from ..integration.calibration import assume
 from ..integration.calibration_file import Statistics
-from ..integration.family import Family, attention_of, layers_of
+from ..integration.family import attention_of, family_of, layers_of
 from ..integration.layer import known_layer
 from ..integration.sizes import Sizes
 from ..reporting import status
@@ -155,21 +155,23 @@ def _learn(model: nn.Module, caches: Sequence[Any]) -> tuple[int, list[Compresse
     """
     taken, ours = 0, []
     for layer, cache in zip(layers_of(model), caches):
-        attention, family = attention_of(layer)
+        attention = attention_of(layer)[0]
         for one in only_compressed(getattr(cache, "caches", [cache])):
             ours.append(one)
-            statistics = _statistics(attention, family, one.codec.spec.head_dim)
+            codec: Any = one.codec
+            statistics = _statistics(attention, codec.spec.head_dim)
             if statistics is not None:
                 assume(attention, statistics)
-                one.codec.learn()
+                codec.learn()
                 taken += sum(x.nbytes for x in statistics if x is not None)
-            if one.codec.informed and one.codec.bias:
-                one.codec.bias.table.reach(LENGTHS[-1] // BLOCK)
+            if codec.informed and codec.bias:
+                codec.bias.table.reach(LENGTHS[-1] // BLOCK)
     return taken, ours
 
 
-def _statistics(attention: nn.Module, family: Family, head_dim: int) -> Statistics | None:
+def _statistics(attention: nn.Module, head_dim: int) -> Statistics | None:
     """Some of the shapes that calibration will find; None if it leaves the codec to the weights."""
+    family = family_of(attention)
     heads, kv_heads = family.head_counts(attention)
     keys, queries, mean = mx.ones((kv_heads, head_dim)), mx.ones((heads, head_dim)), None
     if not family.dims:
@@ -182,8 +184,12 @@ def _statistics(attention: nn.Module, family: Family, head_dim: int) -> Statisti
 
 
 def _lines(
-    args: argparse.Namespace, config: dict[str, Any], weights: int, there: bool,
-    estimates: list[Estimate], outcome: str,
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    weights: int,
+    there: bool,
+    estimates: list[Estimate],
+    outcome: str,
 ) -> Iterator[str]:
     """The report for a terminal."""
     text = config.get("text_config") or config
@@ -226,5 +232,6 @@ def _amount(count: float) -> str:
     """Bytes in words; units are decimal, as in mlx-lm."""
     for unit, whole in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= whole:
-            return f"{count / whole:.3g} {unit}" if count < 1e3 * whole else f"{count / whole:.0f} {unit}"
+            figure = count / whole
+            return f"{figure:.{2 if figure < 10 else 1 if figure < 100 else 0}f} {unit}"
     return f"{count:.0f} bytes"

@@ -30,7 +30,7 @@ def model_of(path: str) -> tuple[nn.Module, dict[str, Any], bool]:
             f"--model is {path!r}, which has no config.json: name a folder with a model of mlx-lm"
         )
     there = any(folder.glob("model*.safetensors"))
-    classes = mlx_lm_utils._get_classes if there else _without_weights
+    classes: Any = mlx_lm_utils._get_classes if there else _without_weights
     try:
         model, config = mlx_lm_utils.load_model(
             folder, lazy=True, strict=there, get_model_classes=classes
