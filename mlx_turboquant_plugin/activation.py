@@ -38,6 +38,7 @@ def enable(**overrides: Any) -> None:
     log.start(configuration.general.log)
     log.logger.info("TurboQuant is on: %s", configuration.general)
     patching.activate()
+    hooking.add("mlx_vlm", f"{__package__}.integration.outside:say")
     for hook in hooking.hooks():
         hook.arm()
 

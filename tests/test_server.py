@@ -181,7 +181,9 @@ def test_a_draft_model_and_kv_bits_change_nothing(models, model_path, tmp_path):
     drafted, log = (file.read_text() for file in logs)
     # In the server's own log, since nobody asked for one of the plugin's.
     assert drafted.count("kv_bits=4 is ignored") == 1 and "kv_bits" not in log
-    said = r"INFO - qwen3 .*: preset default, window 160, kernel \w+; KV cache \d\.\d+ times smaller"
+    said = (
+        r"INFO - qwen3 .*: preset default, window 160, kernel \w+; KV cache \d\.\d+ times smaller"
+    )
     assert len(re.findall(said, log)) == 1
 
 
