@@ -124,9 +124,9 @@ def test_a_configuration_alone_will_do(tmp_path, capsys):
     original = tiny.PATHS["tiny-qwen3"]
     (tmp_path / "alone").mkdir()
     shutil.copy(original / "config.json", tmp_path / "alone")
-    first, *alone = run(capsys, tmp_path / "alone")
-    with_weights, *others = run(capsys, original)
-    assert alone == others
+    first, _, outcome, *alone = run(capsys, tmp_path / "alone")
+    with_weights, _, _, *others = run(capsys, original)
+    assert "4 of 4 layers compressed" in outcome and alone == others
     assert [line.split(" weights ")[1] for line in (first, with_weights)] == [
         "3.81 MB, as config.json describes them", "3.81 MB, as they are in the folder",
     ]  # fmt: skip
@@ -160,6 +160,12 @@ def test_a_model_that_runs_uncompressed_says_so(tmp_path, capsys):
     assert any("runs uncompressed: it caps its scores" in line for line in lines)
     rows = [line.split()[0] for line in lines if line.startswith(("uncompressed ", *PRESET_ARMS))]
     assert rows == ["uncompressed"]
+
+
+def test_an_opt_out_by_path(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TURBOQUANT_OPT_OUT", "*/left-out")
+    lines = run(capsys, tiny_folder(tmp_path / "left-out", "qwen3"))
+    assert any("runs uncompressed: opt_out pattern '*/left-out'" in line for line in lines)
 
 
 def test_weights_that_do_not_fit(tmp_path, capsys):

@@ -42,6 +42,8 @@ def model_of(path: str) -> tuple[nn.Module, dict[str, Any], bool]:
             f"--model is {path!r}, of which mlx-lm can make no model "
             f"({type(error).__name__}: {error}): correct its config.json"
         ) from error
+    # Settings of single models, and opt-outs, go by it.
+    model.model_path = path
     return model, config, there
 
 
