@@ -5,6 +5,8 @@ from typing import Any
 
 from . import compatibility, hooking, log, patching, settings
 
+# Generates without mlx-lm, uncompressed, and says so once it is imported.
+OUTSIDE = "mlx_vlm"
 _off_because: str | None = None
 
 
@@ -38,6 +40,7 @@ def enable(**overrides: Any) -> None:
     log.start(configuration.general.log)
     log.logger.info("TurboQuant is on: %s", configuration.general)
     patching.activate()
+    hooking.add(OUTSIDE, f"{__package__}.integration.outside:say")
     for hook in hooking.hooks():
         hook.arm()
 

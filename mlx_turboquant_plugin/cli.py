@@ -18,6 +18,7 @@ from .rules import SettingsError
 COMMANDS = {
     "status": ("status_command", "say whether compression is on, and why"),
     "demo": ("tools.demo", "generate with and without compression, side by side"),
+    "estimate": ("tools.estimate", "say what fits into a memory, from a model's config.json"),
     "compare": ("tools.compare", "measure what each preset costs and saves on a model"),
     "drift": ("tools.drift", "measure which layers and heads lose how much"),
     "truncate": ("tools.truncate", "cut a cache, continue, and compare with an uncut run"),

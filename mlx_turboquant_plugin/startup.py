@@ -1,4 +1,4 @@
-"""What Python runs at start-up: wait for mlx_lm, do nothing else.
+"""What Python runs at start-up: wait for mlx_lm or mlx_vlm, do nothing else.
 
 The ``.pth`` and ``.start`` files of the wheel call :func:`main` in every Python
 process of the environment, so this module must stay cheap: no imports beyond the
@@ -9,6 +9,8 @@ import os
 import sys
 
 TARGET = "mlx_lm"
+# mlx_vlm generates without mlx_lm, uncompressed, which is to be said.
+AWAITED = (TARGET, "mlx_vlm")
 
 
 def main() -> None:
@@ -29,15 +31,15 @@ def withdraw() -> None:
 
 
 def waiting() -> bool:
-    """True from :func:`main` until mlx_lm is first looked for."""
+    """True from :func:`main` until mlx_lm or mlx_vlm is first looked for."""
     return any(isinstance(finder, _Finder) for finder in sys.meta_path)
 
 
 class _Finder:
-    """Activates the plugin when mlx_lm is first looked for, then is gone."""
+    """Activates the plugin when one of the two is first looked for, then is gone."""
 
     def find_spec(self, name, path=None, target=None):
-        if name != TARGET:
+        if name not in AWAITED:
             return None
         withdraw()
         _activate()

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from . import hooking, log, settings, startup
+from . import activation, hooking, log, settings, startup
 from .reporting import Status, status
 
 CONSISTENT, NOT_IN_FORCE, BAD_SETTINGS = 0, 1, 2
@@ -65,7 +65,8 @@ def _import_what_a_run_imports() -> list[str]:
     if startup.waiting():
         attempt(startup.TARGET)
         for hook in hooking.hooks():
-            attempt(hook.module)
+            if hook.module != activation.OUTSIDE:
+                attempt(hook.module)
     log.logger.removeHandler(silence)
     return problems
 

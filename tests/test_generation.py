@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 import tiny
+import tiny_models
 from mlx_lm.generate import batch_generate, generate_step, stream_generate
 from mlx_lm.models import base, llama, plamo, qwen2, qwen3
 from mlx_lm.models import cache as mlx_lm_cache
@@ -184,6 +185,24 @@ def test_the_command_line_saves_and_uses_a_prompt_cache(tmp_path):
     assert "Generation: 20 tokens" in done.stdout
 
 
+def test_the_command_line_says_that_kv_bits_is_ignored():
+    command = [
+        "generate",
+        "--model",
+        tiny.PATHS["tiny-qwen2"],
+        "--prompt",
+        "Once",
+        "--kv-bits",
+        "4",
+    ]
+    command = [sys.executable, "-m", "mlx_lm", *command, "--max-tokens", "2"]
+    done = run(command, TURBOQUANT="1")
+    assert done.stderr.count("kv_bits=4 is ignored") == 1
+    logged = run(command, TURBOQUANT="1", TURBOQUANT_LOG="INFO").stderr
+    # Only mlx_lm.server says how much it saves.
+    assert "4 of 4 layers compressed" in logged and "times smaller" not in logged
+
+
 @pytest.mark.parametrize("start", [0, 5000])
 def test_kv_bits_is_left_to_the_plugin(start, caplog):
     """Which is said from the first token on, wherever mlx-lm would begin to quantise."""
@@ -192,6 +211,13 @@ def test_kv_bits_is_left_to_the_plugin(start, caplog):
     mlx_turboquant_plugin.enable()
     expected = greedy(model, prompt, 10)
     assert greedy(model, prompt, 10, kv_bits=4, quantized_kv_start=start) == expected
+    assert caplog.text.count("kv_bits=4 is ignored") == 1
+
+
+def test_kv_bits_of_a_layer_with_several_caches(caplog):
+    mlx_turboquant_plugin.enable()
+    model = tiny_models.build("falcon_h1")
+    list(generate_step(mx.array([1, 2, 3]), model, max_tokens=2, kv_bits=4))
     assert caplog.text.count("kv_bits=4 is ignored") == 1
 
 

@@ -170,12 +170,21 @@ def test_models_are_switched(models, tmp_path):
         assert re.search(rf"{kind} .* layers compressed", log.read_text())
 
 
-def test_a_draft_model_changes_nothing(models, model_path, tmp_path):
-    draft = "--draft-model", models / "tiny-llama"
-    with Server(model_path, tmp_path / "log", *draft, TURBOQUANT="1") as server:
+def test_a_draft_model_and_kv_bits_change_nothing(models, model_path, tmp_path):
+    logs = tmp_path / "drafted", tmp_path / "log"
+    options = "--draft-model", models / "tiny-llama", "--kv-bits", 4
+    with Server(model_path, logs[0], *options, TURBOQUANT="1") as server:
         drafted = server.chat(CHATS[15])[0]
-    with Server(model_path, tmp_path / "log", TURBOQUANT="1") as server:
+    with Server(model_path, logs[1], TURBOQUANT="1") as server:
         assert drafted == server.chat(CHATS[15])[0]
+        server.chat(CHATS[1])
+    drafted, log = (file.read_text() for file in logs)
+    # In the server's own log, since nobody asked for one of the plugin's.
+    assert drafted.count("kv_bits=4 is ignored") == 1 and "kv_bits" not in log
+    said = (
+        r"INFO - qwen3 .*: preset default, window 160, kernel \w+; KV cache \d\.\d+ times smaller"
+    )
+    assert len(re.findall(said, log)) == 1
 
 
 def test_the_servers_prompt_cache_shares_counts_and_trims():

@@ -145,3 +145,19 @@ def test_a_broken_dependency_leaves_mlx_lm_alone(broken, error, stand_in):
     done = start("import mlx_lm; print(mlx_lm.models.greeting.greet())", stand_in)
     assert done.stdout.split() == ["plain"]
     assert "TurboQuant is off" in done.stderr and "it is broken" in done.stderr
+
+
+@pytest.mark.parametrize("first, then", [("mlx_vlm", "mlx_lm"), ("mlx_lm", "mlx_vlm")])
+def test_a_package_with_caches_of_its_own_says_so(first, then, stand_in):
+    """mlx_vlm has its own models and caches, and need not import mlx_lm."""
+    write_tree(stand_in, {"mlx_vlm/__init__.py": ""})
+    code = f"import {first}, {then}; print(mlx_lm.models.greeting.greet())"
+    done = start(code, stand_in)
+    assert done.stdout.strip() == "plain+"
+    assert done.stderr.count("mlx_vlm has models and caches of its own") == 1
+
+
+def test_a_package_with_caches_of_its_own_says_nothing_when_off(stand_in):
+    write_tree(stand_in, {"mlx_vlm/__init__.py": ""})
+    assert start("import mlx_vlm", stand_in, "0").stderr == ""
+    assert "mlx_vlm has" in start("import mlx_vlm", stand_in).stderr

@@ -433,8 +433,9 @@ class CompressedKVCache(AttendedCache):
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "CompressedKVCache":
         """Stay as it is: the cache is quantised already."""
         log_once(
-            "kv_bits=%d is ignored: the KV cache is compressed by TurboQuant already; "
-            "unset TURBOQUANT to use mlx-lm's own quantisation",
+            "kv_bits=%d is ignored: the KV cache is compressed by TurboQuant already; leave it "
+            "out, since mlx_lm.server batches no requests with it, or unset TURBOQUANT to use "
+            "mlx-lm's own quantisation",
             bits,
         )
         return self

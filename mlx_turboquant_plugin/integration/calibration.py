@@ -114,6 +114,11 @@ def statistics_of(
     return found
 
 
+def assume(attention: nn.Module, statistics: Statistics) -> None:
+    """Take ``statistics`` for those of an attention, which is not measured then."""
+    _keep(_measured, attention, tuple(contents(attention)), statistics)
+
+
 def _attentions(layers: Sequence[Any]) -> list[nn.Module | None]:
     return [attention_of(layer)[0] for layer in layers]
 

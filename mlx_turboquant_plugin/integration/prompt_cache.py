@@ -17,6 +17,7 @@ from .calibration import Calibration, distributed
 from .family import attention_of, layers_of
 from .identity import identity_of
 from .layer import known_layer
+from .server import announce, serving
 from .whole_passes import guard_all
 
 KINDS = (CompressedKVCache, RotatingCompressedKVCache, BatchCompressedKVCache)
@@ -57,17 +58,21 @@ def inform(caches: list[Any]) -> None:
     """
     if distributed():
         return
-    for cache in caches:
-        for one in getattr(cache, "caches", [cache]):
-            if isinstance(one, CompressedKVCache) and one.codec and not one.empty():
-                one.codec.learn()
+    for one in _compressed_of(caches):
+        if one.codec and not one.empty():
+            one.codec.learn()
 
 
 def refuse_kv_bits(caches: list[Any], bits: int) -> None:
     """Say, once, that mlx-lm's own quantisation is left out where ``caches`` are compressed."""
-    ours = next((cache for cache in caches if isinstance(cache, CompressedKVCache)), None)
-    if ours is not None:
-        ours.to_quantized(bits=bits)
+    for one in _compressed_of(caches)[:1]:
+        one.to_quantized(bits=bits)
+
+
+def _compressed_of(caches: list[Any]) -> list[CompressedKVCache]:
+    """The compressed ones, those of layers that have several caches among them."""
+    parts = (one for cache in caches for one in getattr(cache, "caches", [cache]))
+    return [one for one in parts if isinstance(one, CompressedKVCache)]
 
 
 def report() -> list[str]:
@@ -123,6 +128,9 @@ def _compress(model: Any, identity: settings.ModelIdentity, caches: list[Any]) -
         text += f"; the others not: {reasons[0]}"
     if identity not in _reports:
         logger.info("%s", text)
+        if serving():
+            kernel = _compressed_of(compressed)[0].kernel
+            announce(model, _name(identity), chosen, kernel, caches, compressed)
     _report(identity, text, calibration)
     return compressed
 
@@ -209,9 +217,7 @@ def _name(identity: settings.ModelIdentity) -> str:
 def _bits(chosen: settings.Settings, caches: list[Any]) -> str:
     if chosen.bypass:
         return f"bypass {chosen.bypass}"
-    parts = (one for cache in caches for one in getattr(cache, "caches", [cache]))
-    ours = (one.codec for one in parts if isinstance(one, CompressedKVCache))
-    codecs = {codec.spec.key_codec for codec in ours if codec}
+    codecs = {one.codec.spec.key_codec for one in _compressed_of(caches) if one.codec}
     prompts = "read what decoding reads" if chosen.invariant else "read their own chunk exactly"
     return (
         f"keys {chosen.key_bits} bits {' and '.join(sorted(codecs))}, "
