@@ -4,7 +4,6 @@ import logging
 from types import SimpleNamespace
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from test_attention import LEARNED, Case, close, step
 
@@ -63,18 +62,16 @@ def test_others_do_not(module):
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_learned_sinks_fall_back(rows, module):
-    """They are not part of the problem that a kernel is given."""
+def test_learned_sinks_are_part_of_the_problem(rows, module):
     case, kernel = Case(), "metal"
     cache = case.cache(kernel)
     if rows > 1:
         cache = CompressedKVCache.merge([cache] * rows)
     new = [mx.repeat(x[:, :, -1:], rows, axis=0) for x in (case.queries, case.keys, case.values)]
-    out = step(cache, *new, case.scale, None, LEARNED)
-    close(out, np.repeat(case.expected(np.array(LEARNED)), rows, axis=0))
-    assert module.seen == []
-    [message] = mlx_turboquant_plugin.status().fallbacks
-    assert message.startswith("the metal kernel does not support learned attention sinks:")
+    step(cache, *new, case.scale, None, LEARNED)
+    (problem,) = module.seen
+    assert problem.learned_sinks is LEARNED and problem.queries.shape[0] == rows
+    assert fused.fallbacks() == []
 
 
 @pytest.mark.parametrize("mask", [False, True])

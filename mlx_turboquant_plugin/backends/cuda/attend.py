@@ -50,7 +50,8 @@ def attend(problem: Problem) -> mx.array:
     else:
         tokens, drop = list(unjoined[:4]), unjoined.drop
     layer = layer_of(codec)
-    key = layer.kind, layer.table, problem.scale, len(tokens), drop
+    learned = () if problem.learned_sinks is None else (problem.learned_sinks,)
+    key = layer.kind, layer.table, problem.scale, len(tokens), drop, len(learned)
     launch = problem.shared.get(key)
     if launch is None:
         launch = problem.shared[key] = _launch(problem, layer, drop)
@@ -63,6 +64,7 @@ def attend(problem: Problem) -> mx.array:
         *layer.known,
         problem.bounds,
         *launch.numbers,
+        *learned,
     )
     if joined:
         exact.join(*joined)
@@ -75,14 +77,15 @@ def _launch(problem: Problem, layer: Layer, drop: int) -> Launch:
     if layer.table is not None:
         numbers.append(rotary_array(layer.table, problem.first_coded + coded))
     exact = problem.exact_tokens.count
-    attention = _attention(layer.kind, problem.scale, problem.sinks, exact, drop, coded)
+    learned = problem.learned_sinks is not None
+    attention = _attention(layer.kind, problem.scale, problem.sinks, exact, drop, coded, learned)
     return Launch(attention, tuple(numbers))
 
 
 # All layers ask for the same, until there are more codes. MLX keeps traces by thread.
 @cached_per_thread(maxsize=64)
 def _attention(
-    kind: Kind, scale: float, sinks: int, exact: int, drop: int, coded: int
+    kind: Kind, scale: float, sinks: int, exact: int, drop: int, coded: int, learned: bool
 ) -> Callable[..., tuple[mx.array, ...]]:
     """The two launches as one function of the rotations, the queries and all other inputs.
 
@@ -94,6 +97,7 @@ def _attention(
         drop: how many of the older tokens after the sinks count no more.
         coded: how many tokens there are as codes; so that a function has few traces, among
             which MLX looks for one after the other.
+        learned: whether the last input is of learned sinks.
 
     Returns:
         A function that returns the attention, and joined keys and values if they are not yet.
@@ -101,6 +105,7 @@ def _attention(
     spec = kind.spec
 
     def attention(rotations, queries, keys, *others):
+        others, learned_sinks = (others[:-1], others[-1:]) if learned else (others, ())
         batch, query_heads, count, dim = queries.shape
         heads, older = keys.shape[1:3]
         appends = exact > older - drop
@@ -122,9 +127,9 @@ def _attention(
             output_shapes=[partial, *joined],
             output_dtypes=[mx.float32, *[keys.dtype] * len(joined)],
         )
-        merge = _merge_kernel(spec.value_dim, rows_of_block, count)
+        merge = _merge_kernel(spec.value_dim, rows_of_block, count, learned)
         merged = merge(
-            inputs=[partial, rotations],
+            inputs=[partial, rotations, *learned_sinks],
             grid=(rows * MERGE_THREADS, heads, batch),
             threadgroup=(MERGE_THREADS, 1, 1),
             output_shapes=[(batch, query_heads, count, spec.value_dim)],
@@ -214,7 +219,8 @@ APPENDED_BODY = """
 """
 
 MERGE_BODY = """
-  merge_parts<VALUE_DIM, ROWS>(partial, rotations, out, partial_shape[3], COUNT);
+  merge_parts<VALUE_DIM, ROWS, {learned}>(
+      partial, rotations, {learned_sinks}, out, partial_shape[3], COUNT);
 """
 
 
@@ -269,11 +275,12 @@ def _split_kernel(
 
 
 @functools.cache
-def _merge_kernel(value_dim: int, rows: int, count: int):
+def _merge_kernel(value_dim: int, rows: int, count: int, learned: bool):
     numbers = {"VALUE_DIM": value_dim, "ROWS": rows, "COUNT": count}
-    return source.kernel(
-        "merge", ("partial", "rotations"), ("out",), _constants(numbers) + MERGE_BODY
-    )
+    inputs = ["partial", "rotations", *["learned_sinks"] * learned]
+    # What is not there is not read.
+    body = MERGE_BODY.format(learned=str(learned).lower(), learned_sinks=inputs[-1])
+    return source.kernel("merge", inputs, ("out",), _constants(numbers) + body)
 
 
 def _constants(numbers: dict[str, int]) -> str:

@@ -1,11 +1,13 @@
-// The second launch: the parts of one query row together, the coded ones rotated back.
+// The second launch: the parts of one query row together, the coded ones rotated back. A learned
+// sink is one more score, without a value.
 
 constexpr int MERGE_THREADS = 512;
 
-// ROWS: of a block of the first launch.
-template <int VALUE_DIM, int ROWS, typename T>
+// ROWS: of a block of the first launch. learned_sinks: (H G,), or not read.
+template <int VALUE_DIM, int ROWS, bool LEARNED, typename S, typename T>
 __device__ inline void merge_parts(
-    const float* partial, const float* rotation, T* out, int parts, int count) {
+    const float* partial, const float* rotation, const S* learned_sinks, T* out, int parts,
+    int count) {
   constexpr long long PART = ROWS * (VALUE_DIM + 3);
   constexpr int WIDTH = (VALUE_DIM + 31) / 32 * 32, GROUPS = MERGE_THREADS / WIDTH;
   constexpr int MOST_PARTS = 1024;
@@ -27,6 +29,11 @@ __device__ inline void merge_parts(
     }
 #pragma unroll
     for (int bit = 1; bit < 32; bit *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, bit));
+    float learned = 0;
+    if constexpr (LEARNED) {
+      learned = float(learned_sinks[h * (gridDim.x / count) + row / count]) * LOG2_E;
+      top = fmaxf(top, learned);
+    }
 #pragma unroll 1
     for (int i = threadIdx.x; i < parts; i += 32) {
       const float* weight = weights + i * PART;
@@ -35,6 +42,7 @@ __device__ inline void merge_parts(
       sum += weight[0] * share[i];
     }
     sum = warp_sum(sum);
+    if constexpr (LEARNED) sum += exp2_fast(learned - top);
     if (threadIdx.x == 0) inverse = __fdividef(1, sum);
   }
   __syncthreads();

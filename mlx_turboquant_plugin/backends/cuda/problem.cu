@@ -14,7 +14,6 @@ constexpr int EXACT_PART = 64;
 // Bytes that come from memory together.
 constexpr int LINE = 128;
 #define NEVER __int_as_float(0xFF800000)
-constexpr float LOG2_E = 1.44269504f;
 
 // Codes of one side, (B, H, rows, T) for keys and (B, H, T, rows) for values.
 struct Planes {

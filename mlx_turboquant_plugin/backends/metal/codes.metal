@@ -14,6 +14,8 @@
 // there were no infinities.
 constant constexpr float MASKED = -1e30f;
 
+constant constexpr float LOG2_E = 1.44269504f;
+
 // Tokens of a tile of codes, four for each lane.
 constant constexpr int TILE = 128;
 

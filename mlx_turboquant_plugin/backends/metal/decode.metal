@@ -91,7 +91,7 @@ if (exact) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-const int rotary = sizes[4];
+const int rotary = sizes[5];
 if (!exact && (KEY_AFFINE || BIASED)) {
   for (int r = simd; r < ROWS; r += SIMDS) {
     float sum = 0, unturned = 0;
@@ -110,7 +110,7 @@ if (!exact && (KEY_AFFINE || BIASED)) {
   }
   if (BIASED) {
     multiply_pairs<DK, ROWS, THREADS>(
-        queries + query_offset, present, scale[0], bias + kv_head * DK, rotary, sizes[5], sizes[6],
+        queries + query_offset, present, scale[0], bias + kv_head * DK, rotary, sizes[6], sizes[7],
         pairs, thread_index);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);

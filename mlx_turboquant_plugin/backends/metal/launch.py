@@ -46,6 +46,7 @@ DECODE = (
     "partial",
 )
 MERGE = "merge", "partial value_rotation sizes", "out"
+MERGE_LEARNED = "merge", f"{MERGE[1]} learned_sinks", "out"
 ENCODE = "encode", f"x rotation {MODEL} feedback places", "low scales"
 ENCODE_3_BITS = *ENCODE[:2], "low low_of_upper_fields high scales"
 # What a kernel begins with, after codes.metal.
@@ -74,7 +75,7 @@ def attend(problem: Problem, compiled: Callable[..., Any] | None = None) -> mx.a
     splits = exact_splits + code_splits
     levels = level_array((spec.key_codec, spec.key_bits), (spec.value_codec, spec.value_bits))
     rotary, model = model_arrays(levels, codec, problem.first_coded + coded)
-    sizes = int_array(problem.first_coded, problem.sinks, exact_splits, coded, *rotary)
+    sizes = int_array(problem.first_coded, problem.sinks, exact_splits, coded, count, *rotary)
     (partial,) = compiled(*DECODE)(
         inputs=[
             problem.queries,
@@ -106,8 +107,9 @@ def attend(problem: Problem, compiled: Callable[..., Any] | None = None) -> mx.a
         output_shapes=[(batch * kv_heads, chunks, splits, chunk, spec.value_dim + 2)],
         output_dtypes=[mx.float32],
     )
-    (out,) = compiled(*MERGE)(
-        inputs=[partial, inverse_array(codec.value_rotation), sizes],
+    learned = [] if problem.learned_sinks is None else [problem.learned_sinks]
+    (out,) = compiled(*(MERGE_LEARNED if learned else MERGE))(
+        inputs=[partial, inverse_array(codec.value_rotation), sizes, *learned],
         template=[("T", problem.queries.dtype), ("DV", spec.value_dim), ("ROWS", chunk)],
         grid=(rows * THREADS, batch * kv_heads, 1),
         threadgroup=(THREADS, 1, 1),
@@ -211,14 +213,20 @@ def _splits(exact: int, coded: int, others: int) -> tuple[int, int]:
 def kernel(name: str, inputs: str, outputs: str) -> Any:
     """A kernel of the name of its file, its inputs and its outputs, as MLX compiles it."""
     output_names = outputs.split()
-    header = "\n".join(map(source, parts(name)))
     return mx.fast.metal_kernel(
         name=f"turboquant_{name}",
         input_names=inputs.split(),
         output_names=output_names,
-        source=source(name),
-        header=f"#define OUTPUTS {len(output_names)}\n{header}",
+        source=body(name, inputs, outputs),
+        header="\n".join(map(source, parts(name))),
     )
+
+
+def body(name: str, inputs: str, outputs: str) -> str:
+    """The function of a kernel, which may depend on how many inputs and outputs there are."""
+    counts = ("INPUTS", inputs), ("OUTPUTS", outputs)
+    lines = [f"#define {what} {len(names.split())}" for what, names in counts]
+    return "\n".join([*lines, source(name)])
 
 
 def parts(name: str) -> Sequence[str]:
