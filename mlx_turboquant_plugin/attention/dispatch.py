@@ -74,9 +74,11 @@ def _attend_view(
 ) -> mx.array:
     plan = view.plan
     count = plan.queries
-    if plan.coded == plan.first_coded and not plan.forgets:
-        # Nothing is compressed yet: this is mlx-lm's own result, bit for bit.
+    if plan.coded == plan.first_coded:
+        # Nothing is compressed: this is mlx-lm's own result, bit for bit.
         keys, values = view.laid_out or view.keys_and_values()
+        if plan.forgets:
+            mask = plan.ring.mask(plan.start, count, return_array=True)
         return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=sinks)
     if count <= view.backend.max_queries:
         if isinstance(mask, str) or (mask is None and count == 1):
