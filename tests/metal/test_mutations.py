@@ -14,7 +14,7 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 SIMD_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);\n"
 
 # Only a trimmed cache makes codes for another number of tokens than a multiple of 32.
-PARTIAL = "min(TOKENS, length - first)"
+PARTIAL = "min(ENCODED, length - first)"
 
 # What is wrong, the file, the text and what it becomes.
 MUTATIONS = [
@@ -247,7 +247,7 @@ MUTATIONS = [
         "q2 * b1 - q1 * b2",
         "q1 * b2 - q2 * b1",
     ),
-    ("the bias at the start of its block", "codes", "within = position % TILE", "within = 0"),
+    ("the bias at the start of its block", "codes", "within = position % ANGLES", "within = 0"),
     ("no channels without rotary positions", "decode", "(BIASED ? rest[r] : 0.0f)", "0.0f"),
     ("rows beyond the last are read", "decode", "min(ROWS, rows - first_row)", "ROWS"),
     (
@@ -269,7 +269,7 @@ MUTATIONS = [
         SIMD_BARRIER + "}\n\n// A simdgroup's vector times",
         "}\n\n// A simdgroup's vector times",
     ),
-    ("vectors beyond the last are coded", "encode", PARTIAL, "TOKENS"),
+    ("vectors beyond the last are coded", "encode", PARTIAL, "ENCODED"),
     ("the last vector is not written", "encode", "if (token < count)", "if (token < count - 1)"),
     (
         "a tile too narrow",
@@ -377,7 +377,12 @@ MUTATIONS = [
         "for (int i = j; i < COUNT; i++)",
         "for (int i = j; i <= j; i++)",
     ),
-    ("codes of one lane of a block", "quantizer", "lane / BLOCK == first / BLOCK", "lane == first"),
+    (
+        "codes of one lane of a block",
+        "quantizer",
+        "lane / FEEDBACK_BLOCK == first / FEEDBACK_BLOCK",
+        "lane == first",
+    ),
     (
         "keys are not sorted",
         "encode",
@@ -546,7 +551,12 @@ MUTATIONS = [
         "group - key_groups, kv_index",
         "group, kv_index",
     ),
-    ("values are dequantised with the levels of keys", "dequantize", "levels + 16", "levels"),
+    (
+        "values are dequantised with the levels of keys",
+        "dequantize",
+        "levels + MOST_LEVELS",
+        "levels",
+    ),
     (
         "low bits of the upper fields",
         "codes",

@@ -10,19 +10,18 @@ from ...codecs.kv_codec import CodecSpec
 from ...per_thread import cached_per_thread
 from ..inputs import int_array
 from ..problem import Problem
+from ..sizes import Merge, Split
 from . import portable, source
 from .bias import rotary_array
 from .layer import Kind, Layer, layer_of
-from .source import BLOCKS, MERGE_THREADS, SPLIT_THREADS
-
-# Exact tokens of a part.
-EXACT_PART = 64
+from .source import BLOCKS
 
 # Blocks of the first launch that run at once on the 132 multiprocessors of an H100 or H200;
 # MLX does not tell how many there are.
 ROOM = 132 * BLOCKS
 
-MOST_PARTS = 256
+# With those of exact tokens, of which there are fewer, the merge must have room for them.
+MOST_PARTS = Merge.MERGED_PARTS // 4
 
 
 class Launch(NamedTuple):
@@ -113,25 +112,25 @@ def _attention(
         tiles_of_rows, tile = _tile(spec, rows)
         rows_of_block = 4 * tiles_of_rows
         chunks = -(-rows // rows_of_block)
-        exact_parts = -(-exact // EXACT_PART)
+        exact_parts = -(-exact // Split.EXACT_PART)
         parts = exact_parts + _code_parts(batch * heads * chunks, -(-coded // tile))
         joining = exact_parts if appends else 0
         partial = (batch, heads, chunks, parts, rows_of_block * (spec.value_dim + 3))
         joined = [(batch, heads, exact, d) for d in (dim, spec.value_dim)] if appends else []
-        whole_tiles = coded % 32 == 0
+        whole_tiles = coded % Split.SHORT_TILE == 0
         split = _split_kernel(kind, tiles_of_rows, tile, whole_tiles, scale, sinks, appends)
         partial, *joined = split(
             inputs=[rotations, queries, keys, *others],
-            grid=((parts + joining) * SPLIT_THREADS, heads * chunks, batch),
-            threadgroup=(SPLIT_THREADS, 1, 1),
+            grid=((parts + joining) * Split.THREADS, heads * chunks, batch),
+            threadgroup=(Split.THREADS, 1, 1),
             output_shapes=[partial, *joined],
             output_dtypes=[mx.float32, *[keys.dtype] * len(joined)],
         )
         merge = _merge_kernel(spec.value_dim, rows_of_block, count, learned)
         merged = merge(
             inputs=[partial, rotations, *learned_sinks],
-            grid=(rows * MERGE_THREADS, heads, batch),
-            threadgroup=(MERGE_THREADS, 1, 1),
+            grid=(rows * Merge.MERGE_THREADS, heads, batch),
+            threadgroup=(Merge.MERGE_THREADS, 1, 1),
             output_shapes=[(batch, query_heads, count, spec.value_dim)],
             output_dtypes=[queries.dtype],
         )
@@ -148,22 +147,22 @@ def _tile(spec: CodecSpec, rows: int) -> tuple[int, int]:
     """
     dim = max(spec.head_dim, spec.value_dim)
     if rows > 4 and dim <= 128:
-        return 2, 32
-    return 1, 64 if dim <= 128 else 32
+        return 2, Split.SHORT_TILE
+    return 1, Split.LONG_TILE if dim <= 128 else Split.SHORT_TILE
 
 
 @functools.lru_cache(maxsize=1024)
 def _code_parts(problems: int, tiles: int) -> int:
     """Into how many parts to cut the ``tiles`` of each of ``problems`` for the least time.
 
-    A block's four warps take a tile each at a time; a part costs about as much as two
+    A block's warps take a tile each at a time; a part costs about as much as two
     tiles before it starts and in the merge.
     """
 
     def time(parts):
-        return -(-problems * parts // ROOM) * (-(-tiles // (4 * parts)) + 2)
+        return -(-problems * parts // ROOM) * (-(-tiles // (Split.WARPS * parts)) + 2)
 
-    most = min(MOST_PARTS, -(-tiles // 4))
+    most = min(MOST_PARTS, -(-tiles // Split.WARPS))
     return min(range(1, most + 1), key=time, default=0)
 
 

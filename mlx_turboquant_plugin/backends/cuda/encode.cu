@@ -3,9 +3,6 @@
 // each token: its lane l has the rotated channels l, l + 32, ... of a segment. Loops are left as
 // they are where the machine code would be long: see problem.cu.
 
-constexpr int ENCODED = 32;
-constexpr int ENCODE_THREADS = 32 * ENCODED;
-
 // A quantiser: by how many steps the search for a scale begins above the root mean square, the
 // unit of levels, and the code of the level nearest to x, in that unit, with the level.
 template <int BITS>
@@ -37,9 +34,9 @@ struct Uniform {
       : shift(SEGMENTED::shift(bits)), count(1 << bits), part(256 >> bits) {}
 
   __device__ int nearest(float x, float& level) const {
-    float code = floorf((x + SEGMENTED::offset) * (count / 256));
+    float code = floorf((x + OFFSET) * (count / 256));
     code = fminf(fmaxf(code, 0), count - 1);
-    level = (code + 0.5f) * part - SEGMENTED::offset;
+    level = (code + 0.5f) * part - OFFSET;
     return int(code);
   }
 };
@@ -64,7 +61,7 @@ template <int DIM, typename Quantizer, int N, typename F>
 __device__ inline void round_with_feedback(
     float (&own)[N], float size, const Quantizer& quantizer, const F* feedback,
     unsigned char* codes) {
-  constexpr int BLOCK = SEGMENTED::feedback_block;
+  constexpr int BLOCK = FEEDBACK_BLOCK;
   int lane = threadIdx.x % 32;
   float inverse = __fdividef(1, size);
 #pragma unroll
@@ -102,11 +99,12 @@ __device__ inline int encode_vector(
     squares += own[i] * own[i];
   }
   squares = fmaxf(warp_sum(squares), 1e-37f);
-  float near = (0.5f * __log2f(squares / DIM) + 13) * 12 + quantizer.shift;
+  float near = (0.5f * __log2f(squares / DIM) - LOWEST_OCTAVE) * STEPS_PER_OCTAVE;
+  near += quantizer.shift;
   int start = int(rintf(fminf(fmaxf(near, -2), 257))), best_scale = 0;
   float best = 0, norm = rsqrtf(squares);
 #pragma unroll 1
-  for (int i = 0; i < 5; i++) {
+  for (int i = 0; i < SEARCHED; i++) {
     // 0, -1, 1, -2, 2
     int scale = min(max(start + (i % 2 ? -(i + 1) / 2 : i / 2), 0), 255);
     float size = size_of(scale) * (1 / quantizer.unit), inverse = __fdividef(1, size);
@@ -120,7 +118,7 @@ __device__ inline int encode_vector(
       along += missing * own[j];
     }
     along = warp_sum(along) * norm;
-    error = warp_sum(error) + along * along;
+    error = warp_sum(error) + ALONG * along * along;
     if (i == 0 || error < best) best = error, best_scale = scale;
   }
   float size = size_of(best_scale) * (1 / quantizer.unit);

@@ -9,12 +9,9 @@ import mlx.core as mx
 from ...codecs.kv_codec import ALL, Codes, KVCodec
 from ...codecs.rotation import Rotation
 from ..inputs import MODEL, int_array, model_arrays
+from ..sizes import BlockEncode
 from ..support import encodes
 from . import source
-from .source import ENCODE_THREADS
-
-# Tokens of a block of encode.cu, which has a warp for each.
-ENCODED = 32
 
 # Bytes of older codes of a head that a block copies, and the most blocks that do.
 COPIED = 2**16
@@ -87,7 +84,7 @@ def _encode(codec: KVCodec, sides: Sequence[_Side], start: int, part: slice) -> 
         for side in sides
         for width in side.widths
     ]
-    blocks = len(sides) * -(-length // ENCODED) + sum(copying)
+    blocks = len(sides) * -(-length // BlockEncode.ENCODED) + sum(copying)
     made = _encode_kernel(tuple((side.is_keys, len(side.widths) - 1) for side in sides))(
         inputs=[
             *inputs,
@@ -103,8 +100,8 @@ def _encode(codec: KVCodec, sides: Sequence[_Side], start: int, part: slice) -> 
             ("BIASED", known is not None and known.bias is not None),
             ("UNIT", 1 if before % 16 or total % 16 else 16),
         ],
-        grid=(blocks * ENCODE_THREADS, heads, batch),
-        threadgroup=(ENCODE_THREADS, 1, 1),
+        grid=(blocks * BlockEncode.ENCODE_THREADS, heads, batch),
+        threadgroup=(BlockEncode.ENCODE_THREADS, 1, 1),
         output_shapes=shapes,
         output_dtypes=[mx.uint8] * len(shapes),
     )

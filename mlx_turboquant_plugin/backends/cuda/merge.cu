@@ -1,8 +1,6 @@
 // The second launch: the parts of one query row together, the coded ones rotated back. A learned
 // sink is one more score, without a value.
 
-constexpr int MERGE_THREADS = 512;
-
 // ROWS: of a block of the first launch. learned_sinks: (H G,), or not read.
 template <int VALUE_DIM, int ROWS, bool LEARNED, typename S, typename T>
 __device__ inline void merge_parts(
@@ -10,9 +8,8 @@ __device__ inline void merge_parts(
     int count) {
   constexpr long long PART = ROWS * (VALUE_DIM + 3);
   constexpr int WIDTH = (VALUE_DIM + 31) / 32 * 32, GROUPS = MERGE_THREADS / WIDTH;
-  constexpr int MOST_PARTS = 1024;
-  __shared__ float share[MOST_PARTS];
-  __shared__ bool coded[MOST_PARTS];
+  __shared__ float share[MERGED_PARTS];
+  __shared__ bool coded[MERGED_PARTS];
   __shared__ float plain[GROUPS][WIDTH], rotated[GROUPS][WIDTH];
   __shared__ float inverse;  // of the sum of all weights
   int row = blockIdx.x, h = blockIdx.y, b = blockIdx.z;

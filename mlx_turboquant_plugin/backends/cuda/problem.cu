@@ -8,9 +8,6 @@
 // Loops that a block runs once or twice, or whose turns wait for nothing, are not unrolled: a
 // first prompt waits for the compiler, and MLX looks at all machine code at every launch.
 
-constexpr int WARPS = 4;
-constexpr int THREADS = 32 * WARPS;
-constexpr int EXACT_PART = 64;
 // Bytes that come from memory together.
 constexpr int LINE = 128;
 #define NEVER __int_as_float(0xFF800000)

@@ -4,8 +4,6 @@
 constexpr unsigned ALL = 0xFFFFFFFFu;
 // Below all scores; finite, so that differences stay numbers.
 constexpr float LOWEST = -1e30f;
-// Scores are in powers of two.
-constexpr float LOG2_E = 1.44269504f;
 
 // This warp's number in its block. By way of a shuffle the compiler knows that all lanes have the
 // same: else it adds, to each shuffle where the number decides, one for lanes that came apart.

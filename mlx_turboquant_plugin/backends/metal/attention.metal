@@ -8,9 +8,6 @@
 // A position that no sequence reaches.
 constant constexpr int NEVER = 0x7fffffff;
 
-// Exact tokens of a tile.
-constant constexpr int EXACT_TILE = 32;
-
 template <int ROWS>
 METAL_FUNC void load_rows(threadgroup const float* from, thread float (&to)[ROWS]) {
   if (ROWS % 4 == 0) {
@@ -140,7 +137,7 @@ METAL_FUNC void add_bias(
     load_rows<ROWS>(turned + f * ROWS, pair);
     UNROLL
     for (int k = 0; k < 4; k++) {
-      const float x = fine[f * TILE + 4 * lane + k];
+      const float x = fine[f * ANGLES + 4 * lane + k];
       UNROLL
       for (int r = 0; r < ROWS; r++) {
         scores[k][r] += pair[r] * x;

@@ -5,8 +5,6 @@
 // Output: partial (B * H, chunks, splits, ROWS, DV + 2), fp32: for each row the values'
 // weighted sum, rotated in the splits of codes, then the maximum and the total of the
 // softmax. Scores are in powers of two: `scale` includes log2(e).
-constexpr int SIMDS = 4;
-constexpr int THREADS = 32 * SIMDS;
 using Values = ValueLayout<DV, VALUE_BITS, VALUE_AFFINE>;
 // Neighbouring channels of exact values that a lane loads at once, and how often.
 constexpr int WIDE = DV >= 128 ? 4 : 2;
@@ -22,8 +20,8 @@ constexpr int SCRATCH = (WIDEST > TILE ? WIDEST : TILE) * ROWS;
 threadgroup float4 q_memory[DK * ROWS / 4];
 threadgroup float4 pairs_memory[BIASED ? DK * ROWS / 4 : 1];
 threadgroup float4 scratch_memory[SIMDS * SCRATCH / 4];
-threadgroup float key_levels[16];
-threadgroup float value_levels[16];
+threadgroup float key_levels[MOST_LEVELS];
+threadgroup float value_levels[MOST_LEVELS];
 threadgroup float query_sums[ROWS];
 threadgroup float rest[ROWS];
 threadgroup int limits[ROWS * 4];
@@ -74,9 +72,9 @@ if (thread_index < ROWS * 4) {
   // Rows that are not there see nothing.
   limits[thread_index] = r < present ? bound : NEVER;
 }
-if (thread_index < 16) {
+if (thread_index < MOST_LEVELS) {
   key_levels[thread_index] = levels[thread_index];
-  value_levels[thread_index] = levels[16 + thread_index];
+  value_levels[thread_index] = levels[MOST_LEVELS + thread_index];
 }
 
 if (exact) {

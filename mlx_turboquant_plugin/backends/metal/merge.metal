@@ -4,8 +4,6 @@
 //
 // Inputs: what decode.metal makes and, as the fourth if any, the learned sinks (H_q,).
 // Output: (B, H_q, N, DV).
-constexpr int SIMDS = 4;
-constexpr int THREADS = 32 * SIMDS;
 constexpr bool FAST_ROTATION = (DV & (DV - 1)) == 0;
 constexpr int COUNT = (DV + 31) / 32;
 

@@ -80,21 +80,21 @@ METAL_FUNC void round_channels(
   }
 }
 
-// The same, BLOCK channels after the others: what they lose, times their rows of `feedback`,
+// The same, FEEDBACK_BLOCK channels after the others: what they lose, times their rows of `feedback`,
 // (D, D), is added to those that come after them; the columns of others are zero.
-template <int D, int BLOCK, typename Quantizer, int COUNT, typename F>
+template <int D, typename Quantizer, int COUNT, typename F>
 METAL_FUNC void round_with_feedback(
     thread float (&y)[COUNT], float size, thread const Quantizer& quantizer,
     device const F* feedback, threadgroup uint8_t* codes, int lane) {
   UNROLL
   for (int j = 0; j < COUNT; j++) {
-    for (int first = 0; first < min(32, D - 32 * j); first += BLOCK) {
+    for (int first = 0; first < min(32, D - 32 * j); first += FEEDBACK_BLOCK) {
       const float lost = quantizer.nearest(y[j], size) - y[j];
-      if (lane / BLOCK == first / BLOCK) {
+      if (lane / FEEDBACK_BLOCK == first / FEEDBACK_BLOCK) {
         codes[32 * j + lane] = quantizer.code(y[j], size);
       }
       UNROLL
-      for (int k = 0; k < BLOCK; k++) {
+      for (int k = 0; k < FEEDBACK_BLOCK; k++) {
         const float one = simd_shuffle(lost, ushort(first + k));
         device const F* row = feedback + (32 * j + first + k) * D;
         UNROLL
@@ -110,7 +110,7 @@ METAL_FUNC void round_with_feedback(
 
 // The scale of D codes that loses least, near the one that is `shift` steps above the root mean
 // square.
-template <int D, int SEARCHED, int ALONG, typename Quantizer, int COUNT>
+template <int D, typename Quantizer, int COUNT>
 METAL_FUNC int searched(
     thread const float (&y)[COUNT], thread const Quantizer& quantizer, float shift, int lane) {
   float square = 0;
@@ -120,7 +120,7 @@ METAL_FUNC int searched(
   }
   const float rms = max(sqrt(simd_sum(square) / D), 1e-20f);
   const float norm = rms * sqrt(float(D));
-  const int start = int(clamp(rint((log2(rms) + 13.0f) * 12.0f + shift), -2.0f, 257.0f));
+  const int start = int(clamp(rint((log2(rms) - LOWEST_OCTAVE) * STEPS_PER_OCTAVE + shift), -2.0f, 257.0f));
   float least = 0;
   int scale = 0;
   for (int k = 0; k < SEARCHED; k++) {
