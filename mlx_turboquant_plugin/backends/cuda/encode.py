@@ -119,6 +119,7 @@ BODY = """
   __shared__ unsigned char codes[ENCODED * (WIDEST + 4)];
   int first = places[0], length = places[1], start = places[2], before = places[3];
   RotaryPairs rotary = {{fine, coarse_cos, coarse_sin, places[4], places[5], places[6]}};
+  Known known = {{balance, layout, bias, rotary}};
   int encoding = (length + ENCODED - 1) / ENCODED, block = blockIdx.x;
   long long head = (long long)blockIdx.z * gridDim.y + blockIdx.y;
 """
@@ -135,8 +136,8 @@ SIDE_BODY = """
           DIM, BITS, SEGMENTS, {is_keys}, BALANCED && {is_keys}, SORTED && {is_keys},
           BIASED && {is_keys}>(
           {name} + (head * {name}_shape[2] + first) * DIM, length, before, start, {name}_rotation,
-          balance, layout, FED_BACK && {is_keys} ? feedback : nullptr, bias, rotary, planes,
-          {name}_scales, vectors, codes, block);
+          known, FED_BACK && {is_keys} ? feedback : nullptr, planes, {name}_scales, vectors, codes,
+          block);
       return;
     }}
     block -= encoding;

@@ -41,7 +41,11 @@ MERGE_LEARNED = "merge", f"{MERGE[1]} learned_sinks", "out"
 ENCODE = "encode", f"x rotation {MODEL} feedback places", "low scales"
 ENCODE_3_BITS = *ENCODE[:2], "low low_of_upper_fields high scales"
 # What a kernel begins with, after codes.metal, and what it has of the sizes.
-PARTS = {"decode": ["attention"], "encode": ["quantizer"], "dequantize": ["tokens"]}
+PARTS = {
+    "decode": ["attention", "exact", "coded"],
+    "encode": ["quantizer"],
+    "dequantize": ["tokens"],
+}
 TABLES: dict[str, type] = {
     "decode": Decode,
     "merge": Simdgroups,
