@@ -33,26 +33,10 @@ struct ValueLayout {
   }
 };
 
-// The levels of a lane's channels of one token: x[FIELDS * u + field].
-//   planes: of the token.
-template <int D, int BITS, bool AFFINE, typename Scale, int CHANNELS>
-METAL_FUNC void load_values(
-    threadgroup const float* levels,
-    Planes planes,
-    device const Scale* scales,
-    device const Scale* zeros,
-    uint lane,
-    thread float (&x)[CHANNELS]) {
-  using Layout = ValueLayout<D, BITS, AFFINE>;
-  const int first = lane * Layout::UNITS;
-  UNROLL
-  for (int k = 0; k < CHANNELS; k++) {
-    x[k] = 0;
-  }
-  if (first >= Layout::ALL) {
-    return;
-  }
-  uint codes[Layout::UNITS];
+// The codes of a lane's units from number `first` on, of one token: with 3 bits, the high bits of
+// four fields above their low ones, or twelve bits of the affine codec.
+template <typename Layout, int BITS, bool AFFINE>
+METAL_FUNC void load_units(Planes planes, int first, thread uint (&codes)[Layout::UNITS]) {
   if (BITS != 3) {
     if (Layout::UNITS == 1) {
       codes[0] = planes.low[first];
@@ -81,11 +65,33 @@ METAL_FUNC void load_values(
         bool upper = unit >= Layout::BYTES;
         int i = upper ? unit - Layout::BYTES : unit;
         uint low = upper ? planes.low_of_upper_fields[i] : planes.low[i];
-        // The high bits of the four fields, in the place above the low ones.
         codes[u] = low | ((uint(planes.high[i]) >> (upper ? 4 : 0)) & 15) << 8;
       }
     }
   }
+}
+
+// The levels of a lane's channels of one token: x[FIELDS * u + field].
+//   planes: of the token.
+template <int D, int BITS, bool AFFINE, typename Scale, int CHANNELS>
+METAL_FUNC void load_values(
+    threadgroup const float* levels,
+    Planes planes,
+    device const Scale* scales,
+    device const Scale* zeros,
+    uint lane,
+    thread float (&x)[CHANNELS]) {
+  using Layout = ValueLayout<D, BITS, AFFINE>;
+  const int first = lane * Layout::UNITS;
+  UNROLL
+  for (int k = 0; k < CHANNELS; k++) {
+    x[k] = 0;
+  }
+  if (first >= Layout::ALL) {
+    return;
+  }
+  uint codes[Layout::UNITS];
+  load_units<Layout, BITS, AFFINE>(planes, first, codes);
   UNROLL
   for (int u = 0; u < Layout::UNITS; u++) {
     float scale = 1, zero = 0;

@@ -25,8 +25,9 @@ const int length = x_shape[2];
 const int count = min(ENCODED, length - first);
 const size_t first_vector = size_t(kv_index) * length + first;
 const int start = places[0];
-const int rotary = places[1], between = places[2], distance = places[3];
-device const int* order = layout + kv_head * (D + 1);
+const Known known = {
+    balance + kv_head * D, bias + kv_head * D, fine, coarse_cos, coarse_sin,
+    layout + kv_head * (D + 1), places[1], places[2], places[3]};
 const int first_bits = first_bits_of<D, SEGMENTS, SORTED>(layout, kv_head);
 // Of the only segment.
 const LloydMax<BITS> quantizer(levels);
@@ -35,24 +36,8 @@ for (int token = simd; token < count; token += SIMDS) {
   UNROLL
   for (int s = 0; s < SEGMENTS; s++) {
     float y[COUNT];
-    UNROLL
-    for (int j = 0; j < COUNT; j++) {
-      const int i = 32 * j + lane;
-      y[j] = 0;
-      if (i < SEGMENT) {
-        const int place = s * SEGMENT + i;
-        const int c = SORTED ? order[place] : place;
-        y[j] = float(x[(first_vector + token) * D + c]);
-        if (BIASED) {
-          y[j] -= rotated_bias(
-              bias + kv_head * D, coarse_cos, coarse_sin, fine, rotary, between, distance, c,
-              start + first + token);
-        }
-        if (BALANCED) {
-          y[j] /= balance[kv_head * D + c];
-        }
-      }
-    }
+    read_segment<SEGMENT, BALANCED, SORTED, BIASED>(
+        x + (first_vector + token) * D, known, s * SEGMENT, start + first + token, lane, y);
     rotate_vector<SEGMENT>(y, rotation, scratch, lane);
     threadgroup uint8_t* own_codes = codes + token * D + s * SEGMENT;
     const int bits = s == 0 ? first_bits : 8 - first_bits;

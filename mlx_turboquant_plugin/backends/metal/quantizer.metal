@@ -2,6 +2,41 @@
 //
 // A simdgroup takes one; channel 32 * j + lane is y[j], and those beyond the last are zero.
 
+// What is known of a KV head's keys, each as far as it is there; see rotated_bias().
+struct Known {
+  device const float* balance;
+  device const float* bias;
+  device const float* fine;
+  device const float* coarse_cos;
+  device const float* coarse_sin;
+  device const int* order;
+  int pairs, between, distance;
+};
+
+// The D channels of a vector x from place `first` on: without their bias, balanced and sorted.
+template <int D, bool BALANCED, bool SORTED, bool BIASED, int COUNT, typename T>
+METAL_FUNC void read_segment(
+    device const T* x, thread const Known& known, int first, int position, int lane,
+    thread float (&y)[COUNT]) {
+  UNROLL
+  for (int j = 0; j < COUNT; j++) {
+    y[j] = 0;
+    if (32 * j + lane < D) {
+      const int place = first + 32 * j + lane;
+      const int c = SORTED ? known.order[place] : place;
+      y[j] = float(x[c]);
+      if (BIASED) {
+        y[j] -= rotated_bias(
+            known.bias, known.coarse_cos, known.coarse_sin, known.fine, known.pairs,
+            known.between, known.distance, c, position);
+      }
+      if (BALANCED) {
+        y[j] /= known.balance[c];
+      }
+    }
+  }
+}
+
 template <int D, int COUNT>
 METAL_FUNC void rotate_vector(
     thread float (&y)[COUNT], device const float* rotation, threadgroup float* scratch, int lane) {
