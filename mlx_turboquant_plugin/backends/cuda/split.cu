@@ -1,4 +1,15 @@
 // Attention over a part of the coded tokens, TILE of them at a time and warp by warp.
+//
+// A lane is (g, c), lane = 4 g + c, as the matrix units have it. Of a tile it holds
+//
+//     keys:                      values:                    scores:
+//         g  0  1 ..  7              g  0  1 ..  7              c  0  1  2  3
+//       c 0  0  4 .. 28            c 0  0  4 .. 28            g 0  0  1  2  3
+//         1  1  5 .. 29              1  1  5 .. 29              1  4  5  6  7
+//         2  2  6 .. 30              2  2  6 .. 30             .. .. .. .. ..
+//         3  3  7 .. 31              3  3  7 .. 31              7 28 29 30 31
+//       g: TILE / 8 tokens         c: TILE / 4 tokens         g: the tokens of keys
+//       c: 4 of 16 bytes           g: words of each           c: rows c, 4 + c
 
 // What a warp keeps of the softmax for this lane's rows c, 4 + c, ...: of each the highest
 // score, with the size of the value, and sums of weights relative to it.
