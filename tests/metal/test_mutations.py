@@ -149,11 +149,11 @@ MUTATIONS = [
     ),
     (
         "no rescaling where splits are merged",
-        "merge",
-        "float share = fast::exp2(own[s * stride + DV] - top) * norm;",
-        "float share = norm;",
+        "splits",
+        "float share = fast::exp2(own[s * stride + DV] - norm.top) * norm.inverse;",
+        "float share = norm.inverse;",
     ),
-    ("a learned sink has no weight", "merge", " + fast::exp2(learned - top)", ""),
+    ("a learned sink has no weight", "splits", " + fast::exp2(learned - top)", ""),
     ("learned sinks in powers of e", "merge", " * LOG2_E", ""),
     (
         "learned sinks of the first KV head",
@@ -162,7 +162,12 @@ MUTATIONS = [
         "0 % (learned_sinks_shape",
     ),
     ("learned sinks by position", "merge", "group + row / sizes[4];", "group + row % group;"),
-    ("an exact split is rotated back", "merge", "s < exact_splits ? x", "s + 1 < exact_splits ? x"),
+    (
+        "an exact split is rotated back",
+        "splits",
+        "s < exact_splits ? x",
+        "s + 1 < exact_splits ? x",
+    ),
     ("a butterfly with the wrong sign", "codes", "? other - x[j] :", "? x[j] - other :"),
     ("the output is not rotated back", "merge", "    walsh_hadamard<DV>(coded, lane);\n", ""),
     (

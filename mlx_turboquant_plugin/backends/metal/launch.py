@@ -43,6 +43,7 @@ ENCODE_3_BITS = *ENCODE[:2], "low low_of_upper_fields high scales"
 # What a kernel begins with, after codes.metal, and what it has of the sizes.
 PARTS = {
     "decode": ["attention", "exact", "coded"],
+    "merge": ["splits"],
     "encode": ["quantizer"],
     "dequantize": ["tokens"],
 }
