@@ -6,6 +6,10 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+import tiny_models
+from mlx_lm.generate import _merge_caches
+from mlx_lm.models.base import scaled_dot_product_attention
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from test_attention import LEARNED, Case, close, step
 
 import mlx_turboquant_plugin
@@ -18,9 +22,30 @@ from mlx_turboquant_plugin.backends import (
     fused_kernels,
 )
 from mlx_turboquant_plugin.backends.choice import resolve_kernel
-from mlx_turboquant_plugin.cache import CompressedKVCache
+from mlx_turboquant_plugin.cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
 from mlx_turboquant_plugin.codecs.kv_codec import KVCodec
 from mlx_turboquant_plugin.rules import BYPASSES, KERNELS
+
+
+def solved(problem):
+    """What a kernel makes of a problem, by MLX's operations."""
+    exact, codec, start = problem.exact_tokens, problem.codec, problem.first_coded
+    keys = mx.concatenate([exact.keys, codec.decode_keys(problem.key_codes, start)], axis=2)
+    values = mx.concatenate([exact.values, codec.decode_values(problem.value_codes)], axis=2)
+    slots, codes = mx.arange(exact.count), mx.arange(keys.shape[2] - exact.count)
+    sink, code, hidden, newest = mx.split(problem.bounds, 4, axis=-1)
+    count = problem.queries.shape[2]
+    seen = slots >= mx.where(slots < problem.sinks, sink, exact.count - newest)
+    seen = seen & (slots <= mx.arange(exact.count - count, exact.count)[:, None])
+    seen_codes = (codes >= code) & (codes < codes.size - hidden)
+    return mx.fast.scaled_dot_product_attention(
+        problem.queries,
+        keys,
+        values,
+        scale=problem.scale,
+        mask=mx.concatenate([seen, seen_codes], axis=-1)[:, None],
+        sinks=problem.learned_sinks,
+    )
 
 
 @pytest.fixture
@@ -30,7 +55,7 @@ def module(monkeypatch):
 
     def attend(problem):
         seen.append(problem)
-        return mx.zeros((*problem.queries.shape[:3], problem.exact_tokens.values.shape[-1]))
+        return solved(problem)
 
     metal = backend("metal")
     monkeypatch.setattr(metal, "attend", attend)
@@ -44,7 +69,7 @@ def module(monkeypatch):
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_few_queries_go_to_the_kernel(count, module):
     case = Case(count=count, batch=2)
-    assert mx.all(case.run("metal") == 0).item()
+    close(case.run("metal"), case.expected())
     (problem,) = module.seen
     assert problem.bounds.shape == (2, count, 4)
     assert mx.array_equal(problem.queries, case.queries)
@@ -63,8 +88,7 @@ def test_others_do_not(module):
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_learned_sinks_fall_back(rows, module):
-    """They are not part of the problem that a kernel is given."""
+def test_learned_sinks_are_part_of_the_problem(rows, module):
     case, kernel = Case(), "metal"
     cache = case.cache(kernel)
     if rows > 1:
@@ -72,9 +96,64 @@ def test_learned_sinks_fall_back(rows, module):
     new = [mx.repeat(x[:, :, -1:], rows, axis=0) for x in (case.queries, case.keys, case.values)]
     out = step(cache, *new, case.scale, None, LEARNED)
     close(out, np.repeat(case.expected(np.array(LEARNED)), rows, axis=0))
+    (problem,) = module.seen
+    assert problem.learned_sinks is LEARNED and problem.queries.shape[0] == rows
+    assert fused.fallbacks() == []
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_ring_that_forgets_and_holds_no_codes_is_for_mlx_lm(count, module):
+    mx.random.seed(count)
+    ours = RotatingCompressedKVCache(60, 4, Case().codec, Visibility(64), "metal")
+    stock = RotatingKVCache(60, 4)
+    for cache in (ours, stock):
+        cache.update_and_fetch(*mx.zeros((2, 1, 2, 100, 64)))
+    queries, new = mx.random.normal((1, 4, count, 64)), mx.random.normal((2, 1, 2, count, 64))
+    masks = [cache.make_mask(count) for cache in (ours, stock)]
+    out = step(ours, queries, *new, 0.1, masks[0])
+    keys, values = stock.update_and_fetch(*new)
+    expected = scaled_dot_product_attention(queries, keys, values, stock, 0.1, masks[1])
+    # In the order of time: RotatingKVCache overwrites its oldest token by a single one.
+    close(out, np.array(expected), 1e-6)
+    assert module.seen == [] and fused.fallbacks() == []
+
+
+# With the windows for which layers with learned sinks hold codes.
+SLIDING = [
+    ("gpt_oss", (30, 110)),
+    ("mimo_v2_flash", (110,)),
+    ("gemma3_text", ()),
+    *(pytest.param(name, (), marks=pytest.mark.slow) for name in ("cohere2", "olmo3", "llama")),
+]
+
+
+# Windows of fewer tokens than are exact, and of more.
+@pytest.mark.parametrize("window", [30, 110])
+@pytest.mark.parametrize("name, learned", SLIDING)
+def test_sliding_windows_and_learned_sinks(name, learned, window, module, monkeypatch):
+    monkeypatch.setattr(backend("metal"), "runs_here", lambda: True)
+    model = tiny_models.build(name, sliding_window=window, sliding_window_size=window)
+    tokens = mx.random.randint(0, 64, (1, 200), key=mx.random.key(0))
+
+    def logits(kernel):
+        mlx_turboquant_plugin.disable()
+        mlx_turboquant_plugin.enable(window=32, sinks=2, kernel=kernel)
+        rows, parts = [], []
+        for length in (180, 130):
+            rows.append(make_prompt_cache(model))
+            model(tokens[:, :length], cache=rows[-1])
+        for caches, batch in ((rows[0], 1), (_merge_caches(rows), 2)):
+            for start, count in ((180, 1), (181, 4), (185, 3), (188, 1)):
+                new = mx.repeat(tokens[:, start : start + count], batch, axis=0)
+                parts.append(mx.flatten(model(new, cache=caches)))
+        return mx.concatenate(parts)
+
+    expected = logits("eager")
     assert module.seen == []
-    [message] = mlx_turboquant_plugin.status().fallbacks
-    assert message.startswith("the metal kernel does not support learned attention sinks:")
+    np.testing.assert_allclose(logits("metal"), expected, atol=1e-4)
+    assert fused.fallbacks() == []
+    assert {problem.first_coded > 0 for problem in module.seen} == {False, window == 110}
+    assert any(problem.learned_sinks is not None for problem in module.seen) == (window in learned)
 
 
 @pytest.mark.parametrize("mask", [False, True])

@@ -175,9 +175,9 @@ def test_masks_of_prompts_are_freed_by_steps(rows, monkeypatch):
         caches = [CompressedKVCache(codec) for _ in range(rows)]
         views = [cache.append(*mx.zeros((2, 1, 1, 300, 64))) for cache in caches]
         if rows == 1:
-            problem = fused.problem_of_view(queries, views[0], 1.0)
+            problem = fused.problem_of_view(queries, views[0], 1.0, None)
         else:
-            problem = fused.problem_of_rows(queries, PackedRows.of(caches), 1.0)
+            problem = fused.problem_of_rows(queries, PackedRows.of(caches), 1.0, None)
         assert fused.attend_fused(backend("cuda"), problem) is problem
         assert layout._visible((row,), 100, True, mx.float32) is not kept
 

@@ -15,7 +15,6 @@ from .masks import Mask, checked
 from .packed import attend_packed
 from .tiles import attend_tiles
 
-LEARNED_SINKS = "learned attention sinks"
 OTHER_MASKS = "masks other than the causal one"
 
 
@@ -75,18 +74,19 @@ def _attend_view(
 ) -> mx.array:
     plan = view.plan
     count = plan.queries
-    if plan.coded == plan.first_coded and not plan.forgets:
-        # Nothing is compressed yet: this is mlx-lm's own result, bit for bit.
+    if plan.coded == plan.first_coded:
+        # Nothing is compressed: this is mlx-lm's own result, bit for bit.
         keys, values = view.laid_out or view.keys_and_values()
+        if plan.forgets:
+            mask = plan.ring.mask(plan.start, count, return_array=True)
         return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=sinks)
     if count <= view.backend.max_queries:
-        missing = _missing(isinstance(mask, str) or (mask is None and count == 1), sinks)
-        if missing is None:
-            out = attend_fused(view.backend, problem_of_view(queries, view, scale))
+        if isinstance(mask, str) or (mask is None and count == 1):
+            out = attend_fused(view.backend, problem_of_view(queries, view, scale, sinks))
             if out is not None:
                 return out
         else:
-            fall_back(view.backend, missing)
+            fall_back(view.backend, OTHER_MASKS)
     if _on_gpu() or view.backend.dequantizes:
         return attend_dequantized(original, queries, view, scale, mask, sinks)
     return attend_tiles(queries, view, scale, mask, _functions(view), sinks)
@@ -144,24 +144,16 @@ def _attend_packed(
     sinks,
 ) -> mx.array:
     if rows.backend.max_queries and rows.key_codes:
-        missing = _missing(not isinstance(mask, mx.array), sinks)
-        if missing is None:
-            out = attend_fused(rows.backend, problem_of_rows(queries, rows, scale))
+        if isinstance(mask, mx.array):
+            fall_back(rows.backend, OTHER_MASKS)
+        else:
+            out = attend_fused(rows.backend, problem_of_rows(queries, rows, scale, sinks))
             if out is not None:
                 return out
-        else:
-            fall_back(rows.backend, missing)
     if _on_gpu() or rows.backend.dequantizes:
         return attend_packed_dequantized(original, queries, rows, scale, mask, left_padding, sinks)
     given = mask if isinstance(mask, mx.array) else None
     return attend_packed(queries, rows, scale, _functions(rows), given, left_padding, sinks)
-
-
-def _missing(causal: bool, sinks: mx.array | None) -> str | None:
-    """What fused kernels can't do about such an attention, or None."""
-    if sinks is not None:
-        return LEARNED_SINKS
-    return None if causal else OTHER_MASKS
 
 
 def _functions(view: View | PackedRows) -> AttentionFunctions:

@@ -71,7 +71,9 @@ def fallbacks_heard() -> Iterator[list[str]]:
         _listening[:] = [other for other in _listening if other is not heard]
 
 
-def problem_of_view(queries: mx.array, view: View, scale: float) -> Problem:
+def problem_of_view(
+    queries: mx.array, view: View, scale: float, learned_sinks: mx.array | None
+) -> Problem:
     """The newest tokens of one cache: ``queries`` (B, H_q, N, D), with a causal mask."""
     plan = view.plan
     return Problem(
@@ -84,6 +86,7 @@ def problem_of_view(queries: mx.array, view: View, scale: float) -> Problem:
         plan.first_coded,
         _bounds_of_view(plan, queries.shape[0]),
         scale,
+        learned_sinks,
         plan.shared,
     )
 
@@ -102,7 +105,9 @@ def _bounds_of_view(plan: StepPlan, batch: int) -> mx.array:
     return known
 
 
-def problem_of_rows(queries: mx.array, rows: PackedRows, scale: float) -> Problem:
+def problem_of_rows(
+    queries: mx.array, rows: PackedRows, scale: float, learned_sinks: mx.array | None
+) -> Problem:
     """The newest token of every row of a batch: ``queries`` (B, H_q, 1, D)."""
     bounds, shared = _plan_of_rows(
         rows.lengths,
@@ -121,6 +126,7 @@ def problem_of_rows(queries: mx.array, rows: PackedRows, scale: float) -> Proble
         0,
         bounds,
         scale,
+        learned_sinks,
         shared,
     )
 

@@ -8,10 +8,8 @@ from typing import Any
 
 from ..codecs.kv_codec import KVCodec
 from .inputs import MODEL, code_arrays, int_array, inverse_array, level_array, model_arrays
+from .sizes import Dequantize
 from .tokens import Pair, Places, Tokens
-
-# Tokens and threads of a threadgroup of dequantize.metal.
-TOKENS, THREADS = 64, 256
 
 DEQUANTIZE = (
     "dequantize",
@@ -91,8 +89,8 @@ def lay_out(
             ("SORTED", codec.layout is not None),
             ("BIASED", codec.bias is not None),
         ],
-        grid=(2 * _groups(places) * THREADS, batch * heads, 1),
-        threadgroup=(THREADS, 1, 1),
+        grid=(2 * _groups(places) * Dequantize.THREADS, batch * heads, 1),
+        threadgroup=(Dequantize.THREADS, 1, 1),
         output_shapes=shapes,
         output_dtypes=[keys.dtype, values.dtype] * 2,
     )
@@ -101,8 +99,8 @@ def lay_out(
 
 def _groups(places: Places) -> int:
     """The threadgroups of each side and (sequence, head)."""
-    tiles, first = 0, places.first_code
+    tokens, tiles, first = Dequantize.TOKENS, 0, places.first_code
     if places.decoded:
-        tiles = (first + places.decoded - 1) // TOKENS - first // TOKENS + 1
+        tiles = (first + places.decoded - 1) // tokens - first // tokens + 1
     others = places.total - places.decoded, places.sinks + places.kept
-    return tiles + sum(-(-count // TOKENS) for count in others)
+    return tiles + sum(-(-count // tokens) for count in others)

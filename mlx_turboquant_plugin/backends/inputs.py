@@ -12,6 +12,7 @@ from ..codecs.kv_codec import SEGMENTED, Codes, KVCodec
 from ..codecs.lloyd_max import CODEBOOKS
 from ..codecs.rotation import Rotation
 from ..codecs.segmented import SHIFTS, UNIT, USUAL_BITS
+from . import sizes
 
 # MLX puts smaller arrays into another address space.
 DEVICE_SIZE = 8
@@ -78,12 +79,12 @@ def model_arrays(
 
 @functools.cache
 def level_array(*codecs: tuple[str, int]) -> mx.array:
-    """The levels of codecs and bits, 16 places each, for vectors of unit mean square.
+    """The levels of codecs and bits, MOST_LEVELS places each, for vectors of unit mean square.
 
     "segmented" has what a step of its levels stands for, and for each number of bits its
     shift, in the place of that number; "affine" has none.
     """
-    levels = np.zeros((len(codecs), 16), np.float32)
+    levels = np.zeros((len(codecs), sizes.Codes.MOST_LEVELS), np.float32)
     for row, (codec, bits) in zip(levels, codecs):
         if codec == "lloyd-max":
             half = np.array(CODEBOOKS[bits].levels) / CODEBOOKS[bits].unit

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Problem(NamedTuple):
-    """Causal attention of a few queries over one layer, without learned sinks.
+    """Causal attention of a few queries over one layer.
 
     Attributes:
         codec: gives the rotations, the balance and the key bias.
@@ -26,6 +26,7 @@ class Problem(NamedTuple):
             if not newer than itself. Counted like this they repeat: arrays of numbers
             are costly to make on some devices.
         scale: what scores are multiplied by.
+        learned_sinks: (H_q,), scores of one more token without a value, not scaled; or None.
         shared: what backends have made of the positions for all layers, under keys of their own.
     """
 
@@ -38,4 +39,5 @@ class Problem(NamedTuple):
     first_coded: int
     bounds: mx.array
     scale: float
+    learned_sinks: mx.array | None
     shared: dict[Any, Any]

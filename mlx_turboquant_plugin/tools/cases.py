@@ -25,6 +25,7 @@ class Case:
         ring: the ``max_kv_size`` of a cache that forgets, or 0.
         steps: how many of the tokens come one by one before the queries, as in decoding.
         invariant: whether prompts follow the rule of positions.
+        learned: with learned sinks.
     """
 
     dim: int = 128
@@ -40,6 +41,7 @@ class Case:
     ring: int = 0
     steps: int = 0
     invariant: bool = False
+    learned: bool = False
 
     @property
     def segmented(self) -> bool:
@@ -57,7 +59,8 @@ class Case:
         text += " bias," + self.rope if self.extras else ""
         text += f" ring={self.ring}" if self.ring else ""
         text += f" steps={self.steps}" if self.steps else ""
-        return text + (" invariant" if self.invariant else "")
+        text += " invariant" if self.invariant else ""
+        return text + (" learned sinks" if self.learned else "")
 
 
 def case(dim: int = 128, **values) -> Case:
@@ -99,6 +102,12 @@ QUICK = (
     case(80, groups=2, count=3, keys=SEGMENTED, extras=True, rope="traditional", dtype="float16"),
     case(128, groups=4, lengths=(101, 700), keys=SEGMENTED, extras=True, rope="partial", steps=2),
     case(256, groups=2, keys=SEGMENTED, values=("lloyd-max", 2), dtype="bfloat16"),
+    # With learned sinks, whose scores those of a large bias would leave far behind.
+    case(64, groups=2, count=3, steps=2, learned=True),
+    case(80, groups=2, lengths=(300,), keys=("lloyd-max", 3), learned=True),
+    case(128, groups=4, lengths=(700, 333), dtype="float16", learned=True),
+    case(128, groups=1, lengths=(101,), keys=("affine", 4), values=("affine", 4), learned=True),
+    case(64, groups=1, lengths=(430,), ring=263, learned=True),
     # Prompts, by the kernels that the cases above have compiled.
     case(64, groups=1, count=40),
     case(64, groups=3, count=17, lengths=(337,), extras=True),
@@ -113,6 +122,7 @@ QUICK = (
     case(128, groups=2, count=40, lengths=(40, 333), keys=SEGMENTED, extras=True, rope="partial"),
     # Too many queries for decoding and too few for a prompt.
     case(128, groups=4, count=12, steps=3, dtype="bfloat16"),
+    case(64, groups=1, count=40, learned=True),
 )
 
 

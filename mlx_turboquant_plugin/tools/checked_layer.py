@@ -83,6 +83,8 @@ KV_HEADS = 2
 # Queries this large make some weights large and many small, as those of models are.
 QUERY_SIZE = 3.0
 BIAS_SIZE = 20.0
+# Some take no weight and some nearly all of it.
+LEARNED_SIZE = 10.0
 # Of prompts, see above.
 PROMPT_BIAS_SIZE = 2.0
 
@@ -135,6 +137,9 @@ class CheckedLayer:
             self._array(self._normal(1, KV_HEADS, length, tested.value_dim))
             for length in tested.lengths
         ]
+        self.learned_sinks = None
+        if tested.learned:
+            self.learned_sinks = self._array(LEARNED_SIZE * self._normal(heads))
 
     def _normal(self, *shape: int) -> np.ndarray:
         return self.random.standard_normal(shape, np.float32)
@@ -188,7 +193,16 @@ class CheckedLayer:
         cache.attending = True
         keys, values = cache.update_and_fetch(*new)
         self.view = cache.view
-        out = attend(scaled_dot_product_attention, queries, keys, values, cache, self.scale, mask)
+        out = attend(
+            scaled_dot_product_attention,
+            queries,
+            keys,
+            values,
+            cache,
+            self.scale,
+            mask,
+            self.learned_sinks,
+        )
         mx.eval(out)
         cache.attending = False
         return out
@@ -212,6 +226,7 @@ class CheckedLayer:
                     VISIBILITY.sinks,
                     self.scale,
                     seen=self._remembered(length),
+                    learned_sinks=None if self.learned_sinks is None else _fp64(self.learned_sinks),
                     invariant=self.case.invariant,
                 )
             )

@@ -134,7 +134,17 @@ def problem(coded, count=1, dim=64):
     bounds = mx.array([[[0, 0, 0, 8]] * count])
     queries = mx.random.normal((1, 1, count, dim))
     return Problem(
-        one, queries, ExactTokens(keys, values), 0, key_codes, value_codes, 0, bounds, dim**-0.5, {}
+        one,
+        queries,
+        ExactTokens(keys, values),
+        0,
+        key_codes,
+        value_codes,
+        0,
+        bounds,
+        dim**-0.5,
+        None,
+        {},
     )
 
 
@@ -192,7 +202,7 @@ def test_whole_buffers_are_passed(chunk):
     """MLX copies inputs that are not contiguous on every call."""
     cache = filled(CompressedKVCache(codec(), VISIBILITY), 300, chunk=chunk)
     view = cache.append(*mx.random.normal((2, 1, 2, 1, 64)))
-    given = problem_of_view(mx.random.normal((1, 6, 1, 64)), view, 1.0)
+    given = problem_of_view(mx.random.normal((1, 6, 1, 64)), view, 1.0, None)
     exact = given.exact_tokens
     for array in (exact.keys, exact.values, *given.key_codes, *given.value_codes):
         assert np.array(array, copy=False).flags.c_contiguous
@@ -212,7 +222,7 @@ def test_what_is_not_supported_is_named(spec, dtype, named):
     values = mx.zeros((1, 1, 8, spec.value_dim), dtype)
     bounds = mx.zeros((1, 1, 4), mx.int32)
     exact = ExactTokens(keys, values)
-    given = Problem(KVCodec(spec), keys[:, :, :1], exact, 0, (), (), 0, bounds, 1.0, {})
+    given = Problem(KVCodec(spec), keys[:, :, :1], exact, 0, (), (), 0, bounds, 1.0, None, {})
     assert named in unsupported(given)
 
 

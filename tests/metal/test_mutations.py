@@ -14,7 +14,7 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 SIMD_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);\n"
 
 # Only a trimmed cache makes codes for another number of tokens than a multiple of 32.
-PARTIAL = "min(TOKENS, length - first)"
+PARTIAL = "min(ENCODED, length - first)"
 
 # What is wrong, the file, the text and what it becomes.
 MUTATIONS = [
@@ -45,20 +45,20 @@ MUTATIONS = [
     (
         "no barrier between the simdgroups' sums and their merge",
         "decode",
-        BARRIER + "device float* own_partial",
-        "device float* own_partial",
+        BARRIER + "merge_simdgroups",
+        "merge_simdgroups",
     ),
     (
         "no barrier between the weights of exact tokens and their use",
-        "decode",
-        SIMD_BARRIER + "    for (int i = 0; i < min(EXACT_TILE",
-        "    for (int i = 0; i < min(EXACT_TILE",
+        "exact",
+        SIMD_BARRIER + "    add_exact",
+        "    add_exact",
     ),
     (
         "no barrier before the next tile's weights",
         "decode",
-        SIMD_BARRIER + "  }\n}\n\n// Merge",
-        "  }\n}\n\n// Merge",
+        SIMD_BARRIER + "  }\n  store_coded",
+        "  }\n  store_coded",
     ),
     (
         "no barrier between the partial sums and the rotation back",
@@ -73,23 +73,23 @@ MUTATIONS = [
         "start += (splits - exact_splits) * SIMDS * TILE",
         "start += (splits - exact_splits) * TILE",
     ),
-    ("the newest token is left out", "decode", "slot <= newest", "slot < newest"),
+    ("the newest token is left out", "exact", "slot <= newest", "slot < newest"),
     (
         "the last codes are left out",
         "decode",
-        "i < min(start + TILE, codes_to)",
-        "i < min(start + TILE, codes_to - STEP)",
+        "min(TILE, codes_to - start)",
+        "min(TILE, codes_to - 4 - start)",
     ),
     (
         "a token is read exactly and through its code",
-        "decode",
+        "coded",
         "index < limits[r * 4 + 2]",
         "index <= limits[r * 4 + 2]",
     ),
-    ("one sink too many", "decode", "(slot < sinks ? 0 : 3)", "(slot <= sinks ? 0 : 3)"),
+    ("one sink too many", "exact", "(slot < slots.sinks ?", "(slot <= slots.sinks ?"),
     (
         "queries see the tokens after them",
-        "decode",
+        "exact",
         " && slot <= newest",
         "",
     ),
@@ -107,7 +107,7 @@ MUTATIONS = [
     ),
     (
         "the halves of a byte of values are swapped",
-        "attention",
+        "coded",
         "::code(codes[u], field)",
         "::code(codes[u], Layout::FIELDS - 1 - field)",
     ),
@@ -119,7 +119,7 @@ MUTATIONS = [
     ),
     (
         "the high bits of the upper fields of values",
-        "attention",
+        "coded",
         "(upper ? 4 : 0)",
         "(upper ? 0 : 4)",
     ),
@@ -131,7 +131,7 @@ MUTATIONS = [
     ),
     (
         "the scale of another group",
-        "attention",
+        "coded",
         "* Layout::FIELDS / Layout::GROUP",
         "/ Layout::GROUP",
     ),
@@ -143,17 +143,31 @@ MUTATIONS = [
     ),
     (
         "no rescaling where simdgroups are merged",
-        "decode",
+        "attention",
         "float share = fast::exp2(statistics[(s * ROWS + r) * 2] - top);",
         "float share = 1.0f;",
     ),
     (
         "no rescaling where splits are merged",
-        "merge",
-        "float share = fast::exp2(own[s * stride + DV] - top) * norm;",
-        "float share = norm;",
+        "splits",
+        "float share = fast::exp2(own[s * stride + DV] - norm.top) * norm.inverse;",
+        "float share = norm.inverse;",
     ),
-    ("an exact split is rotated back", "merge", "s < exact_splits ? x", "s + 1 < exact_splits ? x"),
+    ("a learned sink has no weight", "splits", " + fast::exp2(learned - top)", ""),
+    ("learned sinks in powers of e", "merge", " * LOG2_E", ""),
+    (
+        "learned sinks of the first KV head",
+        "merge",
+        "kv_index % (learned_sinks_shape",
+        "0 % (learned_sinks_shape",
+    ),
+    ("learned sinks by position", "merge", "group + row / sizes[4];", "group + row % group;"),
+    (
+        "an exact split is rotated back",
+        "splits",
+        "s < exact_splits ? x",
+        "s + 1 < exact_splits ? x",
+    ),
     ("a butterfly with the wrong sign", "codes", "? other - x[j] :", "? x[j] - other :"),
     ("the output is not rotated back", "merge", "    walsh_hadamard<DV>(coded, lane);\n", ""),
     (
@@ -238,8 +252,8 @@ MUTATIONS = [
         "q2 * b1 - q1 * b2",
         "q1 * b2 - q2 * b1",
     ),
-    ("the bias at the start of its block", "codes", "within = position % TILE", "within = 0"),
-    ("no channels without rotary positions", "decode", "(BIASED ? rest[r] : 0.0f)", "0.0f"),
+    ("the bias at the start of its block", "codes", "within = position % ANGLES", "within = 0"),
+    ("no channels without rotary positions", "coded", "(BIASED ? rest[r] : 0.0f)", "0.0f"),
     ("rows beyond the last are read", "decode", "min(ROWS, rows - first_row)", "ROWS"),
     (
         "all chunks of rows are the first",
@@ -260,7 +274,7 @@ MUTATIONS = [
         SIMD_BARRIER + "}\n\n// A simdgroup's vector times",
         "}\n\n// A simdgroup's vector times",
     ),
-    ("vectors beyond the last are coded", "encode", PARTIAL, "TOKENS"),
+    ("vectors beyond the last are coded", "encode", PARTIAL, "ENCODED"),
     ("the last vector is not written", "encode", "if (token < count)", "if (token < count - 1)"),
     (
         "a tile too narrow",
@@ -297,7 +311,7 @@ MUTATIONS = [
     ("sizes are not searched", "quantizer", "k < SEARCHED", "k < 1"),
     ("the last size that was tried", "quantizer", "      least = loss;\n", ""),
     ("errors along the vector are free", "quantizer", "+ ALONG * along * along", ""),
-    ("the bias is not taken away", "encode", "y[j] -= rotated_bias(", "rotated_bias("),
+    ("the bias is not taken away", "quantizer", "y[j] -= rotated_bias(", "rotated_bias("),
     (
         "the bias of another head in codes",
         "encode",
@@ -311,7 +325,7 @@ MUTATIONS = [
         "second ? -turn.y : turn.y",
     ),
     ("positions of codes count from 0", "encode", "start + first + token", "first + token"),
-    ("keys are multiplied by the balance", "encode", "y[j] /= balance", "y[j] *= balance"),
+    ("keys are multiplied by the balance", "quantizer", "y[j] /= known", "y[j] *= known"),
     ("matrices are transposed", "codes", "matrix[i * D + c]", "matrix[c * D + i]"),
     ("vectors without signs", "quantizer", "    multiply_signs<D>(y, rotation, lane);\n", ""),
     ("uniform codes are rounded down", "quantizer", "/ part)", "/ part - 0.5f)"),
@@ -368,11 +382,16 @@ MUTATIONS = [
         "for (int i = j; i < COUNT; i++)",
         "for (int i = j; i <= j; i++)",
     ),
-    ("codes of one lane of a block", "quantizer", "lane / BLOCK == first / BLOCK", "lane == first"),
+    (
+        "codes of one lane of a block",
+        "quantizer",
+        "lane / FEEDBACK_BLOCK == first / FEEDBACK_BLOCK",
+        "lane == first",
+    ),
     (
         "keys are not sorted",
-        "encode",
-        "SORTED ? order[place] : place",
+        "quantizer",
+        "SORTED ? known.order[place] : place",
         "place",
     ),
     ("keys in the order of another head", "encode", "layout + kv_head * (D + 1)", "layout"),
@@ -384,15 +403,15 @@ MUTATIONS = [
     ),
     (
         "keys are balanced after they are sorted",
-        "encode",
-        "balance[kv_head * D + c]",
-        "balance[kv_head * D + place]",
+        "quantizer",
+        "known.balance[c]",
+        "known.balance[place]",
     ),
     (
         "the bias is taken away from sorted keys",
-        "encode",
-        "distance, c,",
-        "distance, place,",
+        "quantizer",
+        "known.distance, c,",
+        "known.distance, place,",
     ),
     (
         "one size for both segments",
@@ -537,7 +556,12 @@ MUTATIONS = [
         "group - key_groups, kv_index",
         "group, kv_index",
     ),
-    ("values are dequantised with the levels of keys", "dequantize", "levels + 16", "levels"),
+    (
+        "values are dequantised with the levels of keys",
+        "dequantize",
+        "levels + MOST_LEVELS",
+        "levels",
+    ),
     (
         "low bits of the upper fields",
         "codes",

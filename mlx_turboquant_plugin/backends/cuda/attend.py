@@ -10,19 +10,18 @@ from ...codecs.kv_codec import CodecSpec
 from ...per_thread import cached_per_thread
 from ..inputs import int_array
 from ..problem import Problem
+from ..sizes import Merge, Split
 from . import portable, source
 from .bias import rotary_array
 from .layer import Kind, Layer, layer_of
-from .source import BLOCKS, MERGE_THREADS, SPLIT_THREADS
-
-# Exact tokens of a part.
-EXACT_PART = 64
+from .source import BLOCKS
 
 # Blocks of the first launch that run at once on the 132 multiprocessors of an H100 or H200;
 # MLX does not tell how many there are.
 ROOM = 132 * BLOCKS
 
-MOST_PARTS = 256
+# With those of exact tokens, of which there are fewer, the merge must have room for them.
+MOST_PARTS = Merge.MERGED_PARTS // 4
 
 
 class Launch(NamedTuple):
@@ -50,7 +49,8 @@ def attend(problem: Problem) -> mx.array:
     else:
         tokens, drop = list(unjoined[:4]), unjoined.drop
     layer = layer_of(codec)
-    key = layer.kind, layer.table, problem.scale, len(tokens), drop
+    learned = () if problem.learned_sinks is None else (problem.learned_sinks,)
+    key = layer.kind, layer.table, problem.scale, len(tokens), drop, len(learned)
     launch = problem.shared.get(key)
     if launch is None:
         launch = problem.shared[key] = _launch(problem, layer, drop)
@@ -63,6 +63,7 @@ def attend(problem: Problem) -> mx.array:
         *layer.known,
         problem.bounds,
         *launch.numbers,
+        *learned,
     )
     if joined:
         exact.join(*joined)
@@ -75,14 +76,15 @@ def _launch(problem: Problem, layer: Layer, drop: int) -> Launch:
     if layer.table is not None:
         numbers.append(rotary_array(layer.table, problem.first_coded + coded))
     exact = problem.exact_tokens.count
-    attention = _attention(layer.kind, problem.scale, problem.sinks, exact, drop, coded)
+    learned = problem.learned_sinks is not None
+    attention = _attention(layer.kind, problem.scale, problem.sinks, exact, drop, coded, learned)
     return Launch(attention, tuple(numbers))
 
 
 # All layers ask for the same, until there are more codes. MLX keeps traces by thread.
 @cached_per_thread(maxsize=64)
 def _attention(
-    kind: Kind, scale: float, sinks: int, exact: int, drop: int, coded: int
+    kind: Kind, scale: float, sinks: int, exact: int, drop: int, coded: int, learned: bool
 ) -> Callable[..., tuple[mx.array, ...]]:
     """The two launches as one function of the rotations, the queries and all other inputs.
 
@@ -94,6 +96,7 @@ def _attention(
         drop: how many of the older tokens after the sinks count no more.
         coded: how many tokens there are as codes; so that a function has few traces, among
             which MLX looks for one after the other.
+        learned: whether the last input is of learned sinks.
 
     Returns:
         A function that returns the attention, and joined keys and values if they are not yet.
@@ -101,6 +104,7 @@ def _attention(
     spec = kind.spec
 
     def attention(rotations, queries, keys, *others):
+        others, learned_sinks = (others[:-1], others[-1:]) if learned else (others, ())
         batch, query_heads, count, dim = queries.shape
         heads, older = keys.shape[1:3]
         appends = exact > older - drop
@@ -108,25 +112,25 @@ def _attention(
         tiles_of_rows, tile = _tile(spec, rows)
         rows_of_block = 4 * tiles_of_rows
         chunks = -(-rows // rows_of_block)
-        exact_parts = -(-exact // EXACT_PART)
+        exact_parts = -(-exact // Split.EXACT_PART)
         parts = exact_parts + _code_parts(batch * heads * chunks, -(-coded // tile))
         joining = exact_parts if appends else 0
         partial = (batch, heads, chunks, parts, rows_of_block * (spec.value_dim + 3))
         joined = [(batch, heads, exact, d) for d in (dim, spec.value_dim)] if appends else []
-        whole_tiles = coded % 32 == 0
+        whole_tiles = coded % Split.SHORT_TILE == 0
         split = _split_kernel(kind, tiles_of_rows, tile, whole_tiles, scale, sinks, appends)
         partial, *joined = split(
             inputs=[rotations, queries, keys, *others],
-            grid=((parts + joining) * SPLIT_THREADS, heads * chunks, batch),
-            threadgroup=(SPLIT_THREADS, 1, 1),
+            grid=((parts + joining) * Split.THREADS, heads * chunks, batch),
+            threadgroup=(Split.THREADS, 1, 1),
             output_shapes=[partial, *joined],
             output_dtypes=[mx.float32, *[keys.dtype] * len(joined)],
         )
-        merge = _merge_kernel(spec.value_dim, rows_of_block, count)
+        merge = _merge_kernel(spec.value_dim, rows_of_block, count, learned)
         merged = merge(
-            inputs=[partial, rotations],
-            grid=(rows * MERGE_THREADS, heads, batch),
-            threadgroup=(MERGE_THREADS, 1, 1),
+            inputs=[partial, rotations, *learned_sinks],
+            grid=(rows * Merge.MERGE_THREADS, heads, batch),
+            threadgroup=(Merge.MERGE_THREADS, 1, 1),
             output_shapes=[(batch, query_heads, count, spec.value_dim)],
             output_dtypes=[queries.dtype],
         )
@@ -143,22 +147,22 @@ def _tile(spec: CodecSpec, rows: int) -> tuple[int, int]:
     """
     dim = max(spec.head_dim, spec.value_dim)
     if rows > 4 and dim <= 128:
-        return 2, 32
-    return 1, 64 if dim <= 128 else 32
+        return 2, Split.SHORT_TILE
+    return 1, Split.LONG_TILE if dim <= 128 else Split.SHORT_TILE
 
 
 @functools.lru_cache(maxsize=1024)
 def _code_parts(problems: int, tiles: int) -> int:
     """Into how many parts to cut the ``tiles`` of each of ``problems`` for the least time.
 
-    A block's four warps take a tile each at a time; a part costs about as much as two
+    A block's warps take a tile each at a time; a part costs about as much as two
     tiles before it starts and in the merge.
     """
 
     def time(parts):
-        return -(-problems * parts // ROOM) * (-(-tiles // (4 * parts)) + 2)
+        return -(-problems * parts // ROOM) * (-(-tiles // (Split.WARPS * parts)) + 2)
 
-    most = min(MOST_PARTS, -(-tiles // 4))
+    most = min(MOST_PARTS, -(-tiles // Split.WARPS))
     return min(range(1, most + 1), key=time, default=0)
 
 
@@ -214,7 +218,8 @@ APPENDED_BODY = """
 """
 
 MERGE_BODY = """
-  merge_parts<VALUE_DIM, ROWS>(partial, rotations, out, partial_shape[3], COUNT);
+  merge_parts<VALUE_DIM, ROWS, {learned}>(
+      partial, rotations, {learned_sinks}, out, partial_shape[3], COUNT);
 """
 
 
@@ -269,11 +274,12 @@ def _split_kernel(
 
 
 @functools.cache
-def _merge_kernel(value_dim: int, rows: int, count: int):
+def _merge_kernel(value_dim: int, rows: int, count: int, learned: bool):
     numbers = {"VALUE_DIM": value_dim, "ROWS": rows, "COUNT": count}
-    return source.kernel(
-        "merge", ("partial", "rotations"), ("out",), _constants(numbers) + MERGE_BODY
-    )
+    inputs = ["partial", "rotations", *["learned_sinks"] * learned]
+    # What is not there is not read.
+    body = MERGE_BODY.format(learned=str(learned).lower(), learned_sinks=inputs[-1])
+    return source.kernel("merge", inputs, ("out",), _constants(numbers) + body)
 
 
 def _constants(numbers: dict[str, int]) -> str:

@@ -29,7 +29,7 @@ struct RotaryArray {
   static constexpr int WAVES = 2 * steps_of(PAIRS) * 2 * 32 * 4;
 
   __device__ const unsigned* waves(int tile) const {
-    return reinterpret_cast<const unsigned*>(tile == 32 ? words : words + WAVES);
+    return reinterpret_cast<const unsigned*>(tile == SHORT_TILE ? words : words + WAVES);
   }
   __device__ RotaryPairs pairs(int between, int distance) const {
     const float* middles = words + 3 * WAVES;

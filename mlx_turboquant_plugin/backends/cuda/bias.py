@@ -4,10 +4,11 @@ import mlx.core as mx
 import numpy as np
 
 from ...codecs.key_bias import BLOCK, RotaryTable
+from ..sizes import Split
 from .layer import side_by_side
 
 # The tokens of a tile.
-TILES = 32, 64
+TILES = Split.SHORT_TILE, Split.LONG_TILE
 
 
 def rotary_array(table: RotaryTable, end: int) -> mx.array:

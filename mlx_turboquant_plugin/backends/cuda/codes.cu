@@ -96,8 +96,8 @@ struct Levels<BITS, 2> {
   static __device__ Bytes bytes(int segment, int first_bits) {
     constexpr float UNIT = 1 / SEGMENTED::unit;
     float share = (0x100 >> first_bits) * (1.0f / 256);
-    if (segment == 0) return {UNIT, 128 - SEGMENTED::offset + 128 * share};
-    return {UNIT * (1 << first_bits), 0.5f - SEGMENTED::offset * share};
+    if (segment == 0) return {UNIT, 128 - OFFSET + 128 * share};
+    return {UNIT * (1 << first_bits), 0.5f - OFFSET * share};
   }
 
   static __device__ void write(Memory& to, int zero, int first_bits) {
@@ -127,7 +127,7 @@ __device__ inline void look_up(
 }
 
 // What a scale stands for, and its power of two.
-__device__ inline float octave_of(unsigned scale) { return float(scale) * (1.0f / 12) - 13; }
+__device__ inline float octave_of(unsigned scale) { return float(scale) * (1.0f / STEPS_PER_OCTAVE) + LOWEST_OCTAVE; }
 __device__ inline float size_of(unsigned scale) { return exp2_fast(octave_of(scale)); }
 
 // Byte i of words.

@@ -3,9 +3,6 @@
 // each token: its lane l has the rotated channels l, l + 32, ... of a segment. Loops are left as
 // they are where the machine code would be long: see problem.cu.
 
-constexpr int ENCODED = 32;
-constexpr int ENCODE_THREADS = 32 * ENCODED;
-
 // A quantiser: by how many steps the search for a scale begins above the root mean square, the
 // unit of levels, and the code of the level nearest to x, in that unit, with the level.
 template <int BITS>
@@ -37,9 +34,9 @@ struct Uniform {
       : shift(SEGMENTED::shift(bits)), count(1 << bits), part(256 >> bits) {}
 
   __device__ int nearest(float x, float& level) const {
-    float code = floorf((x + SEGMENTED::offset) * (count / 256));
+    float code = floorf((x + OFFSET) * (count / 256));
     code = fminf(fmaxf(code, 0), count - 1);
-    level = (code + 0.5f) * part - SEGMENTED::offset;
+    level = (code + 0.5f) * part - OFFSET;
     return int(code);
   }
 };
@@ -64,7 +61,7 @@ template <int DIM, typename Quantizer, int N, typename F>
 __device__ inline void round_with_feedback(
     float (&own)[N], float size, const Quantizer& quantizer, const F* feedback,
     unsigned char* codes) {
-  constexpr int BLOCK = SEGMENTED::feedback_block;
+  constexpr int BLOCK = FEEDBACK_BLOCK;
   int lane = threadIdx.x % 32;
   float inverse = __fdividef(1, size);
 #pragma unroll
@@ -102,11 +99,12 @@ __device__ inline int encode_vector(
     squares += own[i] * own[i];
   }
   squares = fmaxf(warp_sum(squares), 1e-37f);
-  float near = (0.5f * __log2f(squares / DIM) + 13) * 12 + quantizer.shift;
+  float near = (0.5f * __log2f(squares / DIM) - LOWEST_OCTAVE) * STEPS_PER_OCTAVE;
+  near += quantizer.shift;
   int start = int(rintf(fminf(fmaxf(near, -2), 257))), best_scale = 0;
   float best = 0, norm = rsqrtf(squares);
 #pragma unroll 1
-  for (int i = 0; i < 5; i++) {
+  for (int i = 0; i < SEARCHED; i++) {
     // 0, -1, 1, -2, 2
     int scale = min(max(start + (i % 2 ? -(i + 1) / 2 : i / 2), 0), 255);
     float size = size_of(scale) * (1 / quantizer.unit), inverse = __fdividef(1, size);
@@ -120,7 +118,7 @@ __device__ inline int encode_vector(
       along += missing * own[j];
     }
     along = warp_sum(along) * norm;
-    error = warp_sum(error) + along * along;
+    error = warp_sum(error) + ALONG * along * along;
     if (i == 0 || error < best) best = error, best_scale = scale;
   }
   float size = size_of(best_scale) * (1 / quantizer.unit);
@@ -179,10 +177,68 @@ __device__ inline void copy_codes(
   copy_rows<UNIT>(older_scales, scales, SEGMENTS, before, after, worker, workers);
 }
 
+// What is known of keys; see encode_vectors().
+struct Known {
+  const float* balance;
+  const int* layout;
+  const float* bias;
+  const RotaryPairs& rotary;
+};
+
+// A token's vector x (DIM,), by a warp: without its bias, balanced and sorted.
+template <int DIM, bool BALANCED, bool SORTED, bool BIASED, typename X>
+__device__ inline void read_vector(
+    const X* x, const Known& known, int h, int position, float* to) {
+  for (int d = threadIdx.x % 32; d < DIM; d += 32) {
+    int channel = d;
+    if constexpr (SORTED) channel = known.layout[h * (DIM + 1) + d];
+    float y = float(x[channel]);
+    if constexpr (BIASED) y -= rotated_bias(known.bias + h * DIM, known.rotary, channel, position);
+    if constexpr (BALANCED) y = __fdividef(y, known.balance[h * DIM + channel]);
+    to[d] = y;
+  }
+  __syncwarp();
+}
+
+// Codes in memory, `count` of them from token number `first` of `total` on: packed, so that
+// neighbouring threads write neighbouring bytes. codes: a byte each, rows DIM + 4 apart.
+template <int DIM, int BITS, int SEGMENTS, bool CHANNEL_MAJOR, int PLANES>
+__device__ inline void pack_codes(
+    const unsigned char* codes, int count, long long head, int first, long long total,
+    int first_bits, unsigned char* const (&planes)[PLANES]) {
+  constexpr int FIELDS = Layout<DIM, BITS>::FIELDS, BYTES = Layout<DIM, BITS>::ROWS;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < ENCODED * BYTES; i += ENCODE_THREADS) {
+    int slot = CHANNEL_MAJOR ? i % ENCODED : i / BYTES;
+    int byte = CHANNEL_MAJOR ? i / ENCODED : i % BYTES;
+    if (slot >= count) continue;
+    unsigned packed = 0, high = 0;
+#pragma unroll
+    for (int field = 0; field < FIELDS; field++) {
+      unsigned code = codes[slot * (DIM + 4) + field * BYTES + byte];
+      if constexpr (SEGMENTS == 2) {
+        packed |= field == 0 ? code << (8 - first_bits) : code;
+      } else if constexpr (BITS == 3) {
+        packed |= (code & 3) << (2 * field);
+        high |= (code >> 2) << field;
+      } else {
+        packed |= code << (BITS * field);
+      }
+    }
+    long long at = CHANNEL_MAJOR ? (head * BYTES + byte) * total + first + slot
+                                 : (head * total + first + slot) * BYTES + byte;
+    planes[0][at] = packed;
+    if constexpr (BITS == 3) {
+      planes[1][at] = packed >> 8;
+      planes[2][at] = high;
+    }
+  }
+}
+
 // x: the first of `length` tokens of this head, (length, DIM), which there are the codes of
 // `before` others before. `start`: the position of the first. rotation: see rotate().
-// balance: (H, 1, DIM), layout: (H, DIM + 1), bias: (H, DIM), or not read. feedback:
-// (H, SEGMENTS, PART, PART), or null. planes:
+// known: balance (H, 1, DIM), layout (H, DIM + 1), bias (H, DIM), each as far as there are any.
+// feedback: (H, SEGMENTS, PART, PART), or null. planes:
 // (B, H, bytes, T) if CHANNEL_MAJOR, (B, H, T, bytes) otherwise. scales: (B, H, SEGMENTS, T).
 // `vectors` and `codes`: shared memory of ENCODED times DIM and DIM + 4: so the same byte of all
 // tokens is in 32 banks.
@@ -190,27 +246,17 @@ template <
     int DIM, int BITS, int SEGMENTS, bool CHANNEL_MAJOR, bool BALANCED, bool SORTED, bool BIASED,
     typename X, typename F, int PLANES>
 __device__ inline void encode_vectors(
-    const X* x, int length, int before, int start, const float* rotation, const float* balance,
-    const int* layout, const F* feedback, const float* bias, const RotaryPairs& rotary,
-    unsigned char* const (&planes)[PLANES], unsigned char* scales, float* vectors,
-    unsigned char* codes, int block) {
-  constexpr int FIELDS = Layout<DIM, BITS>::FIELDS, BYTES = Layout<DIM, BITS>::ROWS;
+    const X* x, int length, int before, int start, const float* rotation, const Known& known,
+    const F* feedback, unsigned char* const (&planes)[PLANES], unsigned char* scales,
+    float* vectors, unsigned char* codes, int block) {
   constexpr int PART = DIM / SEGMENTS;
-  int warp = this_warp(), lane = threadIdx.x % 32;
-  int h = blockIdx.y, first = block * ENCODED, token = first + warp;
-  int first_bits = first_bits_of<DIM, SORTED>(layout, h);
+  int warp = this_warp(), h = blockIdx.y, first = block * ENCODED, token = first + warp;
+  int first_bits = first_bits_of<DIM, SORTED>(known.layout, h);
   long long head = (long long)blockIdx.z * gridDim.y + h, total = before + length;
   if (token < length) {
     float* vector = vectors + warp * DIM;
-    for (int d = lane; d < DIM; d += 32) {
-      int channel = d;
-      if constexpr (SORTED) channel = layout[h * (DIM + 1) + d];
-      float y = float(x[(long long)token * DIM + channel]);
-      if constexpr (BIASED) y -= rotated_bias(bias + h * DIM, rotary, channel, start + token);
-      if constexpr (BALANCED) y = __fdividef(y, balance[h * DIM + channel]);
-      vector[d] = y;
-    }
-    __syncwarp();
+    read_vector<DIM, BALANCED, SORTED, BIASED>(
+        x + (long long)token * DIM, known, h, start + token, vector);
     unsigned char* own = codes + warp * (DIM + 4);
     unsigned char* scale = scales + head * SEGMENTS * total + before + token;
     if constexpr (SEGMENTS == 1) {
@@ -226,33 +272,6 @@ __device__ inline void encode_vectors(
     }
   }
   __syncthreads();
-
-  // Neighbouring threads write neighbouring bytes.
-#pragma unroll 1
-  for (int i = threadIdx.x; i < ENCODED * BYTES; i += ENCODE_THREADS) {
-    int slot = CHANNEL_MAJOR ? i % ENCODED : i / BYTES;
-    int byte = CHANNEL_MAJOR ? i / ENCODED : i % BYTES;
-    if (first + slot >= length) continue;
-    unsigned packed = 0, high = 0;
-#pragma unroll
-    for (int field = 0; field < FIELDS; field++) {
-      unsigned code = codes[slot * (DIM + 4) + field * BYTES + byte];
-      if constexpr (SEGMENTS == 2) {
-        packed |= field == 0 ? code << (8 - first_bits) : code;
-      } else if constexpr (BITS == 3) {
-        packed |= (code & 3) << (2 * field);
-        high |= (code >> 2) << field;
-      } else {
-        packed |= code << (BITS * field);
-      }
-    }
-    int at_token = before + first + slot;
-    long long at = CHANNEL_MAJOR ? (head * BYTES + byte) * total + at_token
-                                 : (head * total + at_token) * BYTES + byte;
-    planes[0][at] = packed;
-    if constexpr (BITS == 3) {
-      planes[1][at] = packed >> 8;
-      planes[2][at] = high;
-    }
-  }
+  pack_codes<DIM, BITS, SEGMENTS, CHANNEL_MAJOR>(
+      codes, length - first, head, before + first, total, first_bits, planes);
 }

@@ -9,12 +9,9 @@ import mlx.core as mx
 from ...codecs.kv_codec import ALL, Codes, KVCodec
 from ...codecs.rotation import Rotation
 from ..inputs import MODEL, int_array, model_arrays
+from ..sizes import BlockEncode
 from ..support import encodes
 from . import source
-from .source import ENCODE_THREADS
-
-# Tokens of a block of encode.cu, which has a warp for each.
-ENCODED = 32
 
 # Bytes of older codes of a head that a block copies, and the most blocks that do.
 COPIED = 2**16
@@ -87,7 +84,7 @@ def _encode(codec: KVCodec, sides: Sequence[_Side], start: int, part: slice) -> 
         for side in sides
         for width in side.widths
     ]
-    blocks = len(sides) * -(-length // ENCODED) + sum(copying)
+    blocks = len(sides) * -(-length // BlockEncode.ENCODED) + sum(copying)
     made = _encode_kernel(tuple((side.is_keys, len(side.widths) - 1) for side in sides))(
         inputs=[
             *inputs,
@@ -103,8 +100,8 @@ def _encode(codec: KVCodec, sides: Sequence[_Side], start: int, part: slice) -> 
             ("BIASED", known is not None and known.bias is not None),
             ("UNIT", 1 if before % 16 or total % 16 else 16),
         ],
-        grid=(blocks * ENCODE_THREADS, heads, batch),
-        threadgroup=(ENCODE_THREADS, 1, 1),
+        grid=(blocks * BlockEncode.ENCODE_THREADS, heads, batch),
+        threadgroup=(BlockEncode.ENCODE_THREADS, 1, 1),
         output_shapes=shapes,
         output_dtypes=[mx.uint8] * len(shapes),
     )
@@ -122,6 +119,7 @@ BODY = """
   __shared__ unsigned char codes[ENCODED * (WIDEST + 4)];
   int first = places[0], length = places[1], start = places[2], before = places[3];
   RotaryPairs rotary = {{fine, coarse_cos, coarse_sin, places[4], places[5], places[6]}};
+  Known known = {{balance, layout, bias, rotary}};
   int encoding = (length + ENCODED - 1) / ENCODED, block = blockIdx.x;
   long long head = (long long)blockIdx.z * gridDim.y + blockIdx.y;
 """
@@ -138,8 +136,8 @@ SIDE_BODY = """
           DIM, BITS, SEGMENTS, {is_keys}, BALANCED && {is_keys}, SORTED && {is_keys},
           BIASED && {is_keys}>(
           {name} + (head * {name}_shape[2] + first) * DIM, length, before, start, {name}_rotation,
-          balance, layout, FED_BACK && {is_keys} ? feedback : nullptr, bias, rotary, planes,
-          {name}_scales, vectors, codes, block);
+          known, FED_BACK && {is_keys} ? feedback : nullptr, planes, {name}_scales, vectors, codes,
+          block);
       return;
     }}
     block -= encoding;

@@ -16,33 +16,11 @@ __device__ inline void join_tokens(
   }
 }
 
-template <int ROWS, int DIM, int VALUE_DIM, typename P>
-__device__ inline void attend_exact(const P& p, int part) {
-  using X = typename P::Exact;
-  alignas(16) __shared__ float query[ROWS][DIM], weight[ROWS][EXACT_PART];
-  __shared__ const X* values[EXACT_PART];
-  int chunks = (p.group * p.count + ROWS - 1) / ROWS;
-  int h = blockIdx.y / chunks, chunk = blockIdx.y % chunks, b = blockIdx.z;
-  int warp = this_warp(), lane = threadIdx.x % 32;
-  int last_row = p.group * p.count - 1;
-  // Two lanes to a token.
-  static_assert(THREADS == 2 * EXACT_PART);
-  int first = part * EXACT_PART, slot = threadIdx.x / 2, member = threadIdx.x % 2;
-  int token = min(first + slot, p.exact - 1);
-  const X* key = p.exact_token(p.keys, p.new_keys, b * p.heads + h, token, DIM);
-  if (member == 0) {
-    values[slot] = p.exact_token(p.values, p.new_values, b * p.heads + h, token, VALUE_DIM);
-    prefetch(key, DIM);
-    prefetch(values[slot], VALUE_DIM);
-  }
-#pragma unroll 1
-  for (int r = warp; r < ROWS; r += WARPS) {
-    read_query<DIM>(p, query[r], b, h, min(chunk * ROWS + r, last_row));
-  }
-  __syncthreads();
-
+// Scores of all rows with one key, of which two lanes have a half each, their `member`.
+template <int ROWS, int DIM, typename X>
+__device__ inline void score_exact(
+    const X* key, int member, const float (&query)[ROWS][DIM], float (&score)[ROWS]) {
   constexpr int CHANNELS = sizeof(Words) / sizeof(X), STEP = 2 * CHANNELS;
-  float score[ROWS] = {};
 #pragma unroll 2
   for (int i = 0; i < (DIM + STEP - 1) / STEP; i++) {
     int d = i * STEP + member * CHANNELS;
@@ -55,41 +33,71 @@ __device__ inline void attend_exact(const P& p, int part) {
     }
   }
 #pragma unroll
+  for (int r = 0; r < ROWS; r++) score[r] += __shfl_xor_sync(ALL, score[r], 1);
+}
+
+// The scores of row r with the tokens from `first` on become weights, by a warp. to: their sum,
+// their power of two and that they are not of codes, see Problem.
+template <int ROWS, typename P>
+__device__ inline void weigh_exact(
+    const P& p, const BlockRows<ROWS>& rows, int r, int first, float (&weight)[EXACT_PART],
+    float* to) {
+  int lane = threadIdx.x % 32, n = rows.row(r) % p.count;
+  const int* bound = rows.bound(p, r);
+  float own[EXACT_PART / 32], top = LOWEST, total = 0;
+#pragma unroll
+  for (int i = 0; i < EXACT_PART / 32; i++) {
+    int slot = first + lane + 32 * i;
+    bool seen = slot >= (slot < p.sinks ? bound[0] : p.exact - bound[3]);
+    own[i] = seen && slot < p.exact - p.count + n + 1 ? weight[lane + 32 * i] : NEVER;
+    top = fmaxf(top, own[i]);
+  }
+#pragma unroll
+  for (int bit = 1; bit < 32; bit *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, bit));
+#pragma unroll
+  for (int i = 0; i < EXACT_PART / 32; i++) {
+    own[i] = exp2f(own[i] - top);
+    weight[lane + 32 * i] = own[i];
+    total += own[i];
+  }
+#pragma unroll
+  for (int bit = 1; bit < 32; bit *= 2) total += __shfl_xor_sync(ALL, total, bit);
+  if (lane == 0) to[0] = total, to[1] = top, to[2] = 0;
+}
+
+template <int ROWS, int DIM, int VALUE_DIM, typename P>
+__device__ inline void attend_exact(const P& p, int part) {
+  using X = typename P::Exact;
+  alignas(16) __shared__ float query[ROWS][DIM], weight[ROWS][EXACT_PART];
+  __shared__ const X* values[EXACT_PART];
+  BlockRows<ROWS> rows(p);
+  int warp = this_warp();
+  // Two lanes to a token.
+  static_assert(THREADS == 2 * EXACT_PART);
+  int first = part * EXACT_PART, slot = threadIdx.x / 2, member = threadIdx.x % 2;
+  int token = min(first + slot, p.exact - 1), head = rows.b * p.heads + rows.h;
+  const X* key = p.exact_token(p.keys, p.new_keys, head, token, DIM);
+  if (member == 0) {
+    values[slot] = p.exact_token(p.values, p.new_values, head, token, VALUE_DIM);
+    prefetch(key, DIM);
+    prefetch(values[slot], VALUE_DIM);
+  }
+#pragma unroll 1
+  for (int r = warp; r < ROWS; r += WARPS) read_query<DIM>(p, query[r], rows, r);
+  __syncthreads();
+
+  float score[ROWS] = {};
+  score_exact(key, member, query, score);
+#pragma unroll
   for (int r = 0; r < ROWS; r++) {
-    score[r] += __shfl_xor_sync(ALL, score[r], 1);
     if (member == 0) weight[r][slot] = score[r];
   }
   __syncthreads();
 
   float* sums = p.template sums_of_block<ROWS, VALUE_DIM>();
-  float* weights = sums + ROWS * VALUE_DIM;
 #pragma unroll 1
   for (int r = warp; r < ROWS; r += WARPS) {
-    int n = min(chunk * ROWS + r, last_row) % p.count;
-    const int* bound = p.bounds + (b * p.count + n) * 4;
-    float own[EXACT_PART / 32], top = LOWEST, total = 0;
-#pragma unroll
-    for (int i = 0; i < EXACT_PART / 32; i++) {
-      int slot = first + lane + 32 * i;
-      bool seen = slot >= (slot < p.sinks ? bound[0] : p.exact - bound[3]);
-      own[i] = seen && slot < p.exact - p.count + n + 1 ? weight[r][lane + 32 * i] : NEVER;
-      top = fmaxf(top, own[i]);
-    }
-#pragma unroll
-    for (int bit = 1; bit < 32; bit *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, bit));
-#pragma unroll
-    for (int i = 0; i < EXACT_PART / 32; i++) {
-      own[i] = exp2f(own[i] - top);
-      weight[r][lane + 32 * i] = own[i];
-      total += own[i];
-    }
-#pragma unroll
-    for (int bit = 1; bit < 32; bit *= 2) total += __shfl_xor_sync(ALL, total, bit);
-    if (lane == 0) {
-      weights[r * 3] = total;
-      weights[r * 3 + 1] = top;
-      weights[r * 3 + 2] = 0;
-    }
+    weigh_exact(p, rows, r, first, weight[r], sums + ROWS * VALUE_DIM + r * 3);
   }
   __syncthreads();
 

@@ -1,16 +1,39 @@
-// The second launch: the parts of one query row together, the coded ones rotated back.
+// The second launch: the parts of one query row together, the coded ones rotated back. A learned
+// sink is one more score, without a value.
 
-constexpr int MERGE_THREADS = 512;
+// The share of each part in a row, and whether it is of codes, by a warp; returns the sum of all
+// weights. weights: of the first part, see Problem; those of the next are `stride` further.
+// learned: the score of the learned sink, if LEARNED.
+template <bool LEARNED>
+__device__ inline float weigh_parts(
+    const float* weights, long long stride, int parts, float learned, float* share, bool* coded) {
+  float top = LOWEST, sum = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < parts; i += 32) top = fmaxf(top, weights[i * stride + 1]);
+#pragma unroll
+  for (int bit = 1; bit < 32; bit *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, bit));
+  if constexpr (LEARNED) top = fmaxf(top, learned);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < parts; i += 32) {
+    const float* weight = weights + i * stride;
+    share[i] = exp2_fast(weight[1] - top);
+    coded[i] = weight[2] != 0;
+    sum += weight[0] * share[i];
+  }
+  sum = warp_sum(sum);
+  if constexpr (LEARNED) sum += exp2_fast(learned - top);
+  return sum;
+}
 
-// ROWS: of a block of the first launch.
-template <int VALUE_DIM, int ROWS, typename T>
+// ROWS: of a block of the first launch. learned_sinks: (H G,), or not read.
+template <int VALUE_DIM, int ROWS, bool LEARNED, typename S, typename T>
 __device__ inline void merge_parts(
-    const float* partial, const float* rotation, T* out, int parts, int count) {
+    const float* partial, const float* rotation, const S* learned_sinks, T* out, int parts,
+    int count) {
   constexpr long long PART = ROWS * (VALUE_DIM + 3);
   constexpr int WIDTH = (VALUE_DIM + 31) / 32 * 32, GROUPS = MERGE_THREADS / WIDTH;
-  constexpr int MOST_PARTS = 1024;
-  __shared__ float share[MOST_PARTS];
-  __shared__ bool coded[MOST_PARTS];
+  __shared__ float share[MERGED_PARTS];
+  __shared__ bool coded[MERGED_PARTS];
   __shared__ float plain[GROUPS][WIDTH], rotated[GROUPS][WIDTH];
   __shared__ float inverse;  // of the sum of all weights
   int row = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
@@ -20,21 +43,11 @@ __device__ inline void merge_parts(
   const float* weights = partial + ROWS * VALUE_DIM + row % ROWS * 3;
 
   if (this_warp() == 0) {
-    float top = LOWEST, sum = 0;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < parts; i += 32) {
-      top = fmaxf(top, weights[i * PART + 1]);
+    float learned = 0;
+    if constexpr (LEARNED) {
+      learned = float(learned_sinks[h * (gridDim.x / count) + row / count]) * LOG2_E;
     }
-#pragma unroll
-    for (int bit = 1; bit < 32; bit *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, bit));
-#pragma unroll 1
-    for (int i = threadIdx.x; i < parts; i += 32) {
-      const float* weight = weights + i * PART;
-      share[i] = exp2_fast(weight[1] - top);
-      coded[i] = weight[2] != 0;
-      sum += weight[0] * share[i];
-    }
-    sum = warp_sum(sum);
+    float sum = weigh_parts<LEARNED>(weights, PART, parts, learned, share, coded);
     if (threadIdx.x == 0) inverse = __fdividef(1, sum);
   }
   __syncthreads();

@@ -25,5 +25,5 @@ def attend(problem: Problem) -> mx.array:
 @functools.cache
 def kernel(name: str, inputs: str, outputs: str) -> Any:
     """As :func:`metal.kernel`, compiled as CUDA."""
-    body = _MEMORY.sub(r"__shared__ \1", metal.source(name))
+    body = _MEMORY.sub(r"__shared__ \1", metal.body(name, inputs, outputs))
     return source.kernel(f"metal_{name}", inputs.split(), outputs.split(), body)

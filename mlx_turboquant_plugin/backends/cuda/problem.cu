@@ -8,13 +8,9 @@
 // Loops that a block runs once or twice, or whose turns wait for nothing, are not unrolled: a
 // first prompt waits for the compiler, and MLX looks at all machine code at every launch.
 
-constexpr int WARPS = 4;
-constexpr int THREADS = 32 * WARPS;
-constexpr int EXACT_PART = 64;
 // Bytes that come from memory together.
 constexpr int LINE = 128;
 #define NEVER __int_as_float(0xFF800000)
-constexpr float LOG2_E = 1.44269504f;
 
 // Codes of one side, (B, H, rows, T) for keys and (B, H, T, rows) for values.
 struct Planes {
@@ -79,6 +75,27 @@ __device__ inline Problem<Q, X> problem(
   return {queries, keys, values, {key_planes, key_scale}, {value_planes, value_scale}};
 }
 
+// The rows of a block: those of chunk number `chunk`, of KV head h in sequence b.
+template <int ROWS>
+struct BlockRows {
+  int h, chunk, b, last;
+
+  template <typename P>
+  __device__ explicit BlockRows(const P& p) {
+    int chunks = (p.group * p.count + ROWS - 1) / ROWS;
+    h = blockIdx.y / chunks, chunk = blockIdx.y % chunks, b = blockIdx.z;
+    last = p.group * p.count - 1;
+  }
+
+  // Row r of the block, among those of its head; what is missing repeats the last.
+  __device__ int row(int r) const { return min(chunk * ROWS + r, last); }
+
+  template <typename P>
+  __device__ const int* bound(const P& p, int r) const {
+    return p.bounds + (b * p.count + row(r) % p.count) * 4;
+  }
+};
+
 // Channels side by side, that are loaded at once.
 template <int N, typename X>
 struct alignas(N * sizeof(X)) Channels {
@@ -96,11 +113,12 @@ __device__ inline void prefetch(const X* from, int count) {
   for (int i = 0; i < count; i += LINE / sizeof(X)) prefetch_line(from + i);
 }
 
-// Query row `row` of this block, times the scale, in fp32 and shared memory.
-template <int DIM, typename P>
-__device__ inline void read_query(const P& p, float* to, int b, int h, int row) {
-  long long rows = p.group * p.count;
-  const auto* from = p.queries + ((b * p.heads + h) * rows + row) * DIM;
+// Query row r of this block, times the scale, in fp32 and shared memory.
+template <int DIM, int ROWS, typename P>
+__device__ inline void read_query(const P& p, float* to, const BlockRows<ROWS>& rows, int r) {
+  long long rows_of_head = p.group * p.count;
+  const auto* from =
+      p.queries + ((rows.b * p.heads + rows.h) * rows_of_head + rows.row(r)) * DIM;
   for (int d = threadIdx.x % 32; d < DIM; d += 32) to[d] = float(from[d]) * (p.scale * LOG2_E);
 }
 

@@ -1,8 +1,5 @@
 // Rotary positions, by the tables of codecs/key_bias.py: see RotaryTable there.
 
-// Positions that the fine table has, and the distance of those of the coarse ones.
-constexpr int ANGLES = 128;
-
 struct Complex {
   float re, im;
 };

@@ -9,15 +9,24 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...codecs.feedback import FEEDBACK_BLOCK
-from ...codecs.lloyd_max import CODEBOOKS, OFFSET
+from ...codecs.lloyd_max import CODEBOOKS
 from ...codecs.segmented import SHIFTS, UNIT, USUAL_BITS
-from ..dequantize import THREADS as DEQUANTIZE_THREADS
 from ..metal import launch as metal
+from ..sizes import (
+    CUDA,
+    BlockEncode,
+    Codes,
+    Dequantize,
+    Merge,
+    Scores,
+    Simdgroups,
+    Split,
+    constants,
+)
 from . import nvrtc
 
-# Threads of a block in split.cu, merge.cu and encode.cu.
-SPLIT_THREADS, MERGE_THREADS, ENCODE_THREADS = 128, 512, 1024
+# What device code has of the sizes.
+TABLES = Scores, Codes, Split, Merge, BlockEncode
 
 # Blocks of the first launch of attention that run at once on a multiprocessor.
 BLOCKS = 4
@@ -32,13 +41,12 @@ def kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], body: str) 
     """
     if name in QUICK_PARTS and nvrtc.available():
         quick = ["types.cuh", *QUICK_PARTS[name]]
-        # Each constant that a kernel need not have is in its machine code, too.
-        levels = [_levels()] if "codes.cu" in quick else []
-        header = "\n".join([*levels, *map(read, quick)])
+        numbers = _numbers(name, QUICK_TABLES.get(name, TABLES))
+        header = "\n".join([numbers, *map(read, quick)])
         return nvrtc.Kernel(name, inputs, outputs, body, header, BOUNDS[name])
     # MLX may keep what it compiled under this name, and does not see the files.
     parts = map(read, PORTABLE_PARTS.get(name, PARTS))
-    version = zlib.crc32("".join([_levels(), *parts, body]).encode())
+    version = zlib.crc32("".join([_numbers(name), *parts, body]).encode())
     return mx.fast.cuda_kernel(
         name=f"turboquant_{name}_{version:08x}",
         input_names=inputs,
@@ -67,13 +75,16 @@ QUICK_PARTS = {
     "metal_dequantize": PORTABLE_PARTS["metal_dequantize"],
 }
 
+# Each constant that a kernel need not have is in its machine code, too.
+QUICK_TABLES = {"encode": (Codes, BlockEncode), "merge": (Scores, Merge)}
+
 BOUNDS = {
-    "split": f"{SPLIT_THREADS}, {BLOCKS}",
-    "merge": f"{MERGE_THREADS}",
-    "encode": f"{ENCODE_THREADS}",
-    "metal_decode": f"{metal.THREADS}",
-    "metal_merge": f"{metal.THREADS}",
-    "metal_dequantize": f"{DEQUANTIZE_THREADS}",
+    "split": f"{Split.THREADS}, {BLOCKS}",
+    "merge": f"{Merge.MERGE_THREADS}",
+    "encode": f"{BlockEncode.ENCODE_THREADS}",
+    "metal_decode": f"{Simdgroups.THREADS}",
+    "metal_merge": f"{Simdgroups.THREADS}",
+    "metal_dequantize": f"{Dequantize.THREADS}",
 }
 
 
@@ -86,8 +97,8 @@ def source(name: str) -> str:
     # MLX writes the signature. The bounds give a thread of the first launch 128 registers.
     last = f"#undef __global__\n#define __global__ {attributes}\n"
     if name in PORTABLE_PARTS:
-        return "\n".join([*map(include, PORTABLE_PARTS[name]), last])
-    return "\n".join([_levels(), *map(include, PARTS), last])
+        return "\n".join([_numbers(name), *map(include, PORTABLE_PARTS[name]), last])
+    return "\n".join([_numbers(name), *map(include, PARTS), last])
 
 
 def include(part: str) -> str:
@@ -102,6 +113,13 @@ def read(part: str) -> str:
 
 def _file(part: str) -> Any:
     return files(metal.__package__ if part.endswith(".metal") else __package__) / part
+
+
+def _numbers(name: str, tables: Sequence[type] = TABLES) -> str:
+    """The constants and the codebooks of a kernel."""
+    if name in PORTABLE_PARTS:
+        return metal.numbers(name.removeprefix("metal_"), CUDA)
+    return constants(*tables, integer=CUDA) + (_levels() if Codes in tables else "")
 
 
 def _levels() -> str:
@@ -125,8 +143,8 @@ def _levels() -> str:
     shifts = "".join(f"bits == {bits} ? {shift}f : " for bits, shift in SHIFTS.items())
     text.append(
         "struct SEGMENTED {\n"
-        f"  static constexpr int usual_bits = {USUAL_BITS}, feedback_block = {FEEDBACK_BLOCK};\n"
-        f"  static constexpr float unit = {UNIT}f, offset = {OFFSET}f;\n"
+        f"  static constexpr int usual_bits = {USUAL_BITS};\n"
+        f"  static constexpr float unit = {UNIT}f;\n"
         "  __device__ static float shift(int bits) {\n"
         f"    return {shifts}0.0f;\n  }}\n}};"
     )

@@ -1,4 +1,15 @@
 // Attention over a part of the coded tokens, TILE of them at a time and warp by warp.
+//
+// A lane is (g, c), lane = 4 g + c, as the matrix units have it. Of a tile it holds
+//
+//     keys:                      values:                    scores:
+//         g  0  1 ..  7              g  0  1 ..  7              c  0  1  2  3
+//       c 0  0  4 .. 28            c 0  0  4 .. 28            g 0  0  1  2  3
+//         1  1  5 .. 29              1  1  5 .. 29              1  4  5  6  7
+//         2  2  6 .. 30              2  2  6 .. 30             .. .. .. .. ..
+//         3  3  7 .. 31              3  3  7 .. 31              7 28 29 30 31
+//       g: TILE / 8 tokens         c: TILE / 4 tokens         g: the tokens of keys
+//       c: 4 of 16 bytes           g: words of each           c: rows c, 4 + c
 
 // What a warp keeps of the softmax for this lane's rows c, 4 + c, ...: of each the highest
 // score, with the size of the value, and sums of weights relative to it.
@@ -102,6 +113,86 @@ struct Seen {
   }
 };
 
+// Which codes this lane's rows c, 4 + c, ... see.
+template <int NT, int TILE>
+struct SeenByRows {
+  static constexpr int TOKENS = TILE / 8;
+
+  int from[NT], to[NT];
+
+  template <typename P>
+  __device__ SeenByRows(const P& p, const BlockRows<4 * NT>& rows) {
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++) {
+      const int* bound = rows.bound(p, 4 * nt + threadIdx.x % 4);
+      from[nt] = bound[1];
+      to[nt] = p.coded - bound[2];
+    }
+  }
+
+  // Scores of what they do not see.
+  __device__ void hide(int tile, float (&score)[NT][TOKENS]) const {
+    int first = tile * TILE + threadIdx.x % 32 / 4 * TOKENS;
+#pragma unroll
+    for (int i = 0; i < NT * TOKENS; i++) {
+      int nt = i / TOKENS, t = i % TOKENS;
+      bool is_seen = first + t >= from[nt] && first + t < to[nt];
+      score[nt][t] = is_seen ? score[nt][t] : NEVER;
+    }
+  }
+};
+
+// The tiles that this warp takes, each WARPS further than the one before.
+struct OwnTiles {
+  int first, end;
+};
+
+// Of a part of what some row sees. Groups of tiles, one for each warp, are not cut: together they
+// read whole lines of keys.
+template <int TILE>
+__device__ inline OwnTiles own_tiles(const Seen& seen, int part, int parts) {
+  int first_group = seen.low / (TILE * WARPS);
+  int groups = max(0, (seen.high + TILE * WARPS - 1) / (TILE * WARPS) - first_group);
+  int end = (first_group + groups * (part + 1) / parts) * WARPS;
+  return {
+      (first_group + groups * part / parts) * WARPS + this_warp(),
+      min(end, (seen.high + TILE - 1) / TILE)};
+}
+
+// What a block that attends to codes keeps in shared memory besides its bias, in part for one
+// use after the other: first the queries, then what each warp has for itself.
+template <int ROWS, int DIM, int VALUE_DIM, typename Keys, typename Bias>
+union alignas(16) CodedMemory {
+  struct {
+    float query[ROWS][DIM];
+    typename Keys::Whole whole[ROWS];
+  };
+  union {
+    typename Bias::Scratch turned;
+    float sum[ROWS][VALUE_DIM];
+  } warp[WARPS];
+};
+
+// The rows of a block, as Keys multiplies codes by them, and what a bias keeps of them.
+template <
+    typename TileKeys, bool BALANCED, bool SORTED, bool BIASED, int ROWS, int DIM,
+    typename Scales, typename Bias, typename P>
+__device__ inline void prepare_queries(
+    const P& p, const BlockRows<ROWS>& rows, int first_bits, float (&query)[ROWS][DIM],
+    typename TileKeys::Whole (&whole)[ROWS], Scales (&scale)[ROWS], Bias& bias) {
+#pragma unroll 1
+  for (int r = this_warp(); r < ROWS; r += WARPS) {
+    float* x = query[r];
+    read_query<DIM>(p, x, rows, r);
+    __syncwarp();
+    if constexpr (BIASED) {
+      bias.template begin_row<DIM>(r, x, p.bias + rows.h * DIM, p.rotary);
+    }
+    if constexpr (BALANCED || SORTED) balance_and_sort<DIM, BALANCED, SORTED>(p, x, rows.h);
+    TileKeys::to_whole_numbers(x, p.rotation, first_bits, scale[r], whole[r]);
+  }
+}
+
 // The sums of a block's warps together. sum: of each warp at `distance`.
 template <int ROWS, int VALUE_DIM, typename P>
 __device__ inline void merge_warps(
@@ -129,114 +220,13 @@ __device__ inline void merge_warps(
   }
 }
 
-// WHOLE_TILES: see Keys. PAIRS: of a rotated key bias, or 0.
+// Writes the sums of all warps, and what they are relative to. unit: what they are multiplied by.
 template <
-    int DIM, int VALUE_DIM, int KEY_BITS, int SEGMENTS, int VALUE_BITS, int NT, int TILE,
-    bool WHOLE_TILES, bool BALANCED, bool SORTED, int PAIRS, typename P>
-__device__ inline void attend_codes(const P& p, int part, int parts) {
-  using TileKeys = Keys<DIM, KEY_BITS, SEGMENTS, NT, TILE, WHOLE_TILES>;
-  using TileValues = Values<VALUE_DIM, VALUE_BITS, NT, TILE, WHOLE_TILES>;
-  constexpr int ROWS = 4 * NT, TOKENS = TILE / 8;
-  constexpr bool BIASED = PAIRS > 0;
-  using Bias = BiasMemory<ROWS, BIASED ? PAIRS : 1, TILE>;
-  // First the queries, then what each warp has for itself.
-  union alignas(16) Memory {
-    struct {
-      float query[ROWS][DIM];
-      typename TileKeys::Whole whole[ROWS];
-    };
-    union {
-      typename Bias::Scratch turned;
-      float sum[ROWS][VALUE_DIM];
-    } warp[WARPS];
-  };
-  __shared__ Memory memory;
-  __shared__ Bias bias;
-  __shared__ typename TileKeys::Scale scale[ROWS][SEGMENTS];
-  __shared__ typename TileKeys::LevelsOfCodes::Memory key_levels;
-  __shared__ typename TileValues::LevelsOfCodes::Memory value_levels;
+    int ROWS, int VALUE_DIM, int NT, int TILE, typename TileValues, typename Memory, typename P>
+__device__ inline void finish_block(
+    const P& p, Softmax<NT, TILE>& softmax, const TileValues& values, Memory& memory, float unit) {
   __shared__ float block_weight[WARPS][ROWS][2];
-
-  int chunks = (p.group * p.count + ROWS - 1) / ROWS;
-  int h = blockIdx.y / chunks, chunk = blockIdx.y % chunks, b = blockIdx.z;
-  int warp = this_warp(), lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  int last_row = p.group * p.count - 1;
-  int first_bits = first_bits_of<DIM, SORTED>(p.layout, h);
-
-  // Groups of tiles, one for each warp, are not cut: together they read whole lines of keys.
-  Seen seen(p, b);
-  int first_group = seen.low / (TILE * WARPS);
-  int groups = max(0, (seen.high + TILE * WARPS - 1) / (TILE * WARPS) - first_group);
-  int tile = (first_group + groups * part / parts) * WARPS + warp;
-  int end_tile = min(
-      (first_group + groups * (part + 1) / parts) * WARPS,
-      (seen.high + TILE - 1) / TILE);
-
-  long long head_token = (long long)(b * p.heads + h) * p.coded;
-  Codes key_codes = p.key_codes.after(head_token, TileKeys::K::ROWS, SEGMENTS);
-  Codes value_codes = p.value_codes.after(head_token, TileValues::V::ROWS, 1);
-  if (tile < end_tile) {
-    TileKeys::prefetch(key_codes, p.coded, tile);
-    TileValues::prefetch(value_codes, p.coded, tile);
-    if constexpr (BIASED) bias.prefetch_turns(p.rotary, p.first_coded, tile);
-  }
-  if constexpr (BIASED) bias.begin_tiles(p.rotary, p.waves, p.first_coded);
-
-#pragma unroll 1
-  for (int r = warp; r < ROWS; r += WARPS) {
-    float* x = memory.query[r];
-    read_query<DIM>(p, x, b, h, min(chunk * ROWS + r, last_row));
-    __syncwarp();
-    if constexpr (BIASED) bias.template begin_row<DIM>(r, x, p.bias + h * DIM, p.rotary);
-    if constexpr (BALANCED || SORTED) balance_and_sort<DIM, BALANCED, SORTED>(p, x, h);
-    TileKeys::to_whole_numbers(x, p.rotation, first_bits, scale[r], memory.whole[r]);
-  }
-  if constexpr (BIASED) wait_for_copies();
-  if (threadIdx.x == 0) {
-    TileKeys::LevelsOfCodes::write(key_levels, p.coded >> 31, first_bits);
-    TileValues::LevelsOfCodes::write(value_levels, p.coded >> 31);
-  }
-  __syncthreads();
-  TileKeys keys;
-  keys.begin(memory.whole, scale, key_levels);
-  int seen_from[NT], seen_to[NT];
-#pragma unroll
-  for (int nt = 0; nt < NT; nt++) {
-    int n = min(chunk * ROWS + 4 * nt + c, last_row) % p.count;
-    const int* bound = p.bounds + (b * p.count + n) * 4;
-    seen_from[nt] = bound[1];
-    seen_to[nt] = p.coded - bound[2];
-  }
-  __syncthreads();
-
-  Softmax<NT, TILE> softmax;
-  TileValues values;
-  softmax.begin();
-  values.begin(value_levels);
-  for (; tile < end_tile; tile += WARPS) {
-    float score[NT][TOKENS] = {};
-    if constexpr (BIASED) {
-      bias.scores(p.rotary, p.first_coded, tile, memory.warp[warp].turned, score);
-    }
-    keys.load(key_codes, p.coded, tile);
-    unsigned value_size[TILE / 32];
-    TileKeys::load_row(value_codes.scale, p.coded, tile, value_size);
-    keys.add_scores(score);
-    values.load(value_codes.plane, p.coded, tile);
-    if (tile * TILE < seen.all_low || (tile + 1) * TILE > seen.all_high) {
-#pragma unroll
-      for (int i = 0; i < NT * TOKENS; i++) {
-        int nt = i / TOKENS, t = i % TOKENS, token = tile * TILE + g * TOKENS + t;
-        bool is_seen = token >= seen_from[nt] && token < seen_to[nt];
-        score[nt][t] = is_seen ? score[nt][t] : NEVER;
-      }
-    }
-    unsigned weight[NT][TILE / 32][2];
-    float shrink[NT], grow[NT];
-    softmax.weigh(score, value_size, weight, shrink, grow);
-    values.add(weight, shrink, grow);
-  }
-
+  int warp = this_warp(), g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
   softmax.finish();
 #pragma unroll
   for (int nt = 0; nt < NT; nt++) {
@@ -248,7 +238,71 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   values.store(softmax.halves, memory.warp[warp].sum);
   __syncthreads();
   constexpr int DISTANCE_OF_WARPS = sizeof(memory.warp[0]) / sizeof(float);
-  merge_warps<ROWS, VALUE_DIM>(
-      p, memory.warp[0].sum[0], DISTANCE_OF_WARPS, block_weight,
-      1 / (WHOLE * LEVELS<VALUE_BITS>::unit));
+  merge_warps<ROWS, VALUE_DIM>(p, memory.warp[0].sum[0], DISTANCE_OF_WARPS, block_weight, unit);
+}
+
+// WHOLE_TILES: see Keys. PAIRS: of a rotated key bias, or 0.
+template <
+    int DIM, int VALUE_DIM, int KEY_BITS, int SEGMENTS, int VALUE_BITS, int NT, int TILE,
+    bool WHOLE_TILES, bool BALANCED, bool SORTED, int PAIRS, typename P>
+__device__ inline void attend_codes(const P& p, int part, int parts) {
+  using TileKeys = Keys<DIM, KEY_BITS, SEGMENTS, NT, TILE, WHOLE_TILES>;
+  using TileValues = Values<VALUE_DIM, VALUE_BITS, NT, TILE, WHOLE_TILES>;
+  constexpr int ROWS = 4 * NT;
+  constexpr bool BIASED = PAIRS > 0;
+  using Bias = BiasMemory<ROWS, BIASED ? PAIRS : 1, TILE>;
+  __shared__ CodedMemory<ROWS, DIM, VALUE_DIM, TileKeys, Bias> memory;
+  __shared__ Bias bias;
+  __shared__ typename TileKeys::Scale scale[ROWS][SEGMENTS];
+  __shared__ typename TileKeys::LevelsOfCodes::Memory key_levels;
+  __shared__ typename TileValues::LevelsOfCodes::Memory value_levels;
+
+  BlockRows<ROWS> rows(p);
+  int warp = this_warp(), first_bits = first_bits_of<DIM, SORTED>(p.layout, rows.h);
+  Seen seen(p, rows.b);
+  OwnTiles own = own_tiles<TILE>(seen, part, parts);
+  long long head_token = (long long)(rows.b * p.heads + rows.h) * p.coded;
+  Codes key_codes = p.key_codes.after(head_token, TileKeys::K::ROWS, SEGMENTS);
+  Codes value_codes = p.value_codes.after(head_token, TileValues::V::ROWS, 1);
+  if (own.first < own.end) {
+    TileKeys::prefetch(key_codes, p.coded, own.first);
+    TileValues::prefetch(value_codes, p.coded, own.first);
+    if constexpr (BIASED) bias.prefetch_turns(p.rotary, p.first_coded, own.first);
+  }
+  if constexpr (BIASED) bias.begin_tiles(p.rotary, p.waves, p.first_coded);
+  prepare_queries<TileKeys, BALANCED, SORTED, BIASED>(
+      p, rows, first_bits, memory.query, memory.whole, scale, bias);
+  if constexpr (BIASED) wait_for_copies();
+  if (threadIdx.x == 0) {
+    TileKeys::LevelsOfCodes::write(key_levels, p.coded >> 31, first_bits);
+    TileValues::LevelsOfCodes::write(value_levels, p.coded >> 31);
+  }
+  __syncthreads();
+  TileKeys keys;
+  keys.begin(memory.whole, scale, key_levels);
+  SeenByRows<NT, TILE> seen_by_rows(p, rows);
+  __syncthreads();
+
+  Softmax<NT, TILE> softmax;
+  TileValues values;
+  softmax.begin();
+  values.begin(value_levels);
+  for (int tile = own.first; tile < own.end; tile += WARPS) {
+    float score[NT][TILE / 8] = {};
+    if constexpr (BIASED) {
+      bias.scores(p.rotary, p.first_coded, tile, memory.warp[warp].turned, score);
+    }
+    keys.load(key_codes, p.coded, tile);
+    unsigned value_size[TILE / 32];
+    TileKeys::load_row(value_codes.scale, p.coded, tile, value_size);
+    keys.add_scores(score);
+    values.load(value_codes.plane, p.coded, tile);
+    bool all_see = tile * TILE >= seen.all_low && (tile + 1) * TILE <= seen.all_high;
+    if (!all_see) seen_by_rows.hide(tile, score);
+    unsigned weight[NT][TILE / 32][2];
+    float shrink[NT], grow[NT];
+    softmax.weigh(score, value_size, weight, shrink, grow);
+    values.add(weight, shrink, grow);
+  }
+  finish_block<ROWS, VALUE_DIM>(p, softmax, values, memory, 1 / (WHOLE * LEVELS<VALUE_BITS>::unit));
 }

@@ -1,5 +1,5 @@
-// What decode.metal does in parts: queries, their products with codes, a key bias, values, and
-// the softmax.
+// What decode.metal does in parts: queries, their products with codes, a key bias, the softmax,
+// and the sums of simdgroups together.
 //
 // ROWS is the number of query rows (pairs of a query head and a position) that a
 // threadgroup serves: 1, 2, 4 or 8. Rows lie side by side in threadgroup memory, so that
@@ -7,9 +7,6 @@
 
 // A position that no sequence reaches.
 constant constexpr int NEVER = 0x7fffffff;
-
-// Exact tokens of a tile.
-constant constexpr int EXACT_TILE = 32;
 
 template <int ROWS>
 METAL_FUNC void load_rows(threadgroup const float* from, thread float (&to)[ROWS]) {
@@ -39,7 +36,7 @@ METAL_FUNC void load_wide(device const T* from, thread float (&to)[COUNT]) {
 // Queries as codes are multiplied by them, [channel][row]: times the balance, sorted, and their
 // segments rotated. `order`: of the channels, if SORTED. All threads take part. `scratch`:
 // D * ROWS numbers.
-template <int D, int SEGMENTS, int ROWS, int SIMDS, bool BALANCED, bool SORTED, typename T>
+template <int D, int SEGMENTS, int ROWS, bool BALANCED, bool SORTED, typename T>
 METAL_FUNC void rotate_queries(
     device const T* queries, int present, float scale, device const float* balance,
     device const int* order, device const float* rotation, threadgroup float* rotated,
@@ -98,7 +95,7 @@ METAL_FUNC void rotate_queries(
 
 // Of each rotary pair what the cosine and what the sine of its angle is multiplied by in a
 // score, for all rows. `between` and `distance` as in rotated_bias().
-template <int D, int ROWS, int THREADS, typename T>
+template <int D, int ROWS, typename T>
 METAL_FUNC void multiply_pairs(
     device const T* queries, int present, float scale, device const float* bias, int rotary,
     int between, int distance, threadgroup float* pairs, int thread_index) {
@@ -113,6 +110,31 @@ METAL_FUNC void multiply_pairs(
     const float b1 = bias[first], b2 = bias[second];
     pairs[f * ROWS + r] = q1 * b1 + q2 * b2;
     pairs[(rotary + f) * ROWS + r] = q2 * b1 - q1 * b2;
+  }
+}
+
+// Of each row, for affine codes, the sum of the channels as codes are multiplied by them; and what
+// the channels of a bias add to its scores that do not turn. All threads take part.
+template <int D, int ROWS, bool BIASED, typename T>
+METAL_FUNC void sum_queries(
+    device const T* queries, int present, float scale, device const float* bias, int rotary,
+    threadgroup const float* rotated, threadgroup float* sums, threadgroup float* rest,
+    int thread_index) {
+  const int lane = thread_index % 32;
+  for (int r = thread_index / 32; r < ROWS; r += SIMDS) {
+    float sum = 0, unturned = 0;
+    for (int c = lane; c < D; c += 32) {
+      sum += rotated[c * ROWS + r];
+      if (BIASED && c >= 2 * rotary && r < present) {
+        unturned += float(queries[r * D + c]) * bias[c];
+      }
+    }
+    sum = simd_sum(sum);
+    unturned = simd_sum(unturned);
+    if (lane == 0) {
+      sums[r] = sum;
+      rest[r] = unturned * scale;
+    }
   }
 }
 
@@ -140,7 +162,7 @@ METAL_FUNC void add_bias(
     load_rows<ROWS>(turned + f * ROWS, pair);
     UNROLL
     for (int k = 0; k < 4; k++) {
-      const float x = fine[f * TILE + 4 * lane + k];
+      const float x = fine[f * ANGLES + 4 * lane + k];
       UNROLL
       for (int r = 0; r < ROWS; r++) {
         scores[k][r] += pair[r] * x;
@@ -238,110 +260,6 @@ METAL_FUNC void score_codes(
   }
 }
 
-// How the channels of token-major values are dealt to the lanes of a simdgroup.
-//
-// A unit is what one byte of low bits holds: FIELDS channels. A lane owns UNITS
-// neighbouring units, if there are so many. Three bits of the affine codec are twelve bits
-// at a time.
-template <int D, int BITS, bool AFFINE>
-struct ValueLayout {
-  static constant constexpr const int FIELDS = BITS == 3 ? 4 : 8 / BITS;
-  static constant constexpr const int ALL = D / FIELDS;
-  static constant constexpr const int UNITS = ALL <= 32 ? 1 : ALL <= 64 ? 2 : ALL <= 128 ? 4 : 8;
-  static constant constexpr const int CHANNELS = UNITS * FIELDS;
-  // Bytes of a plane of one token; the affine codec pads to whole groups.
-  static constant constexpr const int GROUP = D % 64 == 0 ? 64 : 32;
-  static constant constexpr const int GROUPS = (D + GROUP - 1) / GROUP;
-  static constant constexpr const int BYTES =
-      AFFINE ? GROUPS * GROUP * BITS / 8 : (BITS == 3 ? D / 8 : D / FIELDS);
-
-  // The channel of field `field` of unit `unit`.
-  static int channel(int unit, int field) {
-    if (AFFINE) {
-      return unit * FIELDS + field;
-    }
-    if (BITS == 3) {
-      return (unit / BYTES * 4 + field) * BYTES + unit % BYTES;
-    }
-    return field * BYTES + unit;
-  }
-};
-
-// The levels of a lane's channels of one token: x[FIELDS * u + field].
-//   planes: of the token.
-template <int D, int BITS, bool AFFINE, typename Scale, int CHANNELS>
-METAL_FUNC void load_values(
-    threadgroup const float* levels,
-    Planes planes,
-    device const Scale* scales,
-    device const Scale* zeros,
-    uint lane,
-    thread float (&x)[CHANNELS]) {
-  using Layout = ValueLayout<D, BITS, AFFINE>;
-  const int first = lane * Layout::UNITS;
-  UNROLL
-  for (int k = 0; k < CHANNELS; k++) {
-    x[k] = 0;
-  }
-  if (first >= Layout::ALL) {
-    return;
-  }
-  uint codes[Layout::UNITS];
-  if (BITS != 3) {
-    if (Layout::UNITS == 1) {
-      codes[0] = planes.low[first];
-    } else if (Layout::UNITS == 2) {
-      uint two = *(device const ushort*)(planes.low + first);
-      UNROLL
-      for (int u = 0; u < Layout::UNITS; u++) {
-        codes[u] = (two >> (8 * u)) & 255;
-      }
-    } else {
-      device const uint* words = (device const uint*)(planes.low + first);
-      UNROLL
-      for (int u = 0; u < Layout::UNITS; u++) {
-        codes[u] = (words[u / 4] >> (8 * (u % 4))) & 255;
-      }
-    }
-  } else {
-    UNROLL
-    for (int u = 0; u < Layout::UNITS; u++) {
-      int unit = first + u;
-      if (AFFINE) {
-        int byte = unit / 2 * 3 + unit % 2;
-        uint two = planes.low[byte] | uint(planes.low[byte + 1]) << 8;
-        codes[u] = (two >> (4 * (unit % 2))) & 4095;
-      } else {
-        bool upper = unit >= Layout::BYTES;
-        int i = upper ? unit - Layout::BYTES : unit;
-        uint low = upper ? planes.low_of_upper_fields[i] : planes.low[i];
-        // The high bits of the four fields, in the place above the low ones.
-        codes[u] = low | ((uint(planes.high[i]) >> (upper ? 4 : 0)) & 15) << 8;
-      }
-    }
-  }
-  UNROLL
-  for (int u = 0; u < Layout::UNITS; u++) {
-    float scale = 1, zero = 0;
-    if (AFFINE) {
-      int group = (first + u) * Layout::FIELDS / Layout::GROUP;
-      scale = float(scales[group]);
-      zero = float(zeros[group]);
-    }
-    UNROLL
-    for (int field = 0; field < Layout::FIELDS; field++) {
-      uint code;
-      if (BITS == 3 && !AFFINE) {
-        code = ((codes[u] >> (2 * field)) & 3) | ((codes[u] >> (8 + field)) & 1) << 2;
-      } else {
-        code = Fields<BITS>::code(codes[u], field);
-      }
-      float value = level<AFFINE>(levels, code);
-      x[u * Layout::FIELDS + field] = AFFINE ? value * scale + zero : value;
-    }
-  }
-}
-
 // The online softmax of one simdgroup (Milakov and Gimelshein, arXiv 1805.02867), in
 // powers of two: running maxima, the same in all lanes, and totals, each lane's own.
 template <int ROWS>
@@ -381,3 +299,39 @@ struct Softmax {
     }
   }
 };
+
+template <int ROWS, int CHANNELS>
+METAL_FUNC void shrink_sums(
+    thread const float (&shrink)[ROWS], thread float (&sums)[ROWS][CHANNELS]) {
+  UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    UNROLL
+    for (int c = 0; c < CHANNELS; c++) {
+      sums[r][c] *= shrink[r];
+    }
+  }
+}
+
+// The sums of all simdgroups together, as decode.metal writes them.
+//   sums: of each simdgroup (ROWS, D), `stride` apart; statistics: the maximum and the total of
+//   each simdgroup and row.
+template <int D, int ROWS>
+METAL_FUNC void merge_simdgroups(
+    threadgroup const float* sums, int stride, threadgroup const float* statistics,
+    device float* to, int thread_index) {
+  for (int i = thread_index; i < ROWS * (D + 2); i += THREADS) {
+    const int r = i / (D + 2), c = i % (D + 2);
+    float top = MASKED, sum = 0;
+    UNROLL
+    for (int s = 0; s < SIMDS; s++) {
+      top = max(top, statistics[(s * ROWS + r) * 2]);
+    }
+    UNROLL
+    for (int s = 0; s < SIMDS; s++) {
+      float share = fast::exp2(statistics[(s * ROWS + r) * 2] - top);
+      float own = c < D ? sums[s * stride + r * D + c] : statistics[(s * ROWS + r) * 2 + 1];
+      sum += share * own;
+    }
+    to[i] = c == D ? top : sum;
+  }
+}

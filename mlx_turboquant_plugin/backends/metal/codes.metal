@@ -14,9 +14,6 @@
 // there were no infinities.
 constant constexpr float MASKED = -1e30f;
 
-// Tokens of a tile of codes, four for each lane.
-constant constexpr int TILE = 128;
-
 // The orthonormal Walsh-Hadamard transform of order D, a power of two. Element 32 * j + lane
 // is x[j] of that lane; every lane of the simdgroup must take part.
 template <int D, int COUNT>
@@ -91,13 +88,13 @@ METAL_FUNC uint load_four(device const uint8_t* from, int count, bool aligned) {
   return word;
 }
 
-// The size that a scale byte stands for: 12 steps to the octave from 2^-13 on.
+// The size that a scale byte stands for.
 METAL_FUNC float size_of(uint scale) {
-  return fast::exp2(float(scale) * (1.0f / 12.0f) - 13.0f);
+  return fast::exp2(float(scale) * (1.0f / STEPS_PER_OCTAVE) + LOWEST_OCTAVE);
 }
 
 // Cosine and sine of the angle of rotary pair f, of `pairs`, at a position: see RotaryTable
-// in codecs/key_bias.py; `fine` is (2 pairs, TILE), channel-major.
+// in codecs/key_bias.py; `fine` is (2 pairs, ANGLES), channel-major.
 METAL_FUNC float2 angle(
     device const float* coarse_cos,
     device const float* coarse_sin,
@@ -105,9 +102,9 @@ METAL_FUNC float2 angle(
     int pairs,
     int f,
     int position) {
-  const int block = position / TILE * pairs + f, within = position % TILE;
+  const int block = position / ANGLES * pairs + f, within = position % ANGLES;
   const float cos1 = coarse_cos[block], sin1 = coarse_sin[block];
-  const float cos2 = fine[f * TILE + within], sin2 = fine[(pairs + f) * TILE + within];
+  const float cos2 = fine[f * ANGLES + within], sin2 = fine[(pairs + f) * ANGLES + within];
   return float2(cos1 * cos2 - sin1 * sin2, sin1 * cos2 + cos1 * sin2);
 }
 
@@ -164,9 +161,6 @@ METAL_FUNC int first_bits_of(device const int* layout, int kv_head) {
 
 // The place in `levels` of what a step of a segment's levels stands for at size 1.
 constant constexpr int WIDTH = 0;
-
-// The levels of segments are bytes less this.
-constant constexpr float OFFSET = 127.5f;
 
 // Levels of two segments whose codes share a byte, the first above the second. A level begins
 // with the code and goes on with a one and zeros.

@@ -5,15 +5,9 @@
 // Output: partial (B * H, chunks, splits, ROWS, DV + 2), fp32: for each row the values'
 // weighted sum, rotated in the splits of codes, then the maximum and the total of the
 // softmax. Scores are in powers of two: `scale` includes log2(e).
-constexpr int SIMDS = 4;
-constexpr int THREADS = 32 * SIMDS;
 using Values = ValueLayout<DV, VALUE_BITS, VALUE_AFFINE>;
-// Neighbouring channels of exact values that a lane loads at once, and how often.
-constexpr int WIDE = DV >= 128 ? 4 : 2;
-constexpr int LOADS = (DV / WIDE + 31) / 32;
-constexpr int CHANNELS = Values::CHANNELS > WIDE * LOADS ? Values::CHANNELS : WIDE * LOADS;
-// Coded values that are loaded at once.
-constexpr int STEP = Values::CHANNELS <= 4 ? 4 : 2;
+constexpr int EXACT_CHANNELS = ExactLayout<DV>::CHANNELS;
+constexpr int CHANNELS = Values::CHANNELS > EXACT_CHANNELS ? Values::CHANNELS : EXACT_CHANNELS;
 // Scratch of a simdgroup: weights of a tile, turned pairs of a bias, at last its sums.
 constexpr int WIDEST = DK > DV ? DK : DV;
 constexpr int SCRATCH = (WIDEST > TILE ? WIDEST : TILE) * ROWS;
@@ -22,8 +16,8 @@ constexpr int SCRATCH = (WIDEST > TILE ? WIDEST : TILE) * ROWS;
 threadgroup float4 q_memory[DK * ROWS / 4];
 threadgroup float4 pairs_memory[BIASED ? DK * ROWS / 4 : 1];
 threadgroup float4 scratch_memory[SIMDS * SCRATCH / 4];
-threadgroup float key_levels[16];
-threadgroup float value_levels[16];
+threadgroup float key_levels[MOST_LEVELS];
+threadgroup float value_levels[MOST_LEVELS];
 threadgroup float query_sums[ROWS];
 threadgroup float rest[ROWS];
 threadgroup int limits[ROWS * 4];
@@ -74,9 +68,9 @@ if (thread_index < ROWS * 4) {
   // Rows that are not there see nothing.
   limits[thread_index] = r < present ? bound : NEVER;
 }
-if (thread_index < 16) {
+if (thread_index < MOST_LEVELS) {
   key_levels[thread_index] = levels[thread_index];
-  value_levels[thread_index] = levels[16 + thread_index];
+  value_levels[thread_index] = levels[MOST_LEVELS + thread_index];
 }
 
 if (exact) {
@@ -85,32 +79,20 @@ if (exact) {
     q[i] = i < present * DK ? float(queries[query_offset + i]) * scale[0] : 0.0f;
   }
 } else {
-  rotate_queries<DK, KEY_SEGMENTS, ROWS, SIMDS, BALANCED, SORTED>(
+  rotate_queries<DK, KEY_SEGMENTS, ROWS, BALANCED, SORTED>(
       queries + query_offset, present, scale[0], balance + kv_head * DK,
       layout + kv_head * (DK + 1), key_rotation, q, all_scratch, thread_index);
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-const int rotary = sizes[4];
+const int rotary = sizes[5];
 if (!exact && (KEY_AFFINE || BIASED)) {
-  for (int r = simd; r < ROWS; r += SIMDS) {
-    float sum = 0, unturned = 0;
-    for (int c = lane; c < DK; c += 32) {
-      sum += q[c * ROWS + r];
-      if (BIASED && c >= 2 * rotary && r < present) {
-        unturned += float(queries[query_offset + r * DK + c]) * bias[kv_head * DK + c];
-      }
-    }
-    sum = simd_sum(sum);
-    unturned = simd_sum(unturned);
-    if (lane == 0) {
-      query_sums[r] = sum;
-      rest[r] = unturned * scale[0];
-    }
-  }
+  sum_queries<DK, ROWS, BIASED>(
+      queries + query_offset, present, scale[0], bias + kv_head * DK, rotary, q, query_sums, rest,
+      thread_index);
   if (BIASED) {
-    multiply_pairs<DK, ROWS, THREADS>(
-        queries + query_offset, present, scale[0], bias + kv_head * DK, rotary, sizes[5], sizes[6],
+    multiply_pairs<DK, ROWS>(
+        queries + query_offset, present, scale[0], bias + kv_head * DK, rotary, sizes[6], sizes[7],
         pairs, thread_index);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -127,85 +109,22 @@ for (int r = 0; r < ROWS; r++) {
 }
 
 if (exact) {
-  const auto own_keys = keys + size_t(kv_index) * exact_count * DK;
-  const auto own_values = values + size_t(kv_index) * exact_count * DV;
-  for (int start = (split * SIMDS + simd) * EXACT_TILE; start < exact_count;
-       start += exact_splits * SIMDS * EXACT_TILE) {
-    // Eight lanes share a token.
-    const int part = lane % 8;
-    for (int i = lane / 8; i < EXACT_TILE; i += 4) {
-      float products[ROWS] = {0};
-      if (start + i < exact_count) {
-        for (int c = 4 * part; c < DK; c += 32) {
-          float x[4], y[4];
-          load_wide<4>(own_keys + (start + i) * DK + c, x);
-          UNROLL
-          for (int r = 0; r < ROWS; r++) {
-            load_rows<4>(q + r * DK + c, y);
-            products[r] += x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3];
-          }
-        }
-      }
-      UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        products[r] += simd_shuffle_xor(products[r], 4);
-        products[r] += simd_shuffle_xor(products[r], 2);
-        products[r] += simd_shuffle_xor(products[r], 1);
-        if (part == r) {
-          scratch[i * ROWS + r] = products[r];
-        }
-      }
-    }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    const int slot = start + lane;
-    float weights[1][ROWS], shrink[ROWS];
-    UNROLL
-    for (int r = 0; r < ROWS; r++) {
-      int oldest = limits[r * 4 + (slot < sinks ? 0 : 3)];
-      int newest = exact_count - count + (first_row + r) % count;
-      bool seen = slot >= oldest && slot <= newest;
-      weights[0][r] = seen ? scratch[lane * ROWS + r] : MASKED;
-    }
-    softmax.template add<1>(weights, shrink);
-    UNROLL
-    for (int r = 0; r < ROWS; r++) {
-      scratch[lane * ROWS + r] = weights[0][r];
-      UNROLL
-      for (int c = 0; c < CHANNELS; c++) {
-        sums[r][c] *= shrink[r];
-      }
-    }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    for (int i = 0; i < min(EXACT_TILE, exact_count - start); i++) {
-      float weight[ROWS];
-      load_rows<ROWS>(scratch + i * ROWS, weight);
-      UNROLL
-      for (int j = 0; j < LOADS; j++) {
-        int c = (32 * j + lane) * WIDE;
-        if (c < DV) {
-          float x[WIDE];
-          load_wide<WIDE>(own_values + (start + i) * DV + c, x);
-          UNROLL
-          for (int k = 0; k < WIDE; k++) {
-            UNROLL
-            for (int r = 0; r < ROWS; r++) {
-              sums[r][j * WIDE + k] += weight[r] * x[k];
-            }
-          }
-        }
-      }
-    }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-  }
+  const ExactSlots slots = {exact_count, sinks, count, first_row};
+  const size_t first = size_t(kv_index) * exact_count;
+  attend_exact<DK, DV>(
+      keys + first * DK, values + first * DV, slots, (split * SIMDS + simd) * EXACT_TILE,
+      exact_splits * SIMDS * EXACT_TILE, q, limits, scratch, lane, softmax, sums);
+  store_exact<DV>(sums, scratch, lane);
 } else {
   constexpr int KEY_BYTES = KEY_BITS == 3 ? DK / 8 : DK * KEY_BITS / 8;
   const size_t first_code = size_t(kv_index) * code_count;
+  const auto coded_values =
+      values_from<Values>(first_code, v0, v1, v2, value_scale, value_zero);
   const SegmentLevels segment_levels(first_bits_of<DK, KEY_SEGMENTS, SORTED>(layout, kv_head));
   for (int start = (codes_from / TILE + (split - exact_splits) * SIMDS + simd) * TILE;
        start < codes_to; start += (splits - exact_splits) * SIMDS * TILE) {
     const int own = start + 4 * lane;
     const int own_count = clamp(code_count - own, 0, 4);
-    const bool aligned = code_count % 4 == 0;
     float weights[4][ROWS] = {{0}};
     if (own_count > 0) {
       const size_t at = first_code * KEY_BYTES + own;
@@ -219,69 +138,20 @@ if (exact) {
       add_bias(
           pairs, coarse_cos, coarse_sin, fine, rotary, first_coded + start, scratch, lane, weights);
     }
-    UNROLL
-    for (int k = 0; k < 4; k++) {
-      const int index = own + k;
-      UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        bool seen = k < own_count && index >= limits[r * 4 + 1] && index < limits[r * 4 + 2];
-        weights[k][r] = seen ? weights[k][r] + (BIASED ? rest[r] : 0.0f) : MASKED;
-      }
-    }
     float shrink[ROWS];
-    softmax.template add<4>(weights, shrink);
-    UNROLL
-    for (int k = 0; k < 4; k++) {
-      float size = 0;
-      if (k < own_count) {
-        size = VALUE_AFFINE ? 1.0f : size_of(uint(value_scale[first_code + own + k]));
-      }
-      UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        scratch[(4 * lane + k) * ROWS + r] = weights[k][r] * size;
-      }
-    }
-    UNROLL
-    for (int r = 0; r < ROWS; r++) {
-      UNROLL
-      for (int c = 0; c < CHANNELS; c++) {
-        sums[r][c] *= shrink[r];
-      }
-    }
+    weigh_codes<ROWS, BIASED>(own, own_count, limits, rest, softmax, weights, shrink);
+    share_weights<VALUE_AFFINE>(
+        weights, coded_values.scales + own, own_count, scratch + 4 * lane * ROWS);
+    shrink_sums(shrink, sums);
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    // Tokens that no row sees, and those that make up a full step, weigh nothing.
-    for (int i = start; i < min(start + TILE, codes_to); i += STEP) {
-      float x[STEP][Values::CHANNELS];
-      UNROLL
-      for (int k = 0; k < STEP; k++) {
-        const size_t token = first_code + min(i + k, code_count - 1);
-        const size_t at = token * Values::BYTES;
-        Planes planes = {
-            (device const uint8_t*)v0 + at,
-            (device const uint8_t*)v1 + at,
-            (device const uint8_t*)v2 + at};
-        load_values<DV, VALUE_BITS, VALUE_AFFINE>(
-            value_levels, planes, value_scale + token * Values::GROUPS,
-            value_zero + token * Values::GROUPS, lane, x[k]);
-      }
-      UNROLL
-      for (int k = 0; k < STEP; k++) {
-        float weight[ROWS];
-        load_rows<ROWS>(scratch + (i + k - start) * ROWS, weight);
-        UNROLL
-        for (int r = 0; r < ROWS; r++) {
-          UNROLL
-          for (int c = 0; c < Values::CHANNELS; c++) {
-            sums[r][c] += weight[r] * x[k][c];
-          }
-        }
-      }
-    }
+    // Tokens that no row sees weigh nothing.
+    add_values<DV, VALUE_BITS, VALUE_AFFINE>(
+        coded_values, start, min(TILE, codes_to - start), code_count - 1, value_levels,
+        scratch, lane, sums);
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
+  store_coded<DV, VALUE_BITS, VALUE_AFFINE>(sums, scratch, lane);
 }
-
-// Merge the simdgroups.
 UNROLL
 for (int r = 0; r < ROWS; r++) {
   float total = simd_sum(softmax.total[r]);
@@ -289,42 +159,9 @@ for (int r = 0; r < ROWS; r++) {
     statistics[(simd * ROWS + r) * 2] = softmax.top[r];
     statistics[(simd * ROWS + r) * 2 + 1] = total;
   }
-  if (exact) {
-    UNROLL
-    for (int j = 0; j < LOADS; j++) {
-      UNROLL
-      for (int k = 0; k < WIDE; k++) {
-        int c = (32 * j + lane) * WIDE + k;
-        if (c < DV) {
-          scratch[r * DV + c] = sums[r][j * WIDE + k];
-        }
-      }
-    }
-  } else {
-    UNROLL
-    for (int u = 0; u < Values::UNITS; u++) {
-      int unit = lane * Values::UNITS + u;
-      for (int field = 0; field < Values::FIELDS && unit < Values::ALL; field++) {
-        scratch[r * DV + Values::channel(unit, field)] = sums[r][u * Values::FIELDS + field];
-      }
-    }
-  }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
-device float* own_partial =
-    partial + size_t((kv_index * chunks + chunk) * splits + split) * ROWS * (DV + 2);
-for (int i = thread_index; i < ROWS * (DV + 2); i += THREADS) {
-  const int r = i / (DV + 2), c = i % (DV + 2);
-  float top = MASKED, sum = 0;
-  UNROLL
-  for (int s = 0; s < SIMDS; s++) {
-    top = max(top, statistics[(s * ROWS + r) * 2]);
-  }
-  UNROLL
-  for (int s = 0; s < SIMDS; s++) {
-    float share = fast::exp2(statistics[(s * ROWS + r) * 2] - top);
-    float own = c < DV ? all_scratch[s * SCRATCH + r * DV + c] : statistics[(s * ROWS + r) * 2 + 1];
-    sum += share * own;
-  }
-  own_partial[i] = c == DV ? top : sum;
-}
+merge_simdgroups<DV, ROWS>(
+    all_scratch, SCRATCH, statistics,
+    partial + size_t((kv_index * chunks + chunk) * splits + split) * ROWS * (DV + 2),
+    thread_index);

@@ -7,7 +7,7 @@ constexpr int WIDEST = SEGMENT > DV ? SEGMENT : DV;
 constexpr bool MATRICES = (SEGMENT & (SEGMENT - 1)) != 0 || (DV & (DV - 1)) != 0;
 
 threadgroup uint8_t tile[TOKENS * PITCH];
-threadgroup float known_levels[16];
+threadgroup float known_levels[MOST_LEVELS];
 threadgroup float all_scratch[MATRICES ? SIMDS * WIDEST : 1];
 
 const int thread_index = thread_position_in_threadgroup.x;
@@ -31,7 +31,7 @@ if (group < key_groups) {
   const Planes planes = {
       (device const uint8_t*)v0, (device const uint8_t*)v1, (device const uint8_t*)v2};
   const Arrays<VT, VALUE_SCALE> arrays = {
-      older_values, newer_values, planes, value_scale, value_zero, value_rotation, levels + 16,
+      older_values, newer_values, planes, value_scale, value_zero, value_rotation, levels + MOST_LEVELS,
       balance, bias, fine, coarse_cos, coarse_sin, layout, values, kept_values};
   lay_out<ValueStored, VALUE_AFFINE, false, false, false, false>(
       arrays, known, tile, known_levels, all_scratch, group - key_groups, kv_index,

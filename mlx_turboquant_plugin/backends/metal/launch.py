@@ -11,7 +11,6 @@ for it, which has not been timed.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Any
@@ -19,20 +18,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...codecs.feedback import FEEDBACK_BLOCK
 from ...codecs.kv_codec import ALL, Codes, KVCodec, joined
-from ...codecs.lloyd_max import ALONG, SEARCH
 from ..inputs import MODEL, code_arrays, int_array, inverse_array, level_array, model_arrays
 from ..problem import Problem
+from ..sizes import METAL, Decode, Dequantize, GroupEncode, Scores, Simdgroups, constants
+from ..sizes import Codes as CodeSizes
 from ..support import encodes
-
-# Those of decode.metal.
-SIMDS = 4
-THREADS = 32 * SIMDS
-TILE = 128
-
-# Tokens of a threadgroup of encode.metal.
-ENCODED = 32
 
 # Threadgroups that keep the largest GPU busy; more than that only make the merge longer.
 GROUPS = 1024
@@ -46,10 +37,22 @@ DECODE = (
     "partial",
 )
 MERGE = "merge", "partial value_rotation sizes", "out"
+MERGE_LEARNED = "merge", f"{MERGE[1]} learned_sinks", "out"
 ENCODE = "encode", f"x rotation {MODEL} feedback places", "low scales"
 ENCODE_3_BITS = *ENCODE[:2], "low low_of_upper_fields high scales"
-# What a kernel begins with, after codes.metal.
-PARTS = {"decode": ["attention"], "encode": ["quantizer"], "dequantize": ["tokens"]}
+# What a kernel begins with, after codes.metal, and what it has of the sizes.
+PARTS = {
+    "decode": ["attention", "exact", "coded"],
+    "merge": ["splits"],
+    "encode": ["quantizer"],
+    "dequantize": ["tokens"],
+}
+TABLES: dict[str, type] = {
+    "decode": Decode,
+    "merge": Simdgroups,
+    "encode": GroupEncode,
+    "dequantize": Dequantize,
+}
 
 
 def attend(problem: Problem, compiled: Callable[..., Any] | None = None) -> mx.array:
@@ -74,7 +77,7 @@ def attend(problem: Problem, compiled: Callable[..., Any] | None = None) -> mx.a
     splits = exact_splits + code_splits
     levels = level_array((spec.key_codec, spec.key_bits), (spec.value_codec, spec.value_bits))
     rotary, model = model_arrays(levels, codec, problem.first_coded + coded)
-    sizes = int_array(problem.first_coded, problem.sinks, exact_splits, coded, *rotary)
+    sizes = int_array(problem.first_coded, problem.sinks, exact_splits, coded, count, *rotary)
     (partial,) = compiled(*DECODE)(
         inputs=[
             problem.queries,
@@ -101,16 +104,17 @@ def attend(problem: Problem, compiled: Callable[..., Any] | None = None) -> mx.a
             ("SORTED", codec.layout is not None),
             ("BIASED", codec.bias is not None),
         ],
-        grid=(splits * THREADS, chunks, batch * kv_heads),
-        threadgroup=(THREADS, 1, 1),
+        grid=(splits * Decode.THREADS, chunks, batch * kv_heads),
+        threadgroup=(Decode.THREADS, 1, 1),
         output_shapes=[(batch * kv_heads, chunks, splits, chunk, spec.value_dim + 2)],
         output_dtypes=[mx.float32],
     )
-    (out,) = compiled(*MERGE)(
-        inputs=[partial, inverse_array(codec.value_rotation), sizes],
+    learned = [] if problem.learned_sinks is None else [problem.learned_sinks]
+    (out,) = compiled(*(MERGE_LEARNED if learned else MERGE))(
+        inputs=[partial, inverse_array(codec.value_rotation), sizes, *learned],
         template=[("T", problem.queries.dtype), ("DV", spec.value_dim), ("ROWS", chunk)],
-        grid=(rows * THREADS, batch * kv_heads, 1),
-        threadgroup=(THREADS, 1, 1),
+        grid=(rows * Simdgroups.THREADS, batch * kv_heads, 1),
+        threadgroup=(Simdgroups.THREADS, 1, 1),
         output_shapes=[(batch, heads, count, spec.value_dim)],
         output_dtypes=[problem.queries.dtype],
     )
@@ -172,16 +176,13 @@ def _encode(codec: KVCodec, x: mx.array, is_keys: bool, start: int = 0) -> Codes
             ("BITS", bits),
             ("SEGMENTS", segments),
             ("CHANNEL_MAJOR", is_keys),
-            ("SEARCHED", len(SEARCH)),
-            ("ALONG", ALONG),
-            ("FEEDBACK_BLOCK", FEEDBACK_BLOCK),
             ("FED_BACK", feedback is not None),
             ("BALANCED", is_keys and codec.balance is not None),
             ("SORTED", is_keys and codec.layout is not None),
             ("BIASED", is_keys and codec.bias is not None),
         ],
-        grid=(-(-length // ENCODED) * THREADS, batch * heads, 1),
-        threadgroup=(THREADS, 1, 1),
+        grid=(-(-length // GroupEncode.ENCODED) * GroupEncode.THREADS, batch * heads, 1),
+        threadgroup=(GroupEncode.THREADS, 1, 1),
         output_shapes=[
             (batch, heads, width, length) if is_keys else (batch, heads, length, width)
             for width in (*widths, segments)
@@ -204,26 +205,42 @@ def _splits(exact: int, coded: int, others: int) -> tuple[int, int]:
         others: the threadgroups that each part has.
     """
     most = max(1, min(MAX_SPLITS, GROUPS // others))
-    return min(most, -(-exact // TILE)), min(most, -(-coded // (TILE * SIMDS)))
+    # So that each simdgroup has a tile.
+    exact_splits, code_splits = (
+        -(-count // (tile * Decode.SIMDS))
+        for count, tile in ((exact, Decode.EXACT_TILE), (coded, Decode.TILE))
+    )
+    return min(most, exact_splits), min(most, code_splits)
 
 
 @functools.cache
 def kernel(name: str, inputs: str, outputs: str) -> Any:
     """A kernel of the name of its file, its inputs and its outputs, as MLX compiles it."""
     output_names = outputs.split()
-    header = "\n".join(map(source, parts(name)))
     return mx.fast.metal_kernel(
         name=f"turboquant_{name}",
         input_names=inputs.split(),
         output_names=output_names,
-        source=source(name),
-        header=f"#define OUTPUTS {len(output_names)}\n{header}",
+        source=body(name, inputs, outputs),
+        header="\n".join([numbers(name), *map(source, parts(name))]),
     )
+
+
+def body(name: str, inputs: str, outputs: str) -> str:
+    """The function of a kernel, which may depend on how many inputs and outputs there are."""
+    counts = ("INPUTS", inputs), ("OUTPUTS", outputs)
+    lines = [f"#define {what} {len(names.split())}" for what, names in counts]
+    return "\n".join([*lines, source(name)])
 
 
 def parts(name: str) -> Sequence[str]:
     """The names of the files that come before a kernel, in their order."""
     return ["codes", *PARTS.get(name, ())]
+
+
+def numbers(name: str, integer: str = METAL) -> str:
+    """The constants of a kernel; ``integer``: see :func:`constants`."""
+    return constants(Scores, CodeSizes, TABLES[name], integer=integer)
 
 
 def source(name: str) -> str:
@@ -234,4 +251,4 @@ def source(name: str) -> str:
 @functools.lru_cache(maxsize=64)
 def _scale(scale: float) -> mx.array:
     """The scale of scores in powers of two."""
-    return mx.array(np.array([scale * math.log2(math.e)], np.float32))
+    return mx.array(np.array([scale * Scores.LOG2_E], np.float32))

@@ -1,9 +1,9 @@
 // The attention from the partial sums of its splits: one threadgroup of four simdgroups
-// for each query row. The sums over codes are rotated back.
+// for each query row. The sums over codes are rotated back. A learned sink is one more score,
+// without a value.
 //
-// Input: what decode.metal makes. Output: (B, H_q, N, DV).
-constexpr int SIMDS = 4;
-constexpr int THREADS = 32 * SIMDS;
+// Inputs: what decode.metal makes and, as the fourth if any, the learned sinks (H_q,).
+// Output: (B, H_q, N, DV).
 constexpr bool FAST_ROTATION = (DV & (DV - 1)) == 0;
 constexpr int COUNT = (DV + 31) / 32;
 
@@ -19,37 +19,20 @@ const int rows = threadgroups_per_grid.x;
 
 const int chunks = partial_shape[1];
 const int splits = partial_shape[2];
-const int exact_splits = sizes[2];
 const device float* own =
     partial + (size_t(kv_index * chunks + row / ROWS) * splits * ROWS + row % ROWS) * (DV + 2);
 const int stride = ROWS * (DV + 2);
 
-float top = MASKED;
-for (int s = lane; s < splits; s += 32) {
-  top = max(top, own[s * stride + DV]);
-}
-top = simd_max(top);
-float total = 0;
-for (int s = lane; s < splits; s += 32) {
-  total += fast::exp2(own[s * stride + DV] - top) * own[s * stride + DV + 1];
-}
-total = simd_sum(total);
-// A row that sees nothing gives zeros.
-const float norm = total > 0 ? 1 / total : 0.0f;
+float learned = MASKED;
+#if INPUTS == 4
+const int group = rows / sizes[4];
+const int query_head = kv_index % (learned_sinks_shape[0] / group) * group + row / sizes[4];
+learned = float(learned_sinks[query_head]) * LOG2_E;
+#endif
 
+const Norm norm = norm_of_splits<DV>(own, stride, splits, learned, lane);
 float exact[COUNT], coded[COUNT];
-for (int j = 0; j < COUNT; j++) {
-  exact[j] = coded[j] = 0;
-}
-for (int s = simd; s < splits; s += SIMDS) {
-  float share = fast::exp2(own[s * stride + DV] - top) * norm;
-  for (int j = 0; j < COUNT; j++) {
-    int c = 32 * j + lane;
-    float x = c < DV ? own[s * stride + c] * share : 0.0f;
-    exact[j] += s < exact_splits ? x : 0.0f;
-    coded[j] += s < exact_splits ? 0.0f : x;
-  }
-}
+sum_splits<DV>(own, stride, splits, sizes[2], norm, simd, lane, exact, coded);
 for (int j = 0; j < COUNT; j++) {
   int c = 32 * j + lane;
   if (c < DV) {

@@ -2,6 +2,41 @@
 //
 // A simdgroup takes one; channel 32 * j + lane is y[j], and those beyond the last are zero.
 
+// What is known of a KV head's keys, each as far as it is there; see rotated_bias().
+struct Known {
+  device const float* balance;
+  device const float* bias;
+  device const float* fine;
+  device const float* coarse_cos;
+  device const float* coarse_sin;
+  device const int* order;
+  int pairs, between, distance;
+};
+
+// The D channels of a vector x from place `first` on: without their bias, balanced and sorted.
+template <int D, bool BALANCED, bool SORTED, bool BIASED, int COUNT, typename T>
+METAL_FUNC void read_segment(
+    device const T* x, thread const Known& known, int first, int position, int lane,
+    thread float (&y)[COUNT]) {
+  UNROLL
+  for (int j = 0; j < COUNT; j++) {
+    y[j] = 0;
+    if (32 * j + lane < D) {
+      const int place = first + 32 * j + lane;
+      const int c = SORTED ? known.order[place] : place;
+      y[j] = float(x[c]);
+      if (BIASED) {
+        y[j] -= rotated_bias(
+            known.bias, known.coarse_cos, known.coarse_sin, known.fine, known.pairs,
+            known.between, known.distance, c, position);
+      }
+      if (BALANCED) {
+        y[j] /= known.balance[c];
+      }
+    }
+  }
+}
+
 template <int D, int COUNT>
 METAL_FUNC void rotate_vector(
     thread float (&y)[COUNT], device const float* rotation, threadgroup float* scratch, int lane) {
@@ -80,21 +115,21 @@ METAL_FUNC void round_channels(
   }
 }
 
-// The same, BLOCK channels after the others: what they lose, times their rows of `feedback`,
+// The same, FEEDBACK_BLOCK channels after the others: what they lose, times their rows of `feedback`,
 // (D, D), is added to those that come after them; the columns of others are zero.
-template <int D, int BLOCK, typename Quantizer, int COUNT, typename F>
+template <int D, typename Quantizer, int COUNT, typename F>
 METAL_FUNC void round_with_feedback(
     thread float (&y)[COUNT], float size, thread const Quantizer& quantizer,
     device const F* feedback, threadgroup uint8_t* codes, int lane) {
   UNROLL
   for (int j = 0; j < COUNT; j++) {
-    for (int first = 0; first < min(32, D - 32 * j); first += BLOCK) {
+    for (int first = 0; first < min(32, D - 32 * j); first += FEEDBACK_BLOCK) {
       const float lost = quantizer.nearest(y[j], size) - y[j];
-      if (lane / BLOCK == first / BLOCK) {
+      if (lane / FEEDBACK_BLOCK == first / FEEDBACK_BLOCK) {
         codes[32 * j + lane] = quantizer.code(y[j], size);
       }
       UNROLL
-      for (int k = 0; k < BLOCK; k++) {
+      for (int k = 0; k < FEEDBACK_BLOCK; k++) {
         const float one = simd_shuffle(lost, ushort(first + k));
         device const F* row = feedback + (32 * j + first + k) * D;
         UNROLL
@@ -110,7 +145,7 @@ METAL_FUNC void round_with_feedback(
 
 // The scale of D codes that loses least, near the one that is `shift` steps above the root mean
 // square.
-template <int D, int SEARCHED, int ALONG, typename Quantizer, int COUNT>
+template <int D, typename Quantizer, int COUNT>
 METAL_FUNC int searched(
     thread const float (&y)[COUNT], thread const Quantizer& quantizer, float shift, int lane) {
   float square = 0;
@@ -120,7 +155,7 @@ METAL_FUNC int searched(
   }
   const float rms = max(sqrt(simd_sum(square) / D), 1e-20f);
   const float norm = rms * sqrt(float(D));
-  const int start = int(clamp(rint((log2(rms) + 13.0f) * 12.0f + shift), -2.0f, 257.0f));
+  const int start = int(clamp(rint((log2(rms) - LOWEST_OCTAVE) * STEPS_PER_OCTAVE + shift), -2.0f, 257.0f));
   float least = 0;
   int scale = 0;
   for (int k = 0; k < SEARCHED; k++) {

@@ -3,13 +3,9 @@
 // tokens that a cache keeps. Codes become levels, are rotated back, multiplied by the balance,
 // and get the key bias, in places that the layout of sorted channels tells.
 //
-// A threadgroup serves 64 tokens of one (sequence, KV head): the first ones tiles of codes,
-// aligned to multiples of 64, the others all other tokens. A simdgroup takes a token, a lane
+// A threadgroup serves TOKENS tokens of one (sequence, KV head): the first ones tiles of codes,
+// aligned to multiples of TOKENS, the others all other tokens. A simdgroup takes a token, a lane
 // the channels lane, lane + 32, ...
-
-constant constexpr int SIMDS = 8;
-constant constexpr int THREADS = 32 * SIMDS;
-constant constexpr int TOKENS = 64;
 
 // What is read and written, in tokens.
 struct Places {
@@ -170,7 +166,7 @@ METAL_FUNC void decode_tile(
   const int count = min(TOKENS, places.coded - begin);
   load_tile<Stored, CHANNEL_MAJOR>(
       arrays.planes, tile, kv_index, begin, count, places.coded, thread_index);
-  if (thread_index < 16) {
+  if (thread_index < MOST_LEVELS) {
     known_levels[thread_index] = arrays.levels[thread_index];
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
