@@ -24,18 +24,19 @@ from mlx_turboquant_plugin.integration import table
 
 # One for each way in which a family differs from Llama.
 QUICK = {
+    "deepseek_v3",  # latents
     "falcon_h1",  # attention beside a state, in a CacheList
     "gemma3",  # sliding windows, norms of heads, through the module of another model
     "gpt_oss",  # learned sinks, sliding windows, biases
     "internlm2",  # a fused projection by KV head, with a bias
     "llama4",  # layers with caches that stay as they are
     "mimo_v2_flash",  # keys and values of different dims, heads by layer, learned sinks
+    "longcat_flash",  # latents, two attentions in a layer
     "phi3",  # a fused projection
     "qwen2_moe",  # biases
     "qwen3_5",  # full attention in some layers, a state in the others
     "qwen3_moe",  # norms of heads
     # and of those that are not compressed:
-    "deepseek_v3",
     "gemma2",
     "mamba2",
 }
@@ -104,7 +105,7 @@ def test_a_tiny_model(name, tmp_path):
     # Rounding can tip a code at a threshold.
     assert error(made, bridged) < 0.01
     for cache in compressed_parts(caches):
-        assert cache.reading.by_view == [True, True]
+        assert cache.reading.by_view == [not cache.reading.expected] * 2
     # Codes were read. How much logits depend on them is for random weights to say.
     assert 1e-5 < error(made, expected) < 0.3
     check_codes(*(next(filter(has_codes, compressed_parts(c))) for c in (exact, caches)))
@@ -156,7 +157,12 @@ def check_codes(exact, cache):
             lost = relative(mx.array(difference[:, h]), mx.array(x[:, h]))
             assert 0.4 * most < lost < 1.2 * most
     decoded_values = cache.codec.decode_values(cache.value_codes)
-    assert 0.005 < relative(decoded_values - values, values) < 0.011
+    lost = relative(decoded_values - values, values)
+    if cache.codec.spec.value_bits == 8:
+        # The rotary part beside a latent: 255 steps over five to six standard deviations.
+        assert 1e-6 < lost < 6e-5
+    else:
+        assert 0.005 < lost < 0.011
 
 
 def relative(difference, whole):

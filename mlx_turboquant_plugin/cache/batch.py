@@ -292,6 +292,14 @@ class BatchCompressedKVCache(AttendedCache):
         """T of a mask (B, H, N, T) for the next ``count`` tokens, padding included."""
         return self._index + count
 
+    def cuts(self, count: int) -> list[int]:
+        """See :meth:`CompressedKVCache.cuts`: of all rows."""
+        found: set[int] = set()
+        for row, (first, last) in zip(self.rows, self._parts(count)):
+            if not row.visibility.is_prompt(count):
+                found.update(first + cut for cut in row.cuts(last - first))
+        return sorted(found)
+
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array:

@@ -25,9 +25,10 @@ class Reading:
         casts_keys: whether it casts the keys that it gets; they are the same keys.
         by_view: whether it reads views and nothing else.
         alone: whether attentions of its class that read views read nothing else; they share it.
+        expected: whether it is known to read arrays, so that there is nothing to be said of it.
     """
 
-    __slots__ = ("alone", "by_view", "casts_keys", "model")
+    __slots__ = ("alone", "by_view", "casts_keys", "expected", "model")
 
     def __init__(
         self,
@@ -35,8 +36,9 @@ class Reading:
         casts_keys: bool = False,
         by_view: bool | None = None,
         alone: Known | None = None,
+        expected: bool = False,
     ):
-        self.model, self.casts_keys = model, casts_keys
+        self.model, self.casts_keys, self.expected = model, casts_keys, expected
         self.by_view: Known = [by_view, by_view]
         self.alone: Known = [None, None] if alone is None else alone
 
@@ -44,8 +46,10 @@ class Reading:
 _alone: "weakref.WeakKeyDictionary[type, Known]" = weakref.WeakKeyDictionary()
 
 
-def reading_of(attention: Any, model: str, casts_keys: bool) -> Reading:
+def reading_of(attention: Any, model: str, casts_keys: bool, reads_arrays: bool) -> Reading:
     """The reading of an attention module that has not read anything yet; see :class:`Reading`."""
+    if reads_arrays:
+        return Reading(model, by_view=False, expected=True)
     return Reading(model, casts_keys, alone=_alone.setdefault(type(attention), [None, None]))
 
 
@@ -130,7 +134,7 @@ class AttendedCache(_BaseCache):
         Raises:
             RuntimeError: it got back what it gave, and did not read the view.
         """
-        if self.view is None:
+        if self.view is None or self.reading.expected:
             return
         by_view, alone = self.reading.by_view, self.reading.alone
         several = self.view.queries > 1

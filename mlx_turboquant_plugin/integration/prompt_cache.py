@@ -1,5 +1,6 @@
 """Give each model that mlx-lm makes a prompt cache for a compressed one."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from mlx_lm.models import cache as cache_module
@@ -23,6 +24,11 @@ KINDS = (CompressedKVCache, RotatingCompressedKVCache, BatchCompressedKVCache)
 BY_WEIGHTS = "; keys go by the weights alone, since it could not be measured"
 # Kinds of mlx-lm's that this package would have replaced.
 UNCOMPRESSED = {"KVCache", "QuantizedKVCache", "RotatingKVCache"}
+
+_NOT_INVARIANT = (
+    "where its attention reads keys as arrays, caches that rotate and caches handed over by "
+    "mlx-lm's hooks can't be invariant"
+)
 
 # What became of each model's caches, and the calibration of those that are compressed.
 _reports: dict[settings.ModelIdentity, tuple[str, Calibration | None]] = {}
@@ -146,22 +152,39 @@ def _prepare(model: Any, caches: list[Any], new: bool) -> list[Any]:
     if new:
         caches = compress(model, caches)
     for layer, cache in zip(layers_of(model), caches):
-        attention, _ = attention_of(layer)
-        for one in getattr(cache, "caches", [cache]):
+        for one, place in _placed(cache):
+            attention, _ = attention_of(layer, place)
             if isinstance(one, CompressedKVCache) and attention is not None:
                 bind(one, attention)
     return caches
 
 
-def _compressed(model: str, layer: Any, cache: Any, chosen: settings.Settings) -> tuple[Any, str]:
-    """A compressed cache for one layer of a model of this type, or None and the reason."""
+def _placed(cache: Any) -> Iterator[tuple[Any, int]]:
+    """The caches of a layer and the places of the attentions that they are for."""
+    place = 0
+    for one in getattr(cache, "caches", [cache]):
+        yield one, place
+        place += isinstance(one, (KVCache, RotatingKVCache, CompressedKVCache))
+
+
+def _compressed(
+    model: str, layer: Any, cache: Any, chosen: settings.Settings, place: int = 0
+) -> tuple[Any, str]:
+    """A compressed cache for one layer of a model of this type, or None and the reason.
+
+    Args:
+        place: of the attention in the layer.
+    """
     if type(cache) is CacheList:
         return _compressed_in_list(model, layer, cache, chosen)
     if type(cache) not in (KVCache, RotatingKVCache):
         return None, f"{type(cache).__name__} is not supported"
-    attention, family = attention_of(layer)
+    attention, family = attention_of(layer, place)
     if family is None:
         return None, "this architecture is not supported"
+    whole = type(cache) is RotatingKVCache or upstream.available()
+    if family.reads_arrays and chosen.invariant and whole:
+        return None, _NOT_INVARIANT
     if type(cache) is KVCache and getattr(layer, "use_sliding", False):
         # Pixtral and Mistral 3: the mask alone says how far back queries see.
         return None, "a sliding window over a KVCache that does not rotate is not supported"
@@ -180,7 +203,7 @@ def _compressed_in_list(
     model: str, layer: Any, caches: CacheList, chosen: settings.Settings
 ) -> tuple[CacheList | None, str]:
     """The same for a layer that has several caches: its keys and values among them."""
-    pairs = [_compressed(model, layer, cache, chosen) for cache in caches.caches]
+    pairs = [_compressed(model, layer, one, chosen, place) for one, place in _placed(caches)]
     if not any(replacement for replacement, _ in pairs):
         return None, pairs[-1][1]
     return CacheList(*(new or old for (new, _), old in zip(pairs, caches.caches))), ""
