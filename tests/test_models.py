@@ -26,7 +26,9 @@ from mlx_turboquant_plugin.integration import table
 QUICK = {
     "deepseek_v3",  # latents
     "falcon_h1",  # attention beside a state, in a CacheList
+    "gemma2",  # arrays
     "gemma3",  # sliding windows, norms of heads, through the module of another model
+    "gemma3n",  # layers that follow others
     "gpt_oss",  # learned sinks, sliding windows, biases
     "internlm2",  # a fused projection by KV head, with a bias
     "llama4",  # layers with caches that stay as they are
@@ -37,7 +39,6 @@ QUICK = {
     "qwen3_5",  # full attention in some layers, a state in the others
     "qwen3_moe",  # norms of heads
     # and of those that are not compressed:
-    "gemma2",
     "mamba2",
 }
 # What needs a GPU, or another package, to run at all.
@@ -45,7 +46,7 @@ NOT_HERE = {"bitnet", "muse_spark", "olmo"}
 SETTINGS = dict(window=32, sinks=2, preset="quality")
 CHUNKS = (64, 37, 60, 1, 1)
 # mlx-lm's own batches of these fail, or depend on the padding.
-NO_BATCHES = {"gpt_bigcode", "phi3small"}
+NO_BATCHES = {"afm7", "gemma2", "gpt_bigcode", "phi3small"}
 TOKENS = mx.random.randint(0, 64, (1, sum(CHUNKS)), key=mx.random.key(7))
 
 

@@ -181,6 +181,8 @@ class BatchCompressedKVCache(AttendedCache):
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All keys and values, zeros in the padding, (B, H, T, D) in the model's dtype."""
+        if self.attending and self.whole and self.fetched is not None:
+            return self.fetched
         # Only to look at: what is packed stays packed.
         rows = self._rows if self._packed is None else self._packed.rows()
         views = [None if row.empty() else row.newest_view() for row in rows]

@@ -312,10 +312,8 @@ class CompressedKVCache(AttendedCache):
 
     def _shown(self) -> tuple[mx.array | None, mx.array | None]:
         """What others find in :attr:`keys` and :attr:`values`."""
-        if self.attending and self.fetched is not None and self.whole:
-            return self.fetched
         if self.attending and not self.empty():
-            return (self.view or self.newest_view()).keys_and_values()
+            return self.keys_and_values()
         return self.exact_tokens.keys, self.exact_tokens.values
 
     def _view(self, plan: StepPlan) -> View:
@@ -338,9 +336,11 @@ class CompressedKVCache(AttendedCache):
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All keys and values, (B, H, T, D) in the model's dtype, codes dequantised."""
+        if self.attending and self.whole and self.fetched is not None:
+            return self.fetched
         if self.coded:
             self._check_codec()
-        return self.newest_view().keys_and_values()
+        return (self.view or self.newest_view()).keys_and_values()
 
     def newest_view(self) -> View:
         """What the newest token sees."""

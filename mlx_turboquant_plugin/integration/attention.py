@@ -40,7 +40,8 @@ def patch_family(module: ModuleType, family: Family) -> None:
                 f"{attention.__qualname__}.__call__ has no parameter cache, only "
                 f"{', '.join(parameters)}: name the class that updates the cache"
             )
-        patching.wrap(module, "scaled_dot_product_attention", _scaled_dot_product_attention)
+        if hasattr(module, "scaled_dot_product_attention") or not family.reads_arrays:
+            patching.wrap(module, "scaled_dot_product_attention", _scaled_dot_product_attention)
         patching.wrap(attention, "__call__", functools.partial(_attention_call, parameters))
         if hasattr(module, "Model"):
             # Others are met when a prompt cache is made for them.
@@ -59,17 +60,24 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
         cache = next((c for c in cache.caches if _ours(c)), None)
     if not _ours(cache):
         return wrapped(*args, **kwargs)
+    family = family_of(instance)
+    if family.follows is not None and family.follows(instance):
+        with AllOrNothing(cache):
+            cache.follow()
+            out = wrapped(*args, **kwargs)
+            cache.end()
+        return out
     if cache.attention is None or cache.attention() is not instance:
         bind(cache, instance)
     batch, count = given[parameters[0]].shape[:2]
     if not _plain(given.get("mask")):
         # Before the cache changes.
-        heads, _ = family_of(instance).head_counts(instance)
+        heads, _ = family.head_counts(instance)
         check(given["mask"], (batch, heads, count, cache.columns(count)))
     with AllOrNothing(*cache.holders):
         cache.attending = True
         try:
-            cuts = cache.cuts(count) if count > 1 and cache.reading.expected else []
+            cuts = cache.cuts(count) if count > 1 and family.reads_arrays else []
             if cuts:
                 out = _in_parts(wrapped, parameters[0], given, cache, [0, *cuts, count])
             else:
@@ -81,7 +89,7 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
             raise
         if cache.whole or not cache.read:
             cache.settle(out)
-        cache.attending, cache.view, cache.fetched = False, None, None
+        cache.end()
     return out
 
 

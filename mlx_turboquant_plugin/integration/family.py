@@ -40,6 +40,10 @@ class Family:
             nothing else to keys and values before it hands them to the function above, or it
             is taken for one that computes scores itself.
         reads_arrays: whether the attention is such a one: it computes with all keys and values.
+        shared: ``f(attention)`` says whether other layers compute with the keys and values that
+            this one is given.
+        follows: ``f(attention)`` says whether it reads the cache that another layer has just
+            updated, by ``keys_and_values``, and has none of its own; None where no layer does.
         latent: whether its keys are latents, vectors that all heads share and make both keys and
             values of, and its values what is left of keys, their part with rotary positions (MLA).
         obstacle: ``f(attention)`` says why the keys of a layer can't be compressed,
@@ -61,6 +65,8 @@ class Family:
     casts_keys: bool = False
     reads_arrays: bool = False
     latent: bool = False
+    shared: Callable[[nn.Module], bool] = lambda attention: False
+    follows: Callable[[nn.Module], bool] | None = None
     obstacle: Callable[[nn.Module], str | None] = lambda attention: None
     cached_layers: Callable[[Any], list[Any]] = _layers
 

@@ -164,7 +164,8 @@ def _read_layer(attention: nn.Module, norm: nn.Module | None, settings: Settings
             attention,
             type(attention).__module__.rpartition(".")[2],
             family.casts_keys,
-            family.reads_arrays,
+            family.reads_arrays or family.shared(attention),
+            family.follows is not None,
         ),
     )
 

@@ -25,10 +25,7 @@ BY_WEIGHTS = "; keys go by the weights alone, since it could not be measured"
 # Kinds of mlx-lm's that this package would have replaced.
 UNCOMPRESSED = {"KVCache", "QuantizedKVCache", "RotatingKVCache"}
 
-_NOT_INVARIANT = (
-    "where its attention reads keys as arrays, caches that rotate and caches handed over by "
-    "mlx-lm's hooks can't be invariant"
-)
+NOT_INVARIANT = "its keys are read as arrays, in a way that TURBOQUANT_INVARIANT does not allow for"
 
 # What became of each model's caches, and the calibration of those that are compressed.
 _reports: dict[settings.ModelIdentity, tuple[str, Calibration | None]] = {}
@@ -182,9 +179,11 @@ def _compressed(
     attention, family = attention_of(layer, place)
     if family is None:
         return None, "this architecture is not supported"
-    whole = type(cache) is RotatingKVCache or upstream.available()
-    if family.reads_arrays and chosen.invariant and whole:
-        return None, _NOT_INVARIANT
+    if chosen.invariant and (
+        family.shared(attention)
+        or (family.reads_arrays and (type(cache) is RotatingKVCache or upstream.available()))
+    ):
+        return None, NOT_INVARIANT
     if type(cache) is KVCache and getattr(layer, "use_sliding", False):
         # Pixtral and Mistral 3: the mask alone says how far back queries see.
         return None, "a sliding window over a KVCache that does not rotate is not supported"

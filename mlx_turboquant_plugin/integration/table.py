@@ -16,14 +16,18 @@ def why_not(module: str) -> str | None:
     return UNSUPPORTED.get(name) if package == "mlx_lm.models" else None
 
 
-def _compressed_if_own_keys(attention: Any) -> str | None:
-    if attention.config.num_kv_shared_layers:
-        return "later layers read its keys as arrays"
-    return None
-
-
 def _compressed_unless_softcapped(attention: Any) -> str | None:
     return "a cap on scores is not supported" if attention.attn_logit_softcapping else None
+
+
+def _read_by_later_layers(attention: Any) -> bool:
+    config, kind = attention.config, attention.layer_type
+    own = config.num_hidden_layers - config.num_kv_shared_layers
+    # Each reads the keys of the last layer of its kind that has any.
+    return (
+        kind in config.layer_types[own:]
+        and kind not in config.layer_types[attention.layer_idx + 1 : own]
+    )
 
 
 def _compressed_if_dense(attention: Any) -> str | None:
@@ -47,6 +51,14 @@ def _layers_of_every_loop(model: Any) -> list[Any]:
 def _layers_and_ngrams(model: Any) -> list[Any]:
     ngrams = getattr(model.model, "ngram_embeddings", None)
     return model.layers if ngrams is None else [ngrams, *model.layers]
+
+
+def _layers_with_keys(model: Any) -> list[Any]:
+    return [layer for layer in model.layers if layer.self_attn.has_kv]
+
+
+def _layers_that_follow_none(model: Any) -> list[Any]:
+    return [layer for layer in model.layers if not layer.self_attn.is_kv_shared_layer]
 
 
 def _layers_with_attention(model: Any) -> list[Any]:
@@ -81,6 +93,13 @@ SHORT_NORMS = ("q_layernorm", "k_layernorm")
 
 FAMILIES: dict[str, Family] = {
     "Klear": replace(HF, attention="KlearAttention"),
+    # All layers that have no keys read those of one, which knows as little of it as the others.
+    "afm7": replace(
+        OWN,
+        projections=FUSED,
+        shared=lambda attention: True,
+        cached_layers=lambda model: model.model.layers,
+    ),
     "afmoe": OWN,
     "apertus": replace(HF, attention="ApertusAttention", layer_norm="attention_layernorm"),
     "baichuan_m1": replace(SHORT, projections=("W_pack",)),
@@ -123,8 +142,16 @@ FAMILIES: dict[str, Family] = {
     "falcon_h1": replace(SHORT, attention="FalconH1Attention"),
     "gear": replace(OWN, obstacle=_compressed_unless_softcapped),
     "gemma": OWN,
+    # It caps its scores, which mlx-lm's fused attention can't.
+    "gemma2": replace(OWN, reads_arrays=True),
     "gemma3_text": OWN,
-    "gemma4_text": replace(OWN, obstacle=_compressed_if_own_keys),
+    "gemma3n": replace(
+        OWN,
+        attention="Gemma3nAttention",
+        follows=lambda attention: attention.is_kv_shared_layer,
+        cached_layers=_layers_that_follow_none,
+    ),
+    "gemma4_text": replace(OWN, shared=_read_by_later_layers, cached_layers=_layers_with_keys),
     "glm": replace(HF, attention="GLMAttention"),
     "glm4": replace(OWN, attention="Glm4Attention"),
     "glm4_moe": OWN,
@@ -297,16 +324,12 @@ THROUGH: dict[str, str] = {
     "solar_open": "glm4_moe",
 }
 
-_SHARED = "some layers read the keys of another layer's cache as arrays"
 _RECURRENT = "it has no keys and values, only a state of fixed size"
 
 UNSUPPORTED: dict[str, str] = {
-    "afm7": _SHARED,
     "bitnet": "its linear layers need Metal, and nobody has tested it",
     "deepseek_v41": "its caches are of its own kinds: latents, pooled keys and a window",
-    "gemma2": "it caps its scores, which mlx-lm's fused attention can't, and reads keys as arrays",
-    "gemma3n": _SHARED,
-    "iquestloopcoder": "its second loop reads the keys of the first as arrays",
+    "iquestloopcoder": "its model, not its attention, updates the caches and reads their arrays",
     "mamba": _RECURRENT,
     "mamba2": _RECURRENT,
     "minimax_m3_vl": "an indexer picks blocks of keys for every query (sparse attention)",
