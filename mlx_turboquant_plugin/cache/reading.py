@@ -77,7 +77,7 @@ class AttendedCache(_BaseCache):
         reading: of that attention; by default it reads views.
         view: what the queries of the newest tokens see, or None.
         fetched: the keys and values that were returned with it.
-        passed: what the queries of the newest pass saw, while layers that follow may want it.
+        passed: what the queries of the newest pass saw, while layers may follow.
         whole: whether these are all, not those that were given.
         read: whether the view was read in their place; None if nothing was.
         interrupted: whether its model can't go on, see integration/whole_passes.py.
@@ -115,9 +115,6 @@ class AttendedCache(_BaseCache):
         """
         if self.view is not None:
             self.settle()
-        if self.passed is not None and self.reading.followed is None:
-            self.reading.followed = False
-        self.passed = None
         self.whole = self.hooked or not self.reading.by_view[keys.shape[2] > 1]
         self.fetched = self.fetch(view) if self.whole else (keys, values)
         self.view, self.read = view, None
@@ -133,8 +130,14 @@ class AttendedCache(_BaseCache):
         """The attention of a layer begins that sees what that of the newest tokens has seen."""
         self.reading.followed = True
         if self.passed is not None:
-            self.attending, self.view = True, self.passed
+            self.attending, self.view, self.whole = True, self.passed, True
             self.fetched = self.fetch(self.view)
+
+    def end_pass(self) -> None:
+        """The newest tokens have passed all layers of the model."""
+        if self.passed is not None:
+            self.reading.followed = bool(self.reading.followed)
+            self.passed = None
 
     def take(self, keys: mx.array, values: mx.array) -> Any:
         """The view that stands for ``keys`` and ``values``, or None if these are to be read."""
