@@ -1,6 +1,6 @@
 """What distinguishes one architecture from another, and which ones are supported."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -33,7 +33,8 @@ class Family:
             the one that makes all three.
         grouped: how such a fused one is laid out, see :func:`fused_projections`.
         head_norms: the norms of queries and keys in an attention; it may lack them.
-        rope: the rope object in an attention, which may lack it.
+        rope: the rope object in an attention, which may lack it; empty if its keys have no
+            rotary positions.
         dims: names of the head dims of keys and values in an attention, where
             ``projections`` do not make keys and values as they are.
         casts_keys: whether the attention casts the keys that the cache returns. It may do
@@ -146,6 +147,17 @@ def attention_of(layer: Any, place: int = 0) -> tuple[Any, Family | None]:
         if family is not None and family.layer_attention == path:
             return attention, family
     return None, None
+
+
+def placed(cache: Any) -> Iterator[tuple[Any, int]]:
+    """The caches of a layer and the places of the attentions that they are for.
+
+    Further ones are for something else, such as an indexer.
+    """
+    place = 0
+    for one in getattr(cache, "caches", [cache]):
+        yield one, place
+        place += hasattr(one, "update_and_fetch")
 
 
 def _deep(owner: Any, path: str) -> Any:

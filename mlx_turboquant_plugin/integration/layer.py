@@ -184,8 +184,6 @@ def _learn(
     if attention is None:
         return Knowledge()
     family = family_of(attention)
-    if family.latent:
-        return Knowledge()
     statistics = None
     if spec.key_codec != "exact":
         tried, statistics = statistics_for(attention)

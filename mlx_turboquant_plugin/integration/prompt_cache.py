@@ -1,6 +1,5 @@
 """Give each model that mlx-lm makes a prompt cache for a compressed one."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from mlx_lm.models import cache as cache_module
@@ -15,7 +14,7 @@ from ..log import log_once, logger
 from . import table, upstream
 from .attention import bind
 from .calibration import Calibration, distributed
-from .family import attention_of, layers_of
+from .family import attention_of, layers_of, placed
 from .identity import identity_of
 from .layer import known_layer
 from .whole_passes import guard_all
@@ -149,19 +148,11 @@ def _prepare(model: Any, caches: list[Any], new: bool) -> list[Any]:
     if new:
         caches = compress(model, caches)
     for layer, cache in zip(layers_of(model), caches):
-        for one, place in _placed(cache):
+        for one, place in placed(cache):
             attention, _ = attention_of(layer, place)
             if isinstance(one, CompressedKVCache) and attention is not None:
                 bind(one, attention)
     return caches
-
-
-def _placed(cache: Any) -> Iterator[tuple[Any, int]]:
-    """The caches of a layer and the places of the attentions that they are for."""
-    place = 0
-    for one in getattr(cache, "caches", [cache]):
-        yield one, place
-        place += isinstance(one, (KVCache, RotatingKVCache, CompressedKVCache))
 
 
 def _compressed(
@@ -202,7 +193,7 @@ def _compressed_in_list(
     model: str, layer: Any, caches: CacheList, chosen: settings.Settings
 ) -> tuple[CacheList | None, str]:
     """The same for a layer that has several caches: its keys and values among them."""
-    pairs = [_compressed(model, layer, one, chosen, place) for one, place in _placed(caches)]
+    pairs = [_compressed(model, layer, one, chosen, place) for one, place in placed(caches)]
     if not any(replacement for replacement, _ in pairs):
         return None, pairs[-1][1]
     return CacheList(*(new or old for (new, _), old in zip(pairs, caches.caches))), ""
@@ -233,10 +224,13 @@ def _bits(chosen: settings.Settings, caches: list[Any]) -> str:
         return f"bypass {chosen.bypass}"
     parts = (one for cache in caches for one in getattr(cache, "caches", [cache]))
     ours = (one.codec for one in parts if isinstance(one, CompressedKVCache))
-    codecs = {codec.spec.key_codec for codec in ours if codec}
+    specs = [codec.spec for codec in ours if codec]
+    codecs = {spec.key_codec for spec in specs}
+    values = {(spec.value_bits, spec.value_codec) for spec in specs}
+    bits, codec = values.pop() if len(values) == 1 else (chosen.value_bits, chosen.value_codec)
     prompts = "read what decoding reads" if chosen.invariant else "read their own chunk exactly"
     return (
         f"keys {chosen.key_bits} bits {' and '.join(sorted(codecs))}, "
-        f"values {chosen.value_bits} bits {chosen.value_codec}, "
+        f"values {bits} bits {codec}, "
         f"window {chosen.window}, sinks {chosen.sinks}, prompts {prompts}"
     )

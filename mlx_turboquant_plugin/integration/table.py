@@ -78,6 +78,7 @@ MLA = Family(
     kv_heads=1,
     projections=("kv_a_proj_with_mqa",),
     dims=("kv_lora_rank", "qk_rope_head_dim"),
+    rope="",
     reads_arrays=True,
     latent=True,
 )
