@@ -251,6 +251,6 @@ def _summary(
 
 def _rope_of(attention: nn.Module) -> Any:
     family = family_of(attention)
-    if family.dims and not family.latent:
+    if family.dims:
         raise ValueError("its keys are put together of parts")
     return getattr(attention, family.rope, None)
