@@ -83,10 +83,11 @@ def test_what_latents_are_multiplied_with_is_measured():
 
 def test_a_cache_that_rotates_sees_what_mlx_lms_does():
     model = model_of("deepseek_v3", bypass="identity")
-    made, caches = run(model, TOKENS, CHUNKS, mlx_lm_cache.make_prompt_cache(model, 64))
+    chunks = 64, 30, 9, 58, 1, 1
+    made, caches = run(model, TOKENS, chunks, mlx_lm_cache.make_prompt_cache(model, 64))
     assert [type(cache) for cache in caches] == [RotatingCompressedKVCache] * 2
     mlx_turboquant_plugin.disable()
-    expected, _ = run(model, TOKENS, CHUNKS, mlx_lm_cache.make_prompt_cache(model, 64))
+    expected, _ = run(model, TOKENS, chunks, mlx_lm_cache.make_prompt_cache(model, 64))
     assert error(made, expected) < 1e-4
 
 

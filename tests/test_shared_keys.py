@@ -4,9 +4,10 @@ import mlx.core as mx
 import pytest
 import tiny_models
 from mlx_lm.models import cache as mlx_lm_cache
-from test_models import CHUNKS, TOKENS, compressed_parts, enable, error, run
+from test_models import CHUNKS, TOKENS, check_batch, compressed_parts, enable, error, run
 
 import mlx_turboquant_plugin
+from mlx_turboquant_plugin.integration import upstream
 
 GEMMA4 = dict(num_hidden_layers=4, layer_types=tiny_models.SLIDING * 2, num_kv_shared_layers=2)
 
@@ -24,6 +25,7 @@ def test_arrays_of_one_layer_serve_others():
     assert 1e-5 < error(made, expected) < 0.3
     # Whoever gets all keys still reads their codes where that is faster.
     assert [cache.read for cache in caches] == [True, True]
+    check_batch(model)
 
 
 def test_only_a_layer_that_others_read_is_given_all_keys():
@@ -71,6 +73,14 @@ def followed_by_few():
     config = tiny_models.SPECIAL["gemma3n"]["text_config"]
     six = dict(layer_types=tiny_models.SLIDING * 3, activation_sparsity_pattern=[0.0] * 6)
     return {**config, **six, "num_hidden_layers": 6}
+
+
+def test_layers_do_not_follow_where_nobody_says_when(monkeypatch):
+    model = tiny_models.build("gemma3n")
+    enable()
+    monkeypatch.setattr(upstream, "available", lambda: True)
+    assert not compressed_parts(mlx_lm_cache.make_prompt_cache(model))
+    assert "hooks" in mlx_turboquant_plugin.status().models[-1]
 
 
 def test_a_layer_may_follow_outside_of_a_pass():

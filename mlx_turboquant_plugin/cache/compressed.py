@@ -451,8 +451,11 @@ class CompressedKVCache(AttendedCache):
         return self.ring.columns(self.offset, count)
 
     def cuts(self, count: int) -> list[int]:
-        """Which of the next ``count`` tokens read other ones exactly than those before them."""
-        if self.visibility.is_prompt(count):
+        """Which of the next ``count`` tokens read other ones exactly than those before them.
+
+        Not told of rings, whose masks can't be cut.
+        """
+        if self.ring is not None or self.visibility.is_prompt(count):
             return []
         start = self.offset
         return [position - start for position in self.visibility.changes(start, start + count)]
