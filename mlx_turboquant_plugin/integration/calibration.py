@@ -234,9 +234,6 @@ def _summary(
     """
     if keys is None or queries is None:
         return None
-    if family_of(attention).latent:
-        # As they are in decoding, in the place of those that keys made of latents are read with.
-        queries = attention.embed_q(queries[..., : attention.qk_nope_head_dim])
     keys, queries = (x.astype(mx.float32) for x in (keys, queries))
     try:
         rope = _rope_of(attention)
@@ -246,7 +243,28 @@ def _summary(
     except (TypeError, ValueError):
         # Its angles depend on more than the position: no mean is the same for all positions.
         mean, square = None, mx.mean(keys[0, :, SKIPPED:] ** 2, axis=1)
+    if family_of(attention).latent:
+        return Statistics(mean, square, _latent_square(attention, queries))
     return Statistics(mean, square, mx.mean(queries[0, :, SKIPPED:] ** 2, axis=1))
+
+
+def _latent_square(attention: nn.Module, queries: mx.array) -> mx.array:
+    """How much the channels of a latent count, fp32 (H_q, D), in scores and in values.
+
+    Both the same: their means are 1.
+
+    Args:
+        queries: (1, H_q, T, D'), as the keys that are made of latents are read with.
+    """
+    parts: list[Any] = [
+        # As queries are multiplied with latents in decoding.
+        attention.embed_q(queries[0, :, SKIPPED:, : attention.qk_nope_head_dim]),
+        # What becomes of each channel alone, (1, H_q, D, D_v).
+        attention.unembed_out(mx.eye(attention.kv_lora_rank, dtype=queries.dtype)[None, None]),
+    ]
+    in_scores, in_values = (x.astype(mx.float32) ** 2 for x in parts)
+    squares = mx.mean(in_scores, axis=1), mx.mean(in_values, axis=(0, 1, 3))
+    return sum(x / mx.mean(x) for x in squares)
 
 
 def _rope_of(attention: nn.Module) -> Any:
