@@ -262,9 +262,9 @@ def _latent_square(attention: nn.Module, queries: mx.array) -> mx.array:
         # What becomes of each channel alone, (1, H_q, D, D_v).
         attention.unembed_out(mx.eye(attention.kv_lora_rank, dtype=queries.dtype)[None, None]),
     ]
-    in_scores, in_values = (x.astype(mx.float32) ** 2 for x in parts)
-    squares = mx.mean(in_scores, axis=1), mx.mean(in_values, axis=(0, 1, 3))
-    return sum(x / mx.mean(x) for x in squares)
+    scores, values = (x.astype(mx.float32) ** 2 for x in parts)
+    in_scores, in_values = mx.mean(scores, axis=1), mx.mean(values, axis=(0, 1, 3))
+    return in_scores / mx.mean(in_scores) + in_values / mx.mean(in_values)
 
 
 def _rope_of(attention: nn.Module) -> Any:
