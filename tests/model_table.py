@@ -7,6 +7,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin.integration import prompt_cache, table
+from mlx_turboquant_plugin.integration.family import attention_of, layers_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 START, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
@@ -37,11 +38,12 @@ def _row(name):
     made = mlx_lm_cache.make_prompt_cache(model)
     [report] = [line for line in prompt_cache.report() if line.startswith(f"{model.model_type}: ")]
     kinds, codecs = [], []
-    for before, after in zip(stock, made):
+    for layer, before, after in zip(layers_of(model), stock, made):
         parts = getattr(after, "caches", [after])
         codecs += [one.codec for one in parts if hasattr(one, "codec")]
         if any(hasattr(one, "codec") for one in parts):
-            kinds.append(LAYERS[type(before).__name__])
+            latent = attention_of(layer)[1].latent
+            kinds.append("latents" if latent else LAYERS[type(before).__name__])
     knows = []
     if any(codec.balance is not None for codec in codecs):
         knows.append("balanced")

@@ -24,19 +24,21 @@ from mlx_turboquant_plugin.integration import table
 
 # One for each way in which a family differs from Llama.
 QUICK = {
+    "deepseek_v3",  # latents
     "falcon_h1",  # attention beside a state, in a CacheList
+    "gemma2",  # arrays
     "gemma3",  # sliding windows, norms of heads, through the module of another model
+    "gemma3n",  # layers that follow others
     "gpt_oss",  # learned sinks, sliding windows, biases
     "internlm2",  # a fused projection by KV head, with a bias
     "llama4",  # layers with caches that stay as they are
     "mimo_v2_flash",  # keys and values of different dims, heads by layer, learned sinks
+    "longcat_flash",  # latents, two attentions in a layer
     "phi3",  # a fused projection
     "qwen2_moe",  # biases
     "qwen3_5",  # full attention in some layers, a state in the others
     "qwen3_moe",  # norms of heads
     # and of those that are not compressed:
-    "deepseek_v3",
-    "gemma2",
     "mamba2",
 }
 # What needs a GPU, or another package, to run at all.
@@ -44,7 +46,7 @@ NOT_HERE = {"bitnet", "muse_spark", "olmo"}
 SETTINGS = dict(window=32, sinks=2, preset="quality")
 CHUNKS = (64, 37, 60, 1, 1)
 # mlx-lm's own batches of these fail, or depend on the padding.
-NO_BATCHES = {"gpt_bigcode", "phi3small"}
+NO_BATCHES = {"afm7", "gemma2", "gpt_bigcode", "phi3small"}
 TOKENS = mx.random.randint(0, 64, (1, sum(CHUNKS)), key=mx.random.key(7))
 
 
@@ -104,7 +106,7 @@ def test_a_tiny_model(name, tmp_path):
     # Rounding can tip a code at a threshold.
     assert error(made, bridged) < 0.01
     for cache in compressed_parts(caches):
-        assert cache.reading.by_view == [True, True]
+        assert cache.reading.by_view == [not cache.reading.expected] * 2
     # Codes were read. How much logits depend on them is for random weights to say.
     assert 1e-5 < error(made, expected) < 0.3
     check_codes(*(next(filter(has_codes, compressed_parts(c))) for c in (exact, caches)))
@@ -156,7 +158,12 @@ def check_codes(exact, cache):
             lost = relative(mx.array(difference[:, h]), mx.array(x[:, h]))
             assert 0.4 * most < lost < 1.2 * most
     decoded_values = cache.codec.decode_values(cache.value_codes)
-    assert 0.005 < relative(decoded_values - values, values) < 0.011
+    lost = relative(decoded_values - values, values)
+    if cache.codec.spec.value_bits == 8:
+        # The rotary part beside a latent: 255 steps over five to six standard deviations.
+        assert 1e-6 < lost < 6e-5
+    else:
+        assert 0.005 < lost < 0.011
 
 
 def relative(difference, whole):

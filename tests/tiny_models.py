@@ -322,7 +322,7 @@ SPECIAL = {
     "youtu_llm": LATENT,
 }
 
-MLA = dict(LATENT, rope_scaling=None, topk_method="noaux_tc")
+MLA = dict(LATENT, qk_rope_head_dim=32, rope_scaling=None, topk_method="noaux_tc")
 INDEXER = dict(index_head_dim=32, index_n_heads=2, index_topk=32)
 KDA = dict(
     kda_layers=[1],
@@ -391,9 +391,9 @@ SPECIAL |= {
     "glm4_moe_lite": MLA,
     "glm_moe_dsa": dict(MLA, **INDEXER, rope_parameters=ROPE, moe_layer_freq=1),
     "kimi_k25": text("deepseek_v3", **MLA),
-    "kimi_k3": text("kimi_linear", **LATENT, linear_attn_config=KDA, num_experts_per_token=2),
+    "kimi_k3": text("kimi_linear", **MLA, linear_attn_config=KDA, num_experts_per_token=2),
     "kimi_linear": dict(
-        LATENT, linear_attn_config=KDA, num_experts_per_token=2, model_max_length=4096
+        MLA, linear_attn_config=KDA, num_experts_per_token=2, model_max_length=4096
     ),
     "kimi_vl": text("deepseek_v3", **MLA),
     "longcat_flash": LONGCAT,
@@ -419,7 +419,7 @@ SPECIAL |= {
         index_block_size=16,
         index_topk_blocks=4,
     ),
-    "mistral4": dict(LATENT, rope_parameters=MINISTRAL["rope_parameters"]),
+    "mistral4": dict(MLA, rope_parameters=MINISTRAL["rope_parameters"]),
     "plamo": dict(n_shared_head=2),
     "plamo2": dict(
         hidden_size_per_head=32,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import CacheList
 
 from ..cache import BatchCompressedKVCache, BatchView, CompressedKVCache, PackedRows, RowView, View
 from ..cache.observed import ObservedKVCache
@@ -41,8 +42,10 @@ def attend(
     ours = isinstance(cache, (CompressedKVCache, BatchCompressedKVCache))
     view = cache.take(keys, values) if ours else None
     if view is None:
-        if isinstance(cache, ObservedKVCache):
-            cache.observe(queries)
+        # The keys' is the first in a list.
+        observed = cache.caches[0] if type(cache) is CacheList else cache
+        if isinstance(observed, ObservedKVCache):
+            observed.observe(queries)
         cache = None if ours else cache
         return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
     if isinstance(view, BatchView):

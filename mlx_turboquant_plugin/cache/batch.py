@@ -181,6 +181,8 @@ class BatchCompressedKVCache(AttendedCache):
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All keys and values, zeros in the padding, (B, H, T, D) in the model's dtype."""
+        if self.attending and self.whole and self.fetched is not None:
+            return self.fetched
         # Only to look at: what is packed stays packed.
         rows = self._rows if self._packed is None else self._packed.rows()
         views = [None if row.empty() else row.newest_view() for row in rows]
@@ -291,6 +293,14 @@ class BatchCompressedKVCache(AttendedCache):
     def columns(self, count: int) -> int:
         """T of a mask (B, H, N, T) for the next ``count`` tokens, padding included."""
         return self._index + count
+
+    def cuts(self, count: int) -> list[int]:
+        """See :meth:`CompressedKVCache.cuts`: of all rows."""
+        found: set[int] = set()
+        for row, (first, last) in zip(self.rows, self._parts(count)):
+            if not row.visibility.is_prompt(count):
+                found.update(first + cut for cut in row.cuts(last - first))
+        return sorted(found)
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False

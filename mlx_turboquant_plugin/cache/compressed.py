@@ -298,6 +298,9 @@ class CompressedKVCache(AttendedCache):
 
     @keys.setter
     def keys(self, v: mx.array):
+        if self.attending and self.fetched is not None and v.shape == self.fetched[0].shape:
+            # What was shown of all tokens, with more that it depends on.
+            v = mx.depends(self.exact_tokens.keys, v)
         self.exact_tokens = self.exact_tokens.replaced(v, self.exact_tokens.values)
 
     @property
@@ -311,7 +314,7 @@ class CompressedKVCache(AttendedCache):
     def _shown(self) -> tuple[mx.array | None, mx.array | None]:
         """What others find in :attr:`keys` and :attr:`values`."""
         if self.attending and not self.empty():
-            return (self.view or self.newest_view()).keys_and_values()
+            return self.keys_and_values()
         return self.exact_tokens.keys, self.exact_tokens.values
 
     def _view(self, plan: StepPlan) -> View:
@@ -334,9 +337,11 @@ class CompressedKVCache(AttendedCache):
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All keys and values, (B, H, T, D) in the model's dtype, codes dequantised."""
+        if self.attending and self.whole and self.fetched is not None:
+            return self.fetched
         if self.coded:
             self._check_codec()
-        return self.newest_view().keys_and_values()
+        return (self.view or self.newest_view()).keys_and_values()
 
     def newest_view(self) -> View:
         """What the newest token sees."""
@@ -426,6 +431,16 @@ class CompressedKVCache(AttendedCache):
         if self.ring is None:
             return self.offset + count
         return self.ring.columns(self.offset, count)
+
+    def cuts(self, count: int) -> list[int]:
+        """Which of the next ``count`` tokens read other ones exactly than those before them.
+
+        Not told of rings, whose masks can't be cut.
+        """
+        if self.ring is not None or self.visibility.is_prompt(count):
+            return []
+        start = self.offset
+        return [position - start for position in self.visibility.changes(start, start + count)]
 
     def make_mask(self, *args, **kwargs):
         return create_attention_mask(*args, offset=self.offset, **kwargs)  # type: ignore[misc]

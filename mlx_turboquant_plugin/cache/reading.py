@@ -25,9 +25,11 @@ class Reading:
         casts_keys: whether it casts the keys that it gets; they are the same keys.
         by_view: whether it reads views and nothing else.
         alone: whether attentions of its class that read views read nothing else; they share it.
+        expected: whether somebody is known to read arrays, so that there is nothing to be said.
+        followed: whether other layers read the cache after it, see :meth:`AttendedCache.follow`.
     """
 
-    __slots__ = ("alone", "by_view", "casts_keys", "model")
+    __slots__ = ("alone", "by_view", "casts_keys", "expected", "followed", "model")
 
     def __init__(
         self,
@@ -35,8 +37,11 @@ class Reading:
         casts_keys: bool = False,
         by_view: bool | None = None,
         alone: Known | None = None,
+        expected: bool = False,
+        followed: bool | None = False,
     ):
         self.model, self.casts_keys = model, casts_keys
+        self.expected, self.followed = expected, followed
         self.by_view: Known = [by_view, by_view]
         self.alone: Known = [None, None] if alone is None else alone
 
@@ -44,9 +49,18 @@ class Reading:
 _alone: "weakref.WeakKeyDictionary[type, Known]" = weakref.WeakKeyDictionary()
 
 
-def reading_of(attention: Any, model: str, casts_keys: bool) -> Reading:
-    """The reading of an attention module that has not read anything yet; see :class:`Reading`."""
-    return Reading(model, casts_keys, alone=_alone.setdefault(type(attention), [None, None]))
+def reading_of(
+    attention: Any, model: str, casts_keys: bool, arrays: bool, followed: bool
+) -> Reading:
+    """The reading of an attention module that has not read anything yet; see :class:`Reading`.
+
+    Args:
+        arrays: whether it or another one computes with the arrays that it is given.
+        followed: whether attentions of its class may be.
+    """
+    known = _alone.setdefault(type(attention), [None, None])
+    by_view = False if arrays else None
+    return Reading(model, casts_keys, by_view, known, arrays, None if followed else False)
 
 
 class AttendedCache(_BaseCache):
@@ -63,6 +77,7 @@ class AttendedCache(_BaseCache):
         reading: of that attention; by default it reads views.
         view: what the queries of the newest tokens see, or None.
         fetched: the keys and values that were returned with it.
+        passed: what the queries of the newest pass saw, while layers may follow.
         whole: whether these are all, not those that were given.
         read: whether the view was read in their place; None if nothing was.
         interrupted: whether its model can't go on, see integration/whole_passes.py.
@@ -74,6 +89,7 @@ class AttendedCache(_BaseCache):
     reading = Reading("MODEL_TYPE", by_view=True)
     view: Any = None
     fetched: Pair | None = None
+    passed: Any = None
     whole = True
     read: bool | None = None
     interrupted = False
@@ -104,6 +120,25 @@ class AttendedCache(_BaseCache):
         self.view, self.read = view, None
         return self.fetched
 
+    def end(self) -> None:
+        """The attention of the newest tokens has ended."""
+        if self.reading.followed is not False:
+            self.passed = self.view
+        self.attending, self.view, self.fetched = False, None, None
+
+    def follow(self) -> None:
+        """The attention of a layer begins that sees what that of the newest tokens has seen."""
+        self.reading.followed = True
+        if self.passed is not None:
+            self.attending, self.view, self.whole = True, self.passed, True
+            self.fetched = self.fetch(self.view)
+
+    def end_pass(self) -> None:
+        """The newest tokens have passed all layers of the model."""
+        if self.passed is not None:
+            self.reading.followed = bool(self.reading.followed)
+            self.passed = None
+
     def take(self, keys: mx.array, values: mx.array) -> Any:
         """The view that stands for ``keys`` and ``values``, or None if these are to be read."""
         view = self.view
@@ -130,7 +165,7 @@ class AttendedCache(_BaseCache):
         Raises:
             RuntimeError: it got back what it gave, and did not read the view.
         """
-        if self.view is None:
+        if self.view is None or self.reading.expected:
             return
         by_view, alone = self.reading.by_view, self.reading.alone
         several = self.view.queries > 1

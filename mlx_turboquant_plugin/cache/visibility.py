@@ -56,6 +56,14 @@ class Visibility(NamedTuple):
         """The first position, after the sinks, that the window of ``position`` has."""
         return max(self.sinks, (position // BLOCK) * BLOCK - self.window)
 
+    def changes(self, start: int, end: int) -> range:
+        """The positions after ``start`` and before ``end`` whose queries read less exactly.
+
+        Less than those just before them.
+        """
+        first = max(start, self.window + self.sinks) // BLOCK * BLOCK + BLOCK
+        return range(first, end, BLOCK)
+
     def retained_from(self, offset: int, steady: bool) -> int:
         """The first position, after the sinks, that tokens from ``offset`` on can need exactly.
 

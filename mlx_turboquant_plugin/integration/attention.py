@@ -2,10 +2,12 @@
 
 import functools
 import inspect
+import itertools
 import weakref
 from types import ModuleType
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
 
@@ -38,7 +40,8 @@ def patch_family(module: ModuleType, family: Family) -> None:
                 f"{attention.__qualname__}.__call__ has no parameter cache, only "
                 f"{', '.join(parameters)}: name the class that updates the cache"
             )
-        patching.wrap(module, "scaled_dot_product_attention", _scaled_dot_product_attention)
+        if hasattr(module, "scaled_dot_product_attention") or not family.reads_arrays:
+            patching.wrap(module, "scaled_dot_product_attention", _scaled_dot_product_attention)
         patching.wrap(attention, "__call__", functools.partial(_attention_call, parameters))
         if hasattr(module, "Model"):
             # Others are met when a prompt cache is made for them.
@@ -57,17 +60,28 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
         cache = next((c for c in cache.caches if _ours(c)), None)
     if not _ours(cache):
         return wrapped(*args, **kwargs)
+    family = family_of(instance)
+    if family.follows is not None and family.follows(instance):
+        with AllOrNothing(cache):
+            cache.follow()
+            out = wrapped(*args, **kwargs)
+            cache.end()
+        return out
     if cache.attention is None or cache.attention() is not instance:
         bind(cache, instance)
+    batch, count = given[parameters[0]].shape[:2]
     if not _plain(given.get("mask")):
         # Before the cache changes.
-        batch, count = given[parameters[0]].shape[:2]
-        heads, _ = family_of(instance).head_counts(instance)
+        heads, _ = family.head_counts(instance)
         check(given["mask"], (batch, heads, count, cache.columns(count)))
     with AllOrNothing(*cache.holders):
         cache.attending = True
         try:
-            out = wrapped(*args, **kwargs)
+            cuts = cache.cuts(count) if count > 1 and family.reads_arrays else []
+            if cuts:
+                out = _in_parts(wrapped, parameters[0], given, cache, [0, *cuts, count])
+            else:
+                out = wrapped(*args, **kwargs)
         except ValueError:
             if not cache.whole:
                 # Perhaps MLX's words for a mask of all tokens over those that were given.
@@ -75,8 +89,37 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
             raise
         if cache.whole or not cache.read:
             cache.settle(out)
-        cache.attending, cache.view, cache.fetched = False, None, None
+        cache.end()
     return out
+
+
+def _in_parts(
+    attention: Any, hidden: str, given: dict[str, Any], cache: Any, ends: list[int]
+) -> mx.array:
+    """The output of an attention that reads arrays, in which all queries see the same.
+
+    Queries that do not are not given to it together.
+
+    Args:
+        hidden: the name of the hidden states among the arguments ``given``.
+        ends: where parts end.
+    """
+    outs = []
+    for first, last in itertools.pairwise(ends):
+        own, tokens = slice(first, last), cache.columns(last - first)
+        part = {**given, hidden: given[hidden][:, own]}
+        for name, x in given.items():
+            if isinstance(x, mx.array) and name != hidden and ends[-1] in x.shape[-2:-1]:
+                # A mask, or a factor of each query.
+                part[name] = x[..., own, :tokens]
+        mask = part.get("mask")
+        if isinstance(mask, str):
+            part["mask"] = mask if last - first > 1 else None
+        elif mask is not None:
+            # Attentions to one query may count on what mlx-lm's masks of batches look like.
+            part["mask"] = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        outs.append(attention(**part))
+    return mx.concatenate(outs, axis=1)
 
 
 def _plain(mask: Any) -> bool:

@@ -24,7 +24,7 @@ from ..codecs.key_bias import KeyBias, RotaryTable
 from ..log import logger
 from . import calibration_file
 from .calibration_file import Statistics
-from .family import attention_of, family_of, layers_of
+from .family import attention_of, family_of, layers_of, placed
 from .projections import contents
 
 # As many as tell all they can: with half of them the text's loss is 5% larger.
@@ -57,7 +57,7 @@ class Calibration:
         self._model = weakref.ref(model)
         # The originals may be filled before the measuring.
         self._caches = [_observed(cache) for cache in caches]
-        attentions = [one for one in _attentions(layers_of(model)) if one is not None]
+        attentions = [one for one, _ in _served(layers_of(model), caches) if one is not None]
         self._attentions = [weakref.ref(one) for one in attentions]
         for one in attentions:
             _keep(_expected, one, self)
@@ -91,7 +91,7 @@ def statistics_for(attention: nn.Module) -> tuple[bool, Statistics | None]:
 def statistics_of(
     model: nn.Module, layers: Sequence[Any], caches: Sequence[Any]
 ) -> list[Statistics | None]:
-    """Statistics of each layer that has a supported attention, None for the others.
+    """Statistics of each cache of keys that has a supported attention, None for the others.
 
     Measured once for a model, or read from the user's cache folder. If the model can't be run
     by itself there are none.
@@ -99,15 +99,15 @@ def statistics_of(
     Args:
         layers, caches: the layers, and mlx-lm's own caches for them, empty.
     """
-    attentions = _attentions(layers)
+    attentions = [attention for attention, _ in _served(layers, caches)]
     known = [_known(attention) for attention in attentions]
     if not any(attentions) or all(found for found, _ in known):
         return [statistics for _, statistics in known]
     try:
-        found = _loaded_or_measured(model, attentions, caches)
+        found = _loaded_or_measured(model, attentions, layers, caches)
     except Exception as error:  # Whatever a model does when it is run in an unusual way.
         logger.info("not calibrated: %s: %s", type(error).__name__, error)
-        found = [None] * len(layers)
+        found = [None] * len(attentions)
     for attention, statistics in zip(attentions, found, strict=True):
         if attention is not None:
             _keep(_measured, attention, tuple(contents(attention)), statistics)
@@ -119,8 +119,14 @@ def assume(attention: nn.Module, statistics: Statistics) -> None:
     _keep(_measured, attention, tuple(contents(attention)), statistics)
 
 
-def _attentions(layers: Sequence[Any]) -> list[nn.Module | None]:
-    return [attention_of(layer)[0] for layer in layers]
+def _served(layers: Sequence[Any], caches: Sequence[Any]) -> list[tuple[nn.Module | None, Any]]:
+    """The attention of each cache of keys, None where it is not supported, and the cache."""
+    return [
+        (attention_of(layer, place)[0], one)
+        for layer, cache in zip(layers, caches)
+        for one, place in placed(cache)
+        if hasattr(one, "update_and_fetch")
+    ]
 
 
 def _keep(table: dict[int, tuple], attention: nn.Module, *values: Any) -> None:
@@ -130,15 +136,15 @@ def _keep(table: dict[int, tuple], attention: nn.Module, *values: Any) -> None:
 
 
 def _loaded_or_measured(
-    model: nn.Module, attentions: Sequence[Any], caches: Sequence[Any]
+    model: nn.Module, attentions: Sequence[Any], layers: Sequence[Any], caches: Sequence[Any]
 ) -> list[Statistics | None]:
     tokens = _tokens(model)
     if distributed():
-        return _measure(model, attentions, caches, tokens)
+        return _measure(model, layers, caches, tokens)
     fingerprint = calibration_file.fingerprint(model, attentions, tokens)
     found = calibration_file.load(fingerprint, len(attentions))
     if found is None:
-        found = _measure(model, attentions, caches, tokens)
+        found = _measure(model, layers, caches, tokens)
         if any(found):
             calibration_file.save(fingerprint, found)
     return found
@@ -164,9 +170,9 @@ def distributed() -> bool:
 
 
 def _measure(
-    model: nn.Module, attentions: Sequence[Any], caches: Sequence[Any], tokens: mx.array
+    model: nn.Module, layers: Sequence[Any], caches: Sequence[Any], tokens: mx.array
 ) -> list[Statistics | None]:
-    """The statistics of each layer."""
+    """The statistics of each cache of keys."""
     observed = [_observed(cache) for cache in caches]
     modes = [(module, module.training) for _, module in model.named_modules()]
     model.eval()  # Without dropout, which would take random numbers from others.
@@ -180,7 +186,7 @@ def _measure(
     biases: list[KeyBias] = []
     found = [
         None if attention is None else _summary(attention, biases, *_seen(cache))
-        for attention, cache in zip(attentions, observed)
+        for attention, cache in _served(layers, observed)
     ]
     # The logits are not asked for, so they are never made.
     mx.eval([x for statistics in found if statistics for x in statistics if x is not None])
@@ -218,10 +224,7 @@ def _observed(cache: Any) -> Any:
 
 
 def _seen(cache: Any) -> tuple[mx.array | None, mx.array | None]:
-    for one in getattr(cache, "caches", [cache]):
-        if isinstance(one, ObservedKVCache):
-            return one.seen
-    return None, None
+    return cache.seen if isinstance(cache, ObservedKVCache) else (None, None)
 
 
 def _summary(
@@ -245,7 +248,28 @@ def _summary(
     except (TypeError, ValueError):
         # Its angles depend on more than the position: no mean is the same for all positions.
         mean, square = None, mx.mean(keys[0, :, SKIPPED:] ** 2, axis=1)
+    if family_of(attention).latent:
+        return Statistics(mean, square, _latent_square(attention, queries))
     return Statistics(mean, square, mx.mean(queries[0, :, SKIPPED:] ** 2, axis=1))
+
+
+def _latent_square(attention: nn.Module, queries: mx.array) -> mx.array:
+    """How much the channels of a latent count, fp32 (H_q, D), in scores and in values.
+
+    Both the same: their means are 1.
+
+    Args:
+        queries: (1, H_q, T, D'), as the keys that are made of latents are read with.
+    """
+    parts: list[Any] = [
+        # As queries are multiplied with latents in decoding.
+        attention.embed_q(queries[0, :, SKIPPED:, : attention.qk_nope_head_dim]),
+        # What becomes of each channel alone, (1, H_q, D, D_v).
+        attention.unembed_out(mx.eye(attention.kv_lora_rank, dtype=queries.dtype)[None, None]),
+    ]
+    scores, values = (x.astype(mx.float32) ** 2 for x in parts)
+    in_scores, in_values = mx.mean(scores, axis=1), mx.mean(values, axis=(0, 1, 3))
+    return in_scores / mx.mean(in_scores) + in_values / mx.mean(in_values)
 
 
 def _rope_of(attention: nn.Module) -> Any:

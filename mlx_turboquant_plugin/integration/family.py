@@ -1,6 +1,6 @@
 """What distinguishes one architecture from another, and which ones are supported."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -33,12 +33,20 @@ class Family:
             the one that makes all three.
         grouped: how such a fused one is laid out, see :func:`fused_projections`.
         head_norms: the norms of queries and keys in an attention; it may lack them.
-        rope: the rope object in an attention, which may lack it.
+        rope: the rope object in an attention, which may lack it; empty if its keys have no
+            rotary positions.
         dims: names of the head dims of keys and values in an attention, where
             ``projections`` do not make keys and values as they are.
         casts_keys: whether the attention casts the keys that the cache returns. It may do
             nothing else to keys and values before it hands them to the function above, or it
             is taken for one that computes scores itself.
+        reads_arrays: whether the attention is such a one: it computes with all keys and values.
+        shared: ``f(attention)`` says whether other layers compute with the keys and values that
+            this one is given.
+        follows: ``f(attention)`` says whether it reads the cache that another layer has just
+            updated, by ``keys_and_values``, and has none of its own; None where no layer does.
+        latent: whether its keys are latents, vectors that all heads share and make both keys and
+            values of, and its values what is left of keys, their part with rotary positions (MLA).
         obstacle: ``f(attention)`` says why the keys of a layer can't be compressed,
             or returns None.
         cached_layers: ``f(model)`` gives the layer of each cache, where this is not
@@ -56,12 +64,12 @@ class Family:
     rope: str = "rope"
     dims: tuple[str, str] | None = None
     casts_keys: bool = False
+    reads_arrays: bool = False
+    latent: bool = False
+    shared: Callable[[nn.Module], bool] = lambda attention: False
+    follows: Callable[[nn.Module], bool] | None = None
     obstacle: Callable[[nn.Module], str | None] = lambda attention: None
     cached_layers: Callable[[Any], list[Any]] = _layers
-
-    def attention_of(self, layer: Any) -> Any:
-        """The attention of a layer, or None."""
-        return _deep(layer, self.layer_attention)
 
     def norm_of(self, layer: Any) -> nn.Module | None:
         """The norm before the attention of a layer, or None."""
@@ -117,18 +125,39 @@ def family_of(attention: Any) -> Family:
 def layers_of(model: Any) -> list[Any]:
     """The layer of each of the model's caches; may be of another number than these."""
     family = _modules.get(type(model).__module__)
-    return list((family or Family()).cached_layers(model) or [])
+    if family is None:
+        # It may attend through the module of another.
+        known = (attention_of(layer)[1] for layer in _layers(model))
+        family = next(filter(None, known), Family())
+    return list(family.cached_layers(model) or [])
 
 
-def attention_of(layer: Any) -> tuple[Any, Family | None]:
-    """The attention of a layer and its family; (None, None) if none is supported."""
+def attention_of(layer: Any, place: int = 0) -> tuple[Any, Family | None]:
+    """The attention of a layer and its family; (None, None) if none is supported.
+
+    Args:
+        place: which one, in a layer that has several.
+    """
     # In the order of registration: a set has another order in each process.
     for path in dict.fromkeys(family.layer_attention for family in _families.values()):
-        attention = _deep(layer, path)
+        found = _deep(layer, path)
+        several = found if isinstance(found, list) else [found]
+        attention = several[place] if place < len(several) else None
         family = _families.get(type(attention))
         if family is not None and family.layer_attention == path:
             return attention, family
     return None, None
+
+
+def placed(cache: Any) -> Iterator[tuple[Any, int]]:
+    """The caches of a layer and the places of the attentions that they are for.
+
+    Further ones are for something else, such as an indexer.
+    """
+    place = 0
+    for one in getattr(cache, "caches", [cache]):
+        yield one, place
+        place += hasattr(one, "update_and_fetch")
 
 
 def _deep(owner: Any, path: str) -> Any:

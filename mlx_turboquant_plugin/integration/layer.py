@@ -29,6 +29,9 @@ from .calibration_file import Statistics
 from .family import Family, family_of
 from .projections import Projection, contents
 
+# Codec and bits of the part of keys with rotary positions beside a latent: a ninth of it.
+ROTARY_PART = "affine", 8
+
 
 class Fingerprint:
     """As a string it tells a layer from others, by a part of its weights.
@@ -140,14 +143,7 @@ def _read_layer(attention: nn.Module, norm: nn.Module | None, settings: Settings
     projections = family.projections_of(attention)
     head_dim, value_dim = _head_dims(family, attention, projections)
     exact = settings.bypass == "identity"
-    spec = CodecSpec(
-        head_dim,
-        value_dim,
-        "exact" if exact else key_codec(settings, head_dim),
-        settings.key_bits,  # type: ignore[arg-type]
-        "exact" if exact else settings.value_codec,
-        settings.value_bits,  # type: ignore[arg-type]
-    )
+    spec = CodecSpec(head_dim, value_dim, *_codecs(family, settings, head_dim))
     rope = _rope_of(family, attention)
     if _has_bias(family, attention) and type(rope) not in (nn.RoPE, type(None)):
         # Whether it could be taken out of the keys does not depend on what it is.
@@ -164,7 +160,13 @@ def _read_layer(attention: nn.Module, norm: nn.Module | None, settings: Settings
         settings,
         in_force(),
         rope,
-        reading_of(attention, type(attention).__module__.rpartition(".")[2], family.casts_keys),
+        reading_of(
+            attention,
+            type(attention).__module__.rpartition(".")[2],
+            family.casts_keys,
+            family.reads_arrays or family.shared(attention),
+            family.follows is not None,
+        ),
     )
 
 
@@ -181,13 +183,13 @@ def _learn(
     attention = attention_found()
     if attention is None:
         return Knowledge()
+    family = family_of(attention)
     statistics = None
     if spec.key_codec != "exact":
         tried, statistics = statistics_for(attention)
         if not tried:
             # Codecs to come may learn more.
             _layers.pop(id(attention), None)
-    family = family_of(attention)
     norm = norm_found and norm_found()
     rms, bias, measured = _rms_and_bias(family, attention, norm, spec.head_dim, statistics)
     rope = _rope_of(family, attention)
@@ -227,6 +229,16 @@ def _head_dims(
                 f"head dim {dim} can't be compressed; allowed are multiples of 8 from 32 to 512"
             )
     return dims
+
+
+def _codecs(family: Family, settings: Settings, head_dim: int) -> tuple[Any, ...]:
+    """Of keys and of values the codec and its bits."""
+    if settings.bypass == "identity":
+        return "exact", settings.key_bits, "exact", settings.value_bits
+    if family.latent:
+        return settings.key_codec, settings.key_bits, *ROTARY_PART
+    key = key_codec(settings, head_dim), settings.key_bits
+    return *key, settings.value_codec, settings.value_bits
 
 
 def key_codec(settings: Settings, head_dim: int) -> str:

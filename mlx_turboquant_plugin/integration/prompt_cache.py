@@ -14,7 +14,7 @@ from ..log import log_once, logger
 from . import table, upstream
 from .attention import bind
 from .calibration import Calibration, distributed
-from .family import attention_of, layers_of
+from .family import attention_of, layers_of, placed
 from .identity import identity_of
 from .layer import known_layer
 from .server import announce, serving
@@ -24,6 +24,8 @@ KINDS = (CompressedKVCache, RotatingCompressedKVCache, BatchCompressedKVCache)
 BY_WEIGHTS = "; keys go by the weights alone, since it could not be measured"
 # Kinds of mlx-lm's that this package would have replaced.
 UNCOMPRESSED = {"KVCache", "QuantizedKVCache", "RotatingKVCache"}
+
+NOT_INVARIANT = "its keys are read as arrays, in a way that TURBOQUANT_INVARIANT does not allow for"
 
 # What became of each model's caches, and the calibration of those that are compressed.
 _reports: dict[settings.ModelIdentity, tuple[str, Calibration | None]] = {}
@@ -154,22 +156,35 @@ def _prepare(model: Any, caches: list[Any], new: bool) -> list[Any]:
     if new:
         caches = compress(model, caches)
     for layer, cache in zip(layers_of(model), caches):
-        attention, _ = attention_of(layer)
-        for one in getattr(cache, "caches", [cache]):
+        for one, place in placed(cache):
+            attention, _ = attention_of(layer, place)
             if isinstance(one, CompressedKVCache) and attention is not None:
                 bind(one, attention)
     return caches
 
 
-def _compressed(model: str, layer: Any, cache: Any, chosen: settings.Settings) -> tuple[Any, str]:
-    """A compressed cache for one layer of a model of this type, or None and the reason."""
+def _compressed(
+    model: str, layer: Any, cache: Any, chosen: settings.Settings, place: int = 0
+) -> tuple[Any, str]:
+    """A compressed cache for one layer of a model of this type, or None and the reason.
+
+    Args:
+        place: of the attention in the layer.
+    """
     if type(cache) is CacheList:
         return _compressed_in_list(model, layer, cache, chosen)
     if type(cache) not in (KVCache, RotatingKVCache):
         return None, f"{type(cache).__name__} is not supported"
-    attention, family = attention_of(layer)
+    attention, family = attention_of(layer, place)
     if family is None:
         return None, "this architecture is not supported"
+    if chosen.invariant and (
+        family.shared(attention)
+        or (family.reads_arrays and (type(cache) is RotatingKVCache or upstream.available()))
+    ):
+        return None, NOT_INVARIANT
+    if family.follows is not None and upstream.available():
+        return None, "layers follow it, and mlx-lm's hooks don't say when"
     if type(cache) is KVCache and getattr(layer, "use_sliding", False):
         # Pixtral and Mistral 3: the mask alone says how far back queries see.
         return None, "a sliding window over a KVCache that does not rotate is not supported"
@@ -188,7 +203,7 @@ def _compressed_in_list(
     model: str, layer: Any, caches: CacheList, chosen: settings.Settings
 ) -> tuple[CacheList | None, str]:
     """The same for a layer that has several caches: its keys and values among them."""
-    pairs = [_compressed(model, layer, cache, chosen) for cache in caches.caches]
+    pairs = [_compressed(model, layer, one, chosen, place) for one, place in placed(caches)]
     if not any(replacement for replacement, _ in pairs):
         return None, pairs[-1][1]
     return CacheList(*(new or old for (new, _), old in zip(pairs, caches.caches))), ""
@@ -217,10 +232,13 @@ def _name(identity: settings.ModelIdentity) -> str:
 def _bits(chosen: settings.Settings, caches: list[Any]) -> str:
     if chosen.bypass:
         return f"bypass {chosen.bypass}"
-    codecs = {one.codec.spec.key_codec for one in _compressed_of(caches) if one.codec}
+    specs = [one.codec.spec for one in _compressed_of(caches) if one.codec]
+    codecs = {spec.key_codec for spec in specs}
+    values = {(spec.value_bits, spec.value_codec) for spec in specs}
+    bits, codec = values.pop() if len(values) == 1 else (chosen.value_bits, chosen.value_codec)
     prompts = "read what decoding reads" if chosen.invariant else "read their own chunk exactly"
     return (
         f"keys {chosen.key_bits} bits {' and '.join(sorted(codecs))}, "
-        f"values {chosen.value_bits} bits {chosen.value_codec}, "
+        f"values {bits} bits {codec}, "
         f"window {chosen.window}, sinks {chosen.sinks}, prompts {prompts}"
     )

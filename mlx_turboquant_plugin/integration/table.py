@@ -16,14 +16,18 @@ def why_not(module: str) -> str | None:
     return UNSUPPORTED.get(name) if package == "mlx_lm.models" else None
 
 
-def _compressed_if_own_keys(attention: Any) -> str | None:
-    if attention.config.num_kv_shared_layers:
-        return "later layers read its keys as arrays"
-    return None
-
-
 def _compressed_unless_softcapped(attention: Any) -> str | None:
     return "a cap on scores is not supported" if attention.attn_logit_softcapping else None
+
+
+def _read_by_later_layers(attention: Any) -> bool:
+    config, kind = attention.config, attention.layer_type
+    own = config.num_hidden_layers - config.num_kv_shared_layers
+    # Each reads the keys of the last layer of its kind that has any.
+    return (
+        kind in config.layer_types[own:]
+        and kind not in config.layer_types[attention.layer_idx + 1 : own]
+    )
 
 
 def _compressed_if_dense(attention: Any) -> str | None:
@@ -44,6 +48,19 @@ def _layers_of_every_loop(model: Any) -> list[Any]:
     return model.layers * model.model.num_loops
 
 
+def _layers_and_ngrams(model: Any) -> list[Any]:
+    ngrams = getattr(model.model, "ngram_embeddings", None)
+    return model.layers if ngrams is None else [ngrams, *model.layers]
+
+
+def _layers_with_keys(model: Any) -> list[Any]:
+    return [layer for layer in model.layers if layer.self_attn.has_kv]
+
+
+def _layers_that_follow_none(model: Any) -> list[Any]:
+    return [layer for layer in model.layers if not layer.self_attn.is_kv_shared_layer]
+
+
 def _layers_with_attention(model: Any) -> list[Any]:
     return [layer for layer in model.layers if layer.self_attn is not None]
 
@@ -54,14 +71,40 @@ HF = Family(heads="num_attention_heads", kv_heads="num_key_value_heads")
 MIXED = Family(heads="num_heads", kv_heads="num_key_value_heads")
 SHORT = Family(heads="num_heads", kv_heads="num_kv_heads")
 FUSED = ("qkv_proj",)
+# Multi-head latent attention.
+MLA = Family(
+    layer_norm=None,
+    heads="num_heads",
+    kv_heads=1,
+    projections=("kv_a_proj_with_mqa",),
+    dims=("kv_lora_rank", "qk_rope_head_dim"),
+    rope="",
+    reads_arrays=True,
+    latent=True,
+)
+# The same, but what is cached are whole keys, made of a latent and of a part with rotary positions.
+WHOLE_KEYS = Family(
+    heads="num_heads",
+    kv_heads="num_heads",
+    projections=("kv_b_proj",),
+    dims=("q_head_dim", "v_head_dim"),
+)
 LATE_NORMS = ("query_layernorm", "key_layernorm")
 SHORT_NORMS = ("q_layernorm", "k_layernorm")
 
 FAMILIES: dict[str, Family] = {
     "Klear": replace(HF, attention="KlearAttention"),
+    # All layers that have no keys read those of one, which knows as little of it as the others.
+    "afm7": replace(
+        OWN,
+        projections=FUSED,
+        shared=lambda attention: True,
+        cached_layers=lambda model: model.model.layers,
+    ),
     "afmoe": OWN,
     "apertus": replace(HF, attention="ApertusAttention", layer_norm="attention_layernorm"),
     "baichuan_m1": replace(SHORT, projections=("W_pack",)),
+    "bailing_hybrid": replace(MLA, attention="MultiLatentAttention", layer_attention="attention"),
     "bailing_moe": replace(
         HF,
         attention="BailingMoeAttention",
@@ -75,6 +118,7 @@ FAMILIES: dict[str, Family] = {
         projections=("query_key_value",),
         head_norms=LATE_NORMS,
     ),
+    "bailing_moe_v3": replace(MLA, attention="BailingMLA", layer_attention="attention"),
     "cohere": OWN,
     "cohere2": OWN,
     "dbrx": replace(
@@ -84,6 +128,10 @@ FAMILIES: dict[str, Family] = {
         projections=("Wqkv",),
     ),
     "deepseek": replace(HF, attention="DeepseekAttention", kv_heads="num_kv_heads"),
+    "deepseek_v2": replace(WHOLE_KEYS, attention="DeepseekV2Attention"),
+    "deepseek_v3": replace(MLA, attention="DeepseekV3Attention"),
+    # Its indexer's cache, the second of a layer, stays as it is.
+    "deepseek_v32": replace(MLA, attention="DeepseekV32Attention"),
     "dots1": replace(OWN, attention="Dots1Attention"),
     "ernie4_5": OWN,
     "ernie4_5_moe": OWN,
@@ -95,11 +143,20 @@ FAMILIES: dict[str, Family] = {
     "falcon_h1": replace(SHORT, attention="FalconH1Attention"),
     "gear": replace(OWN, obstacle=_compressed_unless_softcapped),
     "gemma": OWN,
+    # It caps its scores, which mlx-lm's fused attention can't.
+    "gemma2": replace(OWN, reads_arrays=True),
     "gemma3_text": OWN,
-    "gemma4_text": replace(OWN, obstacle=_compressed_if_own_keys),
+    "gemma3n": replace(
+        OWN,
+        attention="Gemma3nAttention",
+        follows=lambda attention: attention.is_kv_shared_layer,
+        cached_layers=_layers_that_follow_none,
+    ),
+    "gemma4_text": replace(OWN, shared=_read_by_later_layers, cached_layers=_layers_with_keys),
     "glm": replace(HF, attention="GLMAttention"),
     "glm4": replace(OWN, attention="Glm4Attention"),
     "glm4_moe": OWN,
+    "glm4_moe_lite": replace(MLA, attention="Glm4MoeLiteAttention"),
     "gpt2": Family(
         layer_attention="attn",
         layer_norm="ln_1",
@@ -138,6 +195,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "internlm3": OWN,
     "jamba": replace(HF, attention="JambaAttention"),
+    "kimi_k3": replace(MLA, attention="KimiK3MLAAttention"),
+    "kimi_linear": replace(MLA, attention="KimiMLAAttention"),
     "laguna": OWN,
     "lfm2": replace(OWN, layer_norm="operator_norm", head_norms=SHORT_NORMS),
     "lfm2_moe": replace(OWN, layer_norm="operator_norm", head_norms=SHORT_NORMS),
@@ -153,19 +212,21 @@ FAMILIES: dict[str, Family] = {
     # Both may norm their heads without weights.
     "llama4": replace(OWN, layer_norm=None),
     "llama4_text": replace(OWN, layer_norm=None),
+    # Two attentions in a layer; a model of n-grams has a cache for these, too, before all others.
+    "longcat_flash": replace(
+        MLA,
+        attention="LongcatFlashMLA",
+        heads="num_attention_heads",
+        cached_layers=_layers_and_ngrams,
+    ),
     "mellum": OWN,
     "mimo": OWN,
     "mimo_v2_flash": OWN,
     "minicpm": MIXED,
-    # What it caches are whole keys, made of a latent and of a part with rotary positions.
-    "minicpm3": Family(
-        heads="num_heads",
-        kv_heads="num_heads",
-        projections=("kv_b_proj",),
-        dims=("q_head_dim", "v_head_dim"),
-    ),
+    "minicpm3": WHOLE_KEYS,
     "minimax": replace(HF, attention="MiniMaxAttention"),
     "ministral3": OWN,
+    "mistral4": replace(MLA, attention="Mistral4Attention"),
     "mixtral": replace(MIXED, attention="MixtralAttention"),
     "muse_glimmer": replace(OWN, layer_norm=None),
     "nanbeige": replace(OWN, cached_layers=_layers_of_every_loop),
@@ -240,20 +301,18 @@ FAMILIES: dict[str, Family] = {
         projections=("attn_query", "attn_key", "attn_value"),
     ),
     "telechat3": replace(HF, attention="Telechat3Attention"),
-    "youtu_llm": Family(
-        attention="YoutuLLMAttention",
-        heads="num_heads",
-        kv_heads="num_heads",
-        projections=("kv_b_proj",),
-        dims=("q_head_dim", "v_head_dim"),
-    ),
+    "youtu_llm": replace(WHOLE_KEYS, attention="YoutuLLMAttention"),
 }
 
 # Models that attend through the modules of others.
 THROUGH: dict[str, str] = {
     "gemma3": "gemma3_text",
     "gemma4": "gemma4_text",
+    "glm_moe_dsa": "deepseek_v32",
+    "kimi_k25": "deepseek_v3",
+    "kimi_vl": "deepseek_v3",
     "lfm2-vl": "lfm2",
+    "longcat_flash_ngram": "longcat_flash",
     "mistral3": "llama, ministral3",
     "pixtral": "llama",
     "prism_hadamard_qwen35": "qwen3_next",
@@ -266,34 +325,15 @@ THROUGH: dict[str, str] = {
     "solar_open": "glm4_moe",
 }
 
-_LATENTS = "it caches latents (MLA), one small vector for all heads, not keys and values"
-_SHARED = "some layers read the keys of another layer's cache as arrays"
 _RECURRENT = "it has no keys and values, only a state of fixed size"
 
 UNSUPPORTED: dict[str, str] = {
-    "afm7": _SHARED,
-    "bailing_hybrid": _LATENTS,
-    "bailing_moe_v3": _LATENTS,
     "bitnet": "its linear layers need Metal, and nobody has tested it",
-    "deepseek_v2": _LATENTS,
-    "deepseek_v3": _LATENTS,
-    "deepseek_v32": _LATENTS,
     "deepseek_v41": "its caches are of its own kinds: latents, pooled keys and a window",
-    "gemma2": "it caps its scores, which mlx-lm's fused attention can't, and reads keys as arrays",
-    "gemma3n": _SHARED,
-    "glm4_moe_lite": _LATENTS,
-    "glm_moe_dsa": _LATENTS,
-    "iquestloopcoder": "its second loop reads the keys of the first as arrays",
-    "kimi_k25": _LATENTS,
-    "kimi_k3": _LATENTS,
-    "kimi_linear": _LATENTS,
-    "kimi_vl": _LATENTS,
-    "longcat_flash": _LATENTS,
-    "longcat_flash_ngram": _LATENTS,
+    "iquestloopcoder": "its model, not its attention, updates the caches and reads their arrays",
     "mamba": _RECURRENT,
     "mamba2": _RECURRENT,
     "minimax_m3_vl": "an indexer picks blocks of keys for every query (sparse attention)",
-    "mistral4": _LATENTS,
     "muse_spark": "its rotary positions need Metal, and nobody has tested it",
     "olmo": "it attends in code of the package ai2-olmo",
     "plamo": "its query heads h, h + n, ... share KV head h, not neighbouring ones",

@@ -50,17 +50,18 @@ def _model_call(parameters, wrapped, instance, args, kwargs):
     if not ours:
         return wrapped(*args, **kwargs)
     _check(ours)
-    if len(ours) == len(parts):
-        return wrapped(*args, **kwargs)
-    before = _content(parts)
+    before = None if len(ours) == len(parts) else _content(parts)
     try:
-        return wrapped(*args, **kwargs)
+        out = wrapped(*args, **kwargs)
     except BaseException:
-        if not same_objects(_content(parts), before):
+        if before is not None and not same_objects(_content(parts), before):
             # Nobody can tell what a recurrent state has seen of the pass, or undo it.
             for one in ours:
                 one.interrupted = True
         raise
+    for one in ours:
+        one.end_pass()
+    return out
 
 
 def _parts(caches: Sequence[Any]) -> list[Any]:
