@@ -104,8 +104,8 @@ QUICK = (
     case(256, groups=2, keys=SEGMENTED, values=("lloyd-max", 2), dtype="bfloat16"),
     # With learned sinks, whose scores those of a large bias would leave far behind.
     case(64, groups=2, count=3, steps=2, learned=True),
-    case(80, groups=2, lengths=(300,), keys=("lloyd-max", 3), learned=True),
-    case(128, groups=4, lengths=(700, 333), dtype="float16", learned=True),
+    Case(80, 80, 2, 1, (300,), ("lloyd-max", 3), ("lloyd-max", 2), learned=True),
+    case(128, groups=4, lengths=(300, 170), dtype="float16", learned=True),
     case(128, groups=1, lengths=(101,), keys=("affine", 4), values=("affine", 4), learned=True),
     case(64, groups=1, lengths=(430,), ring=263, learned=True),
     # Prompts, by the kernels that the cases above have compiled.
