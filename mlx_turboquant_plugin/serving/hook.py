@@ -19,16 +19,17 @@ def patch(module: ModuleType) -> None:
 
 
 def patch_cache(module: ModuleType) -> None:
-    """Hook of ``mlx_lm.models.cache``: notice a server that runs as ``__main__``.
+    """Hook of ``mlx_lm.models.cache``: notice a server that ``python -m`` runs.
 
-    What ``python -m`` runs is never imported under its name. It makes its prompt cache just
-    before it makes the rest.
+    That is ``__main__``, and never imported under its name. It makes its prompt cache just before
+    it makes the rest.
     """
-    patching.wrap(module.LRUPromptCache, "__init__", _init)
+    if SERVER in sys.orig_argv:
+        patching.wrap(module.LRUPromptCache, "__init__", _init)
 
 
 def _init(wrapped, instance, args, kwargs):
     main = sys.modules["__main__"]
-    if getattr(getattr(main, "__spec__", None), "name", None) == SERVER:
+    if main.__spec__ is not None and main.__spec__.name == SERVER:
         patch(main)
     return wrapped(*args, **kwargs)

@@ -42,7 +42,7 @@ class Writer:
             try:
                 write()
             except Exception as error:  # A full or a read-only disk costs what it would save.
-                log_once("a prompt cache is not kept on disk: %s", error)
+                log_once("a prompt cache is not kept on disk: %s", str(error))
             # Its caches are to be gone before others take their room.
             del write
             with self._written:
