@@ -1,8 +1,13 @@
-"""mlx_lm.server, with every byte of its caches counted after each step: python FILE AUDIT ARGS."""
+"""mlx_lm.server, with every byte of its caches counted after each step: python FILE AUDIT ARGS.
+
+AUDIT is a JSON file. With SLOW_DISK in the environment, a file of the disk cache takes a while.
+"""
 
 import gc
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +16,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import LRUPromptCache, _BaseCache
 
 from mlx_turboquant_plugin.cache.packed import PackedRows
+from mlx_turboquant_plugin.serving import disk_files
 
 AUDIT = Path(sys.argv.pop(1))
 most = {"nbytes": 0, "steps": 0, "running": 0}
@@ -22,14 +28,8 @@ def held():
     for one in gc.get_objects():
         if not isinstance(one, (_BaseCache, PackedRows)):
             continue
-        arrays = one.__dict__.get("arrays") or getattr(type(one), "arrays", None)
-        if arrays is not None:
-            for array in one.arrays:
-                found[id(array)] = array.nbytes
-        else:
-            for array in one.__dict__.values():
-                if isinstance(array, mx.array):
-                    found[id(array)] = array.nbytes
+        arrays = one.arrays if hasattr(type(one), "arrays") else one.__dict__.values()
+        found.update((id(x), x.nbytes) for x in arrays if isinstance(x, mx.array))
     return sum(found.values())
 
 
@@ -49,11 +49,17 @@ def audited(kind, name):
     setattr(kind, name, call)
 
 
-def every(kind):
-    return [kind, *(deeper for one in kind.__subclasses__() for deeper in every(one))]
+def slowed(function):
+    def call(*args):
+        time.sleep(0.3)
+        return function(*args)
+
+    return call
 
 
 if __name__ == "__main__":
+    if "SLOW_DISK" in os.environ:
+        disk_files._checksum = slowed(disk_files._checksum)
     # What is there by now is no cache: it need not be looked through each time.
     gc.freeze()
     audited(BatchGenerator, "next")

@@ -106,16 +106,29 @@ class Admission:
         provider = self._server.model_provider
         key, known = self._footprint
         if known is None or key != provider.model_key:
-            models = [model for model in (provider.model, provider.draft_model) if model]
-            known = Footprint(models, provider.cli_args.prefill_step_size)
+            known = self._measured(provider)
             self._footprint = provider.model_key, known
-            logger.info(
-                "memory budget %s: %d bytes, a request of 8192 tokens takes %d",
-                self._setting,
-                self.limit,
-                known.row(Row(1, 8192)),
-            )
         return known
+
+    def _measured(self, provider: Any) -> Footprint:
+        models = [model for model in (provider.model, provider.draft_model) if model]
+        try:
+            found = Footprint(models, provider.cli_args.prefill_step_size)
+        except Exception as error:  # Models can be changed in any way, and have to run.
+            logger.error(
+                "the memory budget is not applied, since the caches of this model can't be "
+                "measured: %s: %s",
+                type(error).__name__,
+                error,
+            )
+            return Footprint([], 0)
+        logger.info(
+            "memory budget %s: %d bytes, a request of 8192 tokens takes %d",
+            self._setting,
+            self.limit,
+            found.row(Row(1, 8192)),
+        )
+        return found
 
     def _may_run(self, waiting: Any) -> bool:
         _, request, args = waiting
