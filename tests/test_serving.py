@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from http.server import ThreadingHTTPServer
@@ -47,7 +48,7 @@ def model_path(tmp_path_factory):
 class InProcess:
     """The server of a model in this process, which others can look into."""
 
-    def __init__(self, model_path):
+    def __init__(self, model_path, prompt_cache=LRUPromptCache):
         arguments = argparse.Namespace(
             model=str(model_path), adapter_path=None, draft_model=None, num_draft_tokens=3,
             trust_remote_code=False, chat_template="", use_default_chat_template=False, temp=0.0,
@@ -57,7 +58,7 @@ class InProcess:
             prompt_cache_bytes=None, allowed_origins="*",
         )  # fmt: skip
         provider = server.ModelProvider(arguments)
-        self.generator = server.ResponseGenerator(provider, LRUPromptCache(10))
+        self.generator = server.ResponseGenerator(provider, prompt_cache(10))
 
         def handler(*args, **kwargs):
             return server.APIHandler(self.generator, *args, system_fingerprint="", **kwargs)
@@ -74,11 +75,15 @@ class InProcess:
         self._server.shutdown()
         self.generator.stop_and_join()
 
-    def ask(self, method, path, body=None):
-        """(status, text of the answer)."""
+    def open(self, method, path, body=None):
+        """A response that is to be read."""
         connection = HTTPConnection("127.0.0.1", self._server.server_port, timeout=120)
         connection.request(method, path, body and json.dumps(body))
-        response = connection.getresponse()
+        return connection.getresponse()
+
+    def ask(self, method, path, body=None):
+        """(status, text of the answer)."""
+        response = self.open(method, path, body)
         return response.status, response.read().decode()
 
     def complete(self, prompt, max_tokens=16, **options):
@@ -96,6 +101,13 @@ class InProcess:
 def text_of(answer):
     assert answer[0] == 200, answer
     return answer[1]["choices"][0]["text"]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def prompts(count, characters=1500):
@@ -201,6 +213,14 @@ def test_requests_wait_for_room_and_get_what_they_get_alone(model_path, monkeypa
         assert footprint.row(Row(tokens + 1, tokens + 1)) > limit
         assert served.metric("turboquant_requests_refused_total") == 1
         assert served.metric("turboquant_requests_waiting") == 0
+        # A client that hangs up, makes room.
+        body = {"prompt": "On and on", "max_tokens": 1000, "stream": True}
+        response = served.open("POST", "/v1/completions", body)
+        response.readline()
+        running = served.generator.turboquant.admission.generator
+        assert len(running.rows) == 1
+        response.close()
+        wait_until(lambda: not running.rows)
         # A request with a seed is not batched, and drains what runs.
         assert text_of(served.complete(questions[0], seed=1)) == expected[0]
         assert served.complete(questions[0], max_tokens=10**6, seed=1)[0] == 413
@@ -263,6 +283,8 @@ def test_the_disk_has_the_longest_beginning_and_keeps_no_shorter_one(disk, tmp_p
     assert (count, caches[0].offset) == (499, 499)
     caches, count = cache.fetch("model", [*TOKENS[:400], 7, 8], 0)
     assert (count, caches[0].offset) == (400, 400)
+    # Before it is cut it takes more than there is room for.
+    assert cache.fetch("model", [*TOKENS[:400], 7, 8], 0, room=10**5) is None
     # Not for what memory has as well, nor for a few tokens of many.
     assert cache.fetch("model", [*TOKENS[:500], 7], 499) is None
     assert cache.fetch("model", [*TOKENS[:20], 7, 8], 0) is None
@@ -369,14 +391,14 @@ def test_the_name_of_a_model_is_that_of_its_weights_and_settings():
 
 def test_the_store_never_finds_a_whole_prompt_and_tells_what_it_evicts():
     mlx_turboquant_plugin.enable()
-    store = PromptStore(2, Counts())
+    store = PromptStore(2, 10**9, Counts())
     store.insert_cache("model", TOKENS[:50], filled(50))
     found, rest = store.fetch_nearest_cache("model", TOKENS[:50])
     assert rest == TOKENS[49:50] and found[0].offset == 49
     store.insert_cache("model", TOKENS[:40], [])
     assert [entry.nbytes for entry in store.entries()] == [store.nbytes]
     # Fetched before it is evicted.
-    store.set_aside("model", TOKENS[:60])
+    store.set_aside("model", TOKENS[:60], 10**6)
     assert store.settle(0) and store.nbytes == 0 and not list(store.entries())
     found, rest = store.fetch_nearest_cache("model", TOKENS[:60])
     assert rest == TOKENS[50:60] and type(found[0]) is CompressedKVCache
@@ -398,6 +420,19 @@ def test_without_settings_the_server_batches_as_ever(model_path, monkeypatch):
         mlx_turboquant_plugin.disable()
         assert served.ask("GET", "/metrics")[0] == 404
         text_of(served.complete("Another question"))
+
+
+def test_the_prompt_cache_of_another_program_is_left_alone(model_path, caplog):
+    class Own(LRUPromptCache):
+        pass
+
+    mlx_turboquant_plugin.enable(memory_budget="1%")
+    with InProcess(model_path, Own) as served:
+        assert type(served.generator.prompt_cache) is Own
+        text_of(served.complete("A question"))
+        assert served.ask("GET", "/metrics")[0] == 404
+    [line] = caplog.messages
+    assert "prompt cache that is a Own, the settings memory_budget" in line
 
 
 def test_the_server_that_python_m_runs(model_path, tmp_path):

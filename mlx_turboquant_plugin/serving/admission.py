@@ -82,7 +82,7 @@ class Admission:
             tokenized = tokenize(tokenizer, request, args)
         row = self._row(tokenized[0], args)
         self._check(row)
-        self._store.set_aside(self._server.model_provider.model_key, tokenized[0])
+        self._set_aside(tokenized[0], row)
         if self.generator is None:
             # It is served alone, and by nothing that could make room meanwhile.
             self._store.settle(self.limit - self.footprint.batch([row]))
@@ -148,9 +148,14 @@ class Admission:
         rows = [*self.generator.rows, row]
         if self.footprint.batch([row]) <= self.limit < self.footprint.batch(rows):
             return False
-        self._store.set_aside(self._server.model_provider.model_key, self._tokenized[1][0])
+        self._set_aside(self._tokenized[1][0], row)
         # Others run meanwhile, if some do: what goes to disk is in memory until it is written.
         return self._store.make_room(self._room(AHEAD, row)) or not self.generator.rows
+
+    def _set_aside(self, prompt: list[int], row: Row) -> None:
+        now = Row(row.prompt, row.prompt)
+        key = self._server.model_provider.model_key
+        self._store.set_aside(key, prompt, self.footprint.row(now))
 
     def _room(self, ahead: int, *new: Row) -> int:
         """The bytes that those that run, and ``new`` ones, leave when each has ``ahead`` more."""

@@ -23,17 +23,10 @@ SIZE = 10 * 10**9
 WORTH = 1 / 8
 
 
-class Entry(NamedTuple):
-    """A file, and whether its caches can be cut to a part of their tokens."""
-
-    path: Path
-    trimmable: bool
-
-
 class Found(NamedTuple):
     """A file with the tokens ``key``, the first ``common`` of which a prompt begins with."""
 
-    entry: Entry
+    entry: disk_files.Entry
     key: list[int]
     common: int
 
@@ -72,17 +65,22 @@ class DiskCache:
         """All files of the folder, of any model, and their bytes, the longest unused first."""
         return disk_files.listed(self.folder)
 
-    def fetch(self, model: Any, tokens: list[int], known: int) -> tuple[list[Any], int] | None:
+    def fetch(
+        self, model: Any, tokens: list[int], known: int, room: int | None = None
+    ) -> tuple[list[Any], int] | None:
         """The caches of a beginning of ``tokens``, and its length, if that is worth reading.
 
         Args:
             model: what the server calls it.
             known: how many of the tokens are in memory.
+            room: the most bytes that may be read, before they are cut; None for any.
         """
         name = self._name_of(model)
         while name is not None:
             found = self._longest(name, tokens)
             if found is None or found.common - known < WORTH * len(found.key):
+                return None
+            if room is not None and found.entry.nbytes > room:
                 return None
             caches = disk_files.read(found.entry.path, name)
             if caches is not None:
@@ -113,16 +111,16 @@ class DiskCache:
     def _write(self, name: str, tokens: list[int], caches: list[Any], nbytes: int) -> None:
         disk_files.make_room(self.folder, self._size - nbytes)
         trimmable = can_trim_prompt_cache(caches)
-        path = disk_files.write(self.folder / name, name, tokens, caches, trimmable)
+        written = disk_files.write(self.folder / name, name, tokens, caches, trimmable)
         disk_files.make_room(self.folder, self._size)
         self._counts.written += 1
         with self._lock:
             trie = self._trie(name)
-            replaced = trie.add(name, tokens, Entry(path, trimmable))
+            replaced = trie.add(name, tokens, written)
             # As in memory: the longer one serves for its beginnings.
             shorter = trie.pop_prefixes(name, tokens) if trimmable else []
         for entry in (replaced, *(entry for _, entry in shorter)):
-            if entry is not None and entry.path != path:
+            if entry is not None and entry.path != written.path:
                 entry.path.unlink(missing_ok=True)
 
     def _longest(self, name: str, tokens: list[int]) -> Found | None:
@@ -145,8 +143,8 @@ class DiskCache:
         """The index of a model's files, which are looked at when it is asked for first."""
         if name not in self._tries:
             trie = self._tries[name] = PromptTrie()
-            for path, tokens, trimmable in disk_files.found(self.folder / name, name):
-                trie.add(name, tokens, Entry(path, trimmable))
+            for tokens, entry in disk_files.found(self.folder / name, name):
+                trie.add(name, tokens, entry)
         return self._tries[name]
 
 

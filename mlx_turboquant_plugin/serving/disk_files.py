@@ -7,7 +7,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_lm.models import cache as cache_module
 from safetensors import safe_open
@@ -20,8 +20,16 @@ _NAME = re.compile(r"[0-9a-f]{32}-([0-9a-f]{8})\.safetensors")
 _CHUNK = 2**22
 
 
-def write(folder: Path, model: str, tokens: list[int], caches: list[Any], trimmable: bool) -> Path:
-    """Write evaluated caches of ``tokens``, whole or not at all, and return the file."""
+class Entry(NamedTuple):
+    """A file, whether its caches can be cut to a part of their tokens, and its bytes."""
+
+    path: Path
+    trimmable: bool
+    nbytes: int
+
+
+def write(folder: Path, model: str, tokens: list[int], caches: list[Any], trimmable: bool) -> Entry:
+    """Write evaluated caches of ``tokens``, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     text = " ".join(map(str, tokens))
     name = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -33,10 +41,11 @@ def write(folder: Path, model: str, tokens: list[int], caches: list[Any], trimma
             fcntl.flock(held, fcntl.LOCK_EX)
             cache_module.save_prompt_cache(str(part), caches, metadata)
             path = folder / f"{name}-{_checksum(part):08x}{SUFFIX}"
+            entry = Entry(path, trimmable, part.stat().st_size)
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    return path
+    return entry
 
 
 def read(path: Path, model: str) -> list[Any] | None:
@@ -57,12 +66,8 @@ def read(path: Path, model: str) -> list[Any] | None:
     return caches
 
 
-def found(folder: Path, model: str) -> Iterator[tuple[Path, list[int], bool]]:
-    """The files of a model's folder that this version can read, by their headers alone.
-
-    Yields:
-        File, its tokens, and whether its caches can be cut.
-    """
+def found(folder: Path, model: str) -> Iterator[tuple[list[int], Entry]]:
+    """The files of a model's folder that this version can read, by their headers alone."""
     foreign = []
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         if path.name.endswith(PART):
@@ -76,9 +81,11 @@ def found(folder: Path, model: str) -> Iterator[tuple[Path, list[int], bool]]:
             if _NAME.fullmatch(path.name) is None:
                 raise ValueError("renamed")
             tokens = list(map(int, metadata["0.tokens"].split()))
-            yield path, tokens, metadata["0.trimmable"] == "1"
+            entry = Entry(path, metadata["0.trimmable"] == "1", path.stat().st_size)
         except Exception:  # Whatever may lie there.
             foreign.append(path.name)
+        else:
+            yield tokens, entry
     if foreign:
         logger.warning(
             "%d files in the disk cache %s are damaged or foreign, and ignored: %s, ...",

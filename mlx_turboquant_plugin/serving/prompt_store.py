@@ -47,16 +47,18 @@ class PromptStore(LRUPromptCache):
     """mlx-lm's LRUPromptCache, which knows what leaves it.
 
     Args:
-        max_size: the most prompt caches that it keeps.
+        max_size, max_bytes: the most prompt caches that it keeps, and their bytes.
         counts: where look-ups are counted.
         disk: where prompt caches go that it evicts, or None.
     """
 
-    def __init__(self, max_size: int, counts: Counts, disk: DiskCache | None = None):
-        super().__init__(max_size)
+    def __init__(
+        self, max_size: int, max_bytes: int, counts: Counts, disk: DiskCache | None = None
+    ):
+        super().__init__(max_size, max_bytes)
         self._entries = self._trie = _Entries(self._evicted)
         self._counts, self.disk = counts, disk
-        self._set_aside: tuple[Any, Tokens | None, Any] = None, None, None
+        self._set_aside: tuple[Any, Tokens | None, Any, int | None] = None, None, None, None
 
     def entries(self) -> Iterator[Any]:
         """What is kept, each with its prompt cache."""
@@ -64,22 +66,28 @@ class PromptStore(LRUPromptCache):
 
     def fetch_nearest_cache(self, model: Any, tokens: Tokens):
         """The longest beginning of ``tokens`` that was kept, never all of them, and the rest."""
-        *asked, found = self._set_aside
-        self._set_aside = None, None, None
-        cache, rest = found if asked == [model, tokens] else self._nearest(model, tokens)
+        *asked, found, room = self._set_aside
+        self._set_aside = None, None, None, None
+        if asked != [model, tokens]:
+            found, room = self._nearest(model, tokens), None
+        cache, rest = found
         where = None if cache is None else MEMORY
         if self.disk is not None:
-            read = self.disk.fetch(model, tokens, len(tokens) - len(rest))
+            read = self.disk.fetch(model, tokens, len(tokens) - len(rest), room)
             if read is not None:
                 (cache, count), where = read, DISK
                 rest = tokens[count:]
         self._counts.found(where, len(tokens) - len(rest))
         return cache, rest
 
-    def set_aside(self, model: Any, tokens: Tokens) -> None:
-        """Fetch what memory has of ``tokens`` before it is evicted to make room for them."""
+    def set_aside(self, model: Any, tokens: Tokens, room: int) -> None:
+        """Find what memory has of ``tokens`` before it is evicted to make room for them.
+
+        Args:
+            room: the bytes that there are for their caches.
+        """
         if self._set_aside[:2] != (model, tokens):
-            self._set_aside = model, tokens, self._nearest(model, tokens)
+            self._set_aside = model, tokens, self._nearest(model, tokens), room
 
     def _nearest(self, model: Any, tokens: Tokens) -> tuple[list[Any] | None, Tokens]:
         cache, rest = super().fetch_nearest_cache(model, tokens)

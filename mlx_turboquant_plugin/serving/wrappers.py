@@ -6,6 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mlx_lm.models.cache import LRUPromptCache
+
 from .. import patching
 from ..log import logger
 from ..rules import folder_and_size
@@ -21,6 +23,7 @@ from .prompt_store import PromptStore
 from .served import Served
 
 TOO_LARGE = 413
+IGNORED = "the settings memory_budget and disk_cache are ignored"
 
 
 def apply(module: ModuleType) -> None:
@@ -38,15 +41,21 @@ def _init(wrapped, instance, args, kwargs):
     provider, prompt_cache = _arguments(*args, **kwargs)
     counts, chosen = Counts(), in_force().general
     limit, disk = chosen.memory_budget, chosen.disk_cache
+    if type(prompt_cache) is not LRUPromptCache:
+        # Another program's, which does as it likes.
+        if limit or disk:
+            kind = type(prompt_cache).__name__
+            logger.warning("with a prompt cache that is a %s, %s", kind, IGNORED)
+        return wrapped(*args, **kwargs)
     if provider.is_distributed and (limit or disk):
         # All processes must decide alike, and each sees only its own memory and disk.
-        logger.warning("with several processes, memory_budget and disk_cache are ignored")
+        logger.warning("with several processes, %s", IGNORED)
         limit = disk = None
     cache = None
     if disk is not None:
         folder, size = folder_and_size(disk, SIZE)
         cache = DiskCache(Path(folder).expanduser(), size, names_of(provider), counts)
-    store = PromptStore(prompt_cache.max_size, counts, cache)
+    store = PromptStore(prompt_cache.max_size, prompt_cache.max_bytes, counts, cache)
     let_in = limit and Admission(instance, store, budget_of(limit), limit, counts)
     instance.turboquant = Served(store, let_in or None, counts)
     return wrapped(provider, store)
