@@ -62,11 +62,8 @@ class Admission:
         found = take(None if self._waiting else timeout)
         if found is not None:
             self._waiting.append(found)
-        if not self._waiting:
-            return None
-        if self._may_run(self._waiting[0]):
-            return self._waiting.popleft()
-        return None
+        may_run = bool(self._waiting) and self._may_run(self._waiting[0])
+        return self._waiting.popleft() if may_run else None
 
     def tokenize(
         self, tokenize: Callable[..., Any], tokenizer: Any, request: Any, args: Any
@@ -145,8 +142,10 @@ class Admission:
                 return True
             self._tokenized = request, tokenized
         row = self._row(self._tokenized[1][0], args)
-        rows = [*self.generator.rows, row]
-        if self.footprint.batch([row]) <= self.limit < self.footprint.batch(rows):
+        if self.footprint.batch([row]) > self.limit:
+            # It will be refused.
+            return True
+        if self.footprint.batch([*self.generator.rows, row]) > self.limit:
             return False
         self._set_aside(self._tokenized[1][0], row)
         # Others run meanwhile, if some do: what goes to disk is in memory until it is written.

@@ -86,10 +86,8 @@ class DiskCache:
             if caches is not None:
                 if len(found.key) > found.common:
                     trim_prompt_cache(caches, len(found.key) - found.common)
-                mx.eval([cache.state for cache in caches])
                 return caches, found.common
-            with self._lock:
-                self._trie(name).pop(name, found.key)
+            self._forget(name, found.key)
         return None
 
     def keep(self, model: Any, tokens: list[int], caches: list[Any], nbytes: int) -> None:
@@ -102,7 +100,9 @@ class DiskCache:
         if name is None or nbytes > self._size or not _worth_keeping(caches):
             return
         with self._lock:
-            if self._trie(name).search(name, tokens).exact is not None:
+            trie = self._trie(name)
+            exact = trie.search(name, tokens).exact
+            if exact is not None and trie.get(name, exact).path.exists():
                 return
         # The writer's thread must not be given what this one has yet to compute.
         mx.eval([cache.state for cache in caches])
@@ -138,6 +138,13 @@ class DiskCache:
                 if fits and (best is None or count > best.common):
                     best = Found(entry, key, count)
             return best
+
+    def _forget(self, name: str, key: list[int]) -> None:
+        """Forget a file that is gone; the writer may have done so meanwhile."""
+        with self._lock:
+            trie = self._trie(name)
+            if trie.search(name, key).exact is not None:
+                trie.pop(name, key)
 
     def _trie(self, name: str) -> PromptTrie:
         """The index of a model's files, which are looked at when it is asked for first."""

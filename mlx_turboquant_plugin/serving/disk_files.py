@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mlx.core as mx
 from mlx_lm.models import cache as cache_module
 from safetensors import safe_open
 
@@ -56,6 +57,8 @@ def read(path: Path, model: str) -> list[Any] | None:
         caches, metadata = cache_module.load_prompt_cache(str(path), return_metadata=True)
         if (metadata["format"], metadata["model"]) != (FORMAT, model):
             raise ValueError("it is of another model")
+        # Until here nothing but the header may have been read.
+        mx.eval([cache.state for cache in caches])
         os.utime(path)
     except FileNotFoundError:
         return None  # Another server's files are bounded by the same size.
