@@ -115,7 +115,7 @@ class Server:
     def post(self, path, body):
         # Python's HTTP server has a queue of five for new connections and drops the rest.
         for _ in range(100):
-            connection = HTTPConnection("127.0.0.1", self.port, timeout=300)
+            connection = HTTPConnection("127.0.0.1", self.port, timeout=3600)
             try:
                 connection.request("POST", path, body, {"Content-Type": "application/json"})
                 return connection, connection.getresponse()

@@ -38,11 +38,12 @@ def start(model_path, tmp_path):
 
 
 def prompts(count, least, most):
-    """Of ``least`` to ``most`` tokens, about; none begins like another."""
+    """Of ``least`` to ``most`` tokens, evenly by their logarithm; none begins like another."""
     chosen = random.Random(5)
     found = []
     for index in range(count):
-        begin, characters = chosen.randrange(9000), 4 * chosen.randint(least, most)
+        tokens = int(least * (most / least) ** chosen.random())
+        begin, characters = chosen.randrange(9000), 4 * tokens
         found.append(f"{7919 * index % 997} {TEXT[begin : begin + characters]}")
     return found
 

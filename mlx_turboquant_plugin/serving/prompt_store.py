@@ -31,6 +31,7 @@ def moved_from(batch: list[Any], index: int) -> Moved:
 
 def _row(cache: Any, index: int) -> Any:
     if isinstance(cache, BatchCompressedKVCache):
+        cache.check_whole()
         return shared(cache.rows[index])
     if isinstance(cache, CacheList):
         return CacheList(*(_row(part, index) for part in cache.caches))
