@@ -391,8 +391,10 @@ def test_the_name_of_a_model_is_that_of_its_weights_and_settings():
 
 def test_the_store_never_finds_a_whole_prompt_and_tells_what_it_evicts():
     mlx_turboquant_plugin.enable()
-    store = PromptStore(2, 10**9, Counts())
-    store.insert_cache("model", TOKENS[:50], filled(50))
+    plain = LRUPromptCache(2)
+    plain.insert_cache("model", TOKENS[:50], filled(50))
+    store = PromptStore.of(plain, Counts())
+    assert store is plain
     found, rest = store.fetch_nearest_cache("model", TOKENS[:50])
     assert rest == TOKENS[49:50] and found[0].offset == 49
     store.insert_cache("model", TOKENS[:40], [])

@@ -47,19 +47,33 @@ def _own(cache: Any) -> Any:
 class PromptStore(LRUPromptCache):
     """mlx-lm's LRUPromptCache, which knows what leaves it.
 
-    Args:
-        max_size, max_bytes: the most prompt caches that it keeps, and their bytes.
-        counts: where look-ups are counted.
+    Attributes:
         disk: where prompt caches go that it evicts, or None.
     """
 
-    def __init__(
-        self, max_size: int, max_bytes: int, counts: Counts, disk: DiskCache | None = None
-    ):
-        super().__init__(max_size, max_bytes)
-        self._entries = self._trie = _Entries(self._evicted)
-        self._counts, self.disk = counts, disk
-        self._set_aside: tuple[Any, Tokens | None, Any, int | None] = None, None, None, None
+    disk: DiskCache | None
+    _counts: Counts
+    _entries: "_Entries"
+    # What was found before it was evicted: model, tokens, the caches and the rest, room.
+    _set_aside: tuple[Any, Tokens | None, Any, int | None] = None, None, None, None
+
+    @classmethod
+    def of(
+        cls, cache: LRUPromptCache, counts: Counts, disk: DiskCache | None = None
+    ) -> "PromptStore":
+        """Make ``cache`` one of these, in place: whoever holds it goes on with it.
+
+        Args:
+            counts: where look-ups are counted.
+        """
+        known = [place for places in cache._lru._lrus.values() for place in places]
+        held, cache.__class__ = cache._trie, cls
+        store: Any = cache
+        store._counts, store.disk = counts, disk
+        store._entries = store._trie = _Entries(store._evicted)
+        for model, tokens in known:
+            store._trie.add(model, tokens, held.get(model, tokens))
+        return store
 
     def entries(self) -> Iterator[Any]:
         """What is kept, each with its prompt cache."""
@@ -68,7 +82,7 @@ class PromptStore(LRUPromptCache):
     def fetch_nearest_cache(self, model: Any, tokens: Tokens):
         """The longest beginning of ``tokens`` that was kept, never all of them, and the rest."""
         *asked, found, room = self._set_aside
-        self._set_aside = None, None, None, None
+        self._set_aside = PromptStore._set_aside
         if asked != [model, tokens]:
             found, room = self._nearest(model, tokens), None
         cache, rest = found

@@ -47,7 +47,7 @@ def _init(wrapped, instance, args, kwargs):
             kind = type(prompt_cache).__name__
             logger.warning("with a prompt cache that is a %s, %s", kind, IGNORED)
         return wrapped(*args, **kwargs)
-    if provider.is_distributed and (limit or disk):
+    if getattr(provider, "is_distributed", False) and (limit or disk):
         # All processes must decide alike, and each sees only its own memory and disk.
         logger.warning("with several processes, %s", IGNORED)
         limit = disk = None
@@ -55,10 +55,10 @@ def _init(wrapped, instance, args, kwargs):
     if disk is not None:
         folder, size = folder_and_size(disk, SIZE)
         cache = DiskCache(Path(folder).expanduser(), size, names_of(provider), counts)
-    store = PromptStore(prompt_cache.max_size, prompt_cache.max_bytes, counts, cache)
+    store = PromptStore.of(prompt_cache, counts, cache)
     let_in = limit and Admission(instance, store, budget_of(limit), limit, counts)
     instance.turboquant = Served(store, let_in or None, counts)
-    return wrapped(provider, store)
+    return wrapped(*args, **kwargs)
 
 
 def _arguments(model_provider: Any, prompt_cache: Any) -> tuple[Any, Any]:
