@@ -181,11 +181,8 @@ RULES: dict[str, Rule] = {
     ),
 }
 # A process has one log and one memory, and a table that names a model needs no second pattern.
-MODEL_RULES = {
-    n: rule
-    for n, rule in RULES.items()
-    if n not in ("opt_out", "log", "memory_budget", "disk_cache")
-}
+NOT_OF_MODELS = "opt_out", "log", "memory_budget", "disk_cache"
+MODEL_RULES = {n: rule for n, rule in RULES.items() if n not in NOT_OF_MODELS}
 
 
 def check(name: str, value: Any, where: str, from_text: bool = False) -> None:

@@ -272,6 +272,7 @@ def kept(disk, *lengths, tokens=TOKENS):
 def test_the_disk_has_the_longest_beginning_and_keeps_no_shorter_one(disk, tmp_path):
     cache = disk()
     kept(cache, 100, 300, 500)
+    assert (tmp_path / "name").stat().st_mode & 0o777 == 0o700
     # Too short for codes, or a beginning of the last.
     assert len(list(cache.files())) == 1
     caches, count = cache.fetch("model", [*TOKENS[:500], 7], 0)

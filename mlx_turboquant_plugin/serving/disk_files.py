@@ -31,7 +31,8 @@ class Entry(NamedTuple):
 
 def write(folder: Path, model: str, tokens: list[int], caches: list[Any], trimmable: bool) -> Entry:
     """Write evaluated caches of ``tokens``, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    # Whoever reads the tokens reads the prompts.
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     text = " ".join(map(str, tokens))
     name = hashlib.sha256(text.encode()).hexdigest()[:32]
     metadata = {"format": FORMAT, "model": model, "tokens": text, "trimmable": str(int(trimmable))}
