@@ -226,6 +226,31 @@ def test_requests_wait_for_room_and_get_what_they_get_alone(model_path, monkeypa
         assert served.complete(questions[0], max_tokens=10**6, seed=1)[0] == 413
 
 
+@pytest.mark.parametrize("rows, copied", [(2.5, True), (1.2, False)])
+def test_a_system_prompt_is_kept_if_there_is_room_for_a_copy(model_path, monkeypatch, rows, copied):
+    extracted = []
+
+    def noted(self, uids):
+        found = BudgetedGenerator.extract_cache(self, uids)
+        extracted.extend(bool(caches) for caches, _ in found.values())
+        return found
+
+    counted = type("Noted", (BudgetedGenerator,), {"extract_cache": noted})
+    monkeypatch.setattr("mlx_turboquant_plugin.serving.wrappers.BudgetedGenerator", counted)
+    mlx_turboquant_plugin.enable()
+    limit = int(rows * Footprint([MODEL], 512).row(Row(300, 316)))
+    mlx_turboquant_plugin.disable()
+    mlx_turboquant_plugin.enable(memory_budget=str(limit))
+    system, user = ({"role": role, "content": TEXT[:500]} for role in ("system", "user"))
+    with InProcess(model_path) as served:
+        body = {"messages": [system, user], "max_tokens": 4}
+        status, text = served.ask("POST", "/v1/chat/completions", body)
+        assert status == 200
+        assert 200 < json.loads(text)["usage"]["prompt_tokens"] <= 300
+    # After the system's message, and after the user's.
+    assert extracted == [copied, copied]
+
+
 def test_what_was_evicted_is_read_from_disk_after_a_restart(model_path, tmp_path):
     settings = {"invariant": True, "memory_budget": "2.5MB", "disk_cache": f"{tmp_path}/disk:8MB"}
     questions = prompts(3)
