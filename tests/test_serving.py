@@ -187,19 +187,19 @@ def test_requests_wait_for_room_and_get_what_they_get_alone(model_path, monkeypa
         most.append((self.prompt_cache_nbytes + store.nbytes, len(self.rows)))
         return result
 
-    questions = prompts(6, 700)
+    questions = prompts(5, 600)
     mlx_turboquant_plugin.enable(invariant=True)
     footprint = Footprint([MODEL], 512)
     with InProcess(model_path) as alone:
         expected = list(map(text_of, map(alone.complete, questions)))
     mlx_turboquant_plugin.disable()
-    # Three of them, and not four.
-    limit = int(3.5 * footprint.row(Row(len(TOKENIZER.encode(questions[0])), 230)))
+    # Three of the longest, and not four.
+    limit = int(3.5 * footprint.row(Row(len(TOKENIZER.encode(questions[0])), 200)))
     mlx_turboquant_plugin.enable(invariant=True, memory_budget=str(limit))
     counted = type("Counted", (BudgetedGenerator,), {"next": next_counted})
     monkeypatch.setattr("mlx_turboquant_plugin.serving.wrappers.BudgetedGenerator", counted)
     with InProcess(model_path) as served:
-        with ThreadPoolExecutor(6) as pool:
+        with ThreadPoolExecutor(5) as pool:
             answers = list(pool.map(served.complete, questions))
         assert list(map(text_of, answers)) == expected
         assert max(nbytes for nbytes, _ in most) <= limit
@@ -252,8 +252,8 @@ def test_a_system_prompt_is_kept_if_there_is_room_for_a_copy(model_path, monkeyp
 
 
 def test_what_was_evicted_is_read_from_disk_after_a_restart(model_path, tmp_path):
-    settings = {"invariant": True, "memory_budget": "2.5MB", "disk_cache": f"{tmp_path}/disk:8MB"}
-    questions = prompts(3)
+    settings = {"invariant": True, "memory_budget": "2MB", "disk_cache": f"{tmp_path}/disk:8MB"}
+    questions = prompts(3, 1200)
     mlx_turboquant_plugin.enable(**settings)
     with InProcess(model_path) as served:
         firsts = [text_of(served.complete(question)) for question in questions]
@@ -272,12 +272,6 @@ def test_what_was_evicted_is_read_from_disk_after_a_restart(model_path, tmp_path
     with InProcess(model_path) as served:
         assert text_of(served.complete(questions[1])) == firsts[1]
         assert served.metric(hits) == 1
-    mlx_turboquant_plugin.disable()
-    # Nothing is found with other settings.
-    mlx_turboquant_plugin.enable(**settings, window=64)
-    with InProcess(model_path) as served:
-        text_of(served.complete(questions[1]))
-        assert served.metric(hits) == 0
 
 
 @pytest.fixture
