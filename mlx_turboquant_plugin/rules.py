@@ -1,5 +1,6 @@
 """What each setting may be, and how it is written in the environment."""
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 CODEC_BITS = {"lloyd-max": (2, 3, 4), "affine": (2, 3, 4, 8)}
 KERNELS = ("auto", "eager", "compiled", "metal", "cuda")
 BYPASSES = ("identity", "bridge")
+# As mlx-lm counts: decimal.
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?B|)", re.IGNORECASE)
+_SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -73,6 +78,60 @@ def _bits() -> Rule:
     )
 
 
+def size_of(text: str) -> int:
+    """The bytes of a size such as 6GB, 500MB or 1000000.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = _SIZE.fullmatch(text)
+    size = int(float(found[1]) * UNITS[found[2].upper()]) if found else 0
+    if size < 1:
+        raise ValueError(f"{text!r} is not a size such as 6GB, 500MB or 1000000")
+    return size
+
+
+def share_of(text: str) -> float | None:
+    """The share that a percentage such as 40% is of a whole, or None if it is none up to 100%."""
+    found = _SHARE.fullmatch(text)
+    share = float(found[1]) / 100 if found else 0
+    return share if 0 < share <= 1 else None
+
+
+def folder_and_size(text: str, default: int) -> tuple[str, int]:
+    """The folder and the bytes of DIR:SIZE, or of DIR alone.
+
+    Raises:
+        ValueError: there is no folder, or what follows its last colon is a number but no size.
+    """
+    folder, colon, size = text.rpartition(":")
+    if not colon or not size[:1].isdigit():
+        folder, found = text, default
+    else:
+        found = size_of(size)
+    if not folder:
+        raise ValueError(f"{text!r} names no folder")
+    return folder, found
+
+
+def _is_budget(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, str) and (share_of(value) is not None or _holds(size_of, value))
+    )
+
+
+def _is_folder(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and _holds(folder_and_size, value, 1))
+
+
+def _holds(read: Callable, *arguments: Any) -> bool:
+    try:
+        read(*arguments)
+    except ValueError:
+        return False
+    return True
+
+
 def _patterns(text: str) -> tuple[str, ...]:
     return tuple(p.strip() for p in text.split(",") if p.strip())
 
@@ -110,9 +169,20 @@ RULES: dict[str, Rule] = {
         "glob patterns, separated by commas",
     ),
     "log": _choice(None, *LOG_LEVELS, from_text=_level_or_none),
+    "memory_budget": Rule(
+        "a size such as 6GB or 500MB, a share of the memory such as 40%, or none",
+        _is_budget,
+        _text_or_none,
+    ),
+    "disk_cache": Rule(
+        "a folder, followed by :SIZE for another size than 10GB, or none",
+        _is_folder,
+        _text_or_none,
+    ),
 }
-# A process has one log, and a table that names a model needs no second pattern.
-MODEL_RULES = {n: rule for n, rule in RULES.items() if n not in ("opt_out", "log")}
+# A process has one log and one memory, and a table that names a model needs no second pattern.
+NOT_OF_MODELS = "opt_out", "log", "memory_budget", "disk_cache"
+MODEL_RULES = {n: rule for n, rule in RULES.items() if n not in NOT_OF_MODELS}
 
 
 def check(name: str, value: Any, where: str, from_text: bool = False) -> None:

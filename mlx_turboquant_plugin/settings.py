@@ -78,6 +78,10 @@ class Settings:
             (codes, but mlx-lm's own attention).
         opt_out: glob patterns of models to leave alone.
         log: level of the plugin's own log on stderr; None leaves logging alone.
+        memory_budget: of mlx_lm.server: what the caches of running requests and those that are
+            kept may take together, as "6GB" or "40%"; None for no limit.
+        disk_cache: of mlx_lm.server: the folder, maybe followed by ":SIZE", that keeps prompt
+            caches that memory has no room for; None for none.
         sources: where each value came from; not part of equality.
 
     Raises:
@@ -97,6 +101,8 @@ class Settings:
     bypass: str | None = None
     opt_out: tuple[str, ...] = ()
     log: str | None = None
+    memory_budget: str | None = None
+    disk_cache: str | None = None
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):

@@ -16,6 +16,7 @@ LAYERS = [
     ("tools",),
     ("reporting", "startup"),
     ("activation",),
+    ("serving",),
     ("models", "integration"),
     ("attention",),
     ("cache",),

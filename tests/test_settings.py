@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_turboquant_plugin.rules import one_of
+from mlx_turboquant_plugin.rules import folder_and_size, one_of, share_of, size_of
 from mlx_turboquant_plugin.settings import (
     PRESETS,
     ModelIdentity,
@@ -56,6 +56,9 @@ def test_the_switch(value, enabled):
         ("TURBOQUANT_BYPASS", "none", "bypass", None),
         ("TURBOQUANT_OPT_OUT", "qwen*, /models/x ,", "opt_out", ("qwen*", "/models/x")),
         ("TURBOQUANT_LOG", "debug", "log", "DEBUG"),
+        ("TURBOQUANT_MEMORY_BUDGET", "6 gb", "memory_budget", "6 gb"),
+        ("TURBOQUANT_MEMORY_BUDGET", "None", "memory_budget", None),
+        ("TURBOQUANT_DISK_CACHE", "~/x:20GB", "disk_cache", "~/x:20GB"),
     ],
 )
 def test_every_variable(variable, text, name, value):
@@ -91,6 +94,11 @@ def test_an_empty_variable_counts_as_unset():
         ({"TURBOQUANT_KERNEL": "opencl"}, ["auto, eager, compiled, metal or cuda"]),
         ({"TURBOQUANT_BYPASS": "off"}, ["'off'", "none, identity or bridge"]),
         ({"TURBOQUANT_LOG": "Loud"}, ["'Loud'", "DEBUG", "CRITICAL"]),
+        ({"TURBOQUANT_MEMORY_BUDGET": "6 apples"}, ["'6 apples'", "size such as 6GB", "or none"]),
+        ({"TURBOQUANT_MEMORY_BUDGET": "0"}, ["'0'", "share of the memory such as 40%"]),
+        ({"TURBOQUANT_MEMORY_BUDGET": "140%"}, ["'140%'", "40%"]),
+        ({"TURBOQUANT_DISK_CACHE": ":5GB"}, ["':5GB'", "a folder, followed by :SIZE"]),
+        ({"TURBOQUANT_DISK_CACHE": "/x:5QB"}, ["'/x:5QB'", "another size than 10GB"]),
         ({"TURBOQUANT_PRESET": "tiny"}, ["'tiny'", "quality, default or small"]),
         ({"TURBOQUANT_KEY_CODEC": "qjl"}, ["'qjl'", "lloyd-max or affine"]),
         (
@@ -125,6 +133,15 @@ def test_bits_by_layer(write):
 
 def test_allowed_values_in_words():
     assert [one_of(x) for x in ((4,), (2, 4), (None, 2, 4))] == ["4", "2 or 4", "none, 2 or 4"]
+
+
+def test_sizes_and_shares():
+    sizes = ["1", "500MB", "1.5 GB", "2tb"]
+    assert list(map(size_of, sizes)) == [1, 500 * 10**6, 15 * 10**8, 2 * 10**12]
+    assert [share_of(text) for text in ("40%", "100 %")] == [0.4, 1]
+    assert [share_of(text) for text in ("0%", "101%", "40")] == [None] * 3
+    assert folder_and_size("a:b", 7) == ("a:b", 7)
+    assert folder_and_size("/a:5KB", 7) == ("/a", 5000)
 
 
 def test_eight_bits_are_affine_only():
@@ -206,6 +223,8 @@ def test_presets_set_the_same_keys(preset):
         ("[turboquant]\nmodels = 3\n", ["models in file", '[turboquant.models."PATTERN"]']),
         ("[turboquant.models]\nqwen2 = 3\n", ['models."qwen2"', "table of settings"]),
         ("[turboquant.models.qwen2]\nlog = 'INFO'\n", ["log", 'models."qwen2"', "known are"]),
+        ("[turboquant.models.qwen2]\ndisk_cache = '/x'\n", ["disk_cache", 'models."qwen2"']),
+        ("[turboquant]\nmemory_budget = 6\n", ["memory_budget in file", "6; allowed is a size"]),
         ("[turboquant.models.qwen2]\nkey_bits = 8\n", ['models."qwen2"', "lloyd-max"]),
     ],
 )

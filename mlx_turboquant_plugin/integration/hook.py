@@ -10,11 +10,16 @@ from .. import hooking, patching
 from . import upstream
 from .table import FAMILIES
 
+# By name, as an entry point is: it is built upon this package.
+SERVING = "mlx_turboquant_plugin.serving.hook"
+
 
 def patch(module: ModuleType) -> None:
     """Hook of ``mlx_lm``: add those of its modules, of all families in the table."""
     package = module.__name__
     hooking.add(f"{package}.models.cache", f"{__name__}:patch_cache")
+    hooking.add(f"{package}.models.cache", f"{SERVING}:patch_cache")
+    hooking.add(f"{package}.server", f"{SERVING}:patch")
     hooking.add(f"{package}.generate", f"{__name__}:patch_generate")
     hooking.add(f"{package}.utils", f"{__package__}.identity:patch")
     for name in FAMILIES:
