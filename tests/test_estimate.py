@@ -156,8 +156,8 @@ def test_what_fits():
 
 
 def test_a_model_that_runs_uncompressed_says_so(tmp_path, capsys):
-    lines = run(capsys, tiny_folder(tmp_path / "x", "gemma2"))
-    assert any("runs uncompressed: it caps its scores" in line for line in lines)
+    lines = run(capsys, tiny_folder(tmp_path / "x", "mamba"))
+    assert any("runs uncompressed: it has no keys and values" in line for line in lines)
     rows = [line.split()[0] for line in lines if line.startswith(("uncompressed ", *PRESET_ARMS))]
     assert rows == ["uncompressed"]
 

@@ -341,7 +341,8 @@ class CompressedKVCache(AttendedCache):
             return self.fetched
         if self.coded:
             self._check_codec()
-        return (self.view or self.newest_view()).keys_and_values()
+        view = self.view if self.attending else None
+        return (view or self.newest_view()).keys_and_values()
 
     def newest_view(self) -> View:
         """What the newest token sees."""

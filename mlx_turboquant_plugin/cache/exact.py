@@ -149,5 +149,7 @@ def _kind(x: mx.array | None) -> str:
 
 
 def _concatenate(old: mx.array, new: mx.array, sinks: int, drop: int) -> mx.array:
-    parts = [old[:, :, :sinks], old[:, :, sinks + drop :]] if drop else [old]
+    parts = [old]
+    if drop:
+        parts = [*[old[:, :, :sinks]] * (sinks > 0), old[:, :, sinks + drop :]]
     return mx.concatenate([*parts, new], axis=2)

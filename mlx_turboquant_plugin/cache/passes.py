@@ -133,11 +133,16 @@ def plan_step(
         visibility, ring, first_coded, coded, is_prompt: see :class:`StepPlan`.
     """
     sinks, drop = min(visibility.sinks, start), 0
+    encode_to = visibility.exact_from(end - 1)
     if end - start <= ROLLBACK and not is_prompt:
         # No query of a step reads what is forgotten after it.
         retained = min(visibility.retained_from(end, steady), coded)
+        if ring is not None:
+            oldest = ring.oldest(start, 0)[1]
+            # What gets codes now has to be there.
+            gets_codes = encode_to > max(coded, sinks)
+            retained = max(retained, min(oldest, coded) if gets_codes else oldest)
         drop = max(0, retained - (start - (held - sinks)))
-    encode_to = visibility.exact_from(end - 1)
     if encode_to > max(coded, visibility.sinks):
         coded = encode_to
     held += end - start - drop
