@@ -8,6 +8,7 @@ from mlx_lm.models.cache import CacheList
 
 from ..cache import BatchCompressedKVCache, BatchView, CompressedKVCache, PackedRows, RowView, View
 from ..cache.observed import ObservedKVCache
+from ..cache.passes import StepPlan
 from ..cache.visibility import ROLLBACK
 from .dequantized import attend_dequantized, attend_packed_dequantized, attend_rows_dequantized
 from .function import AttentionFunctions, attention_functions
@@ -80,7 +81,7 @@ def _attend_view(
     if plan.coded == plan.first_coded:
         # Nothing is compressed: this is mlx-lm's own result, bit for bit.
         keys, values = view.laid_out or view.keys_and_values()
-        if plan.forgets:
+        if plan.ring is not None and plan.forgets:
             mask = plan.ring.mask(plan.start, count, return_array=True)
         return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=sinks)
     if count <= view.backend.max_queries:
@@ -118,21 +119,19 @@ def _attend_batch(
         if row.view is None:
             own = mx.zeros((*own.shape[:-1], values.shape[-1]), own.dtype)
         else:
-            own_mask = _row_mask(mask, index, row, view.left_padding[index])
+            own_mask = _row_mask(mask, index, row, row.view.plan, view.left_padding[index])
             own = _attend_view(original, own, row.view, scale, own_mask, sinks)
         padding = [(0, 0), (0, 0), (row.first, count - row.last), (0, 0)]
         out.append(own if padding[2] == (0, 0) else mx.pad(own, padding))
     return mx.concatenate(out)
 
 
-def _row_mask(mask: Mask, index: int, row: RowView, padding: int) -> Mask:
+def _row_mask(mask: Mask, index: int, row: RowView, plan: StepPlan, padding: int) -> Mask:
     """A batch's mask for one row: its own queries, and the tokens that the first of them sees."""
-    view = row.view
     if not isinstance(mask, mx.array):
         return mask if row.last - row.first > 1 else None
     mask = mask[index : index + 1] if mask.shape[0] > 1 else mask
     mask = mask[:, :, row.first : row.last, padding:]
-    plan = view.plan
     oldest = max(plan.sinks, plan.oldest(0)[1])
     return mx.concatenate([mask[..., : plan.sinks], mask[..., oldest : plan.end]], axis=-1)
 

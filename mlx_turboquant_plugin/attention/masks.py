@@ -63,8 +63,9 @@ def checked(mask: Mask, queries: mx.array, columns: int | None) -> Mask:
         return mask
     if mask.dtype != mx.bool_:
         mask = mx.maximum(mask.astype(dtype), mx.array(lowest(dtype), dtype))
+    assert columns is not None, "check() refuses arrays then"
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    return mx.broadcast_to(mask, (*mask.shape[:2], *shape[2:]))
+    return mx.broadcast_to(mask, (*mask.shape[:2], queries.shape[2], columns))
 
 
 def both(ours: mx.array | None, given: mx.array) -> mx.array:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -138,7 +138,8 @@ def _fold_pieces(
     rotated: mx.array, bias, coded: Coded, positions: range, piece: int, functions
 ) -> Sums:
     """The running sums over coded tokens, ``piece`` of them at a time."""
-    codec, sums, origin = coded.codec, None, coded.positions.start
+    codec, origin = coded.codec, coded.positions.start
+    sums: Any = None
     for start in positions[::piece]:
         stop = min(start + piece, positions.stop)
         mask = None
@@ -146,7 +147,9 @@ def _fold_pieces(
             mask = coded.mask[..., start - origin : stop - origin]
         elif start < coded.oldest:
             mask = from_oldest(coded.oldest, start, stop)
-        scores = None if bias is None else codec.bias.scores(bias, start, stop - start)
+        scores = None
+        if codec.bias is not None:
+            scores = codec.bias.scores(bias, start, stop - start)
         keys, values = coded.codes(start, stop)
         keys, values = codec.keys.expand(keys, -2), codec.values.expand(values, -1)
         sums = functions.fold(rotated, sums, keys, values, scores, mask)

@@ -35,9 +35,10 @@ def lay_out(
     spec, (keys, values) = codec.spec, tokens.some
     batch, heads = keys.shape[:2]
     # Keys and values come from projections, with heads inside: so MLX copies nothing.
-    newer = tokens.newer and tuple(x.swapaxes(1, 2) for x in tokens.newer)
+    swapped = tokens.newer and tuple(x.swapaxes(1, 2) for x in tokens.newer)
     # What is not there is not read.
-    older, newer = tokens.older or newer, newer or tokens.older
+    older: Any = tokens.older or swapped
+    newer: Any = swapped or tokens.older
     counts = (
         tokens.older[0].shape[2] if tokens.older else 0,
         tokens.newer[0].shape[2] if tokens.newer else 0,

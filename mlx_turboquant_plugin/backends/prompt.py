@@ -32,7 +32,8 @@ def run_pass(backend: "Fused", codec: KVCodec, tokens: Tokens, plan: Plan) -> Pa
         backend: a fused one.
         tokens: those of the pass are the newer ones.
     """
-    bias, shape = codec.bias, tokens.newer[0].shape
+    bias, newer = codec.bias, tokens.newer
+    assert newer is not None, "a pass has tokens"
     run = _traced(
         backend,
         codec.spec,
@@ -41,16 +42,16 @@ def run_pass(backend: "Fused", codec: KVCodec, tokens: Tokens, plan: Plan) -> Pa
         codec.feedback is not None,
         bias and bias.table,
         tokens.older and tokens.older[0].shape[2],
-        tuple(shape),
-        tokens.newer[0].dtype,
-        tokens.newer[1].dtype,
+        tuple(newer[0].shape),
+        newer[0].dtype,
+        newer[1].dtype,
         tokens.key_codes[-1].shape[-1] if tokens.key_codes else 0,
         tokens.first_coded,
         plan,
     )
     parts = codec.balance, codec.layout, codec.feedback, bias.bias if bias else None
     known = [x for x in parts if x is not None]
-    return Pass(*run(tokens.older or (), tokens.newer, tokens.key_codes, tokens.value_codes, known))
+    return Pass(*run(tokens.older or (), newer, tokens.key_codes, tokens.value_codes, known))
 
 
 # Prompts have passes of a few kinds, and other prompts the same. MLX keeps traces by thread.

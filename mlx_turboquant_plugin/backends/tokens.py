@@ -28,7 +28,9 @@ class Tokens(NamedTuple):
     @property
     def some(self) -> Pair:
         """Exact keys and values that are there."""
-        return self.older or self.newer
+        pair = self.older or self.newer
+        assert pair is not None, "there are some tokens"
+        return pair
 
 
 class Places(NamedTuple):

@@ -127,13 +127,13 @@ class ExactTokens:
         self._keys, self._values, self._unjoined = keys, values, None
 
     @property
-    def keys(self) -> mx.array | None:
-        """(B, H, E, D), or None."""
+    def keys(self) -> mx.array:
+        """(B, H, E, D); None in an empty cache, which shows no view."""
         return self._joined()[0]
 
     @property
-    def values(self) -> mx.array | None:
-        """(B, H, E, D), or None."""
+    def values(self) -> mx.array:
+        """As :attr:`keys`."""
         return self._joined()[1]
 
     def _joined(self) -> tuple[mx.array | None, mx.array | None]:

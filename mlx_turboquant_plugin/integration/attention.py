@@ -4,6 +4,7 @@ import functools
 import inspect
 import itertools
 import weakref
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -69,17 +70,17 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
         return out
     if cache.attention is None or cache.attention() is not instance:
         bind(cache, instance)
-    batch, count = given[parameters[0]].shape[:2]
     if not _plain(given.get("mask")):
         # Before the cache changes.
+        batch, count = given[parameters[0]].shape[:2]
         heads, _ = family.head_counts(instance)
         check(given["mask"], (batch, heads, count, cache.columns(count)))
     with AllOrNothing(*cache.holders):
         cache.attending = True
         try:
-            cuts = cache.cuts(count) if count > 1 and family.reads_arrays else []
-            if cuts:
-                out = _in_parts(wrapped, parameters[0], given, cache, [0, *cuts, count])
+            ends = _ends(given[parameters[0]].shape[1], cache) if family.reads_arrays else ()
+            if len(ends) > 2:
+                out = _in_parts(wrapped, parameters[0], given, cache, ends)
             else:
                 out = wrapped(*args, **kwargs)
         except ValueError:
@@ -93,8 +94,13 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
     return out
 
 
+def _ends(count: int, cache: Any) -> Sequence[int]:
+    """Where parts of the next ``count`` queries begin and end, each of which sees the same."""
+    return [0, *(cache.cuts(count) if count > 1 else ()), count]
+
+
 def _in_parts(
-    attention: Any, hidden: str, given: dict[str, Any], cache: Any, ends: list[int]
+    attention: Any, hidden: str, given: dict[str, Any], cache: Any, ends: Sequence[int]
 ) -> mx.array:
     """The output of an attention that reads arrays, in which all queries see the same.
 
@@ -102,7 +108,7 @@ def _in_parts(
 
     Args:
         hidden: the name of the hidden states among the arguments ``given``.
-        ends: where parts end.
+        ends: see :func:`_ends`.
     """
     outs = []
     for first, last in itertools.pairwise(ends):

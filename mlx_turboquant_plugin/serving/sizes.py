@@ -12,8 +12,8 @@ from mlx_lm.models import cache as cache_module
 
 from ..cache import BatchCompressedKVCache, CompressedKVCache
 from ..cache.compressed import AHEAD
+from ..cache.sizes import code_bytes
 from ..cache.visibility import BLOCK, Ring, Visibility
-from ..codecs.kv_codec import KVCodec
 
 
 class Row(NamedTuple):
@@ -51,13 +51,7 @@ class CompressedSize:
     def of(cls, cache: Any) -> "CompressedSize":
         """That of a CompressedKVCache that holds one token."""
         held = cache.exact_tokens
-        (_, heads), (key_dtype, value_dtype) = held.heads, held.dtypes
-        codec = KVCodec(cache.codec.spec)
-        codes = (
-            *codec.encode_keys(mx.zeros((1, heads, 1, codec.spec.head_dim), key_dtype), 0),
-            *codec.encode_values(mx.zeros((1, heads, 1, codec.spec.value_dim), value_dtype)),
-        )
-        coded = sum(array.nbytes for array in codes)
+        coded = held.heads[1] * code_bytes(cache.codec.spec)
         return cls(held.nbytes, coded, cache.visibility, cache.ring)
 
     def nbytes(self, row: Row) -> int:

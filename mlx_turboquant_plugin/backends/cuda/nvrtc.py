@@ -112,6 +112,7 @@ def compile_cubin(source: str, name: str) -> bytes:
         "--device-as-default-execution-space",
     ]
     library, program = _library(), ctypes.c_void_p()
+    assert library is not None, "there is NVRTC where kernels are available"
     _check(
         library.nvrtcCreateProgram(
             ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None
