@@ -78,6 +78,10 @@ def _bits() -> Rule:
     )
 
 
+# Of caches, in bytes: less is a forgotten unit.
+LEAST_SIZE = 1000
+
+
 def size_of(text: str) -> int:
     """The bytes of a size such as 6GB, 500MB or 1000000.
 
@@ -86,8 +90,10 @@ def size_of(text: str) -> int:
     """
     found = _SIZE.fullmatch(text)
     size = int(float(found[1]) * UNITS[found[2].upper()]) if found else 0
-    if size < 1:
-        raise ValueError(f"{text!r} is not a size such as 6GB, 500MB or 1000000")
+    if size < LEAST_SIZE:
+        raise ValueError(
+            f"{text!r} is not a size of at least {LEAST_SIZE} bytes, such as 6GB, 500MB or 1000000"
+        )
     return size
 
 

@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import tiny_models
 from layouts import layout
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache, save_prompt_cache
@@ -390,3 +391,10 @@ def test_outside_attention_it_holds_no_more_than_it_counts():
     del x
     mx.clear_cache()
     assert mx.get_active_memory() - before < 2 * cache.nbytes
+
+
+def test_a_ring_that_only_keeps_its_first_tokens_is_mlx_lms_own():
+    """RotatingKVCache itself is at a loss there."""
+    mlx_turboquant_plugin.enable()
+    caches = mlx_lm_cache.make_prompt_cache(tiny_models.build("qwen3"), max_kv_size=4)
+    assert {type(cache) for cache in caches} == {mlx_lm_cache.RotatingKVCache}

@@ -55,6 +55,18 @@ def test_invariant_is_a_batch_as_each_alone(name):
         assert error(step[row : row + 1], expected) < 1e-4
 
 
+@pytest.mark.parametrize("shape", [None, (1, 1, 8, 100), (1, 100)])
+def test_masks_that_are_not_causal_are_honoured(shape):
+    """A step that crosses a block, whose queries see each other."""
+    model = model_of("gemma2", bypass="identity")
+    attention, x = model.layers[0].self_attn, mx.random.normal((1, 100, model.args.hidden_size))
+    outs = []
+    for cache in mlx_lm_cache.make_prompt_cache(model)[0], KVCache():
+        attention(x[:, :92], cache.make_mask(92, return_array=True, window_size=None), cache)
+        outs.append(attention(x[:, 92:], shape and mx.ones(shape, mx.bool_), cache))
+    assert error(*outs) < 1e-4
+
+
 @pytest.mark.parametrize("name", ["mistral4", "longcat_flash"])
 def test_quantised_weights_tell_what_latents_are_like(name):
     exact, quantised = (tiny_models.build(name, qk_nope_head_dim=32) for _ in range(2))

@@ -16,6 +16,8 @@ from http.server import ThreadingHTTPServer
 import mlx.core as mx
 import pytest
 import tiny
+import tiny_models
+from mlx.utils import tree_flatten
 from mlx_lm import server
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
@@ -357,6 +359,12 @@ def test_the_disk_cache_stays_within_its_size(disk, tmp_path):
     # What is larger than all of it is not written.
     kept(disk(size // 2), 300, tokens=TOKENS[300:])
     assert len(list(cache.files())) == 2
+    # The index has what the folder has.
+    trie = cache._trie("name")
+    indexed = [trie.search("name", TOKENS[first : first + 300]).exact for first in (0, 100, 200)]
+    assert [key is not None for key in indexed] == [True, False, True]
+    assert set(cache._keys) == {path for path, _ in cache.files()}
+    assert {path.stat().st_mode & 0o777 for path, _ in cache.files()} == {0o600}
 
 
 KILLED = """
@@ -407,6 +415,27 @@ def test_the_name_of_a_model_is_that_of_its_weights_and_settings():
     mlx_turboquant_plugin.disable()
     mlx_turboquant_plugin.enable(value_bits=3)
     assert name_of(MODEL) != name
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [("llama", {"rms_norm_eps": 1e-3}), ("gemma3_text", {"sliding_window": 128})],
+)
+def test_the_name_of_a_model_is_that_of_its_configuration_too(name, change):
+    """The weights are the same."""
+    mlx_turboquant_plugin.enable()
+    models = tiny_models.build(name), tiny_models.build(name, **change)
+    models[1].load_weights(tree_flatten(models[0].parameters()))
+    assert name_of(models[0]) != name_of(models[1])
+
+
+@pytest.mark.parametrize("name", ["lfm2", "mamba", "qwen3_next", "deepseek_v3", "llama4"])
+def test_all_kinds_of_caches_are_counted(name):
+    mlx_turboquant_plugin.enable()
+    model = tiny_models.build(name)
+    caches = make_prompt_cache(model)
+    model(mx.array([TOKENS[:40]]) % 64, cache=caches)
+    assert uncompressed_nbytes(caches) > 0
 
 
 def test_the_store_never_finds_a_whole_prompt_and_tells_what_it_evicts():

@@ -136,8 +136,11 @@ def test_allowed_values_in_words():
 
 
 def test_sizes_and_shares():
-    sizes = ["1", "500MB", "1.5 GB", "2tb"]
-    assert list(map(size_of, sizes)) == [1, 500 * 10**6, 15 * 10**8, 2 * 10**12]
+    sizes = ["1000", "500MB", "1.5 GB", "2tb"]
+    assert list(map(size_of, sizes)) == [1000, 500 * 10**6, 15 * 10**8, 2 * 10**12]
+    # A forgotten unit.
+    with pytest.raises(ValueError, match="at least 1000 bytes"):
+        folder_and_size("/a:20", 7)
     assert [share_of(text) for text in ("40%", "100 %")] == [0.4, 1]
     assert [share_of(text) for text in ("0%", "101%", "40")] == [None] * 3
     assert folder_and_size("a:b", 7) == ("a:b", 7)

@@ -11,6 +11,7 @@ import numpy as np
 from ..codecs.kv_codec import KVCodec
 from ..per_thread import release
 from .batch_view import BatchView, RowView, batch_mask, side_by_side
+from .causal import made
 from .compressed import CompressedKVCache
 from .copies import shared, unpickled_batch
 from .joining import alone, check_alike, check_padding, row_of, rows_of
@@ -306,10 +307,13 @@ class BatchCompressedKVCache(AttendedCache):
         self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array:
         """The mask of BatchKVCache; for rings what each sees, if no other window is asked for."""
-        ring = self._ring
+        ring, padding = self._ring, tuple(self._left_padding)
         if not window_size or (ring and window_size == ring.max_size):
-            return batch_mask(N, self._index, tuple(self._left_padding), ring=ring)
-        return batch_mask(N, self._index, tuple(self._left_padding), window=window_size)
+            mask = batch_mask(N, self._index, padding, ring=ring)
+        else:
+            mask = batch_mask(N, self._index, padding, window=window_size)
+        made(mask)
+        return mask
 
     @property
     def _ring(self) -> Ring | None:

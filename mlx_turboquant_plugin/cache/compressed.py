@@ -15,6 +15,7 @@ from ..log import log_once
 from ..per_thread import release
 from . import state as saved
 from .adoption import codec_of
+from .causal import made
 from .copies import shared, unpickled
 from .exact import ExactTokens
 from .passes import StepPlan, plan_pass, plan_step, plan_view
@@ -386,6 +387,7 @@ class CompressedKVCache(AttendedCache):
         n = max(0, min(self.offset, operator.index(n)))
         with AllOrNothing(self):
             rewind(self, self.offset - n)
+            self.passed = None
             release(self.arrays)
         return n
 
@@ -444,7 +446,7 @@ class CompressedKVCache(AttendedCache):
         return [position - start for position in self.visibility.changes(start, start + count)]
 
     def make_mask(self, *args, **kwargs):
-        return create_attention_mask(*args, offset=self.offset, **kwargs)  # type: ignore[misc]
+        return made(create_attention_mask(*args, offset=self.offset, **kwargs))  # type: ignore[misc]
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "CompressedKVCache":
         """Stay as it is: the cache is quantised already."""

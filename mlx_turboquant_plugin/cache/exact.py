@@ -149,7 +149,7 @@ def _kind(x: mx.array | None) -> str:
 
 
 def _concatenate(old: mx.array, new: mx.array, sinks: int, drop: int) -> mx.array:
-    parts = [old]
-    if drop:
-        parts = [*[old[:, :, :sinks]] * (sinks > 0), old[:, :, sinks + drop :]]
-    return mx.concatenate([*parts, new], axis=2)
+    parts = [old[:, :, sinks + drop :], new] if drop else [old, new]
+    if drop and sinks:
+        parts.insert(0, old[:, :, :sinks])
+    return mx.concatenate(parts, axis=2)

@@ -142,7 +142,7 @@ def plan_step(
             # What gets codes now has to be there.
             gets_codes = encode_to > max(coded, sinks)
             retained = max(retained, min(oldest, coded) if gets_codes else oldest)
-        drop = max(0, retained - (start - (held - sinks)))
+        drop = min(held - sinks, max(0, retained - (start - (held - sinks))))
     if encode_to > max(coded, visibility.sinks):
         coded = encode_to
     held += end - start - drop

@@ -16,6 +16,7 @@ from .. import patching
 from ..attention.dispatch import attend
 from ..attention.masks import check
 from ..cache import BatchCompressedKVCache, CompressedKVCache
+from ..cache.causal import is_causal
 from ..cache.transaction import AllOrNothing
 from . import upstream
 from .family import Family, family_of, register
@@ -78,7 +79,9 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
     with AllOrNothing(*cache.holders):
         cache.attending = True
         try:
-            ends = _ends(given[parameters[0]].shape[1], cache) if family.reads_arrays else ()
+            ends: Sequence[int] = ()
+            if family.reads_arrays and is_causal(given.get("mask")):
+                ends = _ends(given[parameters[0]].shape[1], cache)
             if len(ends) > 2:
                 out = _in_parts(wrapped, parameters[0], given, cache, ends)
             else:
@@ -102,9 +105,8 @@ def _ends(count: int, cache: Any) -> Sequence[int]:
 def _in_parts(
     attention: Any, hidden: str, given: dict[str, Any], cache: Any, ends: Sequence[int]
 ) -> mx.array:
-    """The output of an attention that reads arrays, in which all queries see the same.
-
-    Queries that do not are not given to it together.
+    """The output of a causal attention that reads arrays: it is given those queries together
+    that see the same.
 
     Args:
         hidden: the name of the hidden states among the arguments ``given``.
@@ -117,7 +119,7 @@ def _in_parts(
         for name, x in given.items():
             if isinstance(x, mx.array) and name != hidden and ends[-1] in x.shape[-2:-1]:
                 # A mask, or a factor of each query.
-                part[name] = x[..., own, :tokens]
+                part[name] = x[..., own, :tokens] if name == "mask" else x[..., own, :]
         mask = part.get("mask")
         if isinstance(mask, str):
             part["mask"] = mask if last - first > 1 else None

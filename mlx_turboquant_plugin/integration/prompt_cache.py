@@ -185,6 +185,8 @@ def _compressed(
         return None, NOT_INVARIANT
     if family.follows is not None and upstream.available():
         return None, "layers follow it, and mlx-lm's hooks don't say when"
+    if type(cache) is RotatingKVCache and cache.keep >= cache.max_size:
+        return None, f"its cache keeps the first {cache.keep} of {cache.max_size} tokens for ever"
     if type(cache) is KVCache and getattr(layer, "use_sliding", False):
         # Pixtral and Mistral 3: the mask alone says how far back queries see.
         return None, "a sliding window over a KVCache that does not rotate is not supported"

@@ -54,6 +54,8 @@ def _model_call(parameters, wrapped, instance, args, kwargs):
     try:
         out = wrapped(*args, **kwargs)
     except BaseException:
+        for one in ours:
+            one.passed = None
         if before is not None and not same_objects(_content(parts), before):
             # Nobody can tell what a recurrent state has seen of the pass, or undo it.
             for one in ours:

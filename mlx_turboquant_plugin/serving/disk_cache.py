@@ -47,6 +47,8 @@ class DiskCache:
     ):
         self.folder, self._size, self._name_of, self._counts = folder, size, name_of, counts
         self._tries: dict[str, PromptTrie] = {}
+        # Of each file its model's name and tokens.
+        self._keys: dict[Path, tuple[str, list[int]]] = {}
         # The index is the generation's and the writer's.
         self._lock = threading.Lock()
         self._writer = Writer()
@@ -97,7 +99,7 @@ class DiskCache:
             nbytes: what they take.
         """
         name = self._name_of(model)
-        if name is None or nbytes > self._size or not _worth_keeping(caches):
+        if name is None or nbytes > self._size or not _worth_keeping(caches, len(tokens)):
             return
         with self._lock:
             trie = self._trie(name)
@@ -109,18 +111,20 @@ class DiskCache:
         self._writer.put(nbytes, lambda: self._write(name, tokens, caches, nbytes))
 
     def _write(self, name: str, tokens: list[int], caches: list[Any], nbytes: int) -> None:
-        disk_files.make_room(self.folder, self._size - nbytes)
+        self._make_room(self._size - nbytes)
         trimmable = can_trim_prompt_cache(caches)
         written = disk_files.write(self.folder / name, name, tokens, caches, trimmable)
-        disk_files.make_room(self.folder, self._size)
+        self._make_room(self._size)
         self._counts.written += 1
         with self._lock:
             trie = self._trie(name)
             replaced = trie.add(name, tokens, written)
+            self._keys[written.path] = name, tokens
             # As in memory: the longer one serves for its beginnings.
             shorter = trie.pop_prefixes(name, tokens) if trimmable else []
         for entry in (replaced, *(entry for _, entry in shorter)):
             if entry is not None and entry.path != written.path:
+                self._keys.pop(entry.path, None)
                 entry.path.unlink(missing_ok=True)
 
     def _longest(self, name: str, tokens: list[int]) -> Found | None:
@@ -139,6 +143,13 @@ class DiskCache:
                     best = Found(entry, key, count)
             return best
 
+    def _make_room(self, size: int) -> None:
+        """Remove files down to ``size`` bytes, and what the index has of them."""
+        for path in disk_files.make_room(self.folder, size):
+            known = self._keys.pop(path, None)
+            if known is not None:
+                self._forget(*known)
+
     def _forget(self, name: str, key: list[int]) -> None:
         """Forget a file that is gone; the writer may have done so meanwhile."""
         with self._lock:
@@ -152,10 +163,16 @@ class DiskCache:
             trie = self._tries[name] = PromptTrie()
             for tokens, entry in disk_files.found(self.folder / name, name):
                 trie.add(name, tokens, entry)
+                self._keys[entry.path] = name, tokens
         return self._tries[name]
 
 
-def _worth_keeping(caches: list[Any]) -> bool:
-    """Not so few tokens that none is compressed: they are processed as fast as read."""
+def _worth_keeping(caches: list[Any], count: int) -> bool:
+    """Neither so few tokens that none is compressed, nor others than the ``count`` expected.
+
+    Few are processed as fast as read. After drafts mlx-lm's server may hold a token less.
+    """
+    if any(getattr(cache, "offset", count) != count for cache in caches):
+        return False
     ours = [cache for cache in caches if isinstance(cache, CompressedKVCache)]
     return not ours or any(cache.key_codes for cache in ours)

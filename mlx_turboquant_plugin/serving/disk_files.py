@@ -38,7 +38,7 @@ def write(folder: Path, model: str, tokens: list[int], caches: list[Any], trimma
     metadata = {"format": FORMAT, "model": model, "tokens": text, "trimmable": str(int(trimmable))}
     part = folder / f"{name}.{os.getpid()}{PART}"
     try:
-        with open(part, "wb") as held:
+        with open(part, "wb", opener=_private) as held:
             # Released however this process ends: see remove_leftovers().
             fcntl.flock(held, fcntl.LOCK_EX)
             cache_module.save_prompt_cache(str(part), caches, metadata)
@@ -53,7 +53,13 @@ def write(folder: Path, model: str, tokens: list[int], caches: list[Any], trimma
 def read(path: Path, model: str) -> list[Any] | None:
     """The caches in a file, or None if it is gone, or damaged: then it is removed."""
     try:
-        if _checksum(path) != _checksum_of(path):
+        same = _checksum(path) == _checksum_of(path)
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            logger.warning("the disk cache file %s can't be read: %s", path, error)
+        return None  # Another server's files are bounded by the same size.
+    try:
+        if not same:
             raise ValueError("its checksum is another")
         caches, metadata = cache_module.load_prompt_cache(str(path), return_metadata=True)
         if (metadata["format"], metadata["model"]) != (FORMAT, model):
@@ -61,13 +67,19 @@ def read(path: Path, model: str) -> list[Any] | None:
         # Until here nothing but the header may have been read.
         mx.eval([cache.state for cache in caches])
         os.utime(path)
-    except FileNotFoundError:
-        return None  # Another server's files are bounded by the same size.
+    except (OSError, MemoryError) as error:
+        logger.warning("the disk cache file %s can't be read: %s", path, error)
+        return None
     except Exception as error:
         logger.warning("the disk cache file %s is damaged and removed: %s", path, error)
         path.unlink(missing_ok=True)
         return None
     return caches
+
+
+def _private(path: str, flags: int) -> int:
+    # Whoever reads the file reads the prompt.
+    return os.open(path, flags, 0o600)
 
 
 def found(folder: Path, model: str) -> Iterator[tuple[list[int], Entry]]:
@@ -77,13 +89,13 @@ def found(folder: Path, model: str) -> Iterator[tuple[list[int], Entry]]:
         if path.name.endswith(PART):
             continue
         try:
+            if _NAME.fullmatch(path.name) is None or not path.is_file():
+                raise ValueError("no file of the disk cache")
             with safe_open(path, "numpy") as file:
                 metadata = file.metadata() or {}
             # save_prompt_cache flattens [metadata, class names, scalars].
             if (metadata.get("0.format"), metadata.get("0.model")) != (FORMAT, model):
                 raise ValueError("of another model or version")
-            if _NAME.fullmatch(path.name) is None:
-                raise ValueError("renamed")
             tokens = list(map(int, metadata["0.tokens"].split()))
             entry = Entry(path, metadata["0.trimmable"] == "1", path.stat().st_size)
         except Exception:  # Whatever may lie there.
@@ -112,20 +124,26 @@ def listed(folder: Path) -> Iterator[tuple[Path, int]]:
     yield from ((path, size) for _, path, size in sorted(files))
 
 
-def make_room(folder: Path, size: int) -> None:
-    """Remove files, the longest unused first, until all take no more than ``size`` bytes."""
-    files = list(listed(folder))
+def make_room(folder: Path, size: int) -> list[Path]:
+    """Remove files, the longest unused first, until all take no more than ``size`` bytes.
+
+    Returns:
+        Those that were removed.
+    """
+    files, removed = list(listed(folder)), []
     total = sum(nbytes for _, nbytes in files)
     for path, nbytes in files:
         if total <= size:
             break
         path.unlink(missing_ok=True)
+        removed.append(path)
         total -= nbytes
+    return removed
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what writers have left that were killed: nobody holds its lock."""
-    for path in folder.glob(f"*/*{PART}"):
+    for path in filter(Path.is_file, folder.glob(f"*/*{PART}")):
         try:
             with open(path, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

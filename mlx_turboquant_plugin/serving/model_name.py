@@ -1,4 +1,7 @@
-"""What tells prompt caches of one model and its settings from all others."""
+"""What tells prompt caches of one model and its settings from all others.
+
+Of large weights a part is looked at, as for statistics; a model's configuration is as a whole.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -24,7 +27,7 @@ def name_of(*models: nn.Module | None) -> str:
         if model is not None:
             attentions = [attention_of(layer)[0] for layer in layers_of(model)]
             digest.update(fingerprint(model, attentions, mx.zeros(1, mx.int32)).encode())
-            digest.update(repr(_settings_of(model)).encode())
+            digest.update(repr((_configuration(model), _settings_of(model))).encode())
     return digest.hexdigest()[:32]
 
 
@@ -41,6 +44,17 @@ def names_of(provider: Any) -> Callable[[Any], str | None]:
         return known.get(key)
 
     return name
+
+
+def _configuration(model: nn.Module) -> list[str]:
+    """What is not in the weights: window sizes, epsilons, factors."""
+    numbers = (
+        f"{path}.{name}={value!r}"
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str, tuple)) and not name.startswith("_")
+    )
+    return [*sorted(numbers), repr(getattr(model, "args", None))]
 
 
 def _settings_of(model: nn.Module) -> list[Any]:

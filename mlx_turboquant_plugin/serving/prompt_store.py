@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.models.cache import (
     CacheList,
     LRUPromptCache,
@@ -124,6 +125,8 @@ class PromptStore(LRUPromptCache):
             prompt_cache.clear()
             prompt_cache = own
         if prompt_cache:
+            # What is not evaluated yet holds the arrays of the batch that it is to be a part of.
+            mx.eval([cache.state for cache in prompt_cache])
             super().insert_cache(model, tokens, prompt_cache, cache_type=cache_type)
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_lm.generate import BatchGenerator
 
+from ..log import logger
 from .admission import Admission
 from .counts import Counts
 from .prompt_store import PromptStore
@@ -46,11 +47,18 @@ class Served:
         """Called by that thread between its steps."""
         if self._asked.is_set():
             self._asked.clear()
-            kept = [cache for entry in self.store.entries() for cache in entry.prompt_cache]
-            for name, caches in (KEPT, kept), (RUNNING, list(self._running())):
-                held = sum(cache.nbytes for cache in caches)
-                self.nbytes[name] = held, uncompressed_nbytes(caches)
+            try:
+                self._count()
+            except Exception:
+                # It must go on generating, whatever caches other packages have.
+                logger.exception("the bytes of the KV cache can't be counted for /metrics")
             self._answered.set()
+
+    def _count(self) -> None:
+        kept = [cache for entry in self.store.entries() for cache in entry.prompt_cache]
+        for name, caches in (KEPT, kept), (RUNNING, list(self._running())):
+            held = sum(cache.nbytes for cache in caches)
+            self.nbytes[name] = held, uncompressed_nbytes(caches)
 
     def _running(self) -> Iterator[Any]:
         generator: Any = self._generator()

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as cache_module
 
-from ..cache import BatchCompressedKVCache, CompressedKVCache
+from ..cache import BatchCompressedKVCache, CompressedKVCache, PackedRows
 from ..cache.compressed import AHEAD
 from ..cache.sizes import code_bytes
 from ..cache.visibility import BLOCK, Ring, Visibility
@@ -150,8 +150,8 @@ def _uncompressed(cache: Any) -> int:
         return sum(map(_uncompressed, cache.holders[1:]))
     if isinstance(cache, CompressedKVCache):
         held, tokens = cache.exact_tokens, cache.size()
-    elif hasattr(cache, "lengths"):
-        held, tokens = cache.exact_tokens, sum(cache.lengths) / len(cache.lengths)
+    elif isinstance(cache, PackedRows):
+        held, tokens = cache.exact_tokens, sum(cache.lengths) // len(cache.lengths)
     else:
         return cache.nbytes
     return int(held.nbytes / held.count * tokens) if held.count else 0
