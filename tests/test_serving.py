@@ -1,6 +1,7 @@
 """mlx_lm.server within a memory budget, with prompt caches on disk, and its metrics."""
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from http.server import ThreadingHTTPServer
@@ -471,6 +473,16 @@ def test_without_settings_the_server_batches_as_ever(model_path, monkeypatch):
         mlx_turboquant_plugin.disable()
         assert served.ask("GET", "/metrics")[0] == 404
         text_of(served.complete("Another question"))
+
+
+def test_a_server_that_has_stopped_holds_nothing(model_path):
+    mlx_turboquant_plugin.enable(memory_budget="1GB")
+    with InProcess(model_path) as served:
+        served.complete(TEXT[:600])
+        model = weakref.ref(served.generator.model_provider.model)
+        assert model() is not None
+    gc.collect()
+    assert model() is None
 
 
 def test_the_prompt_cache_of_another_program_is_left_alone(model_path, caplog):

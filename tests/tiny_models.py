@@ -346,7 +346,7 @@ LONGCAT = dict(
     attention_bias=False,
 )
 
-# The same of those that can't be compressed; they are called what table.UNSUPPORTED says.
+# The same of those that compute with keys as arrays, share them or are not supported.
 SPECIAL |= {
     "afm7": dict(hidden_dim=128, num_layers=4, num_kv_reuse_layers=2, num_heads=4, num_kv_heads=2),
     "bailing_hybrid": dict(MLA, layer_group_size=2, group_norm_size=1),

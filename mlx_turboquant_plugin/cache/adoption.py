@@ -21,9 +21,9 @@ def codec_of(
 ) -> KVCodec:
     """The module's ``codec``, or what of it ``cache`` can still take.
 
-    A cache that holds codes keeps the codec that it has. So does one that was filled by this
-    very layer, but that it learns of it what it has not learned so far. An empty one keeps
-    its bits: other settings may have come into force since it was made.
+    A cache that holds codes keeps the codec that it has, and so does one that this very layer
+    has filled and that knows its statistics. An empty one keeps its bits: other settings may have
+    come into force since it was made.
 
     Args:
         fingerprint: of the module; read only if the cache is filled.

@@ -438,7 +438,7 @@ class CompressedKVCache(AttendedCache):
     def cuts(self, count: int) -> list[int]:
         """Which of the next ``count`` tokens read other ones exactly than those before them.
 
-        Not told of rings, whose masks can't be cut.
+        Empty for rings, whose masks can't be cut.
         """
         if self.ring is not None or self.visibility.is_prompt(count):
             return []

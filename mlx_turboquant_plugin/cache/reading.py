@@ -26,7 +26,8 @@ class Reading:
         by_view: whether it reads views and nothing else.
         alone: whether attentions of its class that read views read nothing else; they share it.
         expected: whether somebody is known to read arrays, so that there is nothing to be said.
-        followed: whether other layers read the cache after it, see :meth:`AttendedCache.follow`.
+        followed: whether other layers read the cache after it, see :meth:`AttendedCache.follow`;
+            None until the first pass has gone through the model.
     """
 
     __slots__ = ("alone", "by_view", "casts_keys", "expected", "followed", "model")

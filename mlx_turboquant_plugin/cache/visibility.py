@@ -57,10 +57,7 @@ class Visibility(NamedTuple):
         return max(self.sinks, (position // BLOCK) * BLOCK - self.window)
 
     def changes(self, start: int, end: int) -> range:
-        """The positions after ``start`` and before ``end`` whose queries read less exactly.
-
-        Less than those just before them.
-        """
+        """The positions after ``start`` and before ``end`` at which the exact part moves on."""
         first = max(start, self.window + self.sinks) // BLOCK * BLOCK + BLOCK
         return range(first, end, BLOCK)
 

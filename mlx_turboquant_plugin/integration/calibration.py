@@ -256,7 +256,7 @@ def _summary(
 def _latent_square(attention: nn.Module, queries: mx.array) -> mx.array:
     """How much the channels of a latent count, fp32 (H_q, D), in scores and in values.
 
-    Both the same: their means are 1.
+    Scores and values have the same weight: each share is scaled to a mean of 1.
 
     Args:
         queries: (1, H_q, T, D'), as the keys that are made of latents are read with.

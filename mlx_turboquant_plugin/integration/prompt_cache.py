@@ -25,7 +25,9 @@ BY_WEIGHTS = "; keys go by the weights alone, since it could not be measured"
 # Kinds of mlx-lm's that this package would have replaced.
 UNCOMPRESSED = {"KVCache", "QuantizedKVCache", "RotatingKVCache"}
 
-NOT_INVARIANT = "its keys are read as arrays, in a way that TURBOQUANT_INVARIANT does not allow for"
+NOT_INVARIANT = (
+    "its keys are read as arrays, which does not go with TURBOQUANT_INVARIANT=1: unset that"
+)
 
 # What became of each model's caches, and the calibration of those that are compressed.
 _reports: dict[settings.ModelIdentity, tuple[str, Calibration | None]] = {}

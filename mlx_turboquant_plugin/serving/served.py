@@ -78,6 +78,11 @@ def enter(served: Served) -> None:
     _here.served = served
 
 
+def leave() -> None:
+    """Undo :func:`enter`."""
+    _here.__dict__.clear()
+
+
 def current() -> Served | None:
     """What the thread that is running generates for, or None."""
     return getattr(_here, "served", None)

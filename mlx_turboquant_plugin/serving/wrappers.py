@@ -29,6 +29,7 @@ IGNORED = "the settings memory_budget and disk_cache are ignored"
 def apply(module: ModuleType) -> None:
     """Wrap those of the server in ``module`` that the settings ask for."""
     patching.wrap(module.ResponseGenerator, "__init__", _init)
+    patching.wrap(module.ResponseGenerator, "_generate", _generate)
     patching.wrap(module.ResponseGenerator, "_next_request", _next_request)
     patching.wrap(module, "BatchGenerator", _batch_generator)
     patching.wrap(module.APIHandler, "do_GET", _do_get)
@@ -68,6 +69,15 @@ def _arguments(model_provider: Any, prompt_cache: Any) -> tuple[Any, Any]:
 def _admission(server: Any) -> Admission | None:
     """That of a server; None without a budget, or if it was there before compression was on."""
     return server.turboquant.admission if hasattr(server, "turboquant") else None
+
+
+def _generate(wrapped, instance, args, kwargs):
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        # As mlx-lm drops the model and its caches in the thread that has used them.
+        served.leave()
+        vars(instance).pop("turboquant", None)
 
 
 def _next_request(wrapped, instance, args, kwargs):
