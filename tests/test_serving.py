@@ -317,6 +317,14 @@ def test_the_disk_has_the_longest_beginning_and_keeps_no_shorter_one(disk, tmp_p
     assert fresh.fetch("model", [*TOKENS[:500], 7], 0)[1] == 500
 
 
+def test_a_shorter_file_serves_where_a_longer_one_is_not_worth_reading(disk):
+    cache = disk()
+    kept(cache, 700, tokens=[*TOKENS[:330], *TOKENS[400:770]])
+    kept(cache, 300)
+    assert cache.fetch("model", [*TOKENS[:330], 7, 7], 250)[1] == 300
+    assert cache.fetch("model", [*TOKENS[:330], 7, 7], 0)[1] == 330
+
+
 def test_damaged_and_foreign_files_are_ignored(disk, tmp_path, caplog):
     kept(disk(), 400)
     [path] = tmp_path.glob("name/*.safetensors")

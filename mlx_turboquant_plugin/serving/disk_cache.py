@@ -79,8 +79,8 @@ class DiskCache:
         """
         name = self._name_of(model)
         while name is not None:
-            found = self._longest(name, tokens)
-            if found is None or found.common - known < WORTH * len(found.key):
+            found = self._longest(name, tokens, known)
+            if found is None:
                 return None
             if room is not None and found.entry.nbytes > room:
                 return None
@@ -127,8 +127,8 @@ class DiskCache:
                 self._keys.pop(entry.path, None)
                 entry.path.unlink(missing_ok=True)
 
-    def _longest(self, name: str, tokens: list[int]) -> Found | None:
-        """The file that begins with most of ``tokens``, but for the last."""
+    def _longest(self, name: str, tokens: list[int], known: int) -> Found | None:
+        """Of the files worth reading the one that begins with most of ``tokens`` but the last."""
         with self._lock:
             trie = self._trie(name)
             search = trie.search(name, tokens)
@@ -139,7 +139,8 @@ class DiskCache:
                     continue
                 entry, count = trie.get(name, key), min(common, len(tokens) - 1)
                 fits = entry.trimmable or len(key) == count
-                if fits and (best is None or count > best.common):
+                worth = count - known >= WORTH * len(key)
+                if fits and worth and (best is None or count > best.common):
                     best = Found(entry, key, count)
             return best
 
