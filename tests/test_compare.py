@@ -308,8 +308,8 @@ def test_models_that_run_uncompressed_are_refused(monkeypatch):
     monkeypatch.setattr(prompt_cache, "_reports", {})  # As in a process that has seen no model.
     with compressed():
         compressed_prompt_cache(tiny.load("tiny-llama")[0])
-        with pytest.raises(SettingsError, match=r"^gemma2 runs uncompressed: it caps .*: choose"):
-            compressed_prompt_cache(tiny_models.build("gemma2"))
+        with pytest.raises(SettingsError, match=r"^mamba runs uncompressed: it has no .*: choose"):
+            compressed_prompt_cache(tiny_models.build("mamba"))
 
 
 @pytest.mark.parametrize("command", ["compare", "drift", "truncate"])
