@@ -52,11 +52,12 @@ def problem() -> str | None:
     switched off then, for all.
     """
     global _asked
-    _asked = True
     if mx.default_device().type == mx.gpu:
         return None
     with _lock:
-        return _problem()
+        found = _problem()
+    _asked = True
+    return found
 
 
 @functools.cache
