@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
 from layouts import layout
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from mlx_turboquant_plugin.attention import dequantized, dispatch
 from mlx_turboquant_plugin.attention.layout import layout_of
-from mlx_turboquant_plugin.backends import backend
+from mlx_turboquant_plugin.backends import backend, support
 from mlx_turboquant_plugin.cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
@@ -67,6 +68,9 @@ CASES = [
     Case(128, 128, SEGMENTED, dtype="float16", rope="partial", chunks=(300, 20), trim=151),
     Case(32, 256, SEGMENTED, dtype="bfloat16", rope="halves", left=3, right=70),
     Case(256, 40, SEGMENTED),
+    # Latents, with what is beside them, and the full layers of Gemma 4.
+    Case(512, 64, values=("affine", 8), rope="halves", chunks=(150, 70)),
+    Case(512, 512, SEGMENTED, ("lloyd-max", 4), dtype="bfloat16", chunks=(150, 70)),
     Case(rope="halves", dtype="bfloat16", chunks=(97, 33, 61), strided=True),
     Case(rope="partial", invariant=True, chunks=(97, 150), left=60),
     Case(chunks=(200, 9), ring=120),
@@ -125,8 +129,8 @@ def check(case: Case, kernel: str) -> None:
     total = case.left + layout.total + case.right
     layout = layout._replace(left=case.left, total=total)
     slot = view.plan.slot(layout.exact.start)
-    ours = dequantized.laid_out(view, layout, slot)
-    expected = dequantized.laid_out(view._replace(backend=backend("eager")), layout, slot)
+    ours = dequantized._laid_out(view, layout, slot)
+    expected = dequantized._laid_out(view._replace(backend=backend("eager")), layout, slot)
     places = layout.positions()
     for x, y in zip(ours, expected):
         assert x.shape == y.shape and x.dtype == y.dtype
@@ -134,8 +138,24 @@ def check(case: Case, kernel: str) -> None:
         assert not x[:, :, places < 0].any()
         is_exact = ~layout.codes()
         np.testing.assert_array_equal(x[:, :, is_exact], y[:, :, is_exact])
-        roundoff = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[case.dtype]
-        np.testing.assert_allclose(x, y, atol=roundoff * np.abs(y).max(), rtol=0)
+        assert_close(x, y, case.dtype)
+    check_arrays(case, kernel)
+
+
+def check_arrays(case: Case, kernel: str) -> None:
+    """Assert that an attention that computes with arrays gets the same from the kernel."""
+    view = view_of(case, kernel)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(support, "on_gpu", lambda: True)
+        ours = view.apart.keys_and_values()
+    for x, y in zip(ours, view.keys_and_values()):
+        assert x.shape == y.shape and x.dtype == y.dtype
+        assert_close(*(np.array(a.astype(mx.float32)) for a in (x, y)), case.dtype)
+
+
+def assert_close(x: np.ndarray, y: np.ndarray, dtype: str) -> None:
+    roundoff = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
+    np.testing.assert_allclose(x, y, atol=roundoff * np.abs(y).max(), rtol=0)
 
 
 # Chunks of a sequence: prompts, steps, prompts that begin where the first code is needed
@@ -156,7 +176,7 @@ def check_passes(chunks, settings, kernel, monkeypatch):
     case = Case(**settings)
     outs = []
     for name, gpu in (("eager", False), (kernel, True)):
-        monkeypatch.setattr(dispatch, "_on_gpu", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(support, "on_gpu", lambda gpu=gpu: gpu)
         codec = codec_of(case)
         cache = CompressedKVCache(codec, Visibility(64, 4), name)
         # At others a vector's size may be on a tie, which rounding decides.
@@ -184,7 +204,7 @@ def check_short_rows(kernel, monkeypatch):
     for before, count in ((187, 10), (96, 5), (200, 12), (300, 16)):
         rows = []
         for name, gpu in (("eager", False), (kernel, True)):
-            monkeypatch.setattr(dispatch, "_on_gpu", lambda gpu=gpu: gpu)
+            monkeypatch.setattr(support, "on_gpu", lambda gpu=gpu: gpu)
             cache = CompressedKVCache(codec_of(case), Visibility(64, 4), name)
             mx.random.seed(before)
             cache.append(*random(case, before))

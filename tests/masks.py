@@ -7,6 +7,7 @@ from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attenti
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlx_turboquant_plugin.attention import dispatch
+from mlx_turboquant_plugin.backends import support
 from mlx_turboquant_plugin.cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 
@@ -36,7 +37,7 @@ def attend_by(path, view, cache, queries, mask, sinks=None):
     """Attention over what ``cache`` holds, which ``view`` is of."""
     cache.view, cache.fetched = view, (queries, queries)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "_on_gpu", lambda: path == "gpu")
+        patch.setattr(support, "on_gpu", lambda: path == "gpu")
         return dispatch.attend(
             scaled_dot_product_attention, queries, queries, queries, cache, SCALE, mask, sinks
         )

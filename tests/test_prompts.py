@@ -16,7 +16,7 @@ from test_attention import Case
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin import reference
 from mlx_turboquant_plugin.attention import dispatch, fused, layout, pacing
-from mlx_turboquant_plugin.backends import backend
+from mlx_turboquant_plugin.backends import backend, support
 from mlx_turboquant_plugin.cache import CompressedKVCache, PackedRows, Visibility
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 
@@ -27,7 +27,7 @@ PATHS = {"tiles": ("eager", False), "compiled": ("compiled", False), "dequantize
 def path(request, monkeypatch):
     """A kernel, and attention as on a CPU or as on a GPU."""
     kernel, gpu = PATHS[request.param]
-    monkeypatch.setattr(dispatch, "_on_gpu", lambda: gpu)
+    monkeypatch.setattr(support, "on_gpu", lambda: gpu)
     return kernel
 
 

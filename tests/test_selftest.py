@@ -7,7 +7,7 @@ import pytest
 
 from mlx_turboquant_plugin import cli
 from mlx_turboquant_plugin.attention import dispatch, fused
-from mlx_turboquant_plugin.backends import backend, fused_kernels
+from mlx_turboquant_plugin.backends import backend, fused_kernels, support
 from mlx_turboquant_plugin.backends.cuda import attend as cuda
 from mlx_turboquant_plugin.backends.cuda import encode as cuda_encode
 from mlx_turboquant_plugin.backends.cuda import portable as cuda_portable
@@ -112,7 +112,7 @@ def test_all_that_falls_back_in_a_case_is_told(monkeypatch):
 
 @pytest.mark.parametrize("case", PROMPTS, ids=str)
 def test_prompts_pass_as_on_a_gpu(case, monkeypatch):
-    monkeypatch.setattr(dispatch, "_on_gpu", lambda: True)
+    monkeypatch.setattr(support, "on_gpu", lambda: True)
     result = check(case, "eager")
     assert result.ok, result
 
@@ -165,7 +165,7 @@ def test_a_gpu_compiles_few_kernels(monkeypatch):
     makers = cuda._attention, cuda._split_kernel, cuda._merge_kernel
     makers += cuda_encode._encode_kernel, cuda_portable.kernel
     monkeypatch.setattr(cuda_source, "kernel", Kernel)
-    monkeypatch.setattr(dispatch, "_on_gpu", lambda: True)
+    monkeypatch.setattr(support, "on_gpu", lambda: True)
     # Nothing need be computed.
     monkeypatch.setattr(
         checked_layer,

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from ..backends.tokens import Places, Tokens
+from ..backends.tokens import Places
 from ..cache.batch_view import RowView
+from ..cache.laying_out import laid_out
 from ..cache.packed import PackedRows
-from ..cache.view import View, code_range
+from ..cache.view import View
 from ..cache.visibility import ROLLBACK
 from .layout import Layout, Row, combined_mask, layout_of
 from .masks import Mask
@@ -50,7 +51,7 @@ def attend_dequantized(
                 layout = layout._replace(left=total - layout.total, total=total)
                 row = row._replace(layout=layout)
             mask = combined_mask([row], queries.shape[2], mask, [None], queries.dtype)
-        keys, values = laid_out(view, layout, view.plan.slot(layout.exact.start))
+        keys, values = _laid_out(view, layout, view.plan.slot(layout.exact.start))
     out = original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
     return _paced(out, keys, values, view)
 
@@ -105,7 +106,7 @@ def attend_rows_dequantized(
     pairs = [
         _zeros(some, total)
         if row.view is None
-        else laid_out(row.view, layout, row.view.plan.slot(layout.exact.start))
+        else _laid_out(row.view, layout, row.view.plan.slot(layout.exact.start))
         for row, layout in zip(rows, layouts)
     ]
     keys, values = (mx.concatenate(list(side)) for side in zip(*pairs))
@@ -135,7 +136,7 @@ def attend_packed_dequantized(
         for layout, length, exact_start in zip(layouts, packed.lengths, packed.exact_start)
     ]
     mask = combined_mask(rows, 1, mask, left_padding, queries.dtype)
-    keys, values = laid_out(packed, layouts[0], sinks)
+    keys, values = _laid_out(packed, layouts[0], sinks)
     return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
 
 
@@ -143,7 +144,7 @@ def _in_steps(tokens: int) -> int:
     return -(-tokens // STEP) * STEP
 
 
-def laid_out(source: View | PackedRows, layout: Layout, slot: int) -> tuple[mx.array, mx.array]:
+def _laid_out(source: View | PackedRows, layout: Layout, slot: int) -> tuple[mx.array, mx.array]:
     """Keys and values (B, H, T, D), in the dtypes of the exact ones, as ``layout`` says.
 
     Args:
@@ -152,52 +153,16 @@ def laid_out(source: View | PackedRows, layout: Layout, slot: int) -> tuple[mx.a
     ready = getattr(source, "laid_out", None)
     if ready is not None and layout.tokens == layout.total:
         return ready
-    exact = source.exact_tokens
-    unjoined, drop = exact.unjoined, 0
-    older, newer = (exact.keys, exact.values) if unjoined is None else None, None
-    if unjoined is not None:
-        drop = unjoined.drop
-        older = unjoined.keys, unjoined.values
-        newer = unjoined.new_keys, unjoined.new_values
-    tokens = Tokens(older, newer, source.key_codes, source.value_codes, source.first_coded)
-    if not source.backend.lays_out(source.codec, tokens):
-        return _by_operations(source, layout, slot)
     places = Places(
         left=layout.left,
         sinks=layout.sinks,
         first_code=layout.decoded.start - source.first_coded if layout.decoded else 0,
         decoded=len(layout.decoded),
-        first_exact=slot + drop,
+        first_exact=slot,
         exact=len(layout.exact),
         total=layout.total,
     )
-    codec = source.codec if layout.decoded else source.codec.plain
-    return source.backend.lay_out(codec, tokens, places)[0]
-
-
-def _by_operations(
-    source: View | PackedRows, layout: Layout, slot: int
-) -> tuple[mx.array, mx.array]:
-    out: list[mx.array] = []
-    decoded: tuple[mx.array | None, ...] = None, None
-    if layout.decoded:
-        first, last = (p - source.first_coded for p in (layout.decoded.start, layout.decoded.stop))
-        key_codes, value_codes = code_range(source.key_codes, source.value_codes, first, last)
-        decoded = (
-            source.codec.decode_keys(key_codes, layout.decoded.start),
-            source.codec.decode_values(value_codes),
-        )
-    for x, codes in zip((source.exact_tokens.keys, source.exact_tokens.values), decoded):
-        parts = [x[:, :, : layout.sinks], x[:, :, slot : slot + len(layout.exact)]]
-        if codes is not None:
-            parts.insert(1, codes.astype(x.dtype))
-        right = layout.total - layout.left - layout.tokens
-        joined = mx.concatenate(parts, axis=2)
-        if layout.left or right:
-            joined = mx.pad(joined, [(0, 0), (0, 0), (layout.left, right), (0, 0)])
-        out.append(joined)
-    keys, values = out
-    return keys, values
+    return laid_out(source, places)
 
 
 def _zeros(like: View, total: int) -> tuple[mx.array, mx.array]:

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList
 
+from ..backends import support
 from ..cache import BatchCompressedKVCache, BatchView, CompressedKVCache, PackedRows, RowView, View
 from ..cache.observed import ObservedKVCache
 from ..cache.passes import StepPlan
@@ -91,7 +92,7 @@ def _attend_view(
                 return out
         else:
             fall_back(view.backend, OTHER_MASKS)
-    if _on_gpu() or view.backend.dequantizes:
+    if support.on_gpu() or view.backend.dequantizes:
         return attend_dequantized(original, queries, view, scale, mask, sinks)
     return attend_tiles(queries, view, scale, mask, _functions(view), sinks)
 
@@ -109,7 +110,7 @@ def _attend_batch(
         return _attend_packed(original, queries, rows, scale, mask, view.left_padding, sinks)
     filled = [row.view for row in rows if row.view is not None]
     backend = filled[0].backend if filled else None
-    if backend and count > backend.max_queries and (_on_gpu() or backend.dequantizes):
+    if backend and count > backend.max_queries and (support.on_gpu() or backend.dequantizes):
         return attend_rows_dequantized(
             original, queries, rows, scale, mask, view.left_padding, sinks
         )
@@ -152,7 +153,7 @@ def _attend_packed(
             out = attend_fused(rows.backend, problem_of_rows(queries, rows, scale, sinks))
             if out is not None:
                 return out
-    if _on_gpu() or rows.backend.dequantizes:
+    if support.on_gpu() or rows.backend.dequantizes:
         return attend_packed_dequantized(original, queries, rows, scale, mask, left_padding, sinks)
     given = mask if isinstance(mask, mx.array) else None
     return attend_packed(queries, rows, scale, _functions(rows), given, left_padding, sinks)
@@ -160,7 +161,3 @@ def _attend_packed(
 
 def _functions(view: View | PackedRows) -> AttentionFunctions:
     return attention_functions(view.codec.spec, view.backend.compiled)
-
-
-def _on_gpu() -> bool:
-    return mx.default_device().type == mx.gpu

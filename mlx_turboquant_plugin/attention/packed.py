@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from ..cache.laying_out import code_range
 from ..cache.packed import PackedRows
-from ..cache.view import code_range
 from ..cache.visibility import Visibility
 from .function import AttentionFunctions
 from .masks import both

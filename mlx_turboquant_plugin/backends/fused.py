@@ -9,7 +9,7 @@ from ..codecs.kv_codec import Codes, KVCodec
 from .dequantize import lay_out
 from .problem import Problem
 from .prompt import run_pass
-from .support import cannot_lay_out, encodes, unsupported
+from .support import cannot_lay_out, encodes, on_gpu, unsupported
 from .tokens import Pair, Pass, Places, Plan, Tokens
 
 # Speculative decoding verifies a few tokens at once; more are better served otherwise.
@@ -35,7 +35,7 @@ class Fused:
     dequantizes = False
 
     def runs_here(self) -> bool:
-        return mx.default_device().type == mx.gpu and bool(getattr(mx, self.name).is_available())
+        return on_gpu() and bool(getattr(mx, self.name).is_available())
 
     def unsupported(self, problem: Problem) -> str | None:
         return unsupported(problem)

@@ -52,9 +52,15 @@ class Merge:
 
 
 class BlockEncode(Encode):
-    """Of a block of encode.cu, which has a warp for each token."""
+    """Of a block of encode.cu, which has a warp for each token: of wide vectors fewer, or they
+    would not fit into shared memory."""
 
-    ENCODE_THREADS = 32 * Encode.ENCODED
+    WIDE, WIDE_ENCODED = 256, Encode.ENCODED // 2
+
+    @classmethod
+    def tokens(cls, dim: int) -> int:
+        """How many tokens a block has whose vectors have at most ``dim`` channels."""
+        return cls.ENCODED if dim <= cls.WIDE else cls.WIDE_ENCODED
 
 
 class Simdgroups:

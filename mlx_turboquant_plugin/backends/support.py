@@ -1,7 +1,6 @@
 """What the fused kernels can do."""
 
 import functools
-import itertools
 
 import mlx.core as mx
 
@@ -11,6 +10,15 @@ from .tokens import Tokens
 
 CODECS = (SEGMENTED, "lloyd-max", "affine")
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+
+# The largest head dim that queries are multiplied with codes of, and that of latents and of some
+# full layers, which there are kernels to make and to dequantise codes of.
+MOST_ATTENDED, WIDE = 256, 512
+
+
+def on_gpu() -> bool:
+    """Whether MLX's default device is one."""
+    return mx.default_device().type == mx.gpu
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -23,7 +31,10 @@ def _unsupported(
     spec: CodecSpec, queries: mx.Dtype, keys: mx.Dtype, values: mx.Dtype
 ) -> str | None:
     sides = (spec.key_codec, spec.head_dim), (spec.value_codec, spec.value_dim)
-    for problem in itertools.starmap(unsupported_vectors, sides):
+    for codec, dim in sides:
+        if dim > MOST_ATTENDED:
+            return f"a head dim of {dim}: it must be at most {MOST_ATTENDED}"
+        problem = unsupported_vectors(codec, dim)
         if problem:
             return problem
     for dtype in (queries, keys, values):
@@ -45,9 +56,9 @@ def unsupported_vectors(codec: str, dim: int) -> str | None:
     if codec not in CODECS:
         return f"the {codec} codec"
     factor = 16 if codec == SEGMENTED else 8
-    if dim % factor != 0 or not 32 <= dim <= 256:
-        return f"a head dim of {dim}: it must be a multiple of {factor} from 32 to 256"
-    return None
+    if (dim % factor == 0 and 32 <= dim <= 256) or (dim == WIDE and codec != "affine"):
+        return None
+    return f"a head dim of {dim}: it must be a multiple of {factor} from 32 to 256, or {WIDE}"
 
 
 def cannot_lay_out(codec: KVCodec, tokens: Tokens) -> str | None:

@@ -4,9 +4,11 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..backends import Backend
+from ..backends import Backend, support
+from ..backends.tokens import Places
 from ..codecs.kv_codec import Codes, KVCodec
 from .exact import ExactTokens
+from .laying_out import code_range, laid_out, laid_out_by_operations
 from .passes import StepPlan
 
 
@@ -77,43 +79,16 @@ class View(NamedTuple):
         """All that the queries see, (B, H, T, D) in the model's dtype, codes dequantised."""
         oldest = self.plan.oldest(0)[1]
         coded = max(oldest, min(self.plan.coded, self.plan.exact_from(self.plan.end - 1)))
-        exact = self.exact(coded, self.plan.end)
         if coded == oldest:
-            return exact
-        key_codes, value_codes = self.codes(oldest, coded)
-        decoded = (
-            self.codec.decode_keys(key_codes, oldest),
-            self.codec.decode_values(value_codes),
+            return self.exact(coded, self.plan.end)
+        sinks = self.plan.sinks
+        places = Places(
+            left=0,
+            sinks=sinks,
+            first_code=oldest - self.first_coded,
+            decoded=coded - oldest,
+            first_exact=self.plan.slot(coded),
+            exact=self.plan.end - coded,
+            total=sinks + self.plan.end - oldest,
         )
-        keys, values = (
-            mx.concatenate(
-                [x[:, :, : self.plan.sinks], d.astype(x.dtype), x[:, :, self.plan.sinks :]], axis=2
-            )
-            for x, d in zip(exact, decoded)
-        )
-        return keys, values
-
-
-def code_range(key_codes: Codes, value_codes: Codes, first: int, last: int) -> tuple[Codes, Codes]:
-    """The tokens first, ..., last - 1 of codes, in arrays of their own.
-
-    Elementwise work on strided arrays is slow, copying packed codes is not.
-    """
-    return (
-        tuple(_cut_last_axis(plane, first, last) for plane in key_codes),
-        tuple(_cut_tokens(plane, first, last) for plane in value_codes),
-    )
-
-
-def _cut_last_axis(plane: mx.array, first: int, last: int) -> mx.array:
-    # MLX copies words as fast as it copies bytes.
-    if plane.dtype == mx.uint8 and not (first % 4 or last % 4 or plane.shape[-1] % 4):
-        words = plane.view(mx.uint32)[..., first // 4 : last // 4]
-        return mx.contiguous(words).view(mx.uint8)
-    return mx.contiguous(plane[..., first:last])
-
-
-def _cut_tokens(plane: mx.array, first: int, last: int) -> mx.array:
-    if plane.dtype == mx.uint8 and plane.shape[-1] % 4 == 0:
-        return mx.contiguous(plane.view(mx.uint32)[..., first:last, :]).view(mx.uint8)
-    return mx.contiguous(plane[..., first:last, :])
+        return laid_out(self, places) if support.on_gpu() else laid_out_by_operations(self, places)

@@ -102,6 +102,9 @@ QUICK = (
     case(80, groups=2, count=3, keys=SEGMENTED, extras=True, rope="traditional", dtype="float16"),
     case(128, groups=4, lengths=(101, 700), keys=SEGMENTED, extras=True, rope="partial", steps=2),
     case(256, groups=2, keys=SEGMENTED, values=("lloyd-max", 2), dtype="bfloat16"),
+    # Latents with the rotary part beside them, and layers as wide: codes are dequantised.
+    Case(512, 64, 2, 1, (300,), values=("affine", 8), extras=True, dtype="bfloat16"),
+    case(512, groups=2, keys=SEGMENTED, values=("lloyd-max", 4), lengths=(260,)),
     # With learned sinks, whose scores those of a large bias would leave far behind.
     case(64, groups=2, count=3, steps=2, learned=True),
     Case(80, 80, 2, 1, (300,), ("lloyd-max", 3), ("lloyd-max", 2), learned=True),

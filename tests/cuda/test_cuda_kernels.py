@@ -7,7 +7,8 @@ import mlx.nn as nn
 import pytest
 from layouts import layout
 
-from mlx_turboquant_plugin.attention import dispatch, fused
+from mlx_turboquant_plugin.attention import fused
+from mlx_turboquant_plugin.backends import support
 from mlx_turboquant_plugin.backends.cuda import attend as cuda
 from mlx_turboquant_plugin.backends.cuda import encode as cuda_encode
 from mlx_turboquant_plugin.backends.cuda import portable as cuda_portable
@@ -65,7 +66,7 @@ TABLE = [(run, case) for run in RUNS for case in QUICK if run is RUNS[1] or case
 @pytest.mark.parametrize("emulated, case", TABLE, indirect=["emulated"], ids=str)
 def test_the_table(case, emulated, monkeypatch):
     # Where prompts are dequantised.
-    monkeypatch.setattr(dispatch, "_on_gpu", lambda: True)
+    monkeypatch.setattr(support, "on_gpu", lambda: True)
     result = check(case, "cuda")
     assert result.ok, f"{case}: error {result.error:.1e} of {result.tolerance:.1e} {result.note}"
 
@@ -87,7 +88,7 @@ def test_short_rows_of_a_pass(emulated, monkeypatch):
     dequantized.check_short_rows("cuda", monkeypatch)
 
 
-ENCODED_DIMS = (32, 40, 64, 80, 96, 128, 256)
+ENCODED_DIMS = (32, 40, 64, 80, 96, 128, 256, 512)
 
 
 def vectors(*shape, dtype=mx.float32):
@@ -126,7 +127,7 @@ def test_codes_are_those_of_the_codec(dim, bits, emulated):
         check_codes(one, keys, values, start)
 
 
-@pytest.mark.parametrize("dim", [32, 48, 64, 80, 128, 256])
+@pytest.mark.parametrize("dim", [32, 48, 64, 80, 128, 256, 512])
 def test_codes_of_segments(dim, emulated):
     mx.random.seed(dim)
     heads = len(FIRST_BITS)

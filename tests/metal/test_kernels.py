@@ -12,10 +12,9 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin import backends
-from mlx_turboquant_plugin.attention import dispatch
 from mlx_turboquant_plugin.attention.dispatch import attend
 from mlx_turboquant_plugin.attention.fused import Problem, problem_of_view
-from mlx_turboquant_plugin.backends import backend
+from mlx_turboquant_plugin.backends import backend, support
 from mlx_turboquant_plugin.backends.inputs import DEVICE_SIZE
 from mlx_turboquant_plugin.backends.metal import launch as metal
 from mlx_turboquant_plugin.backends.support import unsupported
@@ -51,7 +50,7 @@ one_run = pytest.mark.parametrize("emulated", RUNS[3:], indirect=True)
 
 def verify(case, monkeypatch):
     # Where prompts are dequantised.
-    monkeypatch.setattr(dispatch, "_on_gpu", lambda: True)
+    monkeypatch.setattr(support, "on_gpu", lambda: True)
     result = check(case, "metal")
     assert result.ok, f"{case}: error {result.error:.1e} of {result.tolerance:.1e} {result.note}"
 

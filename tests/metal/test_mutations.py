@@ -4,7 +4,7 @@ import emulator
 import mlx.core as mx
 import pytest
 
-from mlx_turboquant_plugin.attention import dispatch
+from mlx_turboquant_plugin.backends import support
 from mlx_turboquant_plugin.backends.metal import launch as metal
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 from mlx_turboquant_plugin.tools.cases import QUICK
@@ -589,7 +589,7 @@ MUTATIONS = [
 def few_splits(monkeypatch):
     """Each simdgroup has several tiles, and prompts are dequantised."""
     monkeypatch.setattr(metal, "MAX_SPLITS", 1)
-    monkeypatch.setattr(dispatch, "_on_gpu", lambda: True)
+    monkeypatch.setattr(support, "on_gpu", lambda: True)
     metal.kernel.cache_clear()
     yield
     metal.kernel.cache_clear()

@@ -1,6 +1,6 @@
 // Codes of vectors, as codecs/kv_codec.py makes them: the key bias taken away, divided by the
-// balance, sorted, rotated, quantised and packed. A block for 32 tokens of one head, a warp for
-// each token: its lane l has the rotated channels l, l + 32, ... of a segment. Loops are left as
+// balance, sorted, rotated, quantised and packed. A block for some tokens of one head, a warp for
+// each: its lane l has the rotated channels l, l + 32, ... of a segment. Loops are left as
 // they are where the machine code would be long: see problem.cu.
 
 // A quantiser: by how many steps the search for a scale begins above the root mean square, the
@@ -169,7 +169,7 @@ __device__ inline void copy_codes(
     long long after, int block, int blocks) {
   constexpr int BYTES = Layout<DIM, BITS>::ROWS;
   constexpr int ROWS = CHANNEL_MAJOR ? BYTES : 1, WIDTH = CHANNEL_MAJOR ? 1 : BYTES;
-  int worker = block * ENCODE_THREADS + threadIdx.x, workers = blocks * ENCODE_THREADS;
+  int worker = block * blockDim.x + threadIdx.x, workers = blocks * blockDim.x;
 #pragma unroll 1
   for (int i = 0; i < PLANES; i++) {
     copy_rows<UNIT>(older[i], planes[i], ROWS, before * WIDTH, after * WIDTH, worker, workers);
@@ -202,15 +202,15 @@ __device__ inline void read_vector(
 
 // Codes in memory, `count` of them from token number `first` of `total` on: packed, so that
 // neighbouring threads write neighbouring bytes. codes: a byte each, rows DIM + 4 apart.
-template <int DIM, int BITS, int SEGMENTS, bool CHANNEL_MAJOR, int PLANES>
+template <int TOKENS, int DIM, int BITS, int SEGMENTS, bool CHANNEL_MAJOR, int PLANES>
 __device__ inline void pack_codes(
     const unsigned char* codes, int count, long long head, int first, long long total,
     int first_bits, unsigned char* const (&planes)[PLANES]) {
   constexpr int FIELDS = Layout<DIM, BITS>::FIELDS, BYTES = Layout<DIM, BITS>::ROWS;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < ENCODED * BYTES; i += ENCODE_THREADS) {
-    int slot = CHANNEL_MAJOR ? i % ENCODED : i / BYTES;
-    int byte = CHANNEL_MAJOR ? i / ENCODED : i % BYTES;
+  for (int i = threadIdx.x; i < TOKENS * BYTES; i += 32 * TOKENS) {
+    int slot = CHANNEL_MAJOR ? i % TOKENS : i / BYTES;
+    int byte = CHANNEL_MAJOR ? i / TOKENS : i % BYTES;
     if (slot >= count) continue;
     unsigned packed = 0, high = 0;
 #pragma unroll
@@ -240,17 +240,17 @@ __device__ inline void pack_codes(
 // known: balance (H, 1, DIM), layout (H, DIM + 1), bias (H, DIM), each as far as there are any.
 // feedback: (H, SEGMENTS, PART, PART), or null. planes:
 // (B, H, bytes, T) if CHANNEL_MAJOR, (B, H, T, bytes) otherwise. scales: (B, H, SEGMENTS, T).
-// `vectors` and `codes`: shared memory of ENCODED times DIM and DIM + 4: so the same byte of all
+// `vectors` and `codes`: shared memory of TOKENS times DIM and DIM + 4: so the same byte of all
 // tokens is in 32 banks.
 template <
-    int DIM, int BITS, int SEGMENTS, bool CHANNEL_MAJOR, bool BALANCED, bool SORTED, bool BIASED,
-    typename X, typename F, int PLANES>
+    int TOKENS, int DIM, int BITS, int SEGMENTS, bool CHANNEL_MAJOR, bool BALANCED, bool SORTED,
+    bool BIASED, typename X, typename F, int PLANES>
 __device__ inline void encode_vectors(
     const X* x, int length, int before, int start, const float* rotation, const Known& known,
     const F* feedback, unsigned char* const (&planes)[PLANES], unsigned char* scales,
     float* vectors, unsigned char* codes, int block) {
   constexpr int PART = DIM / SEGMENTS;
-  int warp = this_warp(), h = blockIdx.y, first = block * ENCODED, token = first + warp;
+  int warp = this_warp(), h = blockIdx.y, first = block * TOKENS, token = first + warp;
   int first_bits = first_bits_of<DIM, SORTED>(known.layout, h);
   long long head = (long long)blockIdx.z * gridDim.y + h, total = before + length;
   if (token < length) {
@@ -272,6 +272,6 @@ __device__ inline void encode_vectors(
     }
   }
   __syncthreads();
-  pack_codes<DIM, BITS, SEGMENTS, CHANNEL_MAJOR>(
+  pack_codes<TOKENS, DIM, BITS, SEGMENTS, CHANNEL_MAJOR>(
       codes, length - first, head, before + first, total, first_bits, planes);
 }

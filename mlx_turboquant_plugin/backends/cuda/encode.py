@@ -84,7 +84,8 @@ def _encode(codec: KVCodec, sides: Sequence[_Side], start: int, part: slice) -> 
         for side in sides
         for width in side.widths
     ]
-    blocks = len(sides) * -(-length // BlockEncode.ENCODED) + sum(copying)
+    tokens = BlockEncode.tokens(max(side.x.shape[-1] for side in sides))
+    blocks = len(sides) * -(-length // tokens) + sum(copying)
     made = _encode_kernel(tuple((side.is_keys, len(side.widths) - 1) for side in sides))(
         inputs=[
             *inputs,
@@ -100,8 +101,8 @@ def _encode(codec: KVCodec, sides: Sequence[_Side], start: int, part: slice) -> 
             ("BIASED", known is not None and known.bias is not None),
             ("UNIT", 1 if before % 16 or total % 16 else 16),
         ],
-        grid=(blocks * BlockEncode.ENCODE_THREADS, heads, batch),
-        threadgroup=(BlockEncode.ENCODE_THREADS, 1, 1),
+        grid=(blocks * 32 * tokens, heads, batch),
+        threadgroup=(32 * tokens, 1, 1),
         output_shapes=shapes,
         output_dtypes=[mx.uint8] * len(shapes),
     )
@@ -115,12 +116,13 @@ def _tokens(side: _Side) -> int:
 
 BODY = """
   constexpr int WIDEST = {widest};
-  __shared__ float vectors[ENCODED * WIDEST];
-  __shared__ unsigned char codes[ENCODED * (WIDEST + 4)];
+  constexpr int TOKENS = WIDEST > WIDE ? WIDE_ENCODED : ENCODED;
+  __shared__ float vectors[TOKENS * WIDEST];
+  __shared__ unsigned char codes[TOKENS * (WIDEST + 4)];
   int first = places[0], length = places[1], start = places[2], before = places[3];
   RotaryPairs rotary = {{fine, coarse_cos, coarse_sin, places[4], places[5], places[6]}};
   Known known = {{balance, layout, bias, rotary}};
-  int encoding = (length + ENCODED - 1) / ENCODED, block = blockIdx.x;
+  int encoding = (length + TOKENS - 1) / TOKENS, block = blockIdx.x;
   long long head = (long long)blockIdx.z * gridDim.y + blockIdx.y;
 """
 
@@ -133,7 +135,7 @@ SIDE_BODY = """
     int copying = places[{place}];
     if (block < encoding) {{
       encode_vectors<
-          DIM, BITS, SEGMENTS, {is_keys}, BALANCED && {is_keys}, SORTED && {is_keys},
+          TOKENS, DIM, BITS, SEGMENTS, {is_keys}, BALANCED && {is_keys}, SORTED && {is_keys},
           BIASED && {is_keys}>(
           {name} + (head * {name}_shape[2] + first) * DIM, length, before, start, {name}_rotation,
           known, FED_BACK && {is_keys} ? feedback : nullptr, planes, {name}_scales, vectors, codes,

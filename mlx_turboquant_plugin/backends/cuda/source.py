@@ -81,7 +81,7 @@ QUICK_TABLES = {"encode": (Codes, BlockEncode), "merge": (Scores, Merge)}
 BOUNDS = {
     "split": f"{Split.THREADS}, {BLOCKS}",
     "merge": f"{Merge.MERGE_THREADS}",
-    "encode": f"{BlockEncode.ENCODE_THREADS}",
+    "encode": f"{32 * BlockEncode.ENCODED}",
     "metal_decode": f"{Simdgroups.THREADS}",
     "metal_merge": f"{Simdgroups.THREADS}",
     "metal_dequantize": f"{Dequantize.THREADS}",
