@@ -102,9 +102,6 @@ QUICK = (
     case(80, groups=2, count=3, keys=SEGMENTED, extras=True, rope="traditional", dtype="float16"),
     case(128, groups=4, lengths=(101, 700), keys=SEGMENTED, extras=True, rope="partial", steps=2),
     case(256, groups=2, keys=SEGMENTED, values=("lloyd-max", 2), dtype="bfloat16"),
-    # Latents with the rotary part beside them, and layers as wide: codes are dequantised.
-    Case(512, 64, 2, 1, (300,), values=("affine", 8), extras=True, dtype="bfloat16"),
-    case(512, groups=2, keys=SEGMENTED, values=("lloyd-max", 4), lengths=(260,)),
     # With learned sinks, whose scores those of a large bias would leave far behind.
     case(64, groups=2, count=3, steps=2, learned=True),
     Case(80, 80, 2, 1, (300,), ("lloyd-max", 3), ("lloyd-max", 2), learned=True),
@@ -123,6 +120,9 @@ QUICK = (
     case(64, groups=3, count=40, keys=SEGMENTED, values=("lloyd-max", 4), extras=True),
     case(80, groups=2, count=20, keys=SEGMENTED, extras=True, rope="traditional"),
     case(128, groups=2, count=40, lengths=(40, 333), keys=SEGMENTED, extras=True, rope="partial"),
+    # Latents with the rotary part beside them, and layers as wide.
+    Case(512, 64, 2, 20, (300,), values=("affine", 8), extras=True, dtype="bfloat16"),
+    case(512, groups=2, count=20, keys=SEGMENTED, values=("lloyd-max", 4), lengths=(260,)),
     # Too many queries for decoding and too few for a prompt.
     case(128, groups=4, count=12, steps=3, dtype="bfloat16"),
     case(64, groups=1, count=40, learned=True),

@@ -162,14 +162,15 @@ __device__ inline void copy_rows(
 }
 
 // Codes of this head that were there `before`, to where all are, `after`; both in tokens.
-template <int DIM, int BITS, int SEGMENTS, bool CHANNEL_MAJOR, int UNIT, int PLANES>
+template <
+    int TOKENS, int DIM, int BITS, int SEGMENTS, bool CHANNEL_MAJOR, int UNIT, int PLANES>
 __device__ inline void copy_codes(
     const unsigned char* const (&older)[PLANES], const unsigned char* older_scales,
     unsigned char* const (&planes)[PLANES], unsigned char* scales, long long before,
     long long after, int block, int blocks) {
   constexpr int BYTES = Layout<DIM, BITS>::ROWS;
   constexpr int ROWS = CHANNEL_MAJOR ? BYTES : 1, WIDTH = CHANNEL_MAJOR ? 1 : BYTES;
-  int worker = block * blockDim.x + threadIdx.x, workers = blocks * blockDim.x;
+  int worker = block * 32 * TOKENS + threadIdx.x, workers = blocks * 32 * TOKENS;
 #pragma unroll 1
   for (int i = 0; i < PLANES; i++) {
     copy_rows<UNIT>(older[i], planes[i], ROWS, before * WIDTH, after * WIDTH, worker, workers);

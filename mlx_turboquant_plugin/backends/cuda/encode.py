@@ -144,7 +144,7 @@ SIDE_BODY = """
     }}
     block -= encoding;
     if (block < copying) {{
-      copy_codes<DIM, BITS, SEGMENTS, {is_keys}, UNIT>(
+      copy_codes<TOKENS, DIM, BITS, SEGMENTS, {is_keys}, UNIT>(
           older_planes, older_{name}_scales, planes, {name}_scales, before, before + length, block,
           copying);
       return;
