@@ -99,16 +99,16 @@ def test_how_much_the_channels_of_latents_count_is_measured():
 def test_a_cache_that_rotates_sees_what_mlx_lms_does():
     model = model_of("deepseek_v3", bypass="identity")
     chunks = 64, 30, 9, 58, 1, 1
-    made, caches = run(model, TOKENS, chunks, mlx_lm_cache.make_prompt_cache(model, 64))
+    made, caches = run(model, TOKENS, chunks, mlx_lm_cache.make_prompt_cache(model, 80))
     assert [type(cache) for cache in caches] == [RotatingCompressedKVCache] * 2
     mlx_turboquant_plugin.disable()
-    expected, _ = run(model, TOKENS, chunks, mlx_lm_cache.make_prompt_cache(model, 64))
+    expected, _ = run(model, TOKENS, chunks, mlx_lm_cache.make_prompt_cache(model, 80))
     assert error(made, expected) < 1e-4
 
 
 def test_a_cache_that_rotates_is_not_invariant():
     model = model_of("deepseek_v3", invariant=True)
-    caches = mlx_lm_cache.make_prompt_cache(model, 64)
+    caches = mlx_lm_cache.make_prompt_cache(model, 80)
     assert [type(cache) for cache in caches] == [RotatingKVCache] * 2
     assert "TURBOQUANT_INVARIANT" in mlx_turboquant_plugin.status().models[-1]
 

@@ -15,6 +15,7 @@ import pytest
 import tiny_models
 from mlx_lm.generate import _merge_caches
 from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import RotatingKVCache
 from processes import ROOT
 
 import mlx_turboquant_plugin
@@ -205,7 +206,7 @@ def test_one_of_two_models_is_opted_out(pattern):
     left.model_path = "cache/models--some-org--gemma/snapshots/0/gemma-tiny"
     enable(opt_out=[pattern])
     assert not compressed_parts(mlx_lm_cache.make_prompt_cache(left))
-    assert len(compressed_parts(mlx_lm_cache.make_prompt_cache(other))) == len(other.layers)
+    assert compressed_parts(mlx_lm_cache.make_prompt_cache(other))
     line = f"gemma3 (some-org/gemma) runs uncompressed: opt_out pattern {pattern!r} matches it"
     assert line in mlx_turboquant_plugin.status().models
 
@@ -249,3 +250,14 @@ def test_the_page_names_every_model():
 def test_the_page_says_what_becomes_of_every_model():
     page = model_table.PAGE.read_text("utf-8")
     assert model_table.replaced(page) == page
+
+
+def test_a_window_within_what_stays_exact_is_left_to_mlx_lm():
+    model = tiny_models.build("gpt_oss")
+    mlx_turboquant_plugin.enable(window=64)
+    kinds = [type(cache) for cache in mlx_lm_cache.make_prompt_cache(model)]
+    assert kinds == [RotatingKVCache, CompressedKVCache]
+    assert f"a cache of {tiny_models.WINDOW} tokens" in mlx_turboquant_plugin.status().models[-1]
+    made, caches = run(model, TOKENS, CHUNKS)
+    assert [cache.offset for cache in caches] == [TOKENS.shape[1]] * 2
+    check_batch(model)

@@ -22,7 +22,8 @@ def test_arrays_of_one_layer_serve_others():
     assert error(identity, expected) < 1e-4
     enable()
     made, caches = run(model, TOKENS, CHUNKS)
-    assert 1e-5 < error(made, expected) < 0.3
+    # Both layers have codes, in a model of random weights.
+    assert 1e-5 < error(made, expected) < 0.5
     # Whoever gets all keys still reads their codes where that is faster.
     assert [cache.read for cache in caches] == [True, True]
     check_batch(model)

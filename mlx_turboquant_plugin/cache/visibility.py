@@ -56,6 +56,10 @@ class Visibility(NamedTuple):
         """The first position, after the sinks, that the window of ``position`` has."""
         return max(self.sinks, (position // BLOCK) * BLOCK - self.window)
 
+    def covers(self, count: int) -> bool:
+        """Whether of a query's newest ``count`` tokens all are exact, wherever it is."""
+        return count <= self.window + BLOCK
+
     def changes(self, start: int, end: int) -> range:
         """The positions after ``start`` and before ``end`` at which the exact part moves on."""
         first = max(start, self.window + self.sinks) // BLOCK * BLOCK + BLOCK

@@ -140,13 +140,15 @@ def _compress(model: Any, identity: settings.ModelIdentity, caches: list[Any]) -
 
 
 def _all_or_no_rings(caches: list[Any], pairs: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
-    """Rotating caches share one mask, and compressed batches of them have another layout."""
-    reasons = [why for cache, (_, why) in zip(caches, pairs) if type(cache) is RotatingKVCache]
-    reason = next(filter(None, reasons), "")
-    if not reason:
-        return pairs
+    """Rotating caches of a size share one mask, and compressed batches have another layout."""
+    reasons: dict[int, str] = {}
+    for cache, (_, why) in zip(caches, pairs):
+        if type(cache) is RotatingKVCache and why:
+            reasons.setdefault(cache.max_size, why)
     return [
-        (None, why or reason) if type(cache) is RotatingKVCache else (new, why)
+        (None, why or reasons[cache.max_size])
+        if type(cache) is RotatingKVCache and cache.max_size in reasons
+        else (new, why)
         for cache, (new, why) in zip(caches, pairs)
     ]
 
@@ -200,6 +202,9 @@ def _compressed(
     parts = known.codec, known.visibility, known.kernel
     if type(cache) is KVCache:
         return CompressedKVCache(*parts), ""
+    if known.visibility.covers(cache.max_size - cache.keep):
+        # mlx-lm's own takes no more memory, and less time.
+        return None, f"a cache of {cache.max_size} tokens has none but those that stay exact"
     return RotatingCompressedKVCache(cache.max_size, cache.keep, *parts), ""
 
 
