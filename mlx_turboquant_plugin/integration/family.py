@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..cache.parts import parts
 from .projections import Projection, base_linear, fused_projections
 
 
@@ -155,7 +156,7 @@ def placed(cache: Any) -> Iterator[tuple[Any, int]]:
     Further ones are for something else, such as an indexer.
     """
     place = 0
-    for one in getattr(cache, "caches", [cache]):
+    for one in parts(cache):
         yield one, place
         place += hasattr(one, "update_and_fetch")
 

@@ -6,20 +6,18 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import CacheList
 
 from ..cache import CompressedKVCache
+from ..cache.parts import rebuilt
 from ..cache.sizes import bytes_at
 
 
 def uncompressed(caches: Sequence[Any]) -> list[Any]:
     """mlx-lm's own caches in the place of ``caches``, which are empty."""
-    return [_own(cache) for cache in caches]
+    return [rebuilt(cache, _own) for cache in caches]
 
 
 def _own(cache: Any) -> Any:
-    if isinstance(cache, CacheList):
-        return CacheList(*map(_own, cache.caches))
     return cache.to_exact() if isinstance(cache, CompressedKVCache) else copy.deepcopy(cache)
 
 

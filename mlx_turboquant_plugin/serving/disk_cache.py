@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx_lm.models.cache import PromptTrie, can_trim_prompt_cache, trim_prompt_cache
 
-from ..cache import CompressedKVCache
+from ..cache.parts import only_compressed, parts_of
 from . import disk_files
 from .counts import Counts
 from .writer import Writer
@@ -173,7 +173,7 @@ def _worth_keeping(caches: list[Any], count: int) -> bool:
 
     Few are processed as fast as read. After drafts mlx-lm's server may hold a token less.
     """
-    if any(getattr(cache, "offset", count) != count for cache in caches):
+    if any(getattr(cache, "offset", count) != count for cache in parts_of(caches)):
         return False
-    ours = [cache for cache in caches if isinstance(cache, CompressedKVCache)]
+    ours = only_compressed(caches)
     return not ours or any(cache.key_codes for cache in ours)

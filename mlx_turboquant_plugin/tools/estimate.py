@@ -17,6 +17,7 @@ import mlx.nn as nn
 from .. import compiling
 from ..activation import disable
 from ..cache import CompressedKVCache
+from ..cache.parts import only_compressed
 from ..codecs.key_bias import BLOCK
 from ..integration.calibration import assume
 from ..integration.calibration_file import Statistics
@@ -25,7 +26,7 @@ from ..integration.layer import known_layer
 from ..integration.sizes import Sizes
 from ..reporting import status
 from .arms import PRESET_ARMS
-from .runs import compressed, only_compressed, prompt_cache, table_bytes
+from .runs import compressed, prompt_cache, table_bytes
 from .tables import Column, table
 from .weightless import model_of, weight_bytes
 
@@ -156,7 +157,7 @@ def _learn(model: nn.Module, caches: Sequence[Any]) -> tuple[int, list[Compresse
     taken, ours = 0, []
     for layer, cache in zip(layers_of(model), caches):
         attention = attention_of(layer)[0]
-        for one in only_compressed(getattr(cache, "caches", [cache])):
+        for one in only_compressed([cache]):
             ours.append(one)
             codec: Any = one.codec
             statistics = _statistics(attention, codec.spec.head_dim)
