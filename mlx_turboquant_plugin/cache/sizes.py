@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -173,14 +174,13 @@ class MeasuredSize:
         Growth slows down if it changes at all, as windows do once they are full. So what is taken
         between two points is no more than the growth before them, or after them, would lead to.
         """
-        points, last = self.points, len(self.points) - 1
-        place = min(max(bisect_left(points, (count,)), 1), last)
-        between = _line(*points[place - 1 : place + 1], count)
-        if count > points[last][0]:
-            return between
-        around = (first for first in (place - 2, place) if 0 <= first < last)
-        lines = (_line(*points[first : first + 2], count) for first in around)
-        return max(between, min(lines, default=between))
+        stretches = list(itertools.pairwise(self.points))
+        place = max(bisect_left(self.points, (count,)) - 1, 0)
+        if place == len(stretches):
+            return _line(stretches[-1], count)
+        around = (*stretches[max(place - 1, 0) : place], *stretches[place + 1 : place + 2])
+        between = _line(stretches[place], count)
+        return max(between, min((_line(one, count) for one in around), default=between))
 
     def most(self, row: Row, chunk: int) -> int:
         # What waits for more tokens to be pooled with has been a part of the first ones.
@@ -188,9 +188,9 @@ class MeasuredSize:
         return self.at(row.most) + second - first
 
 
-def _line(first: tuple[int, int], second: tuple[int, int], count: int) -> int:
+def _line(points: tuple[tuple[int, int], tuple[int, int]], count: int) -> int:
     """Where the line through two points is at ``count``, rounded up."""
-    (start, low), (end, high) = first, second
+    (start, low), (end, high) = points
     return low - (low - high) * (count - start) // (end - start)
 
 
