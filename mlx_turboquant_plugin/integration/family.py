@@ -42,6 +42,8 @@ class Family:
             nothing else to keys and values before it hands them to the function above, or it
             is taken for one that computes scores itself.
         reads_arrays: whether the attention is such a one: it computes with all keys and values.
+            Its masks should be causal: with others all queries of a pass read the tokens exactly
+            that its newest does.
         shared: ``f(attention)`` says whether other layers compute with the keys and values that
             this one is given.
         follows: ``f(attention)`` says whether it reads the cache that another layer has just
