@@ -16,7 +16,7 @@ from mlx_lm.models.cache import ChunkedKVCache, make_prompt_cache
 from mlx_lm.utils import quantize_model, save_config, save_model
 
 from mlx_turboquant_plugin import cli
-from mlx_turboquant_plugin.cache.sizes import size_of
+from mlx_turboquant_plugin.cache.sizes import cache_size
 from mlx_turboquant_plugin.codecs.key_bias import BLOCK
 from mlx_turboquant_plugin.integration.calibration import statistics_for
 from mlx_turboquant_plugin.integration.family import layers_of
@@ -83,7 +83,7 @@ def test_a_cache_of_chunks_forgets():
     for _ in range(300):
         cache.maybe_trim_front()
         cache.update_and_fetch(keys, keys)
-    assert size_of(ChunkedKVCache(64), used, ()).at(300) == cache.nbytes
+    assert cache_size(ChunkedKVCache(64), used, ()).at(300) == cache.nbytes
 
 
 def test_tables_are_those_that_a_model_makes(tmp_path):

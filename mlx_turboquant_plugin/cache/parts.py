@@ -10,16 +10,16 @@ from .compressed import CompressedKVCache
 
 def parts(cache: Any) -> Iterator[Any]:
     """Those that ``cache`` holds, however deep, in their order; or it alone."""
-    if isinstance(cache, CacheList):
-        yield from parts_of(cache.caches)
-    else:
-        yield cache
+    return parts_of((cache,))
 
 
 def parts_of(caches: Iterable[Any]) -> Iterator[Any]:
     """The :func:`parts` of each layer's cache."""
     for cache in caches:
-        yield from parts(cache)
+        if isinstance(cache, CacheList):
+            yield from parts_of(cache.caches)
+        else:
+            yield cache
 
 
 def rebuilt(cache: Any, make: Callable[[Any], Any]) -> Any:

@@ -39,7 +39,7 @@ class CacheSize(Protocol):
         """The most that it ever takes for a row that gets up to ``chunk`` tokens at once."""
 
 
-def size_of(cache: Any, used: Any, points: Sequence[tuple[int, int]]) -> CacheSize:
+def cache_size(cache: Any, used: Any, points: Sequence[tuple[int, int]]) -> CacheSize:
     """That of ``cache``, which is empty.
 
     Args:
@@ -87,7 +87,7 @@ class CompressedSize:
     steady: bool
 
     def at(self, count: int) -> int:
-        exact, coded = self.held(count)
+        exact, coded = self._held(count)
         return exact * self.exact_token + coded * self.coded_token
 
     def most(self, row: Row, chunk: int) -> int:
@@ -103,7 +103,7 @@ class CompressedSize:
             coded = min(coded, self.ring.max_size + BLOCK)
         return min(exact, row.most) * self.exact_token + coded * self.coded_token
 
-    def held(self, count: int) -> tuple[int, int]:
+    def _held(self, count: int) -> tuple[int, int]:
         """How many of ``count`` tokens are held exactly, and how many as codes."""
         visibility, ring = self.visibility, self.ring
         sinks, first_coded, coded = min(visibility.sinks, count), 0, self._coded(count)
@@ -130,7 +130,7 @@ class KeysSize:
 
     Args:
         token: shape and dtype of the keys and of the values of one.
-        step: how many more tokens there is room for, once there is none.
+        step: for how many more tokens room is made at once.
         limit: the most tokens that it keeps while steps are short, or None.
         empty: such a cache.
     """

@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from ..cache import CompressedKVCache
 from ..cache.parts import parts_of, rebuilt
-from ..cache.sizes import CacheSize, holds_keys, size_of
+from ..cache.sizes import CacheSize, cache_size, holds_keys
 
 # After so many tokens caches are looked at that are no keys and values. One less than a power of
 # two: a group of such a size, which is pooled once it is full, is as full as it gets.
@@ -48,7 +48,7 @@ class Sizes:
     def of(self, caches: Sequence[Any]) -> list[CacheSize]:
         """Those of ``caches``, which are empty, the caches of each layer after the other."""
         known = zip(parts_of(caches), self._used, self._points, strict=True)
-        return [size_of(*each) for each in known]
+        return [cache_size(*each) for each in known]
 
     def at(self, caches: Sequence[Any], count: int) -> int:
         """``nbytes`` of all of ``caches`` once they hold ``count`` tokens."""
