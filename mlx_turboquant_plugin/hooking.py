@@ -14,6 +14,8 @@ import wrapt
 from . import log, patching
 
 GROUP = "mlx_turboquant_plugin"
+# Run by python -m, it is __main__ and never imported under its name.
+SERVER = "mlx_lm.server"
 
 
 class Hook:

@@ -13,9 +13,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 CODEC_BITS = {"lloyd-max": (2, 3, 4), "affine": (2, 3, 4, 8)}
 KERNELS = ("auto", "eager", "compiled", "metal", "cuda")
 BYPASSES = ("identity", "bridge")
-# As mlx-lm counts: decimal.
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?B|)", re.IGNORECASE)
+# As mlx-lm counts, decimal, and binary ones.
+UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{letter}": base**power
+    for base, letter in ((1000, "B"), (1024, "IB"))
+    for power, prefix in enumerate("KMGT", 1)
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?((?:[KMGT]I?)?B|)", re.IGNORECASE)
 _SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -83,16 +87,16 @@ LEAST_SIZE = 1000
 
 
 def size_of(text: str) -> int:
-    """The bytes of a size such as 6GB, 500MB or 1000000.
+    """The bytes of a size such as 6GB, 500MiB or 1000000.
 
     Raises:
         ValueError: it is none.
     """
-    found = _SIZE.fullmatch(text)
+    found = _SIZE.fullmatch(text.strip())
     size = int(float(found[1]) * UNITS[found[2].upper()]) if found else 0
     if size < LEAST_SIZE:
         raise ValueError(
-            f"{text!r} is not a size of at least {LEAST_SIZE} bytes, such as 6GB, 500MB or 1000000"
+            f"{text!r} is not a size of at least {LEAST_SIZE} bytes, such as 6GB, 500MiB or 1000000"
         )
     return size
 
@@ -176,7 +180,7 @@ RULES: dict[str, Rule] = {
     ),
     "log": _choice(None, *LOG_LEVELS, from_text=_level_or_none),
     "memory_budget": Rule(
-        "a size such as 6GB or 500MB, a share of the memory such as 40%, or none",
+        "a size such as 6GB or 500MiB, a share of the memory such as 40%, or none",
         _is_budget,
         _text_or_none,
     ),

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import ChunkedKVCache, make_prompt_cache
 from mlx_lm.utils import quantize_model, save_config, save_model
 
 from mlx_turboquant_plugin import cli
-from mlx_turboquant_plugin.cache.sizes import bytes_at
+from mlx_turboquant_plugin.cache.sizes import cache_size
 from mlx_turboquant_plugin.codecs.key_bias import BLOCK
 from mlx_turboquant_plugin.integration.calibration import statistics_for
 from mlx_turboquant_plugin.integration.family import layers_of
@@ -24,7 +24,7 @@ from mlx_turboquant_plugin.rules import SettingsError
 from mlx_turboquant_plugin.tools import memory
 from mlx_turboquant_plugin.tools.arms import EXACT, PRESET_ARMS
 from mlx_turboquant_plugin.tools.estimate import LENGTHS as SHOWN
-from mlx_turboquant_plugin.tools.estimate import Estimate, estimate, size
+from mlx_turboquant_plugin.tools.estimate import Estimate, estimate
 from mlx_turboquant_plugin.tools.runs import compressed, prompt_cache, table_bytes
 from mlx_turboquant_plugin.tools.weightless import INDEX, model_of, weight_bytes
 
@@ -83,7 +83,7 @@ def test_a_cache_of_chunks_forgets():
     for _ in range(300):
         cache.maybe_trim_front()
         cache.update_and_fetch(keys, keys)
-    assert bytes_at(ChunkedKVCache(64), used, 300) == cache.nbytes
+    assert cache_size(ChunkedKVCache(64), used, ()).at(300) == cache.nbytes
 
 
 def test_tables_are_those_that_a_model_makes(tmp_path):
@@ -193,8 +193,5 @@ def test_memory_that_is_no_size(memory, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["estimate", "--model", "x", f"--memory={memory}"])
     assert stopped.value.code == cli.BAD_SETTINGS
-    assert "give a number and one of MB, GB" in capsys.readouterr().err
-
-
-def test_sizes():
-    assert [size("16GB"), size("1.5 gb"), size("8GiB")] == [16 * 10**9, 15 * 10**8, 2**33]
+    problem = f"{memory!r} is not a size of at least 1000 bytes, such as 6GB, 500MiB"
+    assert problem in capsys.readouterr().err

@@ -10,12 +10,12 @@ import mlx.core as mx
 
 from ..backends.tokens import Places
 from ..cache.batch_view import RowView
+from ..cache.causal import Mask
 from ..cache.laying_out import laid_out
 from ..cache.packed import PackedRows
 from ..cache.view import View
 from ..cache.visibility import ROLLBACK
 from .layout import Layout, Row, combined_mask, layout_of
-from .masks import Mask
 from .pacing import paced
 
 # On NVIDIA GPUs MLX prepares a graph for each number of tokens that a mask is for, in 65 ms:

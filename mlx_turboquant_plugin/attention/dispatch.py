@@ -4,17 +4,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import CacheList
 
 from ..backends import support
 from ..cache import BatchCompressedKVCache, BatchView, CompressedKVCache, PackedRows, RowView, View
+from ..cache.causal import Mask
 from ..cache.observed import ObservedKVCache
+from ..cache.parts import parts
 from ..cache.passes import StepPlan
 from ..cache.visibility import ROLLBACK
 from .dequantized import attend_dequantized, attend_packed_dequantized, attend_rows_dequantized
 from .function import AttentionFunctions, attention_functions
 from .fused import attend_fused, fall_back, problem_of_rows, problem_of_view
-from .masks import Mask, checked
+from .masks import checked
 from .packed import attend_packed
 from .tiles import attend_tiles
 
@@ -45,7 +46,7 @@ def attend(
     view = cache.take(keys, values) if ours else None
     if view is None:
         # The keys' is the first in a list.
-        observed = cache.caches[0] if type(cache) is CacheList else cache
+        observed = next(parts(cache), None)
         if isinstance(observed, ObservedKVCache):
             observed.observe(queries)
         cache = None if ours else cache

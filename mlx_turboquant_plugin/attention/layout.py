@@ -6,10 +6,11 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..cache.causal import Mask
 from ..cache.view import View
 from ..cache.visibility import BLOCK, Ring, Visibility
 from ..per_thread import cached_per_thread
-from .masks import Mask, lowest
+from .masks import lowest
 
 
 class Layout(NamedTuple):

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-# None (every query sees every token), "causal", or an array that broadcasts to
-# (B, H_q, N, T): bool, or what is added to scores.
-Mask = str | mx.array | None
+from ..cache.causal import Mask
 
 
 def lowest(dtype: mx.Dtype) -> float:

@@ -6,10 +6,11 @@ every query sees what the rule of visibility says, however the prompt was cut in
 
 import mlx.core as mx
 
+from ..cache.causal import Mask
 from ..cache.view import View
 from ..cache.visibility import BLOCK
 from .function import AttentionFunctions
-from .masks import Mask, both
+from .masks import both
 from .pieces import PIECE, Coded, Exact, attend_codes, from_oldest
 
 # Bytes of a tile's scores with a piece of codes: they should stay in the processor's cache, and

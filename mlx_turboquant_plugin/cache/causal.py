@@ -4,6 +4,8 @@ import weakref
 
 import mlx.core as mx
 
+# None (every query sees every token), "causal", or an array that broadcasts to
+# (B, H_q, N, T): bool, or what is added to scores.
 Mask = str | mx.array | None
 
 _made: dict[int, weakref.ref] = {}

@@ -17,6 +17,7 @@ from ..attention.dispatch import attend
 from ..attention.masks import check
 from ..cache import BatchCompressedKVCache, CompressedKVCache
 from ..cache.causal import is_causal
+from ..cache.parts import parts
 from ..cache.transaction import AllOrNothing
 from . import upstream
 from .family import Family, family_of, register
@@ -59,7 +60,7 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
     given = {**dict(zip(parameters, args)), **kwargs}
     cache: Any = given.get("cache")
     if type(cache) is CacheList:
-        cache = next((c for c in cache.caches if _ours(c)), None)
+        cache = next(filter(_ours, parts(cache)), None)
     if not _ours(cache):
         return wrapped(*args, **kwargs)
     family = family_of(instance)

@@ -15,11 +15,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.utils import get_total_parameters
 
 from .. import patching
 from ..cache.observed import ObservedKVCache
+from ..cache.parts import rebuilt
 from ..codecs.key_bias import KeyBias, RotaryTable
 from ..log import logger
 from . import calibration_file
@@ -56,7 +57,7 @@ class Calibration:
     def __init__(self, model: nn.Module, caches: Sequence[Any]):
         self._model = weakref.ref(model)
         # The originals may be filled before the measuring.
-        self._caches = [_observed(cache) for cache in caches]
+        self._caches = [rebuilt(cache, _observed) for cache in caches]
         attentions = [one for one, _ in _served(layers_of(model), caches) if one is not None]
         self._attentions = [weakref.ref(one) for one in attentions]
         for one in attentions:
@@ -173,7 +174,7 @@ def _measure(
     model: nn.Module, layers: Sequence[Any], caches: Sequence[Any], tokens: mx.array
 ) -> list[Statistics | None]:
     """The statistics of each cache of keys."""
-    observed = [_observed(cache) for cache in caches]
+    observed = [rebuilt(cache, _observed) for cache in caches]
     modes = [(module, module.training) for _, module in model.named_modules()]
     model.eval()  # Without dropout, which would take random numbers from others.
     try:
@@ -218,8 +219,6 @@ def _count(model: nn.Module) -> int:
 
 
 def _observed(cache: Any) -> Any:
-    if type(cache) is CacheList:
-        return CacheList(*map(_observed, cache.caches))
     return ObservedKVCache() if type(cache) in (KVCache, RotatingKVCache) else copy.deepcopy(cache)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..cache.parts import parts
 from .projections import Projection, base_linear, fused_projections
 
 
@@ -41,6 +42,8 @@ class Family:
             nothing else to keys and values before it hands them to the function above, or it
             is taken for one that computes scores itself.
         reads_arrays: whether the attention is such a one: it computes with all keys and values.
+            Its masks should be causal: with others all queries of a pass read the tokens exactly
+            that its newest does.
         shared: ``f(attention)`` says whether other layers compute with the keys and values that
             this one is given.
         follows: ``f(attention)`` says whether it reads the cache that another layer has just
@@ -155,7 +158,7 @@ def placed(cache: Any) -> Iterator[tuple[Any, int]]:
     Further ones are for something else, such as an indexer.
     """
     place = 0
-    for one in getattr(cache, "caches", [cache]):
+    for one in parts(cache):
         yield one, place
         place += hasattr(one, "update_and_fetch")
 

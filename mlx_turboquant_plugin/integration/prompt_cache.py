@@ -10,6 +10,7 @@ from ..attention.dispatch import attend
 from ..cache import BatchCompressedKVCache, CompressedKVCache, RotatingCompressedKVCache
 from ..cache.files import check_file
 from ..cache.observed import ObservedKVCache
+from ..cache.parts import only_compressed, rebuilt
 from ..log import log_once, logger
 from . import table, upstream
 from .attention import bind
@@ -62,21 +63,15 @@ def inform(caches: list[Any]) -> None:
     """
     if distributed():
         return
-    for one in _compressed_of(caches):
+    for one in only_compressed(caches):
         if one.codec and not one.empty():
             one.codec.learn()
 
 
 def refuse_kv_bits(caches: list[Any], bits: int) -> None:
     """Say, once, that mlx-lm's own quantisation is left out where ``caches`` are compressed."""
-    for one in _compressed_of(caches)[:1]:
+    for one in only_compressed(caches)[:1]:
         one.to_quantized(bits=bits)
-
-
-def _compressed_of(caches: list[Any]) -> list[CompressedKVCache]:
-    """The compressed ones, those of layers that have several caches among them."""
-    parts = (one for cache in caches for one in getattr(cache, "caches", [cache]))
-    return [one for one in parts if isinstance(one, CompressedKVCache)]
 
 
 def report() -> list[str]:
@@ -133,7 +128,7 @@ def _compress(model: Any, identity: settings.ModelIdentity, caches: list[Any]) -
     if identity not in _reports:
         logger.info("%s", text)
         if serving():
-            kernel = _compressed_of(compressed)[0].kernel
+            kernel = only_compressed(compressed)[0].kernel
             announce(model, _name(identity), chosen, kernel, caches, compressed)
     _report(identity, text, calibration)
     return compressed
@@ -215,7 +210,8 @@ def _compressed_in_list(
     pairs = [_compressed(model, layer, one, chosen, place) for one, place in placed(caches)]
     if not any(replacement for replacement, _ in pairs):
         return None, pairs[-1][1]
-    return CacheList(*(new or old for (new, _), old in zip(pairs, caches.caches))), ""
+    replacements = (replacement for replacement, _ in pairs)
+    return rebuilt(caches, lambda old: next(replacements) or old), ""
 
 
 def _leave(identity: settings.ModelIdentity, caches: list[Any], reason: str) -> list[Any]:
@@ -241,7 +237,7 @@ def _name(identity: settings.ModelIdentity) -> str:
 def _bits(chosen: settings.Settings, caches: list[Any]) -> str:
     if chosen.bypass:
         return f"bypass {chosen.bypass}"
-    specs = [one.codec.spec for one in _compressed_of(caches) if one.codec]
+    specs = [one.codec.spec for one in only_compressed(caches) if one.codec]
     codecs = {spec.key_codec for spec in specs}
     values = {(spec.value_bits, spec.value_codec) for spec in specs}
     bits, codec = values.pop() if len(values) == 1 else (chosen.value_bits, chosen.value_codec)

@@ -4,11 +4,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ..hooking import SERVER
 from ..log import logger
 from ..settings import Settings
 from .sizes import Sizes
 
-SERVER = "mlx_lm.server"
 LENGTHS = (8192, 32768)
 
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import CacheList
 
 from .. import patching
 from ..cache import BatchCompressedKVCache, CompressedKVCache
+from ..cache.parts import parts_of
 from ..cache.reading import AttendedCache
 from .calibration import same_objects
 from .projections import contents
@@ -45,7 +45,7 @@ def guard(model: type) -> None:
 
 def _model_call(parameters, wrapped, instance, args, kwargs):
     caches = kwargs["cache"] if "cache" in kwargs else dict(zip(parameters, args)).get("cache")
-    parts = _parts(caches if isinstance(caches, (list, tuple)) else ())
+    parts = list(parts_of(caches if isinstance(caches, (list, tuple)) else ()))
     ours: list[Any] = [one for one in parts if isinstance(one, AttendedCache)]
     if not ours:
         return wrapped(*args, **kwargs)
@@ -64,13 +64,6 @@ def _model_call(parameters, wrapped, instance, args, kwargs):
     for one in ours:
         one.end_pass()
     return out
-
-
-def _parts(caches: Sequence[Any]) -> list[Any]:
-    parts: list[Any] = []
-    for cache in caches:
-        parts.extend(cache.caches if type(cache) is CacheList else [cache])
-    return parts
 
 
 def _content(caches: Sequence[Any]) -> tuple[Any, ...]:

@@ -4,10 +4,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..cache.sizes import Row
 from ..log import logger
 from .counts import Counts
 from .prompt_store import PromptStore
-from .sizes import Footprint, Row
+from .sizes import Footprint
 
 if TYPE_CHECKING:
     from .generator import BudgetedGenerator

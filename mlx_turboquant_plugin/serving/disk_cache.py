@@ -8,27 +8,18 @@ that is damaged or not of this model and version is left unread.
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import PromptTrie, can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-from ..cache import CompressedKVCache
+from ..cache.parts import only_compressed, parts_of
 from . import disk_files
 from .counts import Counts
+from .prompt_index import PromptIndex
 from .writer import Writer
 
 SIZE = 10 * 10**9
-# Of the tokens of a file, a prompt must share so many that reading it is worth while.
-WORTH = 1 / 8
-
-
-class Found(NamedTuple):
-    """A file with the tokens ``key``, the first ``common`` of which a prompt begins with."""
-
-    entry: disk_files.Entry
-    key: list[int]
-    common: int
 
 
 class DiskCache:
@@ -46,10 +37,8 @@ class DiskCache:
         self, folder: Path, size: int, name_of: Callable[[Any], str | None], counts: Counts
     ):
         self.folder, self._size, self._name_of, self._counts = folder, size, name_of, counts
-        self._tries: dict[str, PromptTrie] = {}
-        # Of each file its model's name and tokens.
-        self._keys: dict[Path, tuple[str, list[int]]] = {}
-        # The index is the generation's and the writer's.
+        self._indexes: dict[str, PromptIndex] = {}
+        # They are the generation's and the writer's.
         self._lock = threading.Lock()
         self._writer = Writer()
         disk_files.remove_leftovers(folder)
@@ -79,17 +68,18 @@ class DiskCache:
         """
         name = self._name_of(model)
         while name is not None:
-            found = self._longest(name, tokens, known)
+            with self._lock:
+                found = self._index(name).longest(tokens, known)
             if found is None:
                 return None
             if room is not None and found.entry.nbytes > room:
                 return None
             caches = disk_files.read(found.entry.path, name)
             if caches is not None:
-                if len(found.key) > found.common:
-                    trim_prompt_cache(caches, len(found.key) - found.common)
+                if found.length > found.common:
+                    trim_prompt_cache(caches, found.length - found.common)
                 return caches, found.common
-            self._forget(name, found.key)
+            self._forget(found.entry.path)
         return None
 
     def keep(self, model: Any, tokens: list[int], caches: list[Any], nbytes: int) -> None:
@@ -102,10 +92,9 @@ class DiskCache:
         if name is None or nbytes > self._size or not _worth_keeping(caches, len(tokens)):
             return
         with self._lock:
-            trie = self._trie(name)
-            exact = trie.search(name, tokens).exact
-            if exact is not None and trie.get(name, exact).path.exists():
-                return
+            known = self._index(name).beginnings(tokens)
+        if any(one.length == len(tokens) and one.entry.path.exists() for one in known):
+            return
         # The writer's thread must not be given what this one has yet to compute.
         mx.eval([cache.state for cache in caches])
         self._writer.put(nbytes, lambda: self._write(name, tokens, caches, nbytes))
@@ -117,55 +106,35 @@ class DiskCache:
         self._make_room(self._size)
         self._counts.written += 1
         with self._lock:
-            trie = self._trie(name)
-            replaced = trie.add(name, tokens, written)
-            self._keys[written.path] = name, tokens
+            index = self._index(name)
             # As in memory: the longer one serves for its beginnings.
-            shorter = trie.pop_prefixes(name, tokens) if trimmable else []
-        for entry in (replaced, *(entry for _, entry in shorter)):
-            if entry is not None and entry.path != written.path:
-                self._keys.pop(entry.path, None)
-                entry.path.unlink(missing_ok=True)
-
-    def _longest(self, name: str, tokens: list[int], known: int) -> Found | None:
-        """Of the files worth reading the one that begins with most of ``tokens`` but the last."""
-        with self._lock:
-            trie = self._trie(name)
-            search = trie.search(name, tokens)
-            counts = len(search.shorter or ()), search.common_prefix, len(tokens)
-            best = None
-            for key, common in zip((search.shorter, search.longer, search.exact), counts):
-                if key is None:
-                    continue
-                entry, count = trie.get(name, key), min(common, len(tokens) - 1)
-                fits = entry.trimmable or len(key) == count
-                worth = count - known >= WORTH * len(key)
-                if fits and worth and (best is None or count > best.common):
-                    best = Found(entry, key, count)
-            return best
+            replaced = [
+                one.entry.path
+                for one in index.beginnings(tokens)
+                if trimmable or one.length == len(tokens)
+            ]
+            for path in replaced:
+                index.drop(path)
+            index.add(tokens, written)
+        for path in replaced:
+            if path != written.path:
+                path.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
         """Remove files down to ``size`` bytes, and what the index has of them."""
         for path in disk_files.make_room(self.folder, size):
-            known = self._keys.pop(path, None)
-            if known is not None:
-                self._forget(*known)
+            self._forget(path)
 
-    def _forget(self, name: str, key: list[int]) -> None:
-        """Forget a file that is gone; the writer may have done so meanwhile."""
+    def _forget(self, path: Path) -> None:
         with self._lock:
-            trie = self._trie(name)
-            if trie.search(name, key).exact is not None:
-                trie.pop(name, key)
+            for index in self._indexes.values():
+                index.drop(path)
 
-    def _trie(self, name: str) -> PromptTrie:
-        """The index of a model's files, which are looked at when it is asked for first."""
-        if name not in self._tries:
-            trie = self._tries[name] = PromptTrie()
-            for tokens, entry in disk_files.found(self.folder / name, name):
-                trie.add(name, tokens, entry)
-                self._keys[entry.path] = name, tokens
-        return self._tries[name]
+    def _index(self, name: str) -> PromptIndex:
+        """That of a model's files, which are looked at when it is asked for first."""
+        if name not in self._indexes:
+            self._indexes[name] = PromptIndex(disk_files.found(self.folder / name, name))
+        return self._indexes[name]
 
 
 def _worth_keeping(caches: list[Any], count: int) -> bool:
@@ -173,7 +142,7 @@ def _worth_keeping(caches: list[Any], count: int) -> bool:
 
     Few are processed as fast as read. After drafts mlx-lm's server may hold a token less.
     """
-    if any(getattr(cache, "offset", count) != count for cache in caches):
+    if any(getattr(cache, "offset", count) != count for cache in parts_of(caches)):
         return False
-    ours = [cache for cache in caches if isinstance(cache, CompressedKVCache)]
+    ours = only_compressed(caches)
     return not ours or any(cache.key_codes for cache in ours)

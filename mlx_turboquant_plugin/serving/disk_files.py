@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models import cache as cache_module
 from safetensors import safe_open
 
@@ -82,7 +83,7 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def found(folder: Path, model: str) -> Iterator[tuple[list[int], Entry]]:
+def found(folder: Path, model: str) -> Iterator[tuple[np.ndarray, Entry]]:
     """The files of a model's folder that this version can read, by their headers alone."""
     foreign = []
     for path in sorted(folder.glob(f"*{SUFFIX}")):
@@ -96,7 +97,7 @@ def found(folder: Path, model: str) -> Iterator[tuple[list[int], Entry]]:
             # save_prompt_cache flattens [metadata, class names, scalars].
             if (metadata.get("0.format"), metadata.get("0.model")) != (FORMAT, model):
                 raise ValueError("of another model or version")
-            tokens = list(map(int, metadata["0.tokens"].split()))
+            tokens = np.array(list(map(int, metadata["0.tokens"].split())), np.int32)
             entry = Entry(path, metadata["0.trimmable"] == "1", path.stat().st_size)
         except Exception:  # Whatever may lie there.
             foreign.append(path.name)

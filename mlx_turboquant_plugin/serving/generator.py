@@ -5,9 +5,9 @@ from typing import Any
 
 from mlx_lm.generate import BatchGenerator
 
+from ..cache.sizes import Row
 from .admission import Admission
 from .prompt_store import moved_from
-from .sizes import Row
 
 
 @dataclass

@@ -7,8 +7,7 @@ import sys
 from types import ModuleType
 
 from .. import patching
-
-SERVER = "mlx_lm.server"
+from ..hooking import SERVER
 
 
 def patch(module: ModuleType) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import (
-    CacheList,
     LRUPromptCache,
     PromptTrie,
     can_trim_prompt_cache,
@@ -15,6 +14,7 @@ from mlx_lm.models.cache import (
 from ..cache import BatchCompressedKVCache, CompressedKVCache
 from ..cache.copies import shared
 from ..cache.joining import alone
+from ..cache.parts import rebuilt
 from .counts import DISK, MEMORY, Counts
 from .disk_cache import DiskCache
 
@@ -27,21 +27,17 @@ class Moved(list):
 
 def moved_from(batch: list[Any], index: int) -> Moved:
     """That of one of its sequences: nothing is copied while the batch still holds it, too."""
-    return Moved(_row(cache, index) for cache in batch)
+    return Moved(rebuilt(cache, lambda part: _row(part, index)) for cache in batch)
 
 
 def _row(cache: Any, index: int) -> Any:
     if isinstance(cache, BatchCompressedKVCache):
         cache.check_whole()
         return shared(cache.rows[index])
-    if isinstance(cache, CacheList):
-        return CacheList(*(_row(part, index) for part in cache.caches))
     return cache.extract(index)
 
 
 def _own(cache: Any) -> Any:
-    if isinstance(cache, CacheList):
-        return CacheList(*map(_own, cache.caches))
     return alone(cache) if isinstance(cache, CompressedKVCache) else cache
 
 
@@ -120,7 +116,7 @@ class PromptStore(LRUPromptCache):
     ) -> None:
         """Keep a prompt cache; one that there was no room for is empty."""
         if isinstance(prompt_cache, Moved):
-            own = list(map(_own, prompt_cache))
+            own = [rebuilt(cache, _own) for cache in prompt_cache]
             # The server holds it for a while, and so the arrays of the batch.
             prompt_cache.clear()
             prompt_cache = own

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..activation import disable
+from ..cache.parts import only_compressed
 from ..reporting import status
 from ..rules import PRESETS
 from .arguments import (
@@ -33,7 +34,7 @@ from .memory import bf16_bytes, bytes_by_length, layer_shapes
 from .page import page
 from .progress import progress
 from .report import Report, Result, lines
-from .runs import coded_tokens, dtype_name, load_model, only_compressed, prompt_cache
+from .runs import coded_tokens, dtype_name, load_model, prompt_cache
 from .statistics import RULE, summarise, verdict
 from .task_results import Answers, answers, task_report
 from .tasks import DEEPEST, depth, prompts

@@ -5,7 +5,6 @@ Everything is counted from the configuration: nothing is run, and no weight is r
 
 import argparse
 import functools
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import mlx.nn as nn
 from .. import compiling
 from ..activation import disable
 from ..cache import CompressedKVCache
+from ..cache.parts import only_compressed
 from ..codecs.key_bias import BLOCK
 from ..integration.calibration import assume
 from ..integration.calibration_file import Statistics
@@ -24,8 +24,9 @@ from ..integration.family import attention_of, family_of, layers_of
 from ..integration.layer import known_layer
 from ..integration.sizes import Sizes
 from ..reporting import status
+from ..rules import size_of
 from .arms import PRESET_ARMS
-from .runs import compressed, only_compressed, prompt_cache, table_bytes
+from .runs import compressed, prompt_cache, table_bytes
 from .tables import Column, table
 from .weightless import model_of, weight_bytes
 
@@ -36,7 +37,6 @@ CHAT = LENGTHS[0]
 FAR = (2**20, 2**20 + 2**16)
 # Who can hold so many tokens keeps them in a window or a state.
 ENDLESS = 2**30
-UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,11 @@ class Estimate:
 
 
 def size(text: str) -> int:
-    """An argparse type: bytes, as a number and a unit."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text.strip())
-    unit = UNITS.get(found[2].upper()) if found else None
-    amount = int(float(found[1]) * unit) if found and unit else 0
-    if not amount:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size: give a number and one of {', '.join(UNITS)}, such as 16GB"
-        )
-    return amount
+    """An argparse type: the bytes of a size; see :func:`~..rules.size_of`."""
+    try:
+        return size_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +152,7 @@ def _learn(model: nn.Module, caches: Sequence[Any]) -> tuple[int, list[Compresse
     taken, ours = 0, []
     for layer, cache in zip(layers_of(model), caches):
         attention = attention_of(layer)[0]
-        for one in only_compressed(getattr(cache, "caches", [cache])):
+        for one in only_compressed([cache]):
             ours.append(one)
             codec: Any = one.codec
             statistics = _statistics(attention, codec.spec.head_dim)

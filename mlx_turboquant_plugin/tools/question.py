@@ -8,9 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
+from ..cache.parts import only_compressed
 from ..reporting import Status, status
 from .generation import Generation, common, generate, table, texts
-from .runs import compressed, compressed_prompt_cache, only_compressed, prompt_cache
+from .runs import compressed, compressed_prompt_cache, prompt_cache
 
 QUESTION = "What did the town grow rich from?"
 # A CPU reads some 15 tokens of this model a second; the answer is in these.

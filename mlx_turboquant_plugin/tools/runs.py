@@ -13,7 +13,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache
 
 from .. import activation, compiling
-from ..cache import CompressedKVCache
+from ..cache.parts import only_compressed
 from ..reporting import status
 from ..rules import SettingsError
 
@@ -99,11 +99,6 @@ def compressed_prompt_cache(model: nn.Module) -> list[Any]:
         # A command has one model: the newest report is its own.
         raise SettingsError(f"{status().models[-1]}: choose another model or setting")
     return caches
-
-
-def only_compressed(caches: list[Any]) -> list[CompressedKVCache]:
-    """Those of the caches of all layers that are compressed."""
-    return [cache for cache in caches if isinstance(cache, CompressedKVCache)]
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

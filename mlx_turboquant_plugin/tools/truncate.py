@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..activation import disable
+from ..cache.parts import only_compressed
 from ..rules import SettingsError
 from .arguments import (
     add_json_argument,
@@ -30,7 +31,7 @@ from .arguments import (
 )
 from .arms import PRESET_ARMS, Run
 from .progress import progress
-from .runs import load_model, only_compressed
+from .runs import load_model
 from .teacher_forcing import lockstep
 
 # Tokens that are read after a cut: as many as a window takes to move past it, and some.
