@@ -130,7 +130,11 @@ def check(case: Case, kernel: str) -> None:
     layout = layout._replace(left=case.left, total=total)
     slot = view.plan.slot(layout.exact.start)
     ours = dequantized._laid_out(view, layout, slot)
-    expected = dequantized._laid_out(view._replace(backend=backend("eager")), layout, slot)
+    by_operations = view_of(case, "eager")
+    expected = dequantized._laid_out(by_operations, layout, slot)
+    for side in "keys", "values":
+        joined = (getattr(one.exact_tokens, side) for one in (view, by_operations))
+        assert mx.array_equal(*joined)
     places = layout.positions()
     for x, y in zip(ours, expected):
         assert x.shape == y.shape and x.dtype == y.dtype

@@ -1,6 +1,5 @@
 """The tokens of a cache that are held as they are."""
 
-import copy
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -65,7 +64,10 @@ class ExactTokens:
 
     def apart(self) -> "ExactTokens":
         """The same tokens in another object, which can be joined while this one is not."""
-        return copy.copy(self)
+        other = ExactTokens()
+        for name in self.__slots__:
+            setattr(other, name, getattr(self, name))
+        return other
 
     def part(self, first: int, last: int) -> tuple[mx.array, mx.array]:
         """Keys and values of the tokens first, ..., last - 1, which need not be joined for it."""

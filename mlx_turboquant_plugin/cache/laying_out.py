@@ -30,10 +30,10 @@ class Source(Protocol):
 def laid_out(source: Source, places: Places) -> Pair:
     """Keys and values (B, H, T, D), in the dtypes of the exact ones, as ``places`` says.
 
-    On a GPU.
+    On a GPU, where a kernel joins the exact tokens on its way.
     """
     exact = source.exact_tokens
-    unjoined, drop = exact.unjoined, 0
+    unjoined, drop, held = exact.unjoined, 0, exact.count - places.sinks
     older, newer = (exact.keys, exact.values) if unjoined is None else None, None
     if unjoined is not None:
         drop = unjoined.drop
@@ -43,8 +43,14 @@ def laid_out(source: Source, places: Places) -> Pair:
     if not source.backend.lays_out(source.codec, tokens):
         return laid_out_by_operations(source, places)
     codec = source.codec if places.decoded else source.codec.plain
+    joins = unjoined is not None and held > 0
     places = places._replace(first_exact=places.first_exact + drop)
-    return source.backend.lay_out(codec, tokens, places)[0]
+    if joins:
+        places = places._replace(first_kept=places.sinks + drop, kept=held)
+    pair, joined = source.backend.lay_out(codec, tokens, places)
+    if joins:
+        exact.join(*joined)
+    return pair
 
 
 def laid_out_by_operations(source: Source, places: Places) -> Pair:

@@ -204,8 +204,10 @@ class AttendedCache(_BaseCache):
 
     def fetch(self, view: Any) -> Pair:
         """All keys and values that the queries of ``view`` see."""
-        # Nobody pays for these but who evaluates them.
-        return tuple(mx.depends(view.apart.keys_and_values(), self.arrays))
+        if self.reading.by_view[view.queries > 1] is not False:
+            # Nobody pays for these but who evaluates them, and perhaps nobody does.
+            view = view.apart
+        return tuple(mx.depends(view.keys_and_values(), self.arrays))
 
 
 def _made_of(arrays: Pair, outputs: Any) -> bool:

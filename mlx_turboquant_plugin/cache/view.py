@@ -77,18 +77,25 @@ class View(NamedTuple):
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All that the queries see, (B, H, T, D) in the model's dtype, codes dequantised."""
-        oldest = self.plan.oldest(0)[1]
-        coded = max(oldest, min(self.plan.coded, self.plan.exact_from(self.plan.end - 1)))
-        if coded == oldest:
-            return self.exact(coded, self.plan.end)
-        sinks = self.plan.sinks
-        places = Places(
-            left=0,
-            sinks=sinks,
-            first_code=oldest - self.first_coded,
-            decoded=coded - oldest,
-            first_exact=self.plan.slot(coded),
-            exact=self.plan.end - coded,
-            total=sinks + self.plan.end - oldest,
-        )
+        places = self._places()
+        if not places.decoded:
+            return self.exact(self.plan.end - places.exact, self.plan.end)
         return laid_out(self, places) if support.on_gpu() else laid_out_by_operations(self, places)
+
+    def _places(self) -> Places:
+        """Of all tokens that the queries see; counted once for all layers."""
+        plan = self.plan
+        known = plan.shared.get("places")
+        if known is None:
+            oldest = plan.oldest(0)[1]
+            coded = max(oldest, min(plan.coded, plan.exact_from(plan.end - 1)))
+            known = plan.shared["places"] = Places(
+                left=0,
+                sinks=plan.sinks,
+                first_code=oldest - plan.first_coded,
+                decoded=coded - oldest,
+                first_exact=plan.slot(coded),
+                exact=plan.end - coded,
+                total=plan.sinks + plan.end - oldest,
+            )
+        return known
