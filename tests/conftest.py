@@ -26,7 +26,7 @@ def pytest_configure(config):
         built = tempfile.TemporaryDirectory()
         config.add_cleanup(built.cleanup)
         os.environ["REAL_GXX"], os.environ["BUILT_BY_GXX"] = compiler, built.name
-        front = Path(__file__).parent / "compiler"
+        front = Path(__file__).parent / "gxx"
         os.environ["PATH"] = os.pathsep.join([str(front), os.environ["PATH"]])
 
 
