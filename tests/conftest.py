@@ -1,5 +1,8 @@
 import os
+import shutil
+import sys
 import tempfile
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -11,14 +14,20 @@ from mlx_turboquant_plugin.attention import function
 
 
 def pytest_configure(config):
-    """A folder for each of pytest-xdist's workers, for what MLX compiles.
+    """A folder for each of pytest-xdist's workers, for what MLX compiles, and one g++ for all.
 
-    MLX takes the library that another process is still writing for a finished one.
+    Before 0.32.4 MLX takes the library that another process is still writing for a finished one.
     """
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker:
         tempfile.gettempdir()  # Python asks once, and so stays where it is.
         os.environ["TMPDIR"] = str(config.cache.mkdir(worker))
+    elif sys.platform == "linux" and (compiler := shutil.which("g++")):
+        built = tempfile.TemporaryDirectory()
+        config.add_cleanup(built.cleanup)
+        os.environ["REAL_GXX"], os.environ["BUILT_BY_GXX"] = compiler, built.name
+        front = Path(__file__).parent / "gxx"
+        os.environ["PATH"] = os.pathsep.join([str(front), os.environ["PATH"]])
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -37,8 +37,13 @@ def test_the_package_can_be_run():
     assert run_python("-m", "mlx_turboquant_plugin", "--version").stdout.strip() == __version__
 
 
+def heed_ctrl_c():
+    """What a shell starts with ``&`` ignores it, and so would all that the tests start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_what_was_checked():
-    with start("selftest", "--kernel", "eager") as process:
+    with start("selftest", "--kernel", "eager", preexec_fn=heed_ctrl_c) as process:
         first = [process.stdout.readline() for _ in range(3)]
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)

@@ -5,16 +5,15 @@ that nothing outside of the arrays matters. It is no model of a GPU's memory: ra
 neither order shows are not seen.
 """
 
-import atexit
 import ctypes
 import functools
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from libraries import compiled
 
 from mlx_turboquant_plugin.backends.cuda import source as cuda_source
 
@@ -136,38 +135,33 @@ def _constant(name: str, value) -> str:
 
 
 @functools.cache
-def _folder() -> Path:
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
-
-
-@functools.cache
 def _header() -> Path:
-    """A copy of the emulator's header, compiled once: a third of the time of each kernel."""
-    header = Path(shutil.copy(HERE / "cuda_emulator.h", _folder()))
-    ending = "gch" if "g++" in Path(compiler()).name else "pch"
-    _compile("-x", "c++-header", header, "-o", f"{header}.{ending}")
-    return header
+    """The emulator's header, compiled: a third of the time of each kernel."""
+    header = HERE / "cuda_emulator.h"
+    return _built(f"{header.name}.gch", header.read_bytes(), "-x", "c++-header", header)
 
 
 @functools.cache
 def _runtime() -> ctypes.CDLL:
     """The library that runs kernels; theirs are linked to it."""
-    library = _folder() / "runtime.so"
-    _compile("-shared", HERE / "cuda_emulator.cpp", "-o", library)
-    return ctypes.CDLL(str(library))
+    code = HERE / "cuda_emulator.cpp"
+    sources = code.read_bytes(), (HERE / "cuda_emulator.h").read_bytes()
+    return ctypes.CDLL(str(_built("runtime.so", sources, "-shared", code)))
 
 
 @functools.cache
 def _compiled(source: str):
-    # Loaded, it needs its file no more.
-    with tempfile.TemporaryDirectory(dir=_folder()) as folder:
-        code, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
-        code.write_text(source)
-        _compile(f"-I{_header().parent}", "-shared", code, _runtime()._name, "-o", library)
-        return ctypes.CDLL(str(library)).run
+    libraries = str(_header()), _runtime()._name
+    # g++ takes another version's compiled header for none.
+    folders = f"-I{_header().parent}", f"-I{HERE}"
+    options = *folders, "-shared", "-x", "c++", "-", "-x", "none", _runtime()._name
+    return ctypes.CDLL(str(_built("kernel.so", (source, *libraries), *options, code=source))).run
 
 
-def _compile(*arguments) -> None:
-    subprocess.run([compiler(), *OPTIONS, *map(str, arguments)], check=True)
+def _built(name: str, content, *arguments, code: str = "") -> Path:
+    command = [compiler(), *OPTIONS, *map(str, arguments), "-o"]
+
+    def build(target):
+        subprocess.run([*command, str(target)], input=code, text=True, check=True)
+
+    return compiled(name, build, compiler(), OPTIONS, content)

@@ -1,16 +1,15 @@
 """Compiles a Metal kernel for the CPU, with clang and the headers beside this file."""
 
 import ctypes
-import hashlib
 import os
 import platform
 import re
 import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
+from libraries import compiled
 from signature import Signature
 
 HERE = Path(__file__).resolve().parent
@@ -83,7 +82,7 @@ def runtime() -> ctypes.CDLL:
 
     names = "compiler.py interface.h launch.h memory.h runtime.cpp shim.h threads.h".split()
     sources = [(HERE / name).read_bytes() for name in names]
-    return ctypes.CDLL(str(_cached("runtime", build, clang(), *sources)))
+    return ctypes.CDLL(str(compiled("runtime.so", build, clang(), *sources)))
 
 
 @cache
@@ -98,7 +97,7 @@ def kernel(signature: Signature, checked: bool) -> ctypes.CDLL:
     def build(target):
         _build_kernel(text, checked, target)
 
-    path = _cached("kernel", build, runtime()._name, text, checked)
+    path = compiled("kernel.so", build, runtime()._name, text, checked)
     # Its own runtime before any that the process has loaded for other ends.
     return ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
 
@@ -245,18 +244,3 @@ def _compile(arguments) -> str:
     if done.returncode:
         raise EmulatorError(f"the kernel does not compile:\n{done.stderr[:4000]}")
     return done.stderr
-
-
-def _cached(kind: str, build, *content) -> Path:
-    folder = Path(tempfile.gettempdir()) / f"metal-emulator-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise EmulatorError(f"{folder} belongs to somebody else: remove it, or set TMPDIR")
-    digest = hashlib.sha256(repr(content).encode()).hexdigest()[:24]
-    path = folder / f"{kind}-{digest}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / path.name
-            build(made)
-            os.replace(made, path)  # whole or not at all, whoever else builds the same
-    return path
