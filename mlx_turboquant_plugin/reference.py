@@ -5,9 +5,9 @@ and in another way where there is one. B counts sequences, H KV heads, H_q query
 T tokens, N queries and D channels.
 
 The life of a key: :func:`encode_keys` takes its rotated bias away, divides it by the
-balance, rotates it and quantises it; :func:`decode_keys` goes back. Or its channels are sorted
-and cut in two, and each half is rotated and quantised, with :func:`feedback` of the errors:
-:func:`encode_segments`, :func:`decode_segments`. Values are only rotated and quantised.
+balance, rotates it and quantizes it; :func:`decode_keys` goes back. Or its channels are sorted
+and cut in two, and each half is rotated and quantized, with :func:`feedback` of the errors:
+:func:`encode_segments`, :func:`decode_segments`. Values are only rotated and quantized.
 :func:`attention` reads some tokens exactly and the others decoded.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 SEED = 2504
 
-# The positive levels of the quantisers for N(0, 1). The best ones (Max 1960, table I),
+# The positive levels of the quantizers for N(0, 1). The best ones (Max 1960, table I),
 # rounded to what a curve of whole numbers can make.
 POSITIVE_LEVELS = {
     2: np.array([35.5, 118.5]) / 78.4522,
@@ -26,7 +26,7 @@ POSITIVE_LEVELS = {
 }
 LEVELS = {bits: np.concatenate([-half[::-1], half]) for bits, half in POSITIVE_LEVELS.items()}
 
-# The uniform quantisers of segments (the best steps of table II of the same) have the middles
+# The uniform quantizers of segments (the best steps of table II of the same) have the middles
 # of 2^bits equal parts of the numbers from 0 to 256, less 127.5, as levels at size 1, but for a
 # factor: so the sizes to be tried begin elsewhere, in steps.
 UNIFORM_STEPS = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041}

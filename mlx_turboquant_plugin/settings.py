@@ -68,8 +68,8 @@ class Settings:
         value_bits: the same for the compressed values.
         key_codec: "lloyd-max" or "affine".
         value_codec: "lloyd-max" or "affine".
-        window: that many newest tokens, and up to 32 more, stay exact.
-        sinks: first tokens that stay exact.
+        window: that many newest tokens, and up to 32 more, stay in full precision.
+        sinks: first tokens that stay in full precision.
         balance: weigh key channels by what queries and keys are like before rotating.
         invariant: whether results do not depend on how a prompt is cut into chunks, or
             who shares its batch; slower prompts.

@@ -15,7 +15,7 @@ from mlx_lm import server
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import LRUPromptCache, _BaseCache
 
-from mlx_turboquant_plugin.cache.packed import PackedRows
+from mlx_turboquant_plugin.cache.batched_rows import BatchedRows
 from mlx_turboquant_plugin.serving import disk_files
 
 AUDIT = Path(sys.argv.pop(1))
@@ -26,7 +26,7 @@ def held():
     """The bytes of all caches that are alive, each array once: by Python's own book-keeping."""
     found = {}
     for one in gc.get_objects():
-        if not isinstance(one, (_BaseCache, PackedRows)):
+        if not isinstance(one, (_BaseCache, BatchedRows)):
             continue
         arrays = one.arrays if hasattr(type(one), "arrays") else one.__dict__.values()
         found.update((id(x), x.nbytes) for x in arrays if isinstance(x, mx.array))

@@ -1,4 +1,4 @@
-"""The kernel that dequantises, and what prompts do with it, against MLX's operations."""
+"""The kernel that dequantizes, and what prompts do with it, against MLX's operations."""
 
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ class Case:
             the channels of segmented keys are sorted.
         ring: ``max_kv_size``, or 0.
         left, right: zeros around.
-        sinks: how many first tokens stay exact.
+        sinks: how many first tokens stay in full precision.
         trim: tokens that are trimmed before the last chunk.
         strided: whether new tokens are a view of an array with heads inside.
     """
@@ -128,20 +128,20 @@ def check(case: Case, kernel: str) -> None:
     layout = layout_of(view)
     total = case.left + layout.total + case.right
     layout = layout._replace(left=case.left, total=total)
-    slot = view.plan.slot(layout.exact.start)
+    slot = view.plan.slot(layout.full.start)
     ours = dequantized._laid_out(view, layout, slot)
     by_operations = view_of(case, "eager")
     expected = dequantized._laid_out(by_operations, layout, slot)
     for side in "keys", "values":
-        joined = (getattr(one.exact_tokens, side) for one in (view, by_operations))
+        joined = (getattr(one.full_tokens, side) for one in (view, by_operations))
         assert mx.array_equal(*joined)
     places = layout.positions()
     for x, y in zip(ours, expected):
         assert x.shape == y.shape and x.dtype == y.dtype
         x, y = (np.array(a.astype(mx.float32)) for a in (x, y))
         assert not x[:, :, places < 0].any()
-        is_exact = ~layout.codes()
-        np.testing.assert_array_equal(x[:, :, is_exact], y[:, :, is_exact])
+        is_full = ~layout.codes()
+        np.testing.assert_array_equal(x[:, :, is_full], y[:, :, is_full])
         assert_close(x, y, case.dtype)
     check_arrays(case, kernel)
 

@@ -38,7 +38,7 @@ def filled(cache, length=300):
     return cache
 
 
-def packed(lengths=(300, 200)):
+def batched(lengths=(300, 200)):
     """A batch whose rows are side by side."""
     batch = CompressedKVCache.merge([filled(plain(), length) for length in lengths])
     batch.update_and_fetch(*random(1, len(lengths), seed=1))
@@ -61,5 +61,5 @@ def rows_of(cache):
 
 SINGLE = pytest.mark.parametrize("make", [plain, ring])
 ANY = pytest.mark.parametrize(
-    "make", [lambda: filled(plain()), lambda: filled(ring()), apart, packed]
+    "make", [lambda: filled(plain()), lambda: filled(ring()), apart, batched]
 )

@@ -5,7 +5,7 @@ replaced by a curve of whole numbers that comes close to them. Among the curves 
 steps in 16 bits the one with the least mean squared error is taken. Many curves make the
 same levels, so a printed one need not be the one in use.
 
-Symmetric quantisers are written as their positive levels, ascending.
+Symmetric quantizers are written as their positive levels, ascending.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import numpy as np
 
 
 def levels(bits):
-    """The levels of the best quantiser (Lloyd 1957, Max 1960), by Lloyd's iteration."""
+    """The levels of the best quantizer (Lloyd 1957, Max 1960), by Lloyd's iteration."""
     found = np.arange(0.5, 2 ** (bits - 1)) * 6 / 2**bits
     while True:
         probability, moment = _cells(found)

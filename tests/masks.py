@@ -18,7 +18,7 @@ LEARNED_SINKS = mx.array([0.5, -1.0, 2.0, 0.0])
 # Passes of so many queries take long.
 LARGE = 300
 # What runs the attention ("gpu": what would on a GPU, with MLX's operations), and whether
-# positions alone say what is exact.
+# positions alone say what is in full precision.
 PATHS = "tiles", "compiled", "gpu", "bridge"
 WAYS = [(path, invariant) for path in PATHS for invariant in (False, True)]
 # Most that outputs of about 1 may differ.

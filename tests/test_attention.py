@@ -164,11 +164,11 @@ def test_a_query_that_sees_nothing_stays_a_number(count, kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("length, count", [(5, 5), (60, 1), (68, 20), (96, 1)])
-def test_before_anything_is_coded_it_is_mlx_lms_own_answer_bit_for_bit(length, count, kernel):
+def test_before_anything_is_quantized_it_is_mlx_lms_own_answer_bit_for_bit(length, count, kernel):
     case = Case(length=length, count=count)
     cache = case.cache(kernel)
     out = case.run(kernel)
-    assert cache.coded == 0
+    assert cache.quantized == 0
     expected = scaled_dot_product_attention(
         case.queries,
         case.keys,

@@ -211,7 +211,7 @@ def test_bias_counts_for_queries_but_not_for_keys():
     ids=["8-bit", "4-bit", "mxfp4"],
 )
 @pytest.mark.parametrize("bias", [False, True])
-def test_quantised_projections_have_nearly_the_factors_of_dense_ones(quantization, tolerance, bias):
+def test_quantized_projections_have_nearly_the_factors_of_dense_ones(quantization, tolerance, bias):
     layer, norm = attention(attention_bias=bias)
     dense = factors(layer, norm)
     for name in ("k_proj", "q_proj"):
@@ -220,10 +220,10 @@ def test_quantised_projections_have_nearly_the_factors_of_dense_ones(quantizatio
 
 
 @pytest.mark.parametrize("adapter", [LoRALinear, DoRALinear])
-@pytest.mark.parametrize("quantised", [False, True])
-def test_adapters_have_nearly_the_factors_of_what_they_adapt(adapter, quantised):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_adapters_have_nearly_the_factors_of_what_they_adapt(adapter, quantized):
     layer, norm = attention()
-    if quantised:
+    if quantized:
         layer.k_proj = nn.QuantizedLinear.from_linear(layer.k_proj)
     plain = factors(layer, norm)
     layer.k_proj = adapter.from_base(layer.k_proj)

@@ -117,7 +117,7 @@ def test_counts_and_masks_are_those_of_batchkvcache():
     same()
 
 
-def test_fetched_keys_are_those_of_batchkvcache_while_nothing_is_coded():
+def test_fetched_keys_are_those_of_batchkvcache_while_nothing_is_quantized():
     ours, stock = BatchCompressedKVCache([3, 0]), BatchKVCache([3, 0])
     for count in (10, 1, 1):
         x = mx.random.normal((2, KV_HEADS, count, DIM))
@@ -160,8 +160,8 @@ def test_left_padding_comes_before_any_token():
         batch.prepare(left_padding=[1, 0])
 
 
-def test_the_bridge_serves_packed_rows(monkeypatch):
-    monkeypatch.setattr(dispatch, "attend_packed", None)
+def test_the_bridge_serves_batched_rows(monkeypatch):
+    monkeypatch.setattr(dispatch, "attend_batched", None)
     schedule = Schedule(3, iter(range(3)))
     schedule.prompt([150, 40, 333], 64)
     for cache in (*schedule.alone, *schedule.batch.rows):

@@ -36,13 +36,13 @@ def _joined_itself(batch):
 
 
 @pytest.mark.parametrize("counts", [(5, 1), (1, 1)])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("make", [_twice, _copied, _joined_twice, _joined_itself])
-def test_what_is_there_twice_grows_apart(make, packed, counts):
+def test_what_is_there_twice_grows_apart(make, batched, counts):
     """Beam search repeats rows, and BatchKVCache shares nothing with its copies."""
     schedule = Schedule(2, iter(range(2)))
     schedule.prompt([150, 70], chunk=64)
-    if packed:
+    if batched:
         tokens = mx.random.normal((2, KV_HEADS, 1, DIM))
         schedule.batch.update_and_fetch(tokens, tokens)
         for row, cache in enumerate(schedule.alone):
@@ -105,7 +105,7 @@ def test_padding_that_is_to_come_is_not_forgotten(change, kept, tmp_path):
 
 
 def test_every_byte_of_16_sequences_is_counted():
-    """What the rows take is what they take alone, and packing adds little."""
+    """What the rows take is what they take alone, and batching them adds little."""
     rows, tokens = [], 2048
     for _ in range(16):
         row = CompressedKVCache(KVCodec(CodecSpec(128, 128)))
@@ -157,6 +157,6 @@ def test_a_batch_holds_its_codes_once():
         token = mx.zeros((4, 1, 1, DIM))
         batch.update_and_fetch(token, token)
         batch.view = None
-        mx.eval(batch.keys, batch._packed.key_codes, batch._packed.value_codes)
+        mx.eval(batch.keys, batch._batched.key_codes, batch._batched.value_codes)
     mx.clear_cache()
     assert mx.get_active_memory() - before < 1.3 * batch.nbytes + 2**18

@@ -85,17 +85,17 @@ def test_bytes_are_those_of_every_array(measure):
     assert stock == 2048 * per_token
     # Twice 33 tokens are decoded: one turn, and one before to warm up. The newest, 2025, reads
     # those before 1856 as codes, and after a trim of 16 those before 1824.
-    length, coded, exact_from = tokens + 66, 1856, 1824
-    codes = 4 * 2 * coded * (128 * 4 // 8 + 2 + 128 * 4 // 8 + 1)
-    exact = (4 + length - exact_from) * per_token
+    length, quantized, full_from = tokens + 66, 1856, 1824
+    codes = 4 * 2 * quantized * (128 * 4 // 8 + 2 + 128 * 4 // 8 + 1)
+    full = (4 + length - full_from) * per_token
     with compressed():
         caches = compressed_prompt_cache(tiny.load("tiny-qwen3")[0])
         # The rotary table grows with the positions, in blocks of 128.
         caches[0].codec.bias.table.blocks(-(-length // 128))
         tables = table_bytes(caches)
     ours = rows["decode", tokens, 1, "bfloat16", "compressed"]["cache_bytes"]
-    assert ours == codes + exact + tables
-    # The exact keys and values that it was filled with are gone.
+    assert ours == codes + full + tables
+    # The full-precision keys and values that it was filled with are gone.
     assert rows["decode", tokens, 1, "bfloat16", "compressed"]["peak_bytes"] < stock
     batch = rows["decode", tokens, 3, "bfloat16", "compressed"]["cache_bytes"]
     assert batch >= 3 * codes + 3 * (4 + 160) * per_token + tables
@@ -244,7 +244,7 @@ def test_what_can_not_be_measured_is_said(measure, monkeypatch, capsys):
     assert "not measured: decode, 300 tokens, batch 1, all: needs about" in capsys.readouterr().out
 
 
-def test_quantised_caches_that_mlx_can_not_multiply_with_are_left_out(measure, monkeypatch):
+def test_quantized_caches_that_mlx_can_not_multiply_with_are_left_out(measure, monkeypatch):
     def quantized(*args, **kwargs):
         raise RuntimeError("[quantized_matmul] No implementation for problem shape")
 
@@ -309,7 +309,7 @@ def test_the_first_prompt_counts_by_itself(measure, monkeypatch):
             assert row["seconds"]["count"] == 2 and row["first"] > 0
 
 
-def test_quantised_prompts_that_take_too_long_are_left(measure, monkeypatch):
+def test_quantized_prompts_that_take_too_long_are_left(measure, monkeypatch):
     monkeypatch.setattr(model, "PATIENCE", 0)
     report, rows = measure(*SHORT, "--model-dtype", "float32")
     assert {row[-1] for row in rows} == {"KVCache", "compressed"}

@@ -63,24 +63,24 @@ def codes(cache):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dim, biased", [(64, False), (64, True), (80, False), (128, True)])
-def test_fetched_are_exact_sinks_and_window_and_decoded_codes(dim, biased, batch, dtype):
+def test_fetched_are_full_precision_sinks_and_window_and_decoded_codes(dim, biased, batch, dtype):
     c = codec(dim, biased)
     cache = CompressedKVCache(c, VISIBILITY)
     keys, values = random(300, dim, batch, dtype)
     got = cache.update_and_fetch(keys, values)
-    begin = VISIBILITY.exact_from(299)
-    assert begin == 224 and cache.coded == begin
+    begin = VISIBILITY.full_from(299)
+    assert begin == 224 and cache.quantized == begin
     decoded = (
         c.decode_keys(c.encode_keys(keys[:, :, :begin], 0), 0),
         c.decode_values(c.encode_values(values[:, :, :begin])),
     )
-    for ours, original, coded in zip(got, (keys, values), decoded):
+    for ours, original, quantized in zip(got, (keys, values), decoded):
         assert ours.shape == original.shape and ours.dtype == dtype
         assert mx.array_equal(ours[:, :, :4], original[:, :, :4])
         assert mx.array_equal(ours[:, :, begin:], original[:, :, begin:])
         np.testing.assert_allclose(
             ours[:, :, 4:begin].astype(mx.float32),
-            coded[:, :, 4:].astype(dtype).astype(mx.float32),
+            quantized[:, :, 4:].astype(dtype).astype(mx.float32),
             rtol=1e-2,
             atol=1e-5,
         )
@@ -107,34 +107,36 @@ def test_without_arguments_it_is_used_like_kvcache():
             assert type(a) is type(b)
             assert mx.array_equal(a, b) if isinstance(a, mx.array) else a == b
     assert not ours.empty() and ours.is_trimmable() and bool(ours)
-    # mlx-lm takes its own quantised path for caches that have bits.
+    # mlx-lm takes its own quantized path for caches that have bits.
     assert not hasattr(ours, "bits")
 
 
-@pytest.fixture(params=[False, True], ids=["any", "steady"])
-def steady(request, monkeypatch):
+@pytest.fixture(params=[False, True], ids=["any", "fixed_shapes"])
+def fixed_shapes(request, monkeypatch):
     """Caches as they are for kernels that like arrays to keep their shapes."""
     if request.param:
         monkeypatch.setattr(backend("eager"), "fixed_shapes", True)
 
 
 @pytest.mark.parametrize("window, sinks", [(0, 4), (32, 0), (64, 4)])
-def test_a_steady_cache_always_holds_as_many_exact_tokens(window, sinks, monkeypatch):
+def test_a_cache_of_fixed_shapes_always_holds_as_many_full_precision_tokens(
+    window, sinks, monkeypatch
+):
     plain, ours = (CompressedKVCache(codec(), Visibility(window, sinks)) for _ in range(2))
     fill(plain, 300, 1)
     monkeypatch.setattr(backend("eager"), "fixed_shapes", True)
     fill(ours, 230, 230)
-    counts = {fill(ours, length, 1).exact_tokens.count for length in range(230, 301)}
+    counts = {fill(ours, length, 1).full_tokens.count for length in range(230, 301)}
     assert counts == {sinks + window + 48}
     assert same(ours.keys_and_values(), plain.keys_and_values())
 
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 16, 17, 100])
-def test_chunks_do_not_matter(chunk, biased, steady):
+def test_chunks_do_not_matter(chunk, biased, fixed_shapes):
     whole = filled(chunk=300, cache=CompressedKVCache(codec(64, biased), VISIBILITY))
     parts = filled(chunk=chunk, cache=CompressedKVCache(codec(64, biased), VISIBILITY))
-    assert parts.coded == whole.coded
+    assert parts.quantized == whole.quantized
     if not biased:
         assert same(codes(parts), codes(whole))
     # The angles of the bias are rounded in another order.
@@ -159,11 +161,11 @@ def test_trim_keeps_what_was_before(n):
         assert mx.array_equal(new[:, :, :4], old[:, :, : min(4, left)])
     # What was decoded stays decoded, and codes never change.
     fresh = filled()
-    assert same([x[..., : cache.coded] for x in fresh.key_codes], cache.key_codes)
+    assert same([x[..., : cache.quantized] for x in fresh.key_codes], cache.key_codes)
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 30])
-def test_a_short_trim_leaves_no_trace(chunk, steady):
+def test_a_short_trim_leaves_no_trace(chunk, fixed_shapes):
     plain, trimmed = filled(400, chunk=1), filled(330, chunk=1)
     assert trimmed.trim(16) == 16
     fill(trimmed, 400, chunk)
@@ -178,7 +180,7 @@ def test_after_a_long_trim_the_rest_is_there_as_codes():
     expected = filled().keys_and_values()
     assert mx.array_equal(keys, expected[0][:, :, :150])
     assert mx.array_equal(values, expected[1][:, :, :150])
-    # It goes on as any other: later tokens are exact.
+    # It goes on as any other: later tokens are in full precision.
     more = random(40, seed=5)
     for c in (cache, plain):
         c.update_and_fetch(*more)
@@ -202,8 +204,8 @@ def test_every_byte_is_counted_and_there_is_no_spare_room():
     cache = filled(300)
     arrays = (cache.keys, cache.values, *codes(cache))
     assert cache.nbytes == sum(array.nbytes for array in arrays)
-    assert all(x.shape[3] == cache.coded for x in cache.key_codes)
-    assert all(x.shape[2] == cache.coded for x in cache.value_codes)
+    assert all(x.shape[3] == cache.quantized for x in cache.key_codes)
+    assert all(x.shape[2] == cache.quantized for x in cache.value_codes)
     assert cache.keys.shape[2] <= 4 + 64 + 32 + 16
 
 

@@ -83,7 +83,7 @@ def stepped(cache):
     return cache
 
 
-def unpacked_by(change):
+def separated_by(change):
     def changed(cache):
         batch = cache.merge([cache, filled(cache.emptied(), 200)])
         mx.eval(batch.update_and_fetch(*random(1, 2, seed=1)))
@@ -111,7 +111,7 @@ def extracted_from(batch):
 CHANGES = [trimmed, rewound, extracted, merged, restored, exact, looked_at, prompted, stepped]
 CHANGES += [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))]
 BATCH_CHANGES = [filtered, extended, trimmed, extracted_from, copy.deepcopy]
-CHANGES += [unpacked_by(change) for change in (*BATCH_CHANGES, lambda batch: batch.extract(0))]
+CHANGES += [separated_by(change) for change in (*BATCH_CHANGES, lambda batch: batch.extract(0))]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -242,7 +242,7 @@ def test_a_batch_keeps_two_dtypes(dtypes):
             row.update_and_fetch(*(x[index : index + 1] for x in more))
     for index, row in enumerate(rows):
         extracted = batch.extract(index)
-        assert extracted.exact_tokens.dtypes == row.exact_tokens.dtypes
+        assert extracted.full_tokens.dtypes == row.full_tokens.dtypes
         assert same(extracted.keys_and_values(), row.keys_and_values())
 
 

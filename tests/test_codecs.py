@@ -1,4 +1,4 @@
-"""Rotations, packing, quantisers and the codec made of them, against the oracle."""
+"""Rotations, packing, quantizers and the codec made of them, against the oracle."""
 
 import mlx.core as mx
 import numpy as np
@@ -232,7 +232,7 @@ def test_magnitudes_out_of_range_stay_finite_and_the_right_way(bits, magnitude):
 
 @every_dim
 @every_lloyd_max
-def test_constant_vectors_are_spread_before_they_are_quantised(bits, dim):
+def test_constant_vectors_are_spread_before_they_are_quantized(bits, dim):
     values = mx.broadcast_to(mx.array([0.01, 1.0, 40.0])[:, None], (3, dim))[None, None]
     codec = KVCodec(CodecSpec(dim, dim, value_bits=bits))
     decoded = codec.decode_values(codec.encode_values(values))
@@ -328,7 +328,7 @@ def keys_with_bias(codec, tokens, start):
     return residual + reference.rope(bias, np.arange(start, start + tokens))
 
 
-# The affine quantiser spreads its levels to the extremes, so it loses more.
+# The affine quantizer spreads its levels to the extremes, so it loses more.
 MOST = {"lloyd-max": LEAST, "affine": {2: 0.9, 3: 0.15, 4: 0.03, 8: 1e-4}}
 
 
@@ -339,7 +339,7 @@ def test_decoded_keys_and_values_are_close_whatever_bias_and_balance(spec, dim):
     keys = keys_with_bias(codec, 70, start=300)
     decoded = codec.decode_keys(codec.encode_keys(mx.array(keys), 300), 300)
     most = 1.06 * MOST[spec["key_codec"]][spec["key_bits"]]
-    # What is quantised has unit mean square; the bias is a thousand times its energy.
+    # What is quantized has unit mean square; the bias is a thousand times its energy.
     assert np.mean(np.square((decoded - keys) / codec.balance)) < most
     values = gaussian(1, 2, 70, dim, seed=1) + 1
     decoded = codec.decode_values(codec.encode_values(mx.array(values)))

@@ -328,7 +328,7 @@ def test_writing_that_fails_is_said(tmp_path):
         write(tmp_path / "gone" / "report.json", "")
 
 
-def test_head_dims_that_mlx_lm_cannot_quantise_are_left_out():
+def test_head_dims_that_mlx_lm_cannot_quantize_are_left_out():
     from mlx_turboquant_plugin.tools.compare import applicable
 
     arms = [PRESET_ARMS["default"], BESIDE["mlx-lm-4bit"]]

@@ -82,7 +82,7 @@ def test_codes_are_made_by_hand_without_a_compiler(bad_compiler):
         "cache = CompressedKVCache()\n"
         "x = mx.random.normal((1, 2, 512, 64))\n"
         "mx.eval(cache.update_and_fetch(x, x))\n"
-        "print(cache.coded)"
+        "print(cache.quantized)"
     )
     assert int(processes.run_python("-c", code, **variables).stdout) > 0
 

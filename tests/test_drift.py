@@ -28,23 +28,27 @@ def observed(codec, chunks, queries, keys, values, scale):
 
 
 def expected(codec, queries, keys, values, scale):
-    coded_k = np.array(codec.decode_keys(codec.encode_keys(keys, 0), 0))[0]
-    coded_v = np.array(codec.decode_values(codec.encode_values(values)))[0]
+    quantized_k = np.array(codec.decode_keys(codec.encode_keys(keys, 0), 0))[0]
+    quantized_v = np.array(codec.decode_values(codec.encode_values(values)))[0]
     q, k, v = (np.array(x)[0] for x in (queries, keys, values))
     groups = q.shape[0] // k.shape[0]
     sums = np.zeros((k.shape[0], 6))
     for head in range(q.shape[0]):
         own = head // groups
         for position in range(q.shape[1]):
-            begins = VISIBILITY.exact_from(position)
-            coded = [VISIBILITY.sinks <= t < begins for t in range(position + 1)]
-            if not any(coded):
+            begins = VISIBILITY.full_from(position)
+            quantized = [VISIBILITY.sinks <= t < begins for t in range(position + 1)]
+            if not any(quantized):
                 continue
             ks = np.where(
-                np.array(coded)[:, None], coded_k[own, : position + 1], k[own, : position + 1]
+                np.array(quantized)[:, None],
+                quantized_k[own, : position + 1],
+                k[own, : position + 1],
             )
             vs = np.where(
-                np.array(coded)[:, None], coded_v[own, : position + 1], v[own, : position + 1]
+                np.array(quantized)[:, None],
+                quantized_v[own, : position + 1],
+                v[own, : position + 1],
             )
             exact = scale * k[own, : position + 1] @ q[head, position]
             other = scale * ks @ q[head, position]

@@ -133,7 +133,7 @@ def test_a_configuration_alone_will_do(tmp_path, capsys):
     assert any(line.startswith("default") and "x)" in line for line in alone)
 
 
-def test_quantised_weights(tmp_path):
+def test_quantized_weights(tmp_path):
     model, _, config = mlx_lm.load(str(tiny.PATHS["tiny-llama"]), return_config=True)
     model, config = quantize_model(model, config, 64, 4)
     save_model(tmp_path, model)

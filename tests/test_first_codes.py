@@ -76,12 +76,12 @@ def lazy(kind):
         )
     else:
         model = llama.Model(llama.ModelArgs("llama", attention_bias=True, **common))
-    if kind == "quantised":
+    if kind == "quantized":
         nn.quantize(model)
     return model
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "quantised"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "quantized"])
 def test_making_caches_evaluates_no_weight(kind):
     make_prompt_cache(tiny_models.build("qwen2"))  # What is imported and made once.
     model = lazy(kind)
@@ -97,7 +97,7 @@ def test_making_caches_evaluates_no_weight(kind):
     assert mx.get_peak_memory() - before < 2**16
     # What was looked at is what weighs so much.
     mx.eval(model.parameters())
-    assert mx.get_active_memory() - before > (200e6 if kind != "quantised" else 50e6)
+    assert mx.get_active_memory() - before > (200e6 if kind != "quantized" else 50e6)
 
 
 def test_a_chat_that_never_exceeds_the_window_is_never_measured(passes):
@@ -111,7 +111,7 @@ def test_a_chat_that_never_exceeds_the_window_is_never_measured(passes):
             mx.eval(model(mx.ones((count, 1), mx.int32), cache=made), [c.state for c in made])
     assert passes == []
     assert not any(map(learned, [*caches, *restored, *(row for b in batch for row in b.rows)]))
-    # All rows have one codec still, so they are packed.
+    # All rows have one codec still, so they are batched.
     assert all(len({id(row.codec) for row in b.rows}) == 1 for b in batch)
     model(tokens(LONG), cache=caches)
     assert len(passes) == 1
@@ -133,7 +133,7 @@ def test_a_short_cache_is_saved_with_what_its_codes_will_need(passes, tmp_path):
     assert len(passes) == 1
     for ours, theirs in zip(caches, loaded):
         pairs = zip((*ours.key_codes, *ours.value_codes), (*theirs.key_codes, *theirs.value_codes))
-        assert ours.coded > 0 and all(mx.array_equal(a, b) for a, b in pairs)
+        assert ours.quantized > 0 and all(mx.array_equal(a, b) for a, b in pairs)
     # The weights, which were all that was known of the layer, are not for the next cache.
     assert mx.array_equal(make_prompt_cache(model)[0].codec.bias.bias, caches[0].codec.bias.bias)
 
@@ -148,7 +148,7 @@ def test_what_is_learned_in_the_middle_of_a_prompt_is_what_is_learned_before():
     early, caches = tiny.logits(model, tokens(LONG), caches)
     assert mx.array_equal(early, late)
     for ours, theirs in zip(first, caches):
-        assert ours.coded == theirs.coded > 0
+        assert ours.quantized == theirs.quantized > 0
         pairs = zip((*ours.key_codes, *ours.value_codes), (*theirs.key_codes, *theirs.value_codes))
         assert all(mx.array_equal(a, b) for a, b in pairs)
 
@@ -207,16 +207,16 @@ def test_a_model_that_is_gone_leaves_its_caches_working():
     del model
     keys = mx.random.normal((1, 4, LONG, 32))
     cache.update_and_fetch(keys, keys)
-    assert cache.coded > 0 and cache.codec.balance is None
+    assert cache.quantized > 0 and cache.codec.balance is None
     assert cache.state[2] == ""
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_weights_are_read_a_few_rows_at_a_time(quantised):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_weights_are_read_a_few_rows_at_a_time(quantized):
     size = 4096
     linear, norm = nn.Linear(size, size, bias=False), nn.RMSNorm(size)
     linear.set_dtype(mx.bfloat16)
-    if quantised:
+    if quantized:
         linear = nn.QuantizedLinear.from_linear(linear)
     mx.eval(linear.parameters(), norm.parameters())
     whole = Projection(linear).weight(slice(None))
@@ -292,7 +292,7 @@ def test_a_mean_measured_with_another_rope_is_not_used():
     for layer in model.layers:
         layer.self_attn.rope = Folding(layer.self_attn.rope)
     _, caches = tiny.logits(model, tokens(LONG))
-    assert all(cache.coded and cache.codec.bias is None for cache in caches)
+    assert all(cache.quantized and cache.codec.bias is None for cache in caches)
     assert all(cache.codec.balance is not None for cache in caches)
 
 

@@ -29,14 +29,14 @@ from mlx_turboquant_plugin.rules import BYPASSES, KERNELS
 
 def solved(problem):
     """What a kernel makes of a problem, by MLX's operations."""
-    exact, codec, start = problem.exact_tokens, problem.codec, problem.first_coded
-    keys = mx.concatenate([exact.keys, codec.decode_keys(problem.key_codes, start)], axis=2)
-    values = mx.concatenate([exact.values, codec.decode_values(problem.value_codes)], axis=2)
-    slots, codes = mx.arange(exact.count), mx.arange(keys.shape[2] - exact.count)
+    full, codec, start = problem.full_tokens, problem.codec, problem.first_quantized
+    keys = mx.concatenate([full.keys, codec.decode_keys(problem.key_codes, start)], axis=2)
+    values = mx.concatenate([full.values, codec.decode_values(problem.value_codes)], axis=2)
+    slots, codes = mx.arange(full.count), mx.arange(keys.shape[2] - full.count)
     sink, code, hidden, newest = mx.split(problem.bounds, 4, axis=-1)
     count = problem.queries.shape[2]
-    seen = slots >= mx.where(slots < problem.sinks, sink, exact.count - newest)
-    seen = seen & (slots <= mx.arange(exact.count - count, exact.count)[:, None])
+    seen = slots >= mx.where(slots < problem.sinks, sink, full.count - newest)
+    seen = seen & (slots <= mx.arange(full.count - count, full.count)[:, None])
     seen_codes = (codes >= code) & (codes < codes.size - hidden)
     return mx.fast.scaled_dot_product_attention(
         problem.queries,
@@ -73,10 +73,10 @@ def test_few_queries_go_to_the_kernel(count, module):
     (problem,) = module.seen
     assert problem.bounds.shape == (2, count, 4)
     assert mx.array_equal(problem.queries, case.queries)
-    # Window 64, sinks 4: the block of 32 that the query is in, and two more, are exact.
-    exact_from = [position // 32 * 32 - 64 for position in range(case.length - count, case.length)]
-    coded = problem.key_codes[-1].shape[-1]
-    expected = [[0, 4, coded - first, case.length - first] for first in exact_from]
+    # Window 64, sinks 4: the block of 32 that the query is in, and two more, are in full precision.
+    full_from = [position // 32 * 32 - 64 for position in range(case.length - count, case.length)]
+    quantized = problem.key_codes[-1].shape[-1]
+    expected = [[0, 4, quantized - first, case.length - first] for first in full_from]
     assert problem.bounds.tolist() == [expected] * 2
     assert mlx_turboquant_plugin.status().fallbacks == []
 
@@ -127,7 +127,7 @@ SLIDING = [
 ]
 
 
-# Windows of fewer tokens than are exact, and of more.
+# Windows of fewer tokens than are in full precision, and of more.
 @pytest.mark.parametrize("window", [30, 110])
 @pytest.mark.parametrize("name, learned", SLIDING)
 def test_sliding_windows_and_learned_sinks(name, learned, window, module, monkeypatch):
@@ -152,7 +152,7 @@ def test_sliding_windows_and_learned_sinks(name, learned, window, module, monkey
     assert module.seen == []
     np.testing.assert_allclose(logits("metal"), expected, atol=1e-4)
     assert fused.fallbacks() == []
-    assert {problem.first_coded > 0 for problem in module.seen} == {False, window == 110}
+    assert {problem.first_quantized > 0 for problem in module.seen} == {False, window == 110}
     assert any(problem.learned_sinks is not None for problem in module.seen) == (window in learned)
 
 

@@ -41,7 +41,7 @@ def test_close_to_exact_and_off_is_off(tiny_model):
     exact, stock = tiny.logits(model, tokens)
     assert {type(cache) for cache in stock} == {KVCache}
     ours, caches = compressed(model, tokens)
-    assert all(type(cache) is CompressedKVCache and cache.coded > 0 for cache in caches)
+    assert all(type(cache) is CompressedKVCache and cache.quantized > 0 for cache in caches)
     assert 1e-9 < tiny.mean_kl(exact, ours) < 5e-3
     assert abs(tiny.mean_kl(exact, compressed(model, tokens, bypass="identity")[0])) < 1e-6
     assert mx.array_equal(tiny.logits(model, tokens)[0], exact)
@@ -205,7 +205,7 @@ def test_the_command_line_says_that_kv_bits_is_ignored():
 
 @pytest.mark.parametrize("start", [0, 5000])
 def test_kv_bits_is_left_to_the_plugin(start, caplog):
-    """Which is said from the first token on, wherever mlx-lm would begin to quantise."""
+    """Which is said from the first token on, wherever mlx-lm would begin to quantize."""
     model, tokenizer = tiny.load("tiny-llama")
     prompt = tiny.text_tokens(tokenizer, 230)
     mlx_turboquant_plugin.enable()
@@ -388,7 +388,7 @@ def test_with_max_kv_size_memory_stays_flat():
     for _ in stream_generate(model, tokenizer, prompt, max_tokens=140, prompt_cache=caches):
         sizes.append(sum(cache.nbytes for cache in caches))
     assert caches[0].offset > 730 and caches[0].size() == 300
-    # Codes and exact tokens come and go in blocks of 32.
+    # Codes and full-precision tokens come and go in blocks of 32.
     assert max(sizes) - min(sizes) < 0.3 * min(sizes)
     assert max(sizes[40:]) == max(sizes[:40])
 

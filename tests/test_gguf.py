@@ -75,7 +75,7 @@ def test_the_converted_model_is_the_same(made, tmp_path):
     assert mx.array_equal(model(inputs), original(inputs))
 
 
-def test_quantised_weights_are_dequantised():
+def test_quantized_weights_are_dequantized():
     rng = np.random.default_rng(0)
     wide, keys = (mx.array(rng.standard_normal((64, 64)).astype(np.float32)) for _ in range(2))
     arrays, expected = {}, {}

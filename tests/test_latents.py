@@ -15,7 +15,7 @@ from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 from mlx_turboquant_plugin.integration.calibration import _summary
 from mlx_turboquant_plugin.integration.layer import ROTARY_PART
 
-# The settings that split these tokens into exact and coded ones.
+# The settings that split these tokens into full-precision and quantized ones.
 SETTINGS = dict(window=32, sinks=2)
 
 
@@ -68,12 +68,12 @@ def test_masks_that_are_not_causal_are_honoured(shape):
 
 
 @pytest.mark.parametrize("name", ["mistral4", "longcat_flash"])
-def test_quantised_weights_tell_what_latents_are_like(name):
-    exact, quantised = (tiny_models.build(name, qk_nope_head_dim=32) for _ in range(2))
-    nn.quantize(quantised, group_size=32, bits=8)
+def test_quantized_weights_tell_what_latents_are_like(name):
+    exact, quantized = (tiny_models.build(name, qk_nope_head_dim=32) for _ in range(2))
+    nn.quantize(quantized, group_size=32, bits=8)
     mlx_turboquant_plugin.enable(**SETTINGS)
     codecs = []
-    for model in (exact, quantised):
+    for model in (exact, quantized):
         _, caches = run(model, TOKENS, CHUNKS)
         codecs.append([cache.codec for cache in compressed_parts(caches)])
     assert len(codecs[0]) == (4 if name == "longcat_flash" else 2)

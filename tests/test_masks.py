@@ -103,7 +103,7 @@ def test_a_batch(histories, padded, counts):
         caches.compare(count, {**masks, **arrays(caches, count, tokens, causal=padded)})
         caches.finalize()
         if count > 1:
-            # Packed, if all rows are long enough.
+            # Batched, if all rows are long enough.
             caches.compare(1, {**own(caches, 1, 20), **arrays(caches, 1, tokens + 1)})
 
 
@@ -227,7 +227,7 @@ def test_a_batch_knows_its_own_mask(ring, count, monkeypatch):
     )
     cache = Caches.batch(((150,), (120,)), ring).ours[0]
     queries, new = random(2, HEADS, count), random(2, KV_HEADS, count)
-    # Short of a row's sinks rows are not packed.
+    # Short of a row's sinks rows are not batched.
     cache.extend(Caches.single(()).ours[0].merge([Caches.single((), ring).ours[0]]))
     queries, new = (mx.concatenate([x, x[:1]]) for x in (queries, new))
     mask = create_attention_mask(mx.zeros((3, count, 8)), cache, ring)

@@ -23,7 +23,7 @@ PROMPT = mx.random.randint(0, 64, (LENGTHS[0],), key=mx.random.key(5)).tolist()
 PROMPTS = [PROMPT[-length:] for length in LENGTHS]
 
 
-def quantised():
+def quantized():
     model = tiny_models.build("qwen2")
     nn.quantize(model, group_size=32)
     return model
@@ -71,16 +71,16 @@ MODELS = {
         )
     },
     "gemma4_text, shared": sharing,
-    "quantised": quantised,
+    "quantized": quantized,
     "lora": lambda: adapted(tiny_models.build("qwen2")),
     "lora, fused": lambda: fused(adapted(tiny_models.build("qwen2"))),
-    "lora, quantised": lambda: adapted(quantised()),
-    "lora, quantised, fused": lambda: fused(adapted(quantised())),
+    "lora, quantized": lambda: adapted(quantized()),
+    "lora, quantized, fused": lambda: fused(adapted(quantized())),
     "dora": lambda: adapted(tiny_models.build("qwen2"), dora=True),
     "dora, fused": lambda: fused(adapted(tiny_models.build("qwen2"), dora=True)),
-    "dora, quantised": lambda: adapted(quantised(), dora=True),
+    "dora, quantized": lambda: adapted(quantized(), dora=True),
 }
-QUICK = {"gemma3", "qwen3_5", "qwen3_moe", "lora, quantised", "dora"}
+QUICK = {"gemma3", "qwen3_5", "qwen3_moe", "lora, quantized", "dora"}
 UNCOMPRESSED = {"gemma4_text, shared"}
 
 

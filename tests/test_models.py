@@ -129,7 +129,7 @@ def test_a_tiny_model(name, tmp_path):
 
 
 def has_codes(cache):
-    return cache.coded > cache.first_coded
+    return cache.quantized > cache.first_quantized
 
 
 def check_codes(exact, cache):
@@ -139,23 +139,23 @@ def check_codes(exact, cache):
     uniform codes what ERRORS says; a size for each short vector takes a part of that away. The
     vectors are few, and differ from normal ones.
     """
-    keys = exact.codec.decode_keys(exact.key_codes, exact.first_coded)
+    keys = exact.codec.decode_keys(exact.key_codes, exact.first_quantized)
     values = exact.codec.decode_values(exact.value_codes)
-    decoded_keys = cache.codec.decode_keys(cache.key_codes, cache.first_coded)
+    decoded_keys = cache.codec.decode_keys(cache.key_codes, cache.first_quantized)
     bias = 0.0
     if cache.codec.bias is not None:
-        bias = cache.codec.bias.rotated(cache.first_coded, keys.shape[2])
+        bias = cache.codec.bias.rotated(cache.first_quantized, keys.shape[2])
         # Were it not the model's own, in its own positions, it would add to the keys.
         assert relative(keys - bias, keys) < max(0.8, 1.05 - relative(bias, keys) / 2)
     weights = 1.0 if cache.codec.balance is None else 1 / cache.codec.balance
-    differences, coded = (
+    differences, quantized = (
         np.split(cache.codec.sorted(x * weights), cache.codec.spec.segments, axis=-1)
         for x in (decoded_keys - keys, keys - bias)
     )
     for h in range(keys.shape[1]):
         bits = USUAL_BITS if cache.codec.layout is None else cache.codec.layout[h, -1].item()
-        expected = (ERRORS[bits], ERRORS[8 - bits]) if len(coded) == 2 else (0.0095,)
-        for difference, x, most in zip(differences, coded, expected):
+        expected = (ERRORS[bits], ERRORS[8 - bits]) if len(quantized) == 2 else (0.0095,)
+        for difference, x, most in zip(differences, quantized, expected):
             lost = relative(mx.array(difference[:, h]), mx.array(x[:, h]))
             assert 0.4 * most < lost < 1.2 * most
     decoded_values = cache.codec.decode_values(cache.value_codes)

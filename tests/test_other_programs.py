@@ -13,8 +13,8 @@ from filled_caches import (
     SINGLE,
     VISIBILITY,
     apart,
+    batched,
     filled,
-    packed,
     plain,
     random,
     ring,
@@ -98,7 +98,7 @@ def test_a_ring_that_has_forgotten_can_not_be_trimmed():
     assert [row.offset for row in batch.rows] == [100, 300]
 
 
-@pytest.mark.parametrize("make", [apart, packed])
+@pytest.mark.parametrize("make", [apart, batched])
 def test_the_offset_of_a_batch_is_not_for_others(make):
     batch = make()
     before = batch.offset.tolist()
@@ -112,7 +112,7 @@ def test_the_offset_of_a_batch_is_not_for_others(make):
 
 def test_arrays_are_replaced_only_by_the_same_tokens():
     """As mlx-lm does to make a cache wait for other work, but not to put in tokens."""
-    for cache in (filled(plain()), filled(ring()), apart(), packed()):
+    for cache in (filled(plain()), filled(ring()), apart(), batched()):
         before = cache.keys_and_values()
         cache.keys = mx.depends(cache.keys, mx.zeros(1))
         for keys in (cache.keys[:, :, :-1], cache.keys.astype(mx.float16), None):
@@ -125,7 +125,7 @@ def test_arrays_are_replaced_only_by_the_same_tokens():
 
 def attributes(cache):
     """All that a batch and its rows are, or a cache."""
-    parts = [cache, *cache.__dict__.get("_rows", []), cache.__dict__.get("_packed")]
+    parts = [cache, *cache.__dict__.get("_rows", []), cache.__dict__.get("_batched")]
     return [dict(part.__dict__) for part in parts if part is not None]
 
 
@@ -185,14 +185,14 @@ def test_an_exception_in_the_middle_changes_nothing(make, error, monkeypatch):
             patch.setattr(CompressedKVCache, "encode", encode)
             with pytest.raises(error, match="in the middle"):
                 cache.update_and_fetch(*random(count, rows))
-        if cache.__dict__.get("_packed") is None:
+        if cache.__dict__.get("_batched") is None:
             assert attributes(cache) == before
         more = random(count, rows, seed=5)
         assert same(cache.update_and_fetch(*more), other.update_and_fetch(*more))
 
 
 def test_a_batch_that_could_not_encode_goes_on(monkeypatch):
-    batch, other = packed((300, 200)), packed((300, 200))
+    batch, other = batched((300, 200)), batched((300, 200))
 
     def encode_ahead(self):
         raise RuntimeError("in the middle")
@@ -259,7 +259,7 @@ def test_a_cache_that_holds_codes_alone_is_not_empty():
     cache = filled(CompressedKVCache(CODEC, Visibility(64, 0)))
     expected = [x[:, :, :100] for x in cache.keys_and_values()]
     cache.trim(200)
-    assert cache.exact_tokens.count == 0 and not cache.empty()
+    assert cache.full_tokens.count == 0 and not cache.empty()
     batch = cache.merge([cache, cache])
     assert not batch.empty()
     copies = [cache.to_exact(), batch.extract(1), pickle.loads(pickle.dumps(cache))]
@@ -274,7 +274,7 @@ def test_a_ring_that_has_left_its_codes_behind_is_loaded():
     """Found by tests/test_cache_programs.py: no code is left, and it said it was damaged."""
     cache = ring(100)
     cache.update_and_fetch(*random(256))
-    assert cache.first_coded == cache.coded == 160
+    assert cache.first_quantized == cache.quantized == 160
     loaded = RotatingCompressedKVCache.from_state(cache.state)
     for count in (1, 70, 1):
         more = random(count, seed=count)

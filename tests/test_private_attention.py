@@ -9,7 +9,7 @@ import mlx_lm
 import numpy as np
 import pytest
 import tiny
-from filled_caches import filled, packed, plain, random, rows_of
+from filled_caches import batched, filled, plain, random, rows_of
 from mlx_lm.models import base, qwen2
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, CacheList
@@ -273,11 +273,11 @@ def test_a_hooked_cache_whose_view_nobody_reads_has_returned_all_keys(monkeypatc
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
 
 
-@pytest.mark.parametrize("make", [lambda: filled(plain()), packed], ids=["single", "packed"])
+@pytest.mark.parametrize("make", [lambda: filled(plain()), batched], ids=["single", "batched"])
 def test_returning_all_keys_leaves_it_to_a_kernel_to_join_them(make):
     cache = make()
     cache.attending, cache.reading = True, Reading("qwen2")
     keys, _ = cache.update_and_fetch(*random(1, rows_of(cache)))
     assert keys.shape[2] > 300
     holder = cache if rows_of(cache) == 1 else cache.view.rows
-    assert holder.exact_tokens.unjoined is not None
+    assert holder.full_tokens.unjoined is not None

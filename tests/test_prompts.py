@@ -17,7 +17,7 @@ import mlx_turboquant_plugin
 from mlx_turboquant_plugin import reference
 from mlx_turboquant_plugin.attention import dispatch, fused, layout, pacing
 from mlx_turboquant_plugin.backends import backend, support
-from mlx_turboquant_plugin.cache import CompressedKVCache, PackedRows, Visibility
+from mlx_turboquant_plugin.cache import BatchedRows, CompressedKVCache, Visibility
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 
 PATHS = {"tiles": ("eager", False), "compiled": ("compiled", False), "dequantized": ("eager", True)}
@@ -135,13 +135,13 @@ def test_what_a_code_that_tips_changes(tiny_model):
     assert 1e-4 < max(changes) < TIP
 
 
-def test_a_prompts_own_tokens_are_exact(tiny_model):
+def test_a_prompts_own_tokens_are_in_full_precision(tiny_model):
     """In one chunk nothing is read through codes: the logits are those without the plugin."""
     model, tokens = tiny_model
     exact, _ = tiny.logits(model, tokens, chunk=420)
     mlx_turboquant_plugin.enable()
     ours, caches = tiny.logits(model, tokens, chunk=420)
-    assert caches[0].coded > 0
+    assert caches[0].quantized > 0
     assert mx.array_equal(ours, exact)
     mlx_turboquant_plugin.disable()
     mlx_turboquant_plugin.enable(invariant=True)
@@ -177,7 +177,7 @@ def test_masks_of_prompts_are_freed_by_steps(rows, monkeypatch):
         if rows == 1:
             problem = fused.problem_of_view(queries, views[0], 1.0, None)
         else:
-            problem = fused.problem_of_rows(queries, PackedRows.of(caches), 1.0, None)
+            problem = fused.problem_of_rows(queries, BatchedRows.of(caches), 1.0, None)
         assert fused.attend_fused(backend("cuda"), problem) is problem
         assert layout._visible((row,), 100, True, mx.float32) is not kept
 

@@ -31,7 +31,7 @@ def conversation(number, words):
     return [{"role": "user", "content": f"{number} {TEXT[start : start + words]}"}]
 
 
-# From a few words to more than the window of exact tokens.
+# From a few words to more than the window of full-precision tokens.
 CHATS = [conversation(i, 40 + 60 * (i % 16)) for i in range(32)]
 
 

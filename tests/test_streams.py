@@ -20,14 +20,14 @@ STREAMS = [mx.new_thread_local_stream(mx.cpu) for _ in range(3)]
 
 @pytest.fixture
 def use(monkeypatch):
-    """Lets any number of streams share, however little there is; returns the shares so far."""
-    monkeypatch.setattr(pieces, "LEAST_SHARE", 1)
+    """Lets any number of streams share, however little there is; returns the splits so far."""
+    monkeypatch.setattr(pieces, "LEAST_SPLIT", 1)
     shared = []
     original = pieces._fold_pieces
 
-    def fold(rotated, bias, coded, share, *args):
-        shared.append((mx.default_stream(mx.cpu), share))
-        return original(rotated, bias, coded, share, *args)
+    def fold(rotated, bias, quantized, split, *args):
+        shared.append((mx.default_stream(mx.cpu), split))
+        return original(rotated, bias, quantized, split, *args)
 
     monkeypatch.setattr(pieces, "_fold_pieces", fold)
 
@@ -62,9 +62,9 @@ def test_several_streams_find_what_one_finds(count, case, learned, kernel, use):
     shared = use(count)
     together = case.run(kernel, learned_sinks=learned)
     close(together, np.array(alone), 2e-6 if case.bias is None else 1e-3)
-    covered = [position for _, share in shared for position in share]
-    coded = case.cache(kernel).coded
-    assert covered == list(range(coded)) and len({str(s) for s, _ in shared}) == len(shared)
+    covered = [position for _, split in shared for position in split]
+    quantized = case.cache(kernel).quantized
+    assert covered == list(range(quantized)) and len({str(s) for s, _ in shared}) == len(shared)
     if case.length > 500:
         assert len(shared) == count
 
@@ -104,7 +104,7 @@ def test_a_ring(use):
 def test_batches(use):
     cases = Case(length=800), Case(length=350), Case(length=301)
     for case in cases:
-        # Or they would not be packed.
+        # Or they would not be batched.
         case.codec = cases[0].codec
     last = [[x[:, :, -1:] for x in (c.queries, c.keys, c.values)] for c in cases]
     queries, keys, values = (mx.concatenate(rows) for rows in zip(*last))
@@ -147,7 +147,7 @@ def test_another_thread_has_streams_of_its_own(use):
     assert here.isdisjoint({str(stream) for stream, _ in shared})
 
 
-def test_traces_do_not_grow_with_the_shares(use, traced):
+def test_traces_do_not_grow_with_the_splits(use, traced):
     case, shared = Case(length=500, dim=32), use(3)
     cache, traces = case.cache("compiled"), []
     for _ in range(300):
@@ -157,12 +157,12 @@ def test_traces_do_not_grow_with_the_shares(use, traced):
     assert len(shared) == 900 and traces[-1] == traces[0] > 0
 
 
-def test_shares_are_whole_blocks_and_the_first_has_the_exact_tokens_too():
-    shares = pieces._shares(range(0, 10_016), 230, 256, 2)
-    assert shares == [range(0, 4864), range(4864, 10_016)]
-    assert pieces._shares(range(0, 64), 230, 2**16, 2) == [range(0, 0), range(0, 64)]
-    assert pieces._shares(range(32, 352), 230, 128, 4) == [range(32, 352)]
-    assert pieces._shares(range(0, 0), 230, 128, 4) == [range(0, 0)]
+def test_splits_are_whole_blocks_and_the_first_has_the_full_precision_tokens_too():
+    splits = pieces._splits(range(0, 10_016), 230, 256, 2)
+    assert splits == [range(0, 4864), range(4864, 10_016)]
+    assert pieces._splits(range(0, 64), 230, 2**16, 2) == [range(0, 0), range(0, 64)]
+    assert pieces._splits(range(32, 352), 230, 128, 4) == [range(32, 352)]
+    assert pieces._splits(range(0, 0), 230, 128, 4) == [range(0, 0)]
 
 
 @pytest.mark.parametrize("cores, expected", [(1, 0), (2, 1), (64, streams.MOST - 1)])

@@ -1,4 +1,4 @@
-"""How many tokens should stay exact: the newest ones (window) and the first ones (sinks).
+"""How many tokens should stay in full precision: the newest ones (window) and the first ones (sinks).
 
 Run it as
 

@@ -1,6 +1,6 @@
-"""Attention by MLX's own fused function, over keys and values dequantised for one layer.
+"""Attention by MLX's own fused function, over keys and values dequantized for one layer.
 
-So GPUs process prompts: a layer's codes are dequantised once for all queries, into the
+So GPUs process prompts: a layer's codes are dequantized once for all queries, into the
 arrays that MLX is given, and nothing of it outlives the layer.
 """
 
@@ -10,9 +10,9 @@ import mlx.core as mx
 
 from ..backends.tokens import Places
 from ..cache.batch_view import RowView
+from ..cache.batched_rows import BatchedRows
 from ..cache.causal import Mask
 from ..cache.laying_out import laid_out
-from ..cache.packed import PackedRows
 from ..cache.view import View
 from ..cache.visibility import ROLLBACK
 from .layout import Layout, Row, combined_mask, layout_of
@@ -51,7 +51,7 @@ def attend_dequantized(
                 layout = layout._replace(left=total - layout.total, total=total)
                 row = row._replace(layout=layout)
             mask = combined_mask([row], queries.shape[2], mask, [None], queries.dtype)
-        keys, values = _laid_out(view, layout, view.plan.slot(layout.exact.start))
+        keys, values = _laid_out(view, layout, view.plan.slot(layout.full.start))
     out = original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
     return _paced(out, keys, values, view)
 
@@ -106,7 +106,7 @@ def attend_rows_dequantized(
     pairs = [
         _zeros(some, total)
         if row.view is None
-        else _laid_out(row.view, layout, row.view.plan.slot(layout.exact.start))
+        else _laid_out(row.view, layout, row.view.plan.slot(layout.full.start))
         for row, layout in zip(rows, layouts)
     ]
     keys, values = (mx.concatenate(list(side)) for side in zip(*pairs))
@@ -114,29 +114,29 @@ def attend_rows_dequantized(
     return _paced(out, keys, values, some)
 
 
-def attend_packed_dequantized(
+def attend_batched_dequantized(
     original: Callable,
     queries: mx.array,
-    packed: PackedRows,
+    batched: BatchedRows,
     scale: float,
     mask: Mask,
     left_padding: Sequence[int],
     learned_sinks: mx.array | None = None,
 ) -> mx.array:
-    """The same for the newest token of every row of a packed batch."""
-    sinks, held = packed.visibility.sinks, packed.exact_tokens.count
-    coded = max(sinks, max(packed.coded))
-    total = _in_steps(held + coded - sinks)
+    """The same for the newest token of every row of batched rows."""
+    sinks, held = batched.visibility.sinks, batched.full_tokens.count
+    quantized = max(sinks, max(batched.quantized))
+    total = _in_steps(held + quantized - sinks)
     layouts = [
-        Layout(sinks, range(sinks, coded), range(length - held + sinks, length), 0, total)
-        for length in packed.lengths
+        Layout(sinks, range(sinks, quantized), range(length - held + sinks, length), 0, total)
+        for length in batched.lengths
     ]
     rows = [
-        Row(layout, length - 1, 0, exact_start, False, packed.visibility)
-        for layout, length, exact_start in zip(layouts, packed.lengths, packed.exact_start)
+        Row(layout, length - 1, 0, full_start, False, batched.visibility)
+        for layout, length, full_start in zip(layouts, batched.lengths, batched.full_start)
     ]
     mask = combined_mask(rows, 1, mask, left_padding, queries.dtype)
-    keys, values = _laid_out(packed, layouts[0], sinks)
+    keys, values = _laid_out(batched, layouts[0], sinks)
     return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=learned_sinks)
 
 
@@ -144,11 +144,11 @@ def _in_steps(tokens: int) -> int:
     return -(-tokens // STEP) * STEP
 
 
-def _laid_out(source: View | PackedRows, layout: Layout, slot: int) -> tuple[mx.array, mx.array]:
-    """Keys and values (B, H, T, D), in the dtypes of the exact ones, as ``layout`` says.
+def _laid_out(source: View | BatchedRows, layout: Layout, slot: int) -> tuple[mx.array, mx.array]:
+    """Keys and values (B, H, T, D), in the dtypes of the full-precision ones, as ``layout`` says.
 
     Args:
-        slot: where the first of the exact tokens stands among those that the source holds.
+        slot: where the first of the full-precision tokens stands among those that the source holds.
     """
     ready = getattr(source, "laid_out", None)
     if ready is not None and layout.tokens == layout.total:
@@ -156,10 +156,10 @@ def _laid_out(source: View | PackedRows, layout: Layout, slot: int) -> tuple[mx.
     places = Places(
         left=layout.left,
         sinks=layout.sinks,
-        first_code=layout.decoded.start - source.first_coded if layout.decoded else 0,
+        first_code=layout.decoded.start - source.first_quantized if layout.decoded else 0,
         decoded=len(layout.decoded),
-        first_exact=slot,
-        exact=len(layout.exact),
+        first_full=slot,
+        full=len(layout.full),
         total=layout.total,
     )
     return laid_out(source, places)
@@ -167,7 +167,7 @@ def _laid_out(source: View | PackedRows, layout: Layout, slot: int) -> tuple[mx.
 
 def _zeros(like: View, total: int) -> tuple[mx.array, mx.array]:
     """Keys and values of a row without tokens."""
-    tokens = like.exact_tokens
+    tokens = like.full_tokens
     keys, values = (
         mx.zeros((1, x.shape[1], total, x.shape[3]), x.dtype) for x in (tokens.keys, tokens.values)
     )

@@ -6,17 +6,17 @@ from typing import Any
 import mlx.core as mx
 
 from ..backends import support
-from ..cache import BatchCompressedKVCache, BatchView, CompressedKVCache, PackedRows, RowView, View
+from ..cache import BatchCompressedKVCache, BatchedRows, BatchView, CompressedKVCache, RowView, View
 from ..cache.causal import Mask
 from ..cache.observed import ObservedKVCache
 from ..cache.parts import parts
 from ..cache.passes import StepPlan
 from ..cache.visibility import ROLLBACK
-from .dequantized import attend_dequantized, attend_packed_dequantized, attend_rows_dequantized
+from .batched_rows import attend_batched
+from .dequantized import attend_batched_dequantized, attend_dequantized, attend_rows_dequantized
 from .function import AttentionFunctions, attention_functions
 from .fused import attend_fused, fall_back, problem_of_rows, problem_of_view
 from .masks import checked
-from .packed import attend_packed
 from .tiles import attend_tiles
 
 OTHER_MASKS = "masks other than the causal one"
@@ -80,7 +80,7 @@ def _attend_view(
 ) -> mx.array:
     plan = view.plan
     count = plan.queries
-    if plan.coded == plan.first_coded:
+    if plan.quantized == plan.first_quantized:
         # Nothing is compressed: this is mlx-lm's own result, bit for bit.
         keys, values = view.laid_out or view.keys_and_values()
         if plan.ring is not None and plan.forgets:
@@ -104,11 +104,11 @@ def _attend_batch(
     count, rows = queries.shape[2], view.rows
     if isinstance(mask, mx.array) and view.knows(mask):
         mask = "causal"
-    elif not isinstance(rows, PackedRows):
+    elif not isinstance(rows, BatchedRows):
         rows = [row.whole for row in rows]
     mask = checked(mask, queries, view.index + count)
-    if isinstance(rows, PackedRows):
-        return _attend_packed(original, queries, rows, scale, mask, view.left_padding, sinks)
+    if isinstance(rows, BatchedRows):
+        return _attend_batched(original, queries, rows, scale, mask, view.left_padding, sinks)
     filled = [row.view for row in rows if row.view is not None]
     backend = filled[0].backend if filled else None
     if backend and count > backend.max_queries and (support.on_gpu() or backend.dequantizes):
@@ -138,10 +138,10 @@ def _row_mask(mask: Mask, index: int, row: RowView, plan: StepPlan, padding: int
     return mx.concatenate([mask[..., : plan.sinks], mask[..., oldest : plan.end]], axis=-1)
 
 
-def _attend_packed(
+def _attend_batched(
     original: Callable,
     queries: mx.array,
-    rows: PackedRows,
+    rows: BatchedRows,
     scale: float,
     mask: Mask,
     left_padding: Sequence[int],
@@ -155,10 +155,10 @@ def _attend_packed(
             if out is not None:
                 return out
     if support.on_gpu() or rows.backend.dequantizes:
-        return attend_packed_dequantized(original, queries, rows, scale, mask, left_padding, sinks)
+        return attend_batched_dequantized(original, queries, rows, scale, mask, left_padding, sinks)
     given = mask if isinstance(mask, mx.array) else None
-    return attend_packed(queries, rows, scale, _functions(rows), given, left_padding, sinks)
+    return attend_batched(queries, rows, scale, _functions(rows), given, left_padding, sinks)
 
 
-def _functions(view: View | PackedRows) -> AttentionFunctions:
+def _functions(view: View | BatchedRows) -> AttentionFunctions:
     return attention_functions(view.codec.spec, view.backend.compiled)

@@ -1,8 +1,8 @@
-"""Dequantisation and attention as functions of arrays.
+"""Dequantization and attention as functions of arrays.
 
-The softmax runs over the exact tokens and over pieces of the coded ones, keeping running
+The softmax runs over the full-precision tokens and over pieces of the quantized ones, keeping running
 maxima and totals (online softmax: Milakov and Gimelshein, arXiv 1805.02867), so that no
-more than a piece is ever dequantised. Parts of the tokens can be summed apart.
+more than a piece is ever dequantized. Parts of the tokens can be summed apart.
 
 The same functions are the eager tier and, under ``mx.compile``, the compiled one. They
 use no operation that looks at the number of tokens: a single trace serves every length
@@ -30,7 +30,7 @@ Sums = tuple[mx.array, mx.array, mx.array]
 
 
 class AttentionFunctions(NamedTuple):
-    """Attention in steps. All arrays are fp32 but for the exact tokens and the codes.
+    """Attention in steps. All arrays are fp32 but for the full-precision tokens and the codes.
 
     R counts the query heads of a KV head times the query positions. Masks are bool
     or additive and broadcast to the scores, and may be None.
@@ -38,13 +38,13 @@ class AttentionFunctions(NamedTuple):
     Attributes:
         rotate: (queries (B, H, R, D), scaled, balanced and sorted; rotation of keys) to what
             is multiplied with codes.
-        begin: (queries as above; exact keys and values (B, H, E, D); mask; scores of
+        begin: (queries as above; full-precision keys and values (B, H, E, D); mask; scores of
             learned sinks, tokens without values, (H, R, 1) or None) to the sums over the
-            exact tokens.
+            full-precision tokens.
         fold: (rotated queries; running sums or None; keys and values of C tokens, as the
-            quantisers expand them; bias scores (B, H, R, C) or None; mask) to the running
+            quantizers expand them; bias scores (B, H, R, C) or None; mask) to the running
             sums with these tokens. Values stay rotated.
-        finish: (sums over the exact tokens; a list of running sums over parts of the coded
+        finish: (sums over the full-precision tokens; a list of running sums over parts of the quantized
             ones; rotation of values) to the output (B, H, R, D_v).
     """
 
@@ -67,8 +67,8 @@ def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
         parts = mx.unflatten(queries, -1, (spec.segments, -1))
         return Rotation.forward(mx.swapaxes(parts, -2, -3), rotation)
 
-    def begin(queries, exact_keys, exact_values, mask, sink_scores):
-        scores = queries @ mx.swapaxes(exact_keys, -1, -2).astype(mx.float32)
+    def begin(queries, full_keys, full_values, mask, sink_scores):
+        scores = queries @ mx.swapaxes(full_keys, -1, -2).astype(mx.float32)
         scores = _masked(scores, mask)
         top = mx.max(scores, axis=-1, keepdims=True)
         if sink_scores is not None:
@@ -77,7 +77,7 @@ def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
         total = mx.sum(weights, axis=-1, keepdims=True)
         if sink_scores is not None:
             total = total + mx.exp(sink_scores - top)
-        return top, total, weights @ exact_values.astype(mx.float32)
+        return top, total, weights @ full_values.astype(mx.float32)
 
     def fold(rotated, sums, expanded_keys, expanded_values, bias, mask):
         scores = keys.scores(rotated, *expanded_keys)
@@ -92,12 +92,12 @@ def attention_functions(spec: CodecSpec, compiled: bool) -> AttentionFunctions:
         out = values.mix(weights, *expanded_values)
         return (top, total, out) if sums is None else _added(top, sums, (top, total, out))
 
-    def finish(exact, coded, rotation):
-        top = functools.reduce(mx.maximum, (sums[0] for sums in (exact, *coded)))
-        _, total, out = _added(top, exact)
-        if coded:
-            _, coded_total, rotated_out = _added(top, *coded)
-            total = total + coded_total
+    def finish(full, quantized, rotation):
+        top = functools.reduce(mx.maximum, (sums[0] for sums in (full, *quantized)))
+        _, total, out = _added(top, full)
+        if quantized:
+            _, quantized_total, rotated_out = _added(top, *quantized)
+            total = total + quantized_total
             out = out + Rotation.inverse(rotated_out, rotation)
         return out / total
 

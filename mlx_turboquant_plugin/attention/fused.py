@@ -1,6 +1,6 @@
 """Attention of a few queries in one pass over the codes: what a fused kernel is given.
 
-Nothing dequantised reaches memory. The kernels themselves, and what launches them, are
+Nothing dequantized reaches memory. The kernels themselves, and what launches them, are
 in ``backends``; long blocks of queries and array masks are served by tiles.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from ..backends import Backend
 from ..backends.problem import Problem
-from ..cache.packed import PackedRows
+from ..cache.batched_rows import BatchedRows
 from ..cache.passes import StepPlan
 from ..cache.view import View
 from ..cache.visibility import Visibility
@@ -79,11 +79,11 @@ def problem_of_view(
     return Problem(
         view.codec,
         queries,
-        view.exact_tokens,
+        view.full_tokens,
         plan.sinks,
         view.key_codes,
         view.value_codes,
-        plan.first_coded,
+        plan.first_quantized,
         _bounds_of_view(plan, queries.shape[0]),
         scale,
         learned_sinks,
@@ -98,28 +98,28 @@ def _bounds_of_view(plan: StepPlan, batch: int) -> mx.array:
     bounds = []
     for position in range(plan.start, plan.end):
         hidden, oldest = plan.oldest(position - plan.start)
-        exact_from = max(oldest, plan.exact_start, plan.visibility.exact_from(position))
-        first_code = max(0, oldest - plan.first_coded)
-        bounds.append(_bound(hidden, first_code, exact_from, plan.coded, plan.end))
+        full_from = max(oldest, plan.full_start, plan.visibility.full_from(position))
+        first_code = max(0, oldest - plan.first_quantized)
+        bounds.append(_bound(hidden, first_code, full_from, plan.quantized, plan.end))
     known = plan.shared["bounds", batch] = _bounds_array((tuple(bounds),) * batch)
     return known
 
 
 def problem_of_rows(
-    queries: mx.array, rows: PackedRows, scale: float, learned_sinks: mx.array | None
+    queries: mx.array, rows: BatchedRows, scale: float, learned_sinks: mx.array | None
 ) -> Problem:
     """The newest token of every row of a batch: ``queries`` (B, H_q, 1, D)."""
     bounds, shared = _plan_of_rows(
         rows.lengths,
-        rows.exact_start,
-        rows.exact_tokens.count,
-        max(rows.coded),
+        rows.full_start,
+        rows.full_tokens.count,
+        max(rows.quantized),
         rows.visibility,
     )
     return Problem(
         rows.codec,
         queries,
-        rows.exact_tokens,
+        rows.full_tokens,
         rows.visibility.sinks,
         rows.key_codes,
         rows.value_codes,
@@ -135,24 +135,24 @@ def problem_of_rows(
 @cached_per_thread(maxsize=4)
 def _plan_of_rows(
     lengths: tuple[int, ...],
-    exact_start: tuple[int, ...],
+    full_start: tuple[int, ...],
     held: int,
-    coded: int,
+    quantized: int,
     visibility: Visibility,
 ) -> tuple[mx.array, dict[Any, Any]]:
     """The bounds of a :class:`Problem` and an empty ``shared``."""
     bounds = []
-    for length, start in zip(lengths, exact_start):
-        exact_from = max(visibility.exact_from(length - 1), start)
-        bounds.append((_bound(0, visibility.sinks, exact_from, coded, length),))
+    for length, start in zip(lengths, full_start):
+        full_from = max(visibility.full_from(length - 1), start)
+        bounds.append((_bound(0, visibility.sinks, full_from, quantized, length),))
     return _bounds_array(tuple(bounds)), {}
 
 
 def _bound(
-    first_sink: int, first_code: int, exact_from: int, coded: int, end: int
+    first_sink: int, first_code: int, full_from: int, quantized: int, end: int
 ) -> tuple[int, int, int, int]:
-    """What :class:`Problem` says of one query that reads exactly from ``exact_from`` on."""
-    return first_sink, first_code, max(0, coded - exact_from), end - exact_from
+    """What :class:`Problem` says of one query that reads exactly from ``full_from`` on."""
+    return first_sink, first_code, max(0, quantized - full_from), end - full_from
 
 
 # Later steps ask for the same.

@@ -14,42 +14,42 @@ from .masks import lowest
 
 
 class Layout(NamedTuple):
-    """The tokens of one sequence side by side: zeros, sinks, codes, exact tokens, zeros.
+    """The tokens of one sequence side by side: zeros, sinks, codes, full-precision tokens, zeros.
 
     Attributes:
         sinks: the number of sinks.
         decoded: the positions that some query reads through their codes.
-        exact: the positions that some query reads exactly. Positions can be in both.
+        full: the positions that some query reads exactly. Positions can be in both.
         left: the zeros before.
         total: T, all places.
     """
 
     sinks: int = 0
     decoded: range = range(0)
-    exact: range = range(0)
+    full: range = range(0)
     left: int = 0
     total: int = 0
 
     @property
     def tokens(self) -> int:
         """How many places are not filled with zeros."""
-        return self.sinks + len(self.decoded) + len(self.exact)
+        return self.sinks + len(self.decoded) + len(self.full)
 
     @property
     def repeats(self) -> bool:
         """Whether some positions are there twice: some queries read them exactly, others not."""
-        return bool(self.decoded) and self.decoded.stop > self.exact.start
+        return bool(self.decoded) and self.decoded.stop > self.full.start
 
     def positions(self) -> np.ndarray:
         """The position at each place, int32 (T,), and -1 where there is none."""
         out = np.full(self.total, -1, np.int32)
-        exact: np.ndarray = np.array(self.exact, np.int32)
-        # In a batch, places of exact tokens may be there that a short row has no token for.
-        exact = np.where(exact < self.sinks, -1, exact)
+        full: np.ndarray = np.array(self.full, np.int32)
+        # In a batch, places of full-precision tokens may be there that a short row has no token for.
+        full = np.where(full < self.sinks, -1, full)
         tokens: list[np.ndarray] = [
             np.arange(self.sinks),
             np.array(self.decoded, np.int32),
-            exact,
+            full,
         ]
         out[self.left :][: self.tokens] = np.concatenate(tokens)
         return out
@@ -65,10 +65,10 @@ def layout_of(view: View) -> Layout:
     """What the queries of ``view`` see, without any zeros."""
     sinks = view.plan.sinks
     oldest = max(sinks, view.plan.oldest(0)[1])
-    exact_from = min(view.plan.end, max(oldest, view.plan.exact_from(view.plan.start)))
-    decoded_to = min(view.plan.end, max(oldest, view.plan.exact_from(view.plan.end - 1)))
-    decoded, exact = range(oldest, decoded_to), range(exact_from, view.plan.end)
-    return Layout(sinks, decoded, exact, 0, sinks + len(decoded) + len(exact))
+    full_from = min(view.plan.end, max(oldest, view.plan.full_from(view.plan.start)))
+    decoded_to = min(view.plan.end, max(oldest, view.plan.full_from(view.plan.end - 1)))
+    decoded, full = range(oldest, decoded_to), range(full_from, view.plan.end)
+    return Layout(sinks, decoded, full, 0, sinks + len(decoded) + len(full))
 
 
 class Row(NamedTuple):
@@ -78,14 +78,14 @@ class Row(NamedTuple):
         layout: of its tokens.
         start: the position of its first query.
         first: the number of that query in the pass; those before are padding.
-        exact_start: the first position after the sinks that is there exactly.
+        full_start: the first position after the sinks that is there exactly.
         is_prompt, visibility, ring: as in :class:`View`.
     """
 
     layout: Layout
     start: int
     first: int
-    exact_start: int
+    full_start: int
     is_prompt: bool
     visibility: Visibility
     ring: Ring | None = None
@@ -97,19 +97,19 @@ class Row(NamedTuple):
             layout,
             view.plan.start,
             first,
-            view.plan.exact_start,
+            view.plan.full_start,
             view.plan.is_prompt,
             view.plan.visibility,
             view.plan.ring,
         )
 
     def limits(self, count: int) -> tuple[np.ndarray, ...]:
-        """For each query, int32 (N,): its position, its first exact one, the oldest sink and
+        """For each query, int32 (N,): its position, its first full-precision one, the oldest sink and
         the oldest later token that it sees."""
         queries = np.arange(count) - self.first
         positions = self.start + queries
         own = np.full_like(positions, self.start) if self.is_prompt else positions
-        begins = np.maximum(own // BLOCK * BLOCK - self.visibility.window, self.exact_start)
+        begins = np.maximum(own // BLOCK * BLOCK - self.visibility.window, self.full_start)
         hidden, oldest = np.zeros_like(begins), np.full_like(begins, self.layout.sinks)
         if self.ring is not None:
             hidden, oldest = np.array([self.ring.oldest(self.start, int(i)) for i in queries]).T

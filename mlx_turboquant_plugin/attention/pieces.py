@@ -1,4 +1,4 @@
-"""Attention over exact tokens and pieces of codes, which streams share where that pays."""
+"""Attention over full-precision tokens and pieces of codes, which streams share where that pays."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ..codecs.kv_codec import KVCodec
 from .function import AttentionFunctions, Sums
 from .streams import helpers
 
-# Coded tokens that are dequantised at once by tiles of queries: their scores should stay in the
+# Quantized tokens that are dequantized at once by tiles of queries: their scores should stay in the
 # processor's cache.
 PIECE = 512
 # A single query has so few scores that the numbers of its keys count, of all rows and heads.
@@ -21,19 +21,19 @@ SINGLE_QUERY = 2**20
 LEAST_PIECE = 256
 # Numbers of keys for which another stream is worth its operations, which all have to be
 # described and scheduled by one thread.
-LEAST_SHARE = 2**17
+LEAST_SPLIT = 2**17
 
 
-class Exact(NamedTuple):
-    """The exact tokens of an attention: keys and values (B, H, E, D) and their mask or None."""
+class FullPrecision(NamedTuple):
+    """The full-precision tokens of an attention: keys and values (B, H, E, D) and their mask or None."""
 
     keys: mx.array
     values: mx.array
     mask: mx.array | None
 
 
-class Coded(NamedTuple):
-    """The coded tokens of an attention.
+class Quantized(NamedTuple):
+    """The quantized tokens of an attention.
 
     Attributes:
         codec: what made them.
@@ -51,13 +51,13 @@ class Coded(NamedTuple):
 
 def attend_codes(
     queries: mx.array,
-    exact: Exact,
-    coded: Coded,
+    full: FullPrecision,
+    quantized: Quantized,
     scale: float,
     functions: AttentionFunctions,
     learned_sinks: mx.array | None = None,
 ) -> mx.array:
-    """Attention over exact tokens and coded ones.
+    """Attention over full-precision tokens and quantized ones.
 
     Args:
         queries: (B, H_q, N, D).
@@ -67,53 +67,53 @@ def attend_codes(
     Returns:
         (B, H_q, N, D_v) in the dtype of the queries.
     """
-    codec = coded.codec
+    codec = quantized.codec
     batch, heads, count, dim = queries.shape
-    kv_heads = exact.keys.shape[1]
+    kv_heads = full.keys.shape[1]
     # All queries that share a KV head are rows of one matrix product.
     q = queries.astype(mx.float32).reshape(batch, kv_heads, -1, dim) * scale
     if learned_sinks is not None:
         learned_sinks = mx.repeat(learned_sinks.astype(mx.float32), count)
         learned_sinks = learned_sinks.reshape(kv_heads, -1, 1)
-    exact_sums = functions.begin(q, *exact, learned_sinks)
+    full_sums = functions.begin(q, *full, learned_sinks)
     sums: list[Sums] = []
-    if coded.positions:
-        sums = _over_codes(q, exact_sums, coded, count, exact.keys.shape[2], functions)
-    out = functions.finish(exact_sums, sums, codec.value_rotation.array)
+    if quantized.positions:
+        sums = _over_codes(q, full_sums, quantized, count, full.keys.shape[2], functions)
+    out = functions.finish(full_sums, sums, codec.value_rotation.array)
     return out.reshape(batch, heads, count, -1).astype(queries.dtype)
 
 
 def _over_codes(
-    q: mx.array, exact_sums: Sums, coded: Coded, count: int, held: int, functions
+    q: mx.array, full_sums: Sums, quantized: Quantized, count: int, held: int, functions
 ) -> list[Sums]:
-    """Running sums over parts of the coded tokens.
+    """Running sums over parts of the quantized tokens.
 
     Args:
         q: (B, H, R, D), scaled, of ``count`` positions.
-        exact_sums: those over the ``held`` exact tokens.
+        full_sums: those over the ``held`` full-precision tokens.
     """
-    codec = coded.codec
+    codec = quantized.codec
     balanced = q if codec.balance is None else q * codec.balance
     rotated = functions.rotate(codec.sorted(balanced), codec.key_rotation.array)
     bias = None if codec.bias is None else codec.bias.coefficients(q)
     if count > 1:
         # Before the codes, or all scores of a tile would be in memory at once.
-        rotated = mx.depends(rotated, exact_sums)
+        rotated = mx.depends(rotated, full_sums)
     batch, kv_heads, _, dim = q.shape
     channels = batch * kv_heads * dim
     piece = _piece_size(count, channels)
     streams = helpers() if count == 1 else ()
-    shares = _shares(coded.positions, held, channels, 1 + len(streams))
+    splits = _splits(quantized.positions, held, channels, 1 + len(streams))
     sums = []
-    for share, stream in zip(shares, (None, *streams)):
-        if share:
+    for split, stream in zip(splits, (None, *streams)):
+        if split:
             with nullcontext() if stream is None else mx.stream(stream):
-                sums.append(_fold_pieces(rotated, bias, coded, share, piece, functions))
+                sums.append(_fold_pieces(rotated, bias, quantized, split, piece, functions))
     return sums
 
 
 def _piece_size(queries: int, channels: int) -> int:
-    """How many coded tokens of each row to dequantise at once.
+    """How many quantized tokens of each row to dequantize at once.
 
     Args:
         channels: of the keys of one token, all rows and heads together.
@@ -123,34 +123,34 @@ def _piece_size(queries: int, channels: int) -> int:
     return max(LEAST_PIECE, SINGLE_QUERY // channels // BLOCK * BLOCK)
 
 
-def _shares(positions: range, exact: int, channels: int, streams: int) -> list[range]:
+def _splits(positions: range, full: int, channels: int, streams: int) -> list[range]:
     """Parts of ``positions``, whole blocks, for at most so many streams.
 
-    The first may be empty: its stream has the ``exact`` tokens as well.
+    The first may be empty: its stream has the ``full`` tokens as well.
     """
-    streams = max(1, min(streams, len(positions) * channels // LEAST_SHARE))
-    each = -(-(len(positions) + exact) // streams)
-    cuts = [max(0, i * each - exact) // BLOCK * BLOCK for i in range(1, streams)]
+    streams = max(1, min(streams, len(positions) * channels // LEAST_SPLIT))
+    each = -(-(len(positions) + full) // streams)
+    cuts = [max(0, i * each - full) // BLOCK * BLOCK for i in range(1, streams)]
     return [positions[a:b] for a, b in zip([0, *cuts], [*cuts, len(positions)])]
 
 
 def _fold_pieces(
-    rotated: mx.array, bias, coded: Coded, positions: range, piece: int, functions
+    rotated: mx.array, bias, quantized: Quantized, positions: range, piece: int, functions
 ) -> Sums:
-    """The running sums over coded tokens, ``piece`` of them at a time."""
-    codec, origin = coded.codec, coded.positions.start
+    """The running sums over quantized tokens, ``piece`` of them at a time."""
+    codec, origin = quantized.codec, quantized.positions.start
     sums: Any = None
     for start in positions[::piece]:
         stop = min(start + piece, positions.stop)
         mask = None
-        if coded.mask is not None:
-            mask = coded.mask[..., start - origin : stop - origin]
-        elif start < coded.oldest:
-            mask = from_oldest(coded.oldest, start, stop)
+        if quantized.mask is not None:
+            mask = quantized.mask[..., start - origin : stop - origin]
+        elif start < quantized.oldest:
+            mask = from_oldest(quantized.oldest, start, stop)
         scores = None
         if codec.bias is not None:
             scores = codec.bias.scores(bias, start, stop - start)
-        keys, values = coded.codes(start, stop)
+        keys, values = quantized.codes(start, stop)
         keys, values = codec.keys.expand(keys, -2), codec.values.expand(values, -1)
         sums = functions.fold(rotated, sums, keys, values, scores, mask)
     return sums

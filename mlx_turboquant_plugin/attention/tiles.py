@@ -1,6 +1,6 @@
 """Attention of any number of queries over a view: tiles of queries, pieces of codes.
 
-No array of all the scores and no dequantised copy of all the keys is ever made, and
+No array of all the scores and no dequantized copy of all the keys is ever made, and
 every query sees what the rule of visibility says, however the prompt was cut into chunks.
 """
 
@@ -11,7 +11,7 @@ from ..cache.view import View
 from ..cache.visibility import BLOCK
 from .function import AttentionFunctions
 from .masks import both
-from .pieces import PIECE, Coded, Exact, attend_codes, from_oldest
+from .pieces import PIECE, FullPrecision, Quantized, attend_codes, from_oldest
 
 # Bytes of a tile's scores with a piece of codes: they should stay in the processor's cache, and
 # MLX holds the results of some ten operations that it has not come to.
@@ -53,69 +53,69 @@ def _rows(mask: Mask, start: int, count: int) -> Mask:
 def _tile(
     queries, view: View, index: int, scale: float, mask: Mask, functions, learned_sinks
 ) -> mx.array:
-    count, kv_heads = queries.shape[2], view.exact_tokens.keys.shape[1]
+    count, kv_heads = queries.shape[2], view.full_tokens.keys.shape[1]
     first = view.plan.start + index
     last = first + count - 1
     _, oldest = view.plan.oldest(index)
-    exact_from = max(oldest, view.plan.exact_from(first))
-    coded_to = max(oldest, view.plan.exact_from(last))
+    full_from = max(oldest, view.plan.full_from(first))
+    quantized_to = max(oldest, view.plan.full_from(last))
     seen_to = last + 1 if isinstance(mask, str) or count == 1 else view.plan.end
-    keys, values = view.exact(exact_from, seen_to)
+    keys, values = view.full(full_from, seen_to)
     forgets = view.plan.oldest(index + count - 1)[0] > 0
-    if coded_to == view.plan.sinks and not forgets:
+    if quantized_to == view.plan.sinks and not forgets:
         part = mask[..., :seen_to] if isinstance(mask, mx.array) else mask
         return mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=scale, mask=part, sinks=learned_sinks
         )
     # Whole blocks make matrices of a shape that is fast.
-    whole = max(view.plan.first_coded, oldest // BLOCK * BLOCK)
-    codes = range(whole if coded_to > oldest else coded_to, coded_to)
-    exact_mask, code_mask = (
+    whole = max(view.plan.first_quantized, oldest // BLOCK * BLOCK)
+    codes = range(whole if quantized_to > oldest else quantized_to, quantized_to)
+    full_mask, code_mask = (
         _per_row(m, queries.shape[1] // kv_heads, kv_heads)
-        for m in _masks(view, index, count, forgets, exact_from, codes, seen_to, mask)
+        for m in _masks(view, index, count, forgets, full_from, codes, seen_to, mask)
     )
-    exact = Exact(keys, values, exact_mask)
-    coded = Coded(view.codec, view.codes, codes, oldest, code_mask)
-    return attend_codes(queries, exact, coded, scale, functions, learned_sinks)
+    full = FullPrecision(keys, values, full_mask)
+    quantized = Quantized(view.codec, view.codes, codes, oldest, code_mask)
+    return attend_codes(queries, full, quantized, scale, functions, learned_sinks)
 
 
 def _masks(
-    view: View, index: int, count: int, forgets: bool, exact_from, codes: range, seen_to, mask: Mask
+    view: View, index: int, count: int, forgets: bool, full_from, codes: range, seen_to, mask: Mask
 ):
-    """Masks of the exact tokens and of the codes, or None where all are seen."""
-    exact_mask = code_mask = None
+    """Masks of the full-precision tokens and of the codes, or None where all are seen."""
+    full_mask = code_mask = None
     sinks = view.plan.sinks
     if count > 1 or forgets:
-        exact = mx.concatenate([mx.arange(sinks), mx.arange(exact_from, seen_to)])
+        full = mx.concatenate([mx.arange(sinks), mx.arange(full_from, seen_to)])
         queries = mx.arange(index, index + count)[:, None]
         hidden, oldest = view.plan.oldest(queries)
         positions = view.plan.start + queries
-        # view.plan.exact_from(), for every query at once.
-        begins = exact_from
+        # view.plan.full_from(), for every query at once.
+        begins = full_from
         if not view.plan.is_prompt:
             begins = positions // BLOCK * BLOCK - view.plan.visibility.window
-            begins = mx.maximum(begins, view.plan.exact_start)
+            begins = mx.maximum(begins, view.plan.full_start)
         begins = mx.maximum(begins, oldest)
-        exact_mask = mx.where(exact < sinks, exact >= hidden, exact >= begins)
+        full_mask = mx.where(full < sinks, full >= hidden, full >= begins)
         if isinstance(mask, str):
-            exact_mask = exact_mask & (exact <= positions)
-        if forgets or codes.stop > exact_from:
-            coded = mx.arange(codes.start, codes.stop)
-            code_mask = (coded >= oldest) & (coded < begins)
+            full_mask = full_mask & (full <= positions)
+        if forgets or codes.stop > full_from:
+            quantized = mx.arange(codes.start, codes.stop)
+            code_mask = (quantized >= oldest) & (quantized < begins)
     if isinstance(mask, mx.array):
         # What the first query of the pass does not see has no column.
         skipped = max(sinks, view.plan.oldest(0)[1]) - sinks
-        exact_given, code_given = (
+        full_given, code_given = (
             mx.take(mask, mx.array(columns, mx.int32), axis=-1)
             for columns in (
-                [*range(sinks), *range(exact_from - skipped, seen_to - skipped)],
+                [*range(sinks), *range(full_from - skipped, seen_to - skipped)],
                 [max(0, position - skipped) for position in codes],
             )
         )
         if code_mask is None:
             code_mask = from_oldest(sinks + skipped, codes.start, codes.stop)
-        exact_mask, code_mask = both(exact_mask, exact_given), both(code_mask, code_given)
-    return exact_mask, code_mask
+        full_mask, code_mask = both(full_mask, full_given), both(code_mask, code_given)
+    return full_mask, code_mask
 
 
 def _per_row(mask: mx.array | None, groups: int, kv_heads: int) -> mx.array | None:

@@ -1,10 +1,10 @@
-"""The backend that hands dequantised keys and values to MLX's own attention: to compare with."""
+"""The backend that hands dequantized keys and values to MLX's own attention: to compare with."""
 
 from .mlx_ops import MLXOps
 
 
 class Bridge(MLXOps):
-    """Everything dequantised, on every device."""
+    """Everything dequantized, on every device."""
 
     dequantizes = True
 

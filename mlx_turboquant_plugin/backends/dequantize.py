@@ -1,4 +1,4 @@
-"""Keys and values of one layer, exact tokens and codes side by side, in one launch.
+"""Keys and values of one layer, full-precision tokens and codes side by side, in one launch.
 
 One source, ``dequantize.metal``, serves both kinds of GPU.
 """
@@ -22,7 +22,7 @@ DEQUANTIZE = (
 def lay_out(
     kernel: Callable[[str, str, str], Any], codec: KVCodec, tokens: Tokens, places: Places
 ) -> tuple[Pair, Pair]:
-    """Zeros, sinks, tokens from codes, later exact tokens, and zeros.
+    """Zeros, sinks, tokens from codes, later full-precision tokens, and zeros.
 
     Args:
         kernel: see :class:`Fused`.
@@ -30,7 +30,7 @@ def lay_out(
 
     Returns:
         Keys and values (B, H, T, D), and those that are kept, (B, H, sinks + kept, D), in the
-        dtypes of the exact tokens.
+        dtypes of the full-precision tokens.
     """
     spec, (keys, values) = codec.spec, tokens.some
     batch, heads = keys.shape[:2]
@@ -44,15 +44,15 @@ def lay_out(
         tokens.newer[0].shape[2] if tokens.newer else 0,
     )
     levels = level_array((spec.key_codec, spec.key_bits), (spec.value_codec, spec.value_bits))
-    end = tokens.first_coded + places.first_code + places.decoded
+    end = tokens.first_quantized + places.first_code + places.decoded
     rotary, model = model_arrays(levels, codec, end)
     key_codes = code_arrays(tokens.key_codes, spec.key_codec, batch * heads, -1)
     value_codes = code_arrays(tokens.value_codes, spec.value_codec, batch * heads, -2)
     # With those that make arrays large enough.
-    coded = key_codes[-1].shape[-1] if tokens.key_codes else 0
+    quantized = key_codes[-1].shape[-1] if tokens.key_codes else 0
     numbers = (
         *(places.total, places.left, places.sinks, places.first_code, places.decoded),
-        *(coded, tokens.first_coded, counts[0], places.first_exact, places.exact),
+        *(quantized, tokens.first_quantized, counts[0], places.first_full, places.full),
         *(places.first_kept, places.kept, heads, counts[1], *rotary),
     )
     dims = keys.shape[-1], values.shape[-1]

@@ -17,7 +17,7 @@ MAX_QUERIES = 8
 
 
 class Fused:
-    """Codes are dequantised in registers, never in memory; but for prompts, layer by layer.
+    """Codes are dequantized in registers, never in memory; but for prompts, layer by layer.
 
     Attributes:
         kernel: makes a kernel that is written in Metal, of the name of its file, its inputs and

@@ -1,4 +1,4 @@
-"""What a backend is given to attend: a few queries, the exact tokens and the codes."""
+"""What a backend is given to attend: a few queries, the full-precision tokens and the codes."""
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -7,7 +7,7 @@ import mlx.core as mx
 from ..codecs.kv_codec import Codes, KVCodec
 
 if TYPE_CHECKING:
-    from ..cache.exact import ExactTokens
+    from ..cache.full_precision import FullPrecisionTokens
 
 
 class Problem(NamedTuple):
@@ -16,13 +16,13 @@ class Problem(NamedTuple):
     Attributes:
         codec: gives the rotations, the balance and the key bias.
         queries: (B, H_q, N, D), not scaled; N is at most :attr:`Backend.max_queries`.
-        exact_tokens: ``sinks`` sinks, then the newest tokens of each row, the very newest
+        full_tokens: ``sinks`` sinks, then the newest tokens of each row, the very newest
             last. The last N are those of the queries.
         key_codes, value_codes: see :class:`KVCodec`; index i stands for the position
-            ``first_coded`` + i. Both are () if there are none.
+            ``first_quantized`` + i. Both are () if there are none.
         bounds: int32 (B, N, 4), what each query sees: the first sink; the index of the
             first code; how many of the last codes it does not read, because it reads
-            their tokens exactly or not at all; how many of the last exact tokens it reads
+            their tokens exactly or not at all; how many of the last full-precision tokens it reads
             if not newer than itself. Counted like this they repeat: arrays of numbers
             are costly to make on some devices.
         scale: what scores are multiplied by.
@@ -32,11 +32,11 @@ class Problem(NamedTuple):
 
     codec: KVCodec
     queries: mx.array
-    exact_tokens: "ExactTokens"
+    full_tokens: "FullPrecisionTokens"
     sinks: int
     key_codes: Codes
     value_codes: Codes
-    first_coded: int
+    first_quantized: int
     bounds: mx.array
     scale: float
     learned_sinks: mx.array | None

@@ -26,7 +26,7 @@ class _Bias(NamedTuple):
 
 
 def run_pass(backend: "Fused", codec: KVCodec, tokens: Tokens, plan: Plan) -> Pass:
-    """Dequantise, encode and drop, for one layer.
+    """Dequantize, encode and drop, for one layer.
 
     Args:
         backend: a fused one.
@@ -46,7 +46,7 @@ def run_pass(backend: "Fused", codec: KVCodec, tokens: Tokens, plan: Plan) -> Pa
         newer[0].dtype,
         newer[1].dtype,
         tokens.key_codes[-1].shape[-1] if tokens.key_codes else 0,
-        tokens.first_coded,
+        tokens.first_quantized,
         plan,
     )
     parts = codec.balance, codec.layout, codec.feedback, bias.bias if bias else None
@@ -67,8 +67,8 @@ def _traced(
     shape: tuple[int, ...],
     key_dtype: mx.Dtype,
     value_dtype: mx.Dtype,
-    coded: int,
-    first_coded: int,
+    quantized: int,
+    first_quantized: int,
     plan: Plan,
 ) -> Callable:
     """:func:`run_pass` for one kind of layer.
@@ -76,7 +76,7 @@ def _traced(
     Args:
         balanced, ordered, fed_back, table: whether keys are balanced and sorted and their errors
             fed back, and the rotary table of a bias.
-        older_count, shape, key_dtype, value_dtype, coded: of the arrays that it is given.
+        older_count, shape, key_dtype, value_dtype, quantized: of the arrays that it is given.
     """
     part = slice(plan.encoded.start, plan.encoded.stop)
 
@@ -89,7 +89,7 @@ def _traced(
         codec = KVCodec(spec, balance, bias, layout)
         # Given, since what it is made of has no values here.
         codec.feedback = feedback
-        tokens = Tokens(older or None, newer, key_codes, value_codes, first_coded)
+        tokens = Tokens(older or None, newer, key_codes, value_codes, first_quantized)
         (keys, values), kept = backend.lay_out(codec, tokens, plan.places)
         codes = backend.encode(codec, keys, values, plan.start, (key_codes, value_codes), part)
         return (keys, values), kept, *codes

@@ -16,10 +16,10 @@ class Backend(Protocol):
         name: the value of the setting ``kernel``.
         compiled: whether attention that it leaves to MLX's operations runs under ``mx.compile``.
         fixed_shapes: whether launches are faster while arrays keep their shapes: caches hold as
-            many exact tokens as can be needed then, and one goes when one comes.
+            many full-precision tokens as can be needed then, and one goes when one comes.
         max_queries: the most queries of a pass that :meth:`attend` serves; 0 if it serves none.
         dequantizes: whether attention that :meth:`attend` does not serve is that of MLX's own
-            fused function over dequantised tokens on every device, not on GPUs alone.
+            fused function over dequantized tokens on every device, not on GPUs alone.
     """
 
     name: str

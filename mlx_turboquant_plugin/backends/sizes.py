@@ -40,15 +40,15 @@ class Split:
     THREADS = 32 * WARPS
     # Tokens of a tile of codes, which a warp takes at a time.
     SHORT_TILE, LONG_TILE = 32, 64
-    # Exact tokens of a part.
-    EXACT_PART = 64
+    # Full-precision tokens of a split.
+    FULL_SPLIT = 64
 
 
 class Merge:
-    """Of a block of merge.cu, which has room for so many parts."""
+    """Of a block of merge.cu, which has room for so many splits."""
 
     MERGE_THREADS = 512
-    MERGED_PARTS = 1024
+    MERGED_SPLITS = 1024
 
 
 class BlockEncode(Encode):
@@ -75,7 +75,7 @@ class Decode(Simdgroups):
 
     # Of codes, four for each lane; they must have the angles of one block.
     TILE = Codes.ANGLES
-    EXACT_TILE = 32
+    FULL_TILE = 32
 
 
 class GroupEncode(Simdgroups, Encode):

@@ -12,7 +12,7 @@ CODECS = (SEGMENTED, "lloyd-max", "affine")
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 # The largest head dim that queries are multiplied with codes of, and that of latents and of some
-# full layers, which there are kernels to make and to dequantise codes of.
+# full layers, which there are kernels to make and to dequantize codes of.
 MOST_ATTENDED, WIDE = 256, 512
 
 
@@ -23,7 +23,7 @@ def on_gpu() -> bool:
 
 def unsupported(problem: Problem) -> str | None:
     """None, or what fused kernels can't do about ``problem``, in words."""
-    return _unsupported(problem.codec.spec, problem.queries.dtype, *problem.exact_tokens.dtypes)
+    return _unsupported(problem.codec.spec, problem.queries.dtype, *problem.full_tokens.dtypes)
 
 
 @functools.cache

@@ -13,36 +13,36 @@ class Tokens(NamedTuple):
     """The tokens of one layer.
 
     Attributes:
-        older: exact keys and values (B, H, E, D), or None.
+        older: full-precision keys and values (B, H, E, D), or None.
         newer: those that come after them, (B, H, N, D), or None.
         key_codes, value_codes: see :class:`KVCodec`; the first stand for the position
-            ``first_coded``.
+            ``first_quantized``.
     """
 
     older: Pair | None
     newer: Pair | None
     key_codes: Codes
     value_codes: Codes
-    first_coded: int
+    first_quantized: int
 
     @property
     def some(self) -> Pair:
-        """Exact keys and values that are there."""
+        """Full-precision keys and values that are there."""
         pair = self.older or self.newer
         assert pair is not None, "there are some tokens"
         return pair
 
 
 class Places(NamedTuple):
-    """Which tokens are put side by side, by their places among codes and among exact tokens.
+    """Which tokens are put side by side, by their places among codes and among full-precision tokens.
 
     Attributes:
         left: the zeros before.
-        sinks: how many of the first exact tokens come first in all that is made.
+        sinks: how many of the first full-precision tokens come first in all that is made.
         first_code, decoded: the first code that counts, and how many do.
-        first_exact, exact: the first exact token that counts after the sinks, and how many do.
+        first_full, full: the first full-precision token that counts after the sinks, and how many do.
         total: T, with the zeros before and after.
-        first_kept, kept: as for exact tokens, for those that are put together apart; at
+        first_kept, kept: as for full-precision tokens, for those that are put together apart; at
             least one, since MLX has no empty outputs.
     """
 
@@ -50,8 +50,8 @@ class Places(NamedTuple):
     sinks: int
     first_code: int
     decoded: int
-    first_exact: int
-    exact: int
+    first_full: int
+    full: int
     total: int
     first_kept: int = 0
     kept: int = 1
@@ -62,7 +62,7 @@ class Pass(NamedTuple):
 
     Attributes:
         laid_out: keys and values (B, H, T, D) that its queries read.
-        kept: the exact tokens that stay, (B, H, E, D).
+        kept: the full-precision tokens that stay, (B, H, E, D).
         key_codes, value_codes: all there are now.
     """
 
@@ -76,7 +76,7 @@ class Plan(NamedTuple):
     """What a pass is to do; equal for all layers.
 
     Attributes:
-        places: of the tokens that its queries read, and of those that stay exact.
+        places: of the tokens that its queries read, and of those that stay in full precision.
         start: the position of the first token that becomes a code.
         encoded: which tokens do, by their places among those that are laid out.
     """

@@ -2,8 +2,8 @@
 
 from .batch import BatchCompressedKVCache
 from .batch_view import BatchView, RowView
+from .batched_rows import BatchedRows
 from .compressed import CompressedKVCache
-from .packed import PackedRows
 from .rotating import RotatingCompressedKVCache
 from .view import View
 from .visibility import Visibility
@@ -11,8 +11,8 @@ from .visibility import Visibility
 __all__ = [
     "BatchCompressedKVCache",
     "BatchView",
+    "BatchedRows",
     "CompressedKVCache",
-    "PackedRows",
     "RotatingCompressedKVCache",
     "RowView",
     "View",

@@ -11,11 +11,11 @@ import numpy as np
 from ..codecs.kv_codec import KVCodec
 from ..per_thread import release
 from .batch_view import BatchView, RowView, batch_mask, side_by_side
+from .batched_rows import BatchedRows
 from .causal import made
 from .compressed import CompressedKVCache
 from .copies import shared, unpickled_batch
 from .joining import alone, check_alike, check_padding, row_of, rows_of
-from .packed import PackedRows
 from .reading import AttendedCache
 from .rotating import RotatingCompressedKVCache
 from .shapes import check_rows
@@ -28,7 +28,7 @@ class BatchCompressedKVCache(AttendedCache):
 
     Rows hold no padding. Joining, leaving, splitting and padding move rows and copy
     nothing, and what a row holds never depends on its neighbours. While every row
-    grows by one token at a time they are packed side by side, so that one attention
+    grows by one token at a time they stand side by side in the same arrays, so that one attention
     serves them all.
 
     Args:
@@ -41,7 +41,7 @@ class BatchCompressedKVCache(AttendedCache):
 
     def __init__(self, left_padding: Sequence[int]):
         self._rows: list[CompressedKVCache] = [CompressedKVCache() for _ in left_padding]
-        self._packed: PackedRows | None = None
+        self._batched: BatchedRows | None = None
         self._left_padding = list(left_padding)
         self._index = 0
         self._lengths: list[int] | None = None
@@ -64,7 +64,7 @@ class BatchCompressedKVCache(AttendedCache):
 
     @classmethod
     def of(cls, batch: Any) -> "BatchCompressedKVCache":
-        """A batch of mlx-lm's as one of these, its tokens exact; these as they are.
+        """A batch of mlx-lm's as one of these, its tokens in full precision; these as they are.
 
         Raises:
             TypeError, ValueError: see :func:`joining.rows_of`.
@@ -96,14 +96,14 @@ class BatchCompressedKVCache(AttendedCache):
     @property
     def rows(self) -> list[CompressedKVCache]:
         """The cache of each sequence."""
-        if self._packed is not None:
-            self._unpack()
+        if self._batched is not None:
+            self._separate_rows()
             release(self.arrays)
         return self._rows
 
-    def _unpack(self) -> list[CompressedKVCache]:
-        if self._packed is not None:
-            self._rows, self._packed = self._packed.rows(), None
+    def _separate_rows(self) -> list[CompressedKVCache]:
+        if self._batched is not None:
+            self._rows, self._batched = self._batched.rows(), None
         return self._rows
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -113,7 +113,7 @@ class BatchCompressedKVCache(AttendedCache):
             keys, values: (B, H, N, D).
 
         Returns:
-            Keys and values (B, H, T, D), zeros in the padding, the codes dequantised.
+            Keys and values (B, H, T, D), zeros in the padding, the codes dequantized.
             Inside a patched attention, if that reads the codes instead, ``keys`` and
             ``values`` as given.
 
@@ -131,7 +131,7 @@ class BatchCompressedKVCache(AttendedCache):
     def _append(self, keys: mx.array, values: mx.array) -> BatchView:
         count = keys.shape[2]
         if count == 1 and self._lengths is None and self._index >= max(self._left_padding):
-            rows = self._append_packed(keys, values)
+            rows = self._append_batched(keys, values)
         else:
             rows = self._append_rows(keys, values, self._parts(count))
         new = keys, values
@@ -151,27 +151,27 @@ class BatchCompressedKVCache(AttendedCache):
             parts.append((first, max(first, last)))
         return parts
 
-    def _append_packed(self, keys, values) -> PackedRows | list[RowView]:
-        if self._packed is None:
-            self._pack()
-        if self._packed is None:
+    def _append_batched(self, keys, values) -> BatchedRows | list[RowView]:
+        if self._batched is None:
+            self._batch_rows()
+        if self._batched is None:
             return self._append_rows(keys, values, [(0, 1)] * len(self._rows))
-        self._packed.append(keys, values)
-        if self._packed.needs_codes():
-            for row in self._unpack():
+        self._batched.append(keys, values)
+        if self._batched.needs_codes():
+            for row in self._separate_rows():
                 row.encode_ahead()
-            self._pack()
-        return self._packed
+            self._batch_rows()
+        return self._batched
 
-    def _pack(self) -> None:
-        self._packed = PackedRows.of(self._rows)
-        if self._packed is not None:
+    def _batch_rows(self) -> None:
+        self._batched = BatchedRows.of(self._rows)
+        if self._batched is not None:
             # Or every code would be there twice.
             self._rows = []
 
     def _append_rows(self, keys, values, parts) -> list[RowView]:
         views = []
-        for index, (row, (first, last)) in enumerate(zip(self._unpack(), parts)):
+        for index, (row, (first, last)) in enumerate(zip(self._separate_rows(), parts)):
             view = None
             if last > first:
                 own = (slice(index, index + 1), slice(None), slice(first, last))
@@ -184,10 +184,10 @@ class BatchCompressedKVCache(AttendedCache):
         """All keys and values, zeros in the padding, (B, H, T, D) in the model's dtype."""
         if self.attending and self.whole and self.fetched is not None:
             return self.fetched
-        # Only to look at: what is packed stays packed.
-        rows = self._rows if self._packed is None else self._packed.rows()
+        # Only to look at: batched rows stay batched.
+        rows = self._rows if self._batched is None else self._batched.rows()
         views = [None if row.empty() else row.newest_view() for row in rows]
-        tokens = next(view.exact_tokens for view in views if view is not None)
+        tokens = next(view.full_tokens for view in views if view is not None)
         like = tokens.keys, tokens.values
         return side_by_side(views, self._left_padding, self._index, like)
 
@@ -235,7 +235,7 @@ class BatchCompressedKVCache(AttendedCache):
             self._left_padding = [padding - least for padding in self._left_padding]
 
     def extend(self, other: Any) -> None:
-        """Add the rows of another batch; those of mlx-lm's stay exact.
+        """Add the rows of another batch; those of mlx-lm's stay in full precision.
 
         Raises:
             TypeError, ValueError: they can't join, see :meth:`merge`; no batch has changed then.
@@ -289,7 +289,7 @@ class BatchCompressedKVCache(AttendedCache):
         return self._index
 
     def empty(self) -> bool:
-        return self._packed is None and all(row.empty() for row in self._rows)
+        return self._batched is None and all(row.empty() for row in self._rows)
 
     def columns(self, count: int) -> int:
         """T of a mask (B, H, N, T) for the next ``count`` tokens, padding included."""
@@ -317,7 +317,7 @@ class BatchCompressedKVCache(AttendedCache):
 
     @property
     def _ring(self) -> Ring | None:
-        # Rings are never packed.
+        # Rings are never batched.
         return self._rows[0].ring if self._rows else None
 
     @property
@@ -338,26 +338,26 @@ class BatchCompressedKVCache(AttendedCache):
 
     @property
     def keys(self) -> mx.array | None:
-        """Exact keys, of the first row unless all are packed: callers hang dependencies here."""
-        holder = self._packed if self._packed is not None else self._rows[0]
+        """Full-precision keys, of the first row unless they are batched: callers hang dependencies here."""
+        holder = self._batched if self._batched is not None else self._rows[0]
         return holder.keys
 
     @keys.setter
     def keys(self, v: mx.array):
-        holder = self._packed if self._packed is not None else self._rows[0]
+        holder = self._batched if self._batched is not None else self._rows[0]
         holder.keys = v
 
     @property
     def nbytes(self) -> int:
         """Every byte of all rows."""
-        if self._packed is not None:
-            return self._packed.nbytes
+        if self._batched is not None:
+            return self._batched.nbytes
         return sum(row.nbytes for row in self._rows)
 
     @property
     def holders(self) -> tuple[Any, ...]:
         """See :attr:`CompressedKVCache.holders`."""
-        return (self, *self._rows) if self._packed is None else (self, self._packed)
+        return (self, *self._rows) if self._batched is None else (self, self._batched)
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
@@ -382,7 +382,7 @@ class BatchCompressedKVCache(AttendedCache):
     def __copy__(self):
         other = shared(self)
         other._rows = list(map(shared, self._rows))
-        other._packed = self._packed and shared(self._packed)
+        other._batched = self._batched and shared(self._batched)
         return other
 
     def __deepcopy__(self, memo):

@@ -8,7 +8,7 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 
 from ..per_thread import cached_per_thread
-from .packed import PackedRows
+from .batched_rows import BatchedRows
 from .view import View
 from .visibility import Ring
 
@@ -37,14 +37,14 @@ class BatchView:
     """What the queries of a batch see.
 
     Attributes:
-        rows: all rows packed, or each by itself.
+        rows: all rows batched, or each by itself.
         index: the tokens before the pass, padding included, as BatchKVCache counts them.
         new: keys and values of the pass, (B, H, N, D), padding included.
         left_padding: of each row.
         ring: how far back rings see, or None.
     """
 
-    rows: PackedRows | list[RowView]
+    rows: BatchedRows | list[RowView]
     index: int
     new: tuple[mx.array, mx.array]
     left_padding: tuple[int, ...]
@@ -63,16 +63,16 @@ class BatchView:
     @property
     def apart(self) -> "BatchView":
         """See :attr:`View.apart`."""
-        if isinstance(self.rows, PackedRows):
+        if isinstance(self.rows, BatchedRows):
             return replace(self, rows=self.rows.apart)
         return replace(self, rows=[row.apart for row in self.rows])
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """All that the queries see, (B, H, T, D) in the model's dtype, codes dequantised.
+        """All that the queries see, (B, H, T, D) in the model's dtype, codes dequantized.
 
         Tokens stand where the batch's mask has them, among zeros.
         """
-        if isinstance(self.rows, PackedRows):
+        if isinstance(self.rows, BatchedRows):
             views = self.rows.views()
         else:
             views = [row.view for row in self.rows]

@@ -17,7 +17,7 @@ from . import state as saved
 from .adoption import codec_of
 from .causal import made
 from .copies import shared, unpickled
-from .exact import ExactTokens
+from .full_precision import FullPrecisionTokens
 from .passes import StepPlan, plan_pass, plan_step, plan_view
 from .reading import AttendedCache
 from .shapes import check_shapes
@@ -27,14 +27,14 @@ from .view import View
 from .visibility import BLOCK, ROLLBACK, Ring, Visibility
 
 # How many tokens a batch encodes before it must: rows come to their blocks at different
-# steps, and each time all of them are unpacked.
+# steps, and each time all of them are taken apart.
 AHEAD = 64
 
 
 class CompressedKVCache(AttendedCache):
     """Stands where mlx-lm's KVCache would, in about a quarter of the memory.
 
-    The first tokens (the sinks) and the newest are exact, and all but the newest are
+    The first tokens (the sinks) and the newest are in full precision, and all but the newest are
     there as codes; which of the two a query reads is for :class:`Visibility`. Arrays are
     replaced, never written into, and hold no spare room: a copy shares them, ``nbytes``
     is what they take, and a step of decoding touches only the newest tokens.
@@ -47,13 +47,13 @@ class CompressedKVCache(AttendedCache):
 
     Attributes:
         backend: what makes the codes and runs the attention.
-        exact_tokens: the sinks and the newest tokens as they are.
+        full_tokens: the sinks and the newest tokens as they are.
         keys, values: these, (B, H, E, D) in the model's dtype; to an attention that is running,
-            those of all tokens, the codes dequantised.
+            those of all tokens, the codes dequantized.
         unplaced_bias: that of a file, until it is known how the model's keys turn.
         fingerprint: as a string it tells the layer that fills the cache from others; empty
             where nobody knows.
-        key_codes, value_codes: the codes of the positions first_coded, ..., coded - 1,
+        key_codes, value_codes: the codes of the positions first_quantized, ..., quantized - 1,
             see :class:`KVCodec`.
         offset: the number of tokens seen; setting it to less trims.
     """
@@ -74,21 +74,21 @@ class CompressedKVCache(AttendedCache):
         self.unplaced_bias: mx.array | None = None
         self.fingerprint: Any = ""
         self.attention: Callable[[], Any] | None = None
-        self.hold(ExactTokens())
+        self.hold(FullPrecisionTokens())
 
     def hold(
         self,
-        exact_tokens: ExactTokens,
+        full_tokens: FullPrecisionTokens,
         key_codes: Codes = (),
         value_codes: Codes = (),
-        first_coded: int = 0,
-        coded: int = 0,
+        first_quantized: int = 0,
+        quantized: int = 0,
         offset: int = 0,
     ) -> None:
         """Replace the content by this; see the attributes."""
-        self.exact_tokens = exact_tokens
+        self.full_tokens = full_tokens
         self.key_codes, self.value_codes = key_codes, value_codes
-        self.first_coded, self.coded = first_coded, coded
+        self.first_quantized, self.quantized = first_quantized, quantized
         self._offset = offset
 
     @property
@@ -112,7 +112,7 @@ class CompressedKVCache(AttendedCache):
             keys, values: (B, H, N, D), at the positions offset, ..., offset + N - 1.
 
         Returns:
-            Keys and values (B, H, T, D), the codes dequantised. Inside a patched
+            Keys and values (B, H, T, D), the codes dequantized. Inside a patched
             attention, if that reads the codes instead, ``keys`` and ``values`` as given.
 
         Raises:
@@ -126,7 +126,7 @@ class CompressedKVCache(AttendedCache):
         return self.leave(view, keys, values) if self.hooked else self.fetch(view)
 
     def fetch(self, view: View) -> tuple[mx.array, mx.array]:
-        if self.coded:
+        if self.quantized:
             self._check_codec()
         return super().fetch(view)
 
@@ -144,25 +144,25 @@ class CompressedKVCache(AttendedCache):
             return self._append(keys, values, is_prompt)
 
     def _append(self, keys: mx.array, values: mx.array, is_prompt: bool | None = None) -> View:
-        start, shape, exact = self._offset, keys.shape, self.exact_tokens
+        start, shape, full = self._offset, keys.shape, self.full_tokens
         if self.codec is None:
             self.codec = KVCodec(CodecSpec(shape[-1], values.shape[-1]))
-        check_shapes(shape, values.shape, self.codec.spec, exact.heads)
-        count, end, steady = shape[2], start + shape[2], self.backend.fixed_shapes
+        check_shapes(shape, values.shape, self.codec.spec, full.heads)
+        count, end, fixed_shapes = shape[2], start + shape[2], self.backend.fixed_shapes
         if is_prompt is None:
             is_prompt = self.visibility.is_prompt(count)
         step = plan_step(
             self.visibility,
             self.ring,
-            steady,
-            self.first_coded,
-            self.coded,
-            exact.count,
+            fixed_shapes,
+            self.first_quantized,
+            self.quantized,
+            full.count,
             start,
             end,
             is_prompt,
         )
-        self.exact_tokens = exact.grown(keys, values, step.sinks, step.drop)
+        self.full_tokens = full.grown(keys, values, step.sinks, step.drop)
         self._offset = end
         if is_prompt and self.ring is None and self._fuses(keys, values):
             view = self._pass(start, keys, values)
@@ -175,7 +175,7 @@ class CompressedKVCache(AttendedCache):
 
     def _fuses(self, keys: mx.array, values: mx.array) -> bool:
         """Whether fused kernels can make and read all that ``keys`` and ``values`` come to."""
-        same = self.exact_tokens.dtypes == (keys.dtype, values.dtype)
+        same = self.full_tokens.dtypes == (keys.dtype, values.dtype)
         return same and self.backend.passes(self.codec, keys, values)
 
     def _pass(self, start: int, keys: mx.array, values: mx.array) -> View | None:
@@ -184,14 +184,14 @@ class CompressedKVCache(AttendedCache):
         Returns:
             What their queries see, or None if nothing is to be encoded.
         """
-        self.encode(self.visibility.exact_from(start))
+        self.encode(self.visibility.full_from(start))
         codes = self.key_codes, self.value_codes
         plan = plan_pass(
             self.visibility,
             self.backend.fixed_shapes,
-            self.first_coded,
-            self.coded,
-            self.exact_tokens.count,
+            self.first_quantized,
+            self.quantized,
+            self.full_tokens.count,
             start,
             self.offset,
         )
@@ -199,46 +199,46 @@ class CompressedKVCache(AttendedCache):
             return None
         self._check_codec()
         view = self._view(self._plan(start, True))
-        older = self.exact_tokens.before(keys.shape[2])
-        tokens = Tokens(older, (keys, values), *codes, self.first_coded)
+        older = self.full_tokens.before(keys.shape[2])
+        tokens = Tokens(older, (keys, values), *codes, self.first_quantized)
         done = self.backend.run_pass(self.codec, tokens, plan)
-        self.exact_tokens = ExactTokens(*done.kept)
+        self.full_tokens = FullPrecisionTokens(*done.kept)
         self.key_codes, self.value_codes = done.key_codes, done.value_codes
-        self.coded += len(plan.encoded)
+        self.quantized += len(plan.encoded)
         return view._replace(laid_out=done.laid_out)
 
     def encode(self, end: int) -> None:
         """Write the codes of the tokens before position ``end`` that have none."""
-        start = self.coded
+        start = self.quantized
         if end <= max(start, self.visibility.sinks):
             return
         self._check_codec()
-        skip = self._sinks() - self.exact_start
-        keys, values = self.exact_tokens.part(start + skip, end + skip)
+        skip = self._sinks() - self.full_start
+        keys, values = self.full_tokens.part(start + skip, end + skip)
         older = self.key_codes, self.value_codes
         self.key_codes, self.value_codes = self.backend.encode(
             self.codec, keys, values, start, older
         )
-        self.coded = end
+        self.quantized = end
 
     def encode_ahead(self) -> None:
         """Write codes that will be needed soon, so that they are there for a while."""
-        needed = self.visibility.exact_from(self.offset - 1)
+        needed = self.visibility.full_from(self.offset - 1)
         if needed > self.visibility.sinks:
             self.encode(min(self.offset // BLOCK * BLOCK, needed + AHEAD))
 
     def emptied(self) -> "CompressedKVCache":
         """An empty cache of the same layer."""
         other = shared(self)
-        other.hold(ExactTokens())
+        other.hold(FullPrecisionTokens())
         return other
 
     def detached(self) -> "CompressedKVCache":
         """The same cache in arrays of its own, not parts of larger ones."""
         other = shared(self)
         if not self.empty():
-            held = self.exact_tokens
-            other.exact_tokens = ExactTokens(_own(held.keys), _own(held.values))
+            held = self.full_tokens
+            other.full_tokens = FullPrecisionTokens(_own(held.keys), _own(held.values))
             other.key_codes = tuple(map(_own, self.key_codes))
             other.value_codes = tuple(map(_own, self.value_codes))
             release(other.arrays)
@@ -254,21 +254,21 @@ class CompressedKVCache(AttendedCache):
     def _forget(self, is_step: bool) -> None:
         """Drop what no later query will read exactly; a step has done so before."""
         if not is_step:
-            self._drop_exact(self._forgettable(self.offset))
+            self._drop_full(self._forgettable(self.offset))
 
     def _forgettable(self, offset: int) -> int:
         """How many tokens after the sinks queries from position ``offset`` on do not need."""
         retained = self.visibility.retained_from(offset, self.backend.fixed_shapes)
-        return max(0, min(retained, self.coded) - self.exact_start)
+        return max(0, min(retained, self.quantized) - self.full_start)
 
-    def _drop_exact(self, drop: int) -> None:
+    def _drop_full(self, drop: int) -> None:
         if drop <= 0:
             return
         sinks = self._sinks()
-        self.exact_tokens = ExactTokens(
+        self.full_tokens = FullPrecisionTokens(
             *(
                 mx.concatenate([x[:, :, :sinks], x[:, :, sinks + drop :]], axis=2)
-                for x in (self.exact_tokens.keys, self.exact_tokens.values)
+                for x in (self.full_tokens.keys, self.full_tokens.values)
             )
         )
 
@@ -276,9 +276,9 @@ class CompressedKVCache(AttendedCache):
         return min(self.visibility.sinks, self.offset)
 
     @property
-    def exact_start(self) -> int:
-        """Position of the first exact token after the sinks."""
-        return self.offset - (self.exact_tokens.count - self._sinks())
+    def full_start(self) -> int:
+        """Position of the first full-precision token after the sinks."""
+        return self.offset - (self.full_tokens.count - self._sinks())
 
     @property
     def bias(self) -> mx.array | None:
@@ -301,8 +301,8 @@ class CompressedKVCache(AttendedCache):
     def keys(self, v: mx.array):
         if self.attending and self.fetched is not None and v.shape == self.fetched[0].shape:
             # What was shown of all tokens, with more that it depends on.
-            v = mx.depends(self.exact_tokens.keys, v)
-        self.exact_tokens = self.exact_tokens.replaced(v, self.exact_tokens.values)
+            v = mx.depends(self.full_tokens.keys, v)
+        self.full_tokens = self.full_tokens.replaced(v, self.full_tokens.values)
 
     @property
     def values(self) -> mx.array | None:
@@ -310,17 +310,17 @@ class CompressedKVCache(AttendedCache):
 
     @values.setter
     def values(self, v: mx.array):
-        self.exact_tokens = self.exact_tokens.replaced(self.exact_tokens.keys, v)
+        self.full_tokens = self.full_tokens.replaced(self.full_tokens.keys, v)
 
     def _shown(self) -> tuple[mx.array | None, mx.array | None]:
         """What others find in :attr:`keys` and :attr:`values`."""
         if self.attending and not self.empty():
             return self.keys_and_values()
-        return self.exact_tokens.keys, self.exact_tokens.values
+        return self.full_tokens.keys, self.full_tokens.values
 
     def _view(self, plan: StepPlan) -> View:
         return View(
-            self.codec, self.backend, self.exact_tokens, self.key_codes, self.value_codes, plan
+            self.codec, self.backend, self.full_tokens, self.key_codes, self.value_codes, plan
         )
 
     def _plan(self, start: int, is_prompt: bool = False) -> StepPlan:
@@ -328,19 +328,19 @@ class CompressedKVCache(AttendedCache):
         return plan_view(
             self.visibility,
             self.ring,
-            self.first_coded,
-            self.coded,
-            self.exact_tokens.count,
+            self.first_quantized,
+            self.quantized,
+            self.full_tokens.count,
             start,
             self._offset,
             is_prompt,
         )
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """All keys and values, (B, H, T, D) in the model's dtype, codes dequantised."""
+        """All keys and values, (B, H, T, D) in the model's dtype, codes dequantized."""
         if self.attending and self.whole and self.fetched is not None:
             return self.fetched
-        if self.coded:
+        if self.quantized:
             self._check_codec()
         view = self.view if self.attending else None
         return (view or self.newest_view()).keys_and_values()
@@ -379,7 +379,7 @@ class CompressedKVCache(AttendedCache):
         """Forget the last ``n`` tokens (at most all of them) and return how many.
 
         Up to 16 tokens leave no trace; a longer trim leaves up to a window of the
-        newest remaining tokens as codes that would have been exact.
+        newest remaining tokens as codes that would have been in full precision.
 
         Raises:
             ValueError: it is not trimmable and ``n`` is not 0; nothing is forgotten then.
@@ -403,9 +403,9 @@ class CompressedKVCache(AttendedCache):
 
     @property
     def nbytes(self) -> int:
-        """Every byte of this cache: exact tokens, codes, scales and zero points."""
+        """Every byte of this cache: full-precision tokens, codes, scales and zero points."""
         codes = (*self.key_codes, *self.value_codes)
-        return self.exact_tokens.nbytes + sum(array.nbytes for array in codes)
+        return self.full_tokens.nbytes + sum(array.nbytes for array in codes)
 
     @property
     def holders(self) -> tuple[Any, ...]:
@@ -414,8 +414,8 @@ class CompressedKVCache(AttendedCache):
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
-        """All arrays that it holds, exact tokens joined or not."""
-        return *self.exact_tokens.arrays, *self.key_codes, *self.value_codes
+        """All arrays that it holds, full-precision tokens joined or not."""
+        return *self.full_tokens.arrays, *self.key_codes, *self.value_codes
 
     @property
     def state(self):
@@ -449,17 +449,17 @@ class CompressedKVCache(AttendedCache):
         return made(create_attention_mask(*args, offset=self.offset, **kwargs))  # type: ignore[misc]
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "CompressedKVCache":
-        """Stay as it is: the cache is quantised already."""
+        """Stay as it is: the cache is quantized already."""
         log_once(
             "kv_bits=%d is ignored: the KV cache is compressed by TurboQuant already; leave it "
             "out, since mlx_lm.server batches no requests with it, or unset TURBOQUANT to use "
-            "mlx-lm's own quantisation",
+            "mlx-lm's own quantization",
             bits,
         )
         return self
 
     def to_exact(self) -> KVCache:
-        """mlx-lm's KVCache with the same tokens, the codes dequantised."""
+        """mlx-lm's KVCache with the same tokens, the codes dequantized."""
         cache = KVCache()
         if not self.empty():
             cache.keys, cache.values = map(mx.contiguous, self.keys_and_values())

@@ -11,7 +11,7 @@ from ..codecs.kv_codec import CodecSpec, KVCodec
 from ..per_thread import release
 from .compressed import CompressedKVCache
 from .copies import shared
-from .exact import ExactTokens
+from .full_precision import FullPrecisionTokens
 from .rotating import RotatingCompressedKVCache
 from .visibility import ENDLESS, Visibility
 
@@ -39,7 +39,7 @@ def row_of(cache: Any) -> CompressedKVCache:
     if cache.offset > 0:
         keys, values = _tokens(cache)
         row.codec = KVCodec(CodecSpec(keys.shape[-1], values.shape[-1]))
-        row.hold(ExactTokens(keys, values), offset=cache.offset)
+        row.hold(FullPrecisionTokens(keys, values), offset=cache.offset)
         release(row.arrays)
     return row
 

@@ -1,4 +1,4 @@
-"""The tokens of one layer side by side, codes dequantised: by a kernel, or by operations."""
+"""The tokens of one layer side by side, codes dequantized: by a kernel, or by operations."""
 
 from typing import Protocol
 
@@ -7,49 +7,49 @@ import mlx.core as mx
 from ..backends import Backend
 from ..backends.tokens import Pair, Places, Tokens
 from ..codecs.kv_codec import Codes, KVCodec
-from .exact import ExactTokens
+from .full_precision import FullPrecisionTokens
 
 
 class Source(Protocol):
-    """What has tokens: see :class:`View` and :class:`PackedRows`."""
+    """What has tokens: see :class:`View` and :class:`BatchedRows`."""
 
     @property
     def codec(self) -> KVCodec: ...
     @property
     def backend(self) -> Backend: ...
     @property
-    def exact_tokens(self) -> ExactTokens: ...
+    def full_tokens(self) -> FullPrecisionTokens: ...
     @property
     def key_codes(self) -> Codes: ...
     @property
     def value_codes(self) -> Codes: ...
     @property
-    def first_coded(self) -> int: ...
+    def first_quantized(self) -> int: ...
 
 
 def laid_out(source: Source, places: Places) -> Pair:
-    """Keys and values (B, H, T, D), in the dtypes of the exact ones, as ``places`` says.
+    """Keys and values (B, H, T, D), in the dtypes of the full-precision ones, as ``places`` says.
 
-    On a GPU, where a kernel joins the exact tokens on its way.
+    On a GPU, where a kernel joins the full-precision tokens on its way.
     """
-    exact = source.exact_tokens
-    unjoined, drop, held = exact.unjoined, 0, exact.count - places.sinks
-    older, newer = (exact.keys, exact.values) if unjoined is None else None, None
+    full = source.full_tokens
+    unjoined, drop, held = full.unjoined, 0, full.count - places.sinks
+    older, newer = (full.keys, full.values) if unjoined is None else None, None
     if unjoined is not None:
         drop = unjoined.drop
         older = unjoined.keys, unjoined.values
         newer = unjoined.new_keys, unjoined.new_values
-    tokens = Tokens(older, newer, source.key_codes, source.value_codes, source.first_coded)
+    tokens = Tokens(older, newer, source.key_codes, source.value_codes, source.first_quantized)
     if not source.backend.lays_out(source.codec, tokens):
         return laid_out_by_operations(source, places)
     codec = source.codec if places.decoded else source.codec.plain
     joins = unjoined is not None and held > 0
-    places = places._replace(first_exact=places.first_exact + drop)
+    places = places._replace(first_full=places.first_full + drop)
     if joins:
         places = places._replace(first_kept=places.sinks + drop, kept=held)
     pair, joined = source.backend.lay_out(codec, tokens, places)
     if joins:
-        exact.join(*joined)
+        full.join(*joined)
     return pair
 
 
@@ -61,12 +61,12 @@ def laid_out_by_operations(source: Source, places: Places) -> Pair:
         first, last = places.first_code, places.first_code + places.decoded
         key_codes, value_codes = code_range(source.key_codes, source.value_codes, first, last)
         decoded = (
-            source.codec.decode_keys(key_codes, source.first_coded + first),
+            source.codec.decode_keys(key_codes, source.first_quantized + first),
             source.codec.decode_values(value_codes),
         )
-    last_exact = places.first_exact + places.exact
-    for x, codes in zip((source.exact_tokens.keys, source.exact_tokens.values), decoded):
-        parts = [x[:, :, : places.sinks], x[:, :, places.first_exact : last_exact]]
+    last_full = places.first_full + places.full
+    for x, codes in zip((source.full_tokens.keys, source.full_tokens.values), decoded):
+        parts = [x[:, :, : places.sinks], x[:, :, places.first_full : last_full]]
         if codes is not None:
             parts.insert(1, codes.astype(x.dtype))
         joined = mx.concatenate(parts, axis=2)

@@ -17,23 +17,23 @@ class StepPlan:
 
     Args:
         visibility, ring: who sees what exactly, and how far back; None for all the way.
-        first_coded, coded: there are codes of the positions ``first_coded``, ..., ``coded`` - 1.
-        held: how many exact tokens there are, those of the pass among them.
+        first_quantized, quantized: there are codes of the positions ``first_quantized``, ..., ``quantized`` - 1.
+        held: how many full-precision tokens there are, those of the pass among them.
         start, end: the position of the first query, and one more than that of the last.
         is_prompt: whether all queries read exactly what the first does, see
             :class:`Visibility`.
 
     Attributes:
         queries: how many there are.
-        sinks: how many of the exact tokens are sinks.
-        exact_start: the position of the first exact token after the sinks.
+        sinks: how many of the full-precision tokens are sinks.
+        full_start: the position of the first full-precision token after the sinks.
         shared: what attention has made of it for all layers, under keys of its own.
     """
 
     visibility: Visibility
     ring: Ring | None
-    first_coded: int
-    coded: int
+    first_quantized: int
+    quantized: int
     held: int
     start: int
     end: int
@@ -42,17 +42,17 @@ class StepPlan:
     def __post_init__(self):
         self.queries = self.end - self.start
         self.sinks = min(self.visibility.sinks, self.end)
-        self.exact_start = self.end - (self.held - self.sinks)
+        self.full_start = self.end - (self.held - self.sinks)
         self.shared: dict[Any, Any] = {}
 
-    def exact_from(self, position: int) -> int:
+    def full_from(self, position: int) -> int:
         """The first position, after the sinks, that a query at ``position`` reads exactly.
 
-        After a long trim some tokens are only there as codes that would have been exact.
+        After a long trim some tokens are only there as codes that would have been in full precision.
         """
         if self.is_prompt:
             position = self.start
-        return max(self.visibility.exact_from(position), self.exact_start)
+        return max(self.visibility.full_from(position), self.full_start)
 
     @property
     def columns(self) -> int | None:
@@ -67,8 +67,8 @@ class StepPlan:
         return self.ring is not None and self.oldest(self.queries - 1)[0] > 0
 
     def slot(self, position: int) -> int:
-        """Where a token from ``exact_start`` on stands among the exact ones."""
-        return position - self.exact_start + self.sinks
+        """Where a token from ``full_start`` on stands among the full-precision ones."""
+        return position - self.full_start + self.sinks
 
     def oldest(self, query):
         """Positions of the oldest sink and the oldest later token that a query sees.
@@ -100,7 +100,7 @@ class Step(NamedTuple):
     """What becomes of a cache when tokens come.
 
     Attributes:
-        sinks: how many of the exact tokens that are there are sinks.
+        sinks: how many of the full-precision tokens that are there are sinks.
         drop: how many after these go before the new ones come.
         encode_to: the position before which all need codes.
         plan: what the queries of the new tokens see then.
@@ -117,9 +117,9 @@ class Step(NamedTuple):
 def plan_step(
     visibility: Visibility,
     ring: Ring | None,
-    steady: bool,
-    first_coded: int,
-    coded: int,
+    fixed_shapes: bool,
+    first_quantized: int,
+    quantized: int,
     held: int,
     start: int,
     end: int,
@@ -128,34 +128,34 @@ def plan_step(
     """The step of the tokens start, ..., end - 1.
 
     Args:
-        steady: see :func:`plan_pass`.
-        held: the exact tokens that are there, without those that come.
-        visibility, ring, first_coded, coded, is_prompt: see :class:`StepPlan`.
+        fixed_shapes: see :func:`plan_pass`.
+        held: the full-precision tokens that are there, without those that come.
+        visibility, ring, first_quantized, quantized, is_prompt: see :class:`StepPlan`.
     """
     sinks, drop = min(visibility.sinks, start), 0
-    encode_to = visibility.exact_from(end - 1)
+    encode_to = visibility.full_from(end - 1)
     if end - start <= ROLLBACK and not is_prompt:
         # No query of a step reads what is forgotten after it.
-        retained = min(visibility.retained_from(end, steady), coded)
+        retained = min(visibility.retained_from(end, fixed_shapes), quantized)
         if ring is not None:
             oldest = ring.oldest(start, 0)[1]
             # What gets codes now has to be there.
-            gets_codes = encode_to > max(coded, sinks)
-            retained = max(retained, min(oldest, coded) if gets_codes else oldest)
+            gets_codes = encode_to > max(quantized, sinks)
+            retained = max(retained, min(oldest, quantized) if gets_codes else oldest)
         drop = min(held - sinks, max(0, retained - (start - (held - sinks))))
-    if encode_to > max(coded, visibility.sinks):
-        coded = encode_to
+    if encode_to > max(quantized, visibility.sinks):
+        quantized = encode_to
     held += end - start - drop
-    plan = plan_view(visibility, ring, first_coded, coded, held, start, end, is_prompt)
+    plan = plan_view(visibility, ring, first_quantized, quantized, held, start, end, is_prompt)
     return Step(sinks, drop, encode_to, plan)
 
 
 @functools.lru_cache(maxsize=64)
 def plan_pass(
     visibility: Visibility,
-    steady: bool,
-    first_coded: int,
-    coded: int,
+    fixed_shapes: bool,
+    first_quantized: int,
+    quantized: int,
     held: int,
     start: int,
     end: int,
@@ -163,32 +163,32 @@ def plan_pass(
     """The pass of the tokens start, ..., end - 1, or None if nothing is to be encoded.
 
     Args:
-        steady: see :meth:`Visibility.retained_from`.
-        first_coded, coded: see :class:`View`; there are codes for all that the first token
+        fixed_shapes: see :meth:`Visibility.retained_from`.
+        first_quantized, quantized: see :class:`View`; there are codes for all that the first token
             reads through them.
-        held: the exact tokens that are there, those of the pass among them.
+        held: the full-precision tokens that are there, those of the pass among them.
     """
     # Up to what the next token reads, so that the next pass finds the codes it needs.
-    encode_to = visibility.exact_from(end)
-    if encode_to <= max(coded, visibility.sinks):
+    encode_to = visibility.full_from(end)
+    if encode_to <= max(quantized, visibility.sinks):
         return None
     sinks = min(visibility.sinks, end)
-    exact_start = end - (held - sinks)
-    reads_from = max(sinks, visibility.exact_from(start), exact_start)
-    retained = min(visibility.retained_from(end, steady), encode_to)
-    kept = sinks + max(0, retained - exact_start)
-    decoded, slot = reads_from - sinks, reads_from - exact_start + sinks
+    full_start = end - (held - sinks)
+    reads_from = max(sinks, visibility.full_from(start), full_start)
+    retained = min(visibility.retained_from(end, fixed_shapes), encode_to)
+    kept = sinks + max(0, retained - full_start)
+    decoded, slot = reads_from - sinks, reads_from - full_start + sinks
     places = Places(
         left=0,
         sinks=sinks,
-        first_code=sinks - first_coded,
+        first_code=sinks - first_quantized,
         decoded=decoded,
-        first_exact=slot,
-        exact=end - reads_from,
+        first_full=slot,
+        full=end - reads_from,
         total=end,
         first_kept=kept,
         kept=held - kept,
     )
-    # Exact tokens stand behind the decoded ones.
-    first = coded if coded < sinks else sinks + decoded + coded - reads_from
-    return Plan(places, coded, range(first, first + encode_to - coded))
+    # Full-precision tokens stand behind the decoded ones.
+    first = quantized if quantized < sinks else sinks + decoded + quantized - reads_from
+    return Plan(places, quantized, range(first, first + encode_to - quantized))

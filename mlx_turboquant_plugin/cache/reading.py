@@ -188,7 +188,7 @@ class AttendedCache(_BaseCache):
             )
         log_once(
             "%s: its attention does not leave its keys to mlx-lm's scaled_dot_product_attention "
-            "alone, and gets all keys and values dequantised: right, but slow, and in KVCache's "
+            "alone, and gets all keys and values dequantized: right, but slow, and in KVCache's "
             "memory; TURBOQUANT_OPT_OUT=%s leaves the model out",
             model,
             model,

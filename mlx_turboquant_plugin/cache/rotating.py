@@ -13,7 +13,7 @@ class RotatingCompressedKVCache(CompressedKVCache):
     """Stands where mlx-lm's RotatingKVCache would, and sees what that one sees.
 
     The sinks are the tokens that are kept. Of the others as many are there as fit into
-    ``max_size``, the newest exact.
+    ``max_size``, the newest in full precision.
 
     Args:
         max_size: the number of tokens to hold.
@@ -44,15 +44,15 @@ class RotatingCompressedKVCache(CompressedKVCache):
     def _forget(self, is_step: bool) -> None:
         super()._forget(is_step)
         _, oldest = self.ring.oldest(self.offset - 1, 0)
-        self._drop_exact(oldest - self.exact_start)
-        if self.exact_start > max(self.coded, self.keep):
+        self._drop_full(oldest - self.full_start)
+        if self.full_start > max(self.quantized, self.keep):
             # The ring is so small that tokens leave it before they need codes.
             self.key_codes = self.value_codes = ()
-            self.first_coded = self.coded = self.exact_start
-        drop = (oldest - self.first_coded) // BLOCK * BLOCK
+            self.first_quantized = self.quantized = self.full_start
+        drop = (oldest - self.first_quantized) // BLOCK * BLOCK
         if drop > 0 and self.key_codes:
-            self.first_coded += drop
-            left = self.first_coded < self.coded
+            self.first_quantized += drop
+            left = self.first_quantized < self.quantized
             keys, values = (codes if left else () for codes in (self.key_codes, self.value_codes))
             self.key_codes = tuple(mx.contiguous(x[..., drop:]) for x in keys)
             self.value_codes = tuple(mx.contiguous(x[..., drop:, :]) for x in values)
@@ -64,7 +64,7 @@ class RotatingCompressedKVCache(CompressedKVCache):
         return min(self.offset, self.max_size)
 
     def to_exact(self) -> RotatingKVCache:  # type: ignore[override]
-        """mlx-lm's RotatingKVCache with the same tokens, the codes dequantised."""
+        """mlx-lm's RotatingKVCache with the same tokens, the codes dequantized."""
         cache = RotatingKVCache(self.max_size, self.keep)
         if not self.empty():
             cache.keys, cache.values = map(mx.contiguous, self.keys_and_values())

@@ -75,52 +75,52 @@ class CompressedSize:
     """A compressed cache.
 
     Args:
-        exact_token, coded_token: the bytes of one.
+        full_token, quantized_token: the bytes of one.
         visibility, ring: see :class:`CompressedKVCache`.
         steady: see :meth:`Visibility.retained_from`.
     """
 
-    exact_token: int
-    coded_token: int
+    full_token: int
+    quantized_token: int
     visibility: Visibility
     ring: Ring | None
     steady: bool
 
     def at(self, count: int) -> int:
-        exact, coded = self._held(count)
-        return exact * self.exact_token + coded * self.coded_token
+        full, quantized = self._held(count)
+        return full * self.full_token + quantized * self.quantized_token
 
     def most(self, row: Row, chunk: int) -> int:
-        exact = self.visibility.sinks + self.visibility.most_exact
-        coded = self._coded(row.most)
-        if coded:
+        full = self.visibility.sinks + self.visibility.most_full_tokens
+        quantized = self._quantized(row.most)
+        if quantized:
             # While rows are decoded together their codes are written before they are needed.
-            coded = min(row.most // BLOCK * BLOCK, coded + AHEAD)
+            quantized = min(row.most // BLOCK * BLOCK, quantized + AHEAD)
         # A longer cache that is cut keeps the codes of all that is left.
-        coded = max(coded, row.prompt - 1)
+        quantized = max(quantized, row.prompt - 1)
         if self.ring is not None:
-            exact = min(exact, self.ring.max_size)
-            coded = min(coded, self.ring.max_size + BLOCK)
-        return min(exact, row.most) * self.exact_token + coded * self.coded_token
+            full = min(full, self.ring.max_size)
+            quantized = min(quantized, self.ring.max_size + BLOCK)
+        return min(full, row.most) * self.full_token + quantized * self.quantized_token
 
     def _held(self, count: int) -> tuple[int, int]:
         """How many of ``count`` tokens are held exactly, and how many as codes."""
         visibility, ring = self.visibility, self.ring
-        sinks, first_coded, coded = min(visibility.sinks, count), 0, self._coded(count)
+        sinks, first_quantized, quantized = min(visibility.sinks, count), 0, self._quantized(count)
         retained = visibility.retained_from(count, self.steady)
-        exact_start = max(sinks, min(retained, coded))
+        full_start = max(sinks, min(retained, quantized))
         if ring is not None:
             _, oldest = ring.oldest(count - 1, 0)
-            exact_start = max(exact_start, oldest)
-            first_coded = min(oldest // BLOCK * BLOCK, coded)
-            if exact_start > max(coded, ring.keep):
+            full_start = max(full_start, oldest)
+            first_quantized = min(oldest // BLOCK * BLOCK, quantized)
+            if full_start > max(quantized, ring.keep):
                 # They leave the ring before they need codes.
-                first_coded = coded
-        return sinks + count - exact_start, coded - first_coded
+                first_quantized = quantized
+        return sinks + count - full_start, quantized - first_quantized
 
-    def _coded(self, count: int) -> int:
+    def _quantized(self, count: int) -> int:
         """The first of ``count`` positions that has no code."""
-        first = self.visibility.exact_from(count - 1)
+        first = self.visibility.full_from(count - 1)
         return first if first > self.visibility.sinks else 0
 
 

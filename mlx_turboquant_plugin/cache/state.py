@@ -11,7 +11,7 @@ from ..codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
 from ..codecs.segmented import FIRST_BITS
 from ..per_thread import release
 from ..rules import CODEC_BITS
-from .exact import ExactTokens
+from .full_precision import FullPrecisionTokens
 from .visibility import BLOCK, Ring, Visibility
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ def to_state(cache: "CompressedKVCache") -> tuple:
             codec and codec.spec,
             codec and codec.checksum,
             cache.visibility,
-            cache.first_coded,
+            cache.first_quantized,
             cache.ring,
         ),
         str(cache.fingerprint),
         cache.offset,
-        cache.exact_tokens.keys,
-        cache.exact_tokens.values,
+        cache.full_tokens.keys,
+        cache.full_tokens.values,
         cache.key_codes,
         cache.value_codes,
         *known,
@@ -78,7 +78,7 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
         cache.fingerprint = fingerprint
         if parts["codec"] is None:
             return
-        visibility, first_coded = Visibility(**parts["visibility"]), int(parts["first_coded"])
+        visibility, first_quantized = Visibility(**parts["visibility"]), int(parts["first_coded"])
         _check_visibility(visibility)
         spec = CodecSpec(**parts["codec"])
         _check_spec(spec)
@@ -92,9 +92,9 @@ def restore(cache: "CompressedKVCache", state: Any) -> None:
     if keys is None:
         return
     key_codes, value_codes = tuple(key_codes or ()), tuple(value_codes or ())
-    coded = first_coded + (key_codes[0].shape[-1] if key_codes else 0)
-    tokens = ExactTokens(keys, values)
-    cache.hold(tokens, key_codes, value_codes, first_coded, coded, offset)
+    quantized = first_quantized + (key_codes[0].shape[-1] if key_codes else 0)
+    tokens = FullPrecisionTokens(keys, values)
+    cache.hold(tokens, key_codes, value_codes, first_quantized, quantized, offset)
     _check_arrays(cache)
     known = (x for x in (balance, layout, bias, query_squares) if x is not None)
     release((*cache.arrays, *known))
@@ -122,21 +122,21 @@ def _description(
     spec: CodecSpec | None,
     checksum: int | None,
     visibility: Visibility,
-    first_coded: int,
+    first_quantized: int,
     ring: Ring | None,
 ) -> str:
     parts = {
         "codec": spec and spec._asdict(),
         "visibility": {"window": visibility.window, "sinks": visibility.sinks},
         "rotation": checksum,
-        "first_coded": first_coded,
+        "first_coded": first_quantized,
         "ring": {"max_size": ring.max_size, "keep": ring.keep} if ring else {},
     }
     return json.dumps(parts, sort_keys=True)
 
 
 def _check_arrays(cache: "CompressedKVCache") -> None:
-    keys, values = cache.exact_tokens.keys, cache.exact_tokens.values
+    keys, values = cache.full_tokens.keys, cache.full_tokens.values
     spec = cache.codec.spec
     _require(
         isinstance(cache.offset, int)
@@ -146,14 +146,14 @@ def _check_arrays(cache: "CompressedKVCache") -> None:
         and (keys.shape[3], values.shape[3]) == (spec.head_dim, spec.value_dim),
         "keys and values do not have the shapes of its description",
     )
-    batch, heads, exact, _ = keys.shape
-    missing = cache.offset - exact
+    batch, heads, full, _ = keys.shape
+    missing = cache.offset - full
     forgotten = cache.ring.oldest(cache.offset - 1, 0)[1] if cache.ring else 0
     _require(
-        0 <= missing <= max(0, max(cache.coded, forgotten) - cache.visibility.sinks)
-        and 0 <= cache.first_coded <= cache.coded <= cache.offset
-        and (cache.ring is not None or cache.first_coded == 0),
-        f"{exact} exact and {cache.coded} coded tokens do not make {cache.offset}",
+        0 <= missing <= max(0, max(cache.quantized, forgotten) - cache.visibility.sinks)
+        and 0 <= cache.first_quantized <= cache.quantized <= cache.offset
+        and (cache.ring is not None or cache.first_quantized == 0),
+        f"{full} full-precision and {cache.quantized} quantized tokens do not make {cache.offset}",
     )
     # One encoded token shows what every array must look like.
     codec = KVCodec(spec)
@@ -163,7 +163,7 @@ def _check_arrays(cache: "CompressedKVCache") -> None:
         (cache.key_codes, key_model, 3),
         (cache.value_codes, value_model, 2),
     ):
-        count = cache.coded - cache.first_coded
+        count = cache.quantized - cache.first_quantized
         fits = len(codes) == (len(model) if count else 0)
         for array, expected in zip(codes, model):
             shape = list(expected.shape)

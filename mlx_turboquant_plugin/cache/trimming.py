@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, SupportsIndex
 import mlx.core as mx
 
 from ..codecs.kv_codec import Codes
-from .exact import ExactTokens
+from .full_precision import FullPrecisionTokens
 
 if TYPE_CHECKING:
     from .compressed import CompressedKVCache
@@ -26,25 +26,29 @@ def rewind(cache: "CompressedKVCache", offset: int) -> None:
             "older ones, which would be seen again; ask is_trimmable() before, and process the "
             "prompt again where it says no"
         )
-    sinks, exact_start = cache.visibility.sinks, cache.exact_start
-    exact = sinks + max(0, offset - exact_start) if offset > sinks else offset
-    coded = min(cache.coded, offset, max(cache.visibility.exact_from(offset), exact_start))
+    sinks, full_start = cache.visibility.sinks, cache.full_start
+    full = sinks + max(0, offset - full_start) if offset > sinks else offset
+    quantized = min(cache.quantized, offset, max(cache.visibility.full_from(offset), full_start))
     key_codes: Codes
     value_codes: Codes
-    if coded <= sinks:
-        key_codes, value_codes, first_coded, coded = (), (), 0, 0
-    elif coded == cache.coded:
-        key_codes, value_codes, first_coded = cache.key_codes, cache.value_codes, cache.first_coded
+    if quantized <= sinks:
+        key_codes, value_codes, first_quantized, quantized = (), (), 0, 0
+    elif quantized == cache.quantized:
+        key_codes, value_codes, first_quantized = (
+            cache.key_codes,
+            cache.value_codes,
+            cache.first_quantized,
+        )
     else:
-        first_coded = cache.first_coded
-        count = coded - first_coded
+        first_quantized = cache.first_quantized
+        count = quantized - first_quantized
         key_codes = tuple(mx.contiguous(x[..., :count]) for x in cache.key_codes)
         value_codes = tuple(mx.contiguous(x[..., :count, :]) for x in cache.value_codes)
-    tokens = ExactTokens()
+    tokens = FullPrecisionTokens()
     if offset:
-        held = cache.exact_tokens.keys, cache.exact_tokens.values
-        tokens = ExactTokens(*(mx.contiguous(x[:, :, :exact]) for x in held))
-    cache.hold(tokens, key_codes, value_codes, first_coded, coded, offset)
+        held = cache.full_tokens.keys, cache.full_tokens.values
+        tokens = FullPrecisionTokens(*(mx.contiguous(x[:, :, :full]) for x in held))
+    cache.hold(tokens, key_codes, value_codes, first_quantized, quantized, offset)
 
 
 def checked_offset(cache: "CompressedKVCache", offset: SupportsIndex) -> int:

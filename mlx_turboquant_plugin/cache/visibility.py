@@ -8,14 +8,14 @@ from mlx_lm.models.base import create_causal_mask
 from ..per_thread import cached_per_thread
 
 # Tokens that are encoded at once. Small, so that little more than the window is
-# kept exact; large enough that almost no step of decoding encodes anything.
+# kept in full precision; large enough that almost no step of decoding encodes anything.
 BLOCK = 32
 
 # How far a cache can be trimmed without any trace: speculative decoding rewinds by
-# a few tokens, and exact tokens that a later query gave up must still be there.
+# a few tokens, and full-precision tokens that a later query gave up must still be there.
 ROLLBACK = 16
 
-# A window that no sequence leaves: all tokens stay exact.
+# A window that no sequence leaves: all tokens stay in full precision.
 ENDLESS = 2**30
 
 
@@ -33,8 +33,8 @@ class Visibility(NamedTuple):
     for prompts, too, and it does not matter how a prompt was cut into chunks.
 
     Attributes:
-        window: a multiple of 32; at least that many newest tokens are exact.
-        sinks: the number of first tokens that are always exact.
+        window: a multiple of 32; at least that many newest tokens are in full precision.
+        sinks: the number of first tokens that are always in full precision.
         invariant: whether prompts follow the rule of positions; None is False until the settings
             of the model that uses the cache say.
     """
@@ -48,32 +48,32 @@ class Visibility(NamedTuple):
         return count > ROLLBACK and not self.invariant
 
     @property
-    def most_exact(self) -> int:
-        """The most exact tokens after the sinks that queries and trims can need."""
+    def most_full_tokens(self) -> int:
+        """The most full-precision tokens after the sinks that queries and trims can need."""
         return self.window + BLOCK + ROLLBACK
 
-    def exact_from(self, position: int) -> int:
+    def full_from(self, position: int) -> int:
         """The first position, after the sinks, that the window of ``position`` has."""
         return max(self.sinks, (position // BLOCK) * BLOCK - self.window)
 
     def covers(self, count: int) -> bool:
-        """Whether of a query's newest ``count`` tokens all are exact, wherever it is."""
+        """Whether of a query's newest ``count`` tokens all are in full precision, wherever it is."""
         return count <= self.window + BLOCK
 
     def changes(self, start: int, end: int) -> range:
-        """The positions after ``start`` and before ``end`` at which the exact part moves on."""
+        """The positions after ``start`` and before ``end`` at which the full-precision part moves on."""
         first = max(start, self.window + self.sinks) // BLOCK * BLOCK + BLOCK
         return range(first, end, BLOCK)
 
-    def retained_from(self, offset: int, steady: bool) -> int:
+    def retained_from(self, offset: int, fixed_shapes: bool) -> int:
         """The first position, after the sinks, that tokens from ``offset`` on can need exactly.
 
         Args:
-            steady: whether as many tokens as can ever be needed are kept, always.
+            fixed_shapes: whether as many tokens as can ever be needed are kept, always.
         """
-        if steady:
-            return offset - self.most_exact
-        return self.exact_from(max(0, offset - ROLLBACK))
+        if fixed_shapes:
+            return offset - self.most_full_tokens
+        return self.full_from(max(0, offset - ROLLBACK))
 
     def first_without(self, token: int) -> int:
         """The first position of a query that reads the token at ``token`` through its code."""

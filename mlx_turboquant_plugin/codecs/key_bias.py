@@ -2,8 +2,8 @@
 
 RoPE is linear, so key_t = R_t (x_t - b) + R_t b, for any b: the mean of the x_t, or, where it was
 not measured, the bias of ``k_proj``. It is most of the energy of the keys, and with Qwen2-like
-models tens of times larger than the rest; quantising it drowns everything else. Only
-r_t = key_t - R_t b is quantised, and a query's product with R_t b is added to its scores:
+models tens of times larger than the rest; quantizing it drowns everything else. Only
+r_t = key_t - R_t b is quantized, and a query's product with R_t b is added to its scores:
 
     q . R_t b = sum_f cos(theta_f t) (q1 b1 + q2 b2) + sin(theta_f t) (q2 b1 - q1 b2)
 

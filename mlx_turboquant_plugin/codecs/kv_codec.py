@@ -28,7 +28,7 @@ STEP = {mx.cpu: 2**16, mx.gpu: 2**23}
 
 
 def key_quantizer(name: str, bits: int, *of_segments: mx.array | None):
-    """The quantiser of rotated keys called ``name``: segmented, lloyd-max, affine or exact.
+    """The quantizer of rotated keys called ``name``: segmented, lloyd-max, affine or exact.
 
     ``of_segments`` are the arguments of :class:`Segmented`.
     """
@@ -38,7 +38,7 @@ def key_quantizer(name: str, bits: int, *of_segments: mx.array | None):
 
 
 def value_quantizer(name: str, bits: int, head_dim: int):
-    """The quantiser of rotated values called ``name``: lloyd-max, affine or exact."""
+    """The quantizer of rotated values called ``name``: lloyd-max, affine or exact."""
     if name == "affine":
         return GroupAffine(bits, head_dim)
     return {"lloyd-max": LloydMax, "exact": _exact}[name](bits)
@@ -85,12 +85,12 @@ class Knowledge(NamedTuple):
 class KVCodec:
     """Encodes keys and values of one layer.
 
-    Keys: subtract the rotated bias, divide by the balance, sort, rotate, quantise.
-    Values: rotate, quantise. Key codes are channel-major (..., C, T), which is
+    Keys: subtract the rotated bias, divide by the balance, sort, rotate, quantize.
+    Values: rotate, quantize. Key codes are channel-major (..., C, T), which is
     what a query multiplies; value codes are token-major (..., T, C).
 
     Args:
-        spec: bits, quantisers, dimensions.
+        spec: bits, quantizers, dimensions.
         balance: (H, 1, D) fp32, or None: queries are multiplied by it and keys divided.
         bias: the layer's key bias, or None.
         layout: (H, D + 1) int32, or None: the channels of each KV head in the order in which
@@ -178,7 +178,7 @@ class KVCodec:
 
     @functools.cached_property
     def keys(self):
-        """The quantiser of rotated keys."""
+        """The quantizer of rotated keys."""
         first_bits = None if self.layout is None else self.layout[:, -1]
         return key_quantizer(self.spec.key_codec, self.spec.key_bits, first_bits, self.feedback)
 

@@ -1,7 +1,7 @@
 """The Lloyd-Max codec: TurboQuant-MSE of arXiv 2504.19874, section 3.1.
 
 A rotated vector's coordinates, divided by their root mean square, are close to
-N(0, 1). Each is replaced by the nearest level of a scalar quantiser made for
+N(0, 1). Each is replaced by the nearest level of a scalar quantizer made for
 N(0, 1) (Lloyd 1957, Max 1960), and one scale per vector is stored.
 """
 
@@ -24,7 +24,7 @@ OFFSET = 127.5
 
 @dataclass(frozen=True)
 class Codebook:
-    """The levels of a symmetric quantiser, as bytes.
+    """The levels of a symmetric quantizer, as bytes.
 
     Whole numbers are exact in every format that a kernel may compute in, and a curve
     through them costs less than a table on every device.
@@ -41,7 +41,7 @@ class Codebook:
 
 
 # Mean squared errors for N(0, 1): 0.11748, 0.03455 and 0.00951, at most 0.15% above
-# those of the best quantisers. tests/lloyd_max.py finds them.
+# those of the best quantizers. tests/lloyd_max.py finds them.
 CODEBOOKS = {
     2: Codebook((35.5, 118.5), 78.4522, (0, 1009, 0, 9061)),
     3: Codebook((13.5, 41.5, 73.5, 117.5), 54.6415, (47, 280, 2, 3439)),
@@ -68,7 +68,7 @@ ALONG = 1
 
 @dataclass(frozen=True)
 class LloydMax:
-    """Quantises rotated vectors to ``bits`` (2, 3 or 4) bits per channel and an 8-bit scale.
+    """Quantizes rotated vectors to ``bits`` (2, 3 or 4) bits per channel and an 8-bit scale.
 
     ``codes`` are the packed codes (:func:`packing.pack`), uint8 (..., T, bytes), and last
     the scales, uint8 (..., T, 1): token-major. Channel-major is with the last two axes

@@ -1,7 +1,7 @@
 """Random orthogonal rotations that spread a vector's energy over its channels.
 
 TurboQuant (arXiv 2504.19874, section 3.1) rotates every vector before it is
-quantised: after the rotation each coordinate of a unit vector is close to
+quantized: after the rotation each coordinate of a unit vector is close to
 N(0, 1/D), whatever the vector was, so one codebook serves all.
 """
 

@@ -2,7 +2,7 @@
 
 How much a channel's error moves the scores differs by an order of magnitude between the
 channels of a head. Keys are sorted by it and cut in two halves, the segments, which are rotated,
-quantised and scaled each by itself. Reverse water-filling (Cover and Thomas, Elements of
+quantized and scaled each by itself. Reverse water-filling (Cover and Thomas, Elements of
 Information Theory, 10.3.3) would give every channel bits of its own. Here a code of each segment
 fills a byte, and where the byte is cut is chosen for each head (:attr:`KVCodec.layout`).
 
@@ -36,7 +36,7 @@ SHIFTS = {
 
 
 class Segmented:
-    """Quantises vectors whose two segments are rotated.
+    """Quantizes vectors whose two segments are rotated.
 
     ``codes`` are bytes, uint8 (..., T, D / 2), the code of a channel of the first segment above
     that of the same channel of the second, and scales, uint8 (..., T, 2): token-major.

@@ -1,6 +1,6 @@
 """How to weigh a key's channels and their errors, from the model's statistics or its weights.
 
-After the rotation a key's quantisation error is spread evenly over its channels,
+After the rotation a key's quantization error is spread evenly over its channels,
 but the query does not weigh them evenly. With keys divided by s and queries
 multiplied by it, the error of a score is about sum_c (q_c s_c)^2 sum_c (k_c / s_c)^2,
 which is least (Cauchy-Schwarz) where s_c^2 = rms(k_c) / rms(q_c).
@@ -67,7 +67,7 @@ def balance(key_rms: mx.array, query_rms: mx.array, rope: Any, whitened: float =
     """The factors s of a layer.
 
     Args:
-        key_rms: root mean squares of what is coded of keys, (H, D).
+        key_rms: root mean squares of what is quantized of keys, (H, D).
         query_rms: those of queries, (H_q, D).
         rope: the rope object; s is equal within each of its pairs, so that it
             commutes with the rotation by position.

@@ -34,7 +34,7 @@ TOKENS = 512
 # cores.
 CPU_WORK = 2e10
 FEWEST = 16
-# First tokens are unlike the others, and stay exact.
+# First tokens are unlike the others, and stay in full precision.
 SKIPPED = 4
 SEED = 2504
 

@@ -49,7 +49,7 @@ def patch_cache(module: ModuleType) -> None:
 
 
 def patch_generate(module: ModuleType) -> None:
-    """Have ``kv_bits`` refused with the first token, not where mlx-lm would begin to quantise."""
+    """Have ``kv_bits`` refused with the first token, not where mlx-lm would begin to quantize."""
     if not upstream.available():
         patching.wrap(module, "maybe_quantize_kv_cache", _maybe_quantize_kv_cache)
 

@@ -130,7 +130,7 @@ def _general() -> Settings:
 
 
 def _parts(attention: nn.Module, norm: nn.Module | None) -> tuple[Any, ...]:
-    """What is replaced when a layer is loaded, quantised, sharded, trained or adapted."""
+    """What is replaced when a layer is loaded, quantized, sharded, trained or adapted."""
     # Not the attention itself, which nobody here may keep.
     return (norm, *contents(attention), *(() if norm is None else contents(norm)))
 
@@ -255,7 +255,7 @@ def _rms_and_bias(
     head_dim: int,
     statistics: Statistics | None,
 ) -> tuple[tuple[mx.array, mx.array] | None, KeyBias | None, bool]:
-    """Root mean squares of what is coded of keys, (H, D), and of queries, (H_q, D), and the bias
+    """Root mean squares of what is quantized of keys, (H, D), and of queries, (H_q, D), and the bias
     of the keys, where there are any; and whether they were measured."""
     heads, kv_heads = family.head_counts(attention)
     rope = getattr(attention, family.rope, None)

@@ -36,7 +36,7 @@ class Projection(NamedTuple):
     """Some or all outputs of a linear layer.
 
     Attributes:
-        linear: dense, quantised or sharded; see :func:`base_linear`.
+        linear: dense, quantized or sharded; see :func:`base_linear`.
         rows: which outputs, in the order of heads and channels; None for all.
     """
 
@@ -48,7 +48,7 @@ class Projection(NamedTuple):
         return self.linear.weight.shape[0] if self.rows is None else self.rows.size
 
     def weight(self, some: slice) -> mx.array:
-        """The weights of some outputs, dequantised: fp32 (outputs, inputs)."""
+        """The weights of some outputs, dequantized: fp32 (outputs, inputs)."""
         linear = self.linear
         weight = self._chosen(linear.weight, some)
         if "scales" in linear:

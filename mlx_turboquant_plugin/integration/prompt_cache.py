@@ -69,7 +69,7 @@ def inform(caches: list[Any]) -> None:
 
 
 def refuse_kv_bits(caches: list[Any], bits: int) -> None:
-    """Say, once, that mlx-lm's own quantisation is left out where ``caches`` are compressed."""
+    """Say, once, that mlx-lm's own quantization is left out where ``caches`` are compressed."""
     for one in only_compressed(caches)[:1]:
         one.to_quantized(bits=bits)
 
@@ -199,7 +199,10 @@ def _compressed(
         return CompressedKVCache(*parts), ""
     if known.visibility.covers(cache.max_size - cache.keep):
         # mlx-lm's own takes no more memory, and less time.
-        return None, f"a cache of {cache.max_size} tokens has none but those that stay exact"
+        return (
+            None,
+            f"a cache of {cache.max_size} tokens has none but those that stay in full precision",
+        )
     return RotatingCompressedKVCache(cache.max_size, cache.keep, *parts), ""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models import cache as cache_module
 
-from ..cache import BatchCompressedKVCache, CompressedKVCache, PackedRows
+from ..cache import BatchCompressedKVCache, BatchedRows, CompressedKVCache
 from ..cache.parts import parts_of
 from ..cache.sizes import CacheSize, Row
 from ..integration.sizes import Sizes
@@ -54,9 +54,9 @@ def _uncompressed(cache: Any) -> int:
     if isinstance(cache, BatchCompressedKVCache):
         return sum(map(_uncompressed, cache.holders[1:]))
     if isinstance(cache, CompressedKVCache):
-        held, tokens = cache.exact_tokens, cache.size()
-    elif isinstance(cache, PackedRows):
-        held, tokens = cache.exact_tokens, sum(cache.lengths) // len(cache.lengths)
+        held, tokens = cache.full_tokens, cache.size()
+    elif isinstance(cache, BatchedRows):
+        held, tokens = cache.full_tokens, sum(cache.lengths) // len(cache.lengths)
     else:
         return cache.nbytes
     return int(held.nbytes / held.count * tokens) if held.count else 0

@@ -36,7 +36,7 @@ class Arm:
         """What must be in force while the arm makes caches and while it runs.
 
         Every query reads what it would read in decoding: a prompt's own tokens would be
-        exact for it else, the more of them the longer its chunks, and flatter the codes.
+        in full precision for it else, the more of them the longer its chunks, and flatter the codes.
         """
         if self.settings is None:
             return nullcontext()

@@ -14,7 +14,7 @@ the model's dtype, S the largest |score| and V the largest |value|, an output ma
 - 64 u V: weights are such powers, too, for a mean |x| of 8; sums and the quotient.
 
 On a GPU more than 8 queries, and those of the eager and the compiled kernel, are for MLX's own
-attention over keys and values that are dequantised to the model's dtype. There U is 2^-11 at
+attention over keys and values that are dequantized to the model's dtype. There U is 2^-11 at
 least, since MLX multiplies fp32 matrices in TF32, and that adds
 
     2 U V (1 + S)
@@ -179,7 +179,7 @@ class CheckedLayer:
         out = self._step(cache, self.queries, self.case.count)
         self.rows = [cache] if len(caches) == 1 else cache.rows
         # A ring forgets what its first queries have read.
-        self.coded = [self.view] if self.case.ring else self.rows
+        self.quantized = [self.view] if self.case.ring else self.rows
         return out
 
     def _step(self, cache: CompressedKVCache, queries: mx.array, before_end: int) -> mx.array:
@@ -237,11 +237,11 @@ class CheckedLayer:
         return out, self._tolerance(np.abs(out).max(), score, value)
 
     def holds_what_was_given(self) -> bool:
-        """Whether the exact tokens of all caches are the sinks and the newest."""
+        """Whether the full-precision tokens of all caches are the sinks and the newest."""
         for index, row in enumerate(self.rows):
-            slots = min(VISIBILITY.sinks, row.offset), row.exact_start
-            exact = row.exact_tokens
-            for held, given in (exact.keys, self.keys[index]), (exact.values, self.values[index]):
+            slots = min(VISIBILITY.sinks, row.offset), row.full_start
+            full = row.full_tokens
+            for held, given in (full.keys, self.keys[index]), (full.values, self.values[index]):
                 expected = mx.concatenate(
                     [given[:, :, : slots[0]], given[:, :, slots[1] :]], axis=2
                 )
@@ -253,11 +253,13 @@ class CheckedLayer:
         """What vectors lose in Lloyd-Max codes, as a share of what they may: the most."""
         shares = [0.0]
         balance = 1.0 if self.balance is None else self.balance
-        for index, row in enumerate(self.coded):
-            count = row.coded - row.first_coded
+        for index, row in enumerate(self.quantized):
+            count = row.quantized - row.first_quantized
             if count == 0:
                 continue
-            some = np.linspace(row.first_coded, row.coded - 1, min(count, SAMPLE)).astype(int)
+            some = np.linspace(row.first_quantized, row.quantized - 1, min(count, SAMPLE)).astype(
+                int
+            )
             keys, values, decoded_keys, decoded_values = (
                 x[:, :, some] for x in self._fp64_rows[index]
             )
@@ -276,7 +278,9 @@ class CheckedLayer:
         self, x: np.ndarray, row: CompressedKVCache, some: np.ndarray, turned: np.ndarray
     ) -> float:
         order, first_bits = self._cut
-        arrays = [np.array(y)[..., some - row.first_coded].swapaxes(-1, -2) for y in row.key_codes]
+        arrays = [
+            np.array(y)[..., some - row.first_quantized].swapaxes(-1, -2) for y in row.key_codes
+        ]
         halves = np.split(np.take_along_axis(x, order[None, :, None], axis=-1), 2, axis=-1)
         parts = zip(halves, stored.segments(arrays, first_bits), (first_bits, 8 - first_bits))
         rotation = reference.rotation(self.case.dim // 2)
@@ -327,14 +331,14 @@ class CheckedLayer:
         return [self._row(index) for index in range(len(self.rows))]
 
     def _row(self, index: int) -> tuple[np.ndarray, ...]:
-        """Keys and values of a sequence in fp64, and as decoded: zeros where they are exact."""
-        row = self.coded[index]
+        """Keys and values of a sequence in fp64, and as decoded: zeros where they are in full precision."""
+        row = self.quantized[index]
         keys, values = _fp64(self.keys[index]), _fp64(self.values[index])
         decoded_keys, decoded_values = np.zeros_like(keys), np.zeros_like(values)
         if row.key_codes:
-            coded = range(row.first_coded, row.coded)
-            decoded_keys[:, :, coded] = self._decode_keys(row.key_codes, coded)
-            decoded_values[:, :, coded] = self._decode_values(row.value_codes)
+            quantized = range(row.first_quantized, row.quantized)
+            decoded_keys[:, :, quantized] = self._decode_keys(row.key_codes, quantized)
+            decoded_values[:, :, quantized] = self._decode_values(row.value_codes)
         return keys, values, decoded_keys, decoded_values
 
     def _remembered(self, length: int):

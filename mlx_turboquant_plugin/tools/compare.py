@@ -34,7 +34,7 @@ from .memory import bf16_bytes, bytes_by_length, layer_shapes
 from .page import page
 from .progress import progress
 from .report import Report, Result, lines
-from .runs import coded_tokens, dtype_name, load_model, prompt_cache
+from .runs import dtype_name, load_model, prompt_cache, quantized_tokens
 from .statistics import RULE, summarise, verdict
 from .task_results import Answers, answers, task_report
 from .tasks import DEEPEST, depth, prompts
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         choices=list(BESIDE),
         default=["identity", "mlx-lm-4bit", "mlx-lm-8bit"],
-        help=f"what else to measure, bypasses and mlx-lm's own quantised caches: some of "
+        help=f"what else to measure, bypasses and mlx-lm's own quantized caches: some of "
         f"{', '.join(BESIDE)} (all but bridge)",
     )
     parser.add_argument(
@@ -243,7 +243,7 @@ def applicable(arms: Sequence[Arm], shapes: Sequence[Any]):
     odd = sorted({dim for shape in shapes for _, dim in shape if dim % MLX_LM_GROUP})
     kept = [arm for arm in arms if arm.mlx_lm_bits is None or not odd]
     return kept, [
-        f"{arm.name} left out: mlx-lm can't quantise head dim {odd[0]} in groups of {MLX_LM_GROUP}"
+        f"{arm.name} left out: mlx-lm can't quantize head dim {odd[0]} in groups of {MLX_LM_GROUP}"
         for arm in arms
         if arm not in kept
     ]
@@ -257,19 +257,19 @@ def _result(runs: Sequence[Run], windows: Sequence[Divergence], **others: Any) -
     arm, caches = runs[0].arm, runs[-1].caches
     summary = summarise(windows)
     kls = np.mean([window.kls for window in windows], axis=0)
-    bits, coded = str(arm.mlx_lm_bits or 16), 1.0
+    bits, quantized = str(arm.mlx_lm_bits or 16), 1.0
     ours = only_compressed(caches)
     if ours and ours[0].codec:
         spec, visibility = ours[0].codec.spec, ours[0].visibility
         bits = f"{spec.key_bits}/{spec.value_bits}" if spec.key_codec != "exact" else "exact"
-        reads = [visibility.exact_from(p) > visibility.sinks for p in range(len(kls))]
-        coded = sum(reads) / len(reads)
+        reads = [visibility.full_from(p) > visibility.sinks for p in range(len(kls))]
+        quantized = sum(reads) / len(reads)
     return Result(
         name=arm.name,
         bits=bits,
         summary=summary,
-        verdict=verdict(summary, coded),
-        coded_tokens=caches[0].offset if arm.mlx_lm_bits else coded_tokens(caches),
+        verdict=verdict(summary, quantized),
+        coded_tokens=caches[0].offset if arm.mlx_lm_bits else quantized_tokens(caches),
         tokens_per_second=_speed(runs),
         kl_by_position=[float(kls[i : i + BIN].mean()) for i in range(0, len(kls), BIN)],
         kl_by_window=[window.kl for window in windows],

@@ -79,7 +79,7 @@ def _continued(path: str, text: str | None, max_tokens: int) -> Iterator[str]:
     model.set_dtype(mx.float32)
     tokens = mx.array([*prompt, *exact.tokens])
     exact_cache = prompt_cache(model)
-    # What decoding reads: a prompt's own tokens would be exact, and flatter the codes.
+    # What decoding reads: a prompt's own tokens would be in full precision, and flatter the codes.
     with compressed(bypass=None, invariant=True):
         forced = diverge(model, tokens, CHUNK, exact_cache, compressed_prompt_cache(model))
     yield ""
@@ -93,10 +93,10 @@ def _continued(path: str, text: str | None, max_tokens: int) -> Iterator[str]:
 def _generated(snapshot: Status, prompt: int, exact: Generation, ours: Generation) -> Iterator[str]:
     yield snapshot.models[-1]
     yield (
-        f"prompt of {prompt} tokens, {len(exact.tokens)} generated; {ours.coded} of the "
+        f"prompt of {prompt} tokens, {len(exact.tokens)} generated; {ours.quantized} of the "
         f"{ours.cached} tokens in the cache are compressed"
     )
-    if not ours.coded:
+    if not ours.quantized:
         yield (
             "nothing is compressed in so short a text: the first and the newest tokens stay "
             "exact; give a longer --prompt or more --max-tokens"

@@ -45,7 +45,7 @@ class HeadDrift:
     """The errors of one KV head, over all its query heads and all positions that read codes.
 
     Attributes:
-        score: root mean square error of q . k * scale over coded keys, weighted by the
+        score: root mean square error of q . k * scale over quantized keys, weighted by the
             attention paid to each and without its mean per query, which softmax ignores.
         keys, values, both: |error| / |output| of the attention output, root mean squares,
             with this side of the cache as codes.
@@ -118,7 +118,7 @@ def measure(
         codecs = arm.caches(model)
     probed = [i for i, c in enumerate(codecs) if isinstance(c, CompressedKVCache)]
     length, visibility = len(windows[0]), codecs[probed[0]].visibility
-    if visibility.exact_from(length - 1) <= visibility.sinks:
+    if visibility.full_from(length - 1) <= visibility.sinks:
         raise SettingsError(
             f"--length is {length}, and no token of so short a text is read as a code: choose more "
             f"than {visibility.window + visibility.sinks + 32}"
@@ -194,26 +194,26 @@ class Probe(KVCache):
         positions = mx.arange(start, self.offset)[:, None]
         tokens = mx.arange(self.offset)
         begins = mx.array(
-            [self.visibility.exact_from(p) for p in range(start, self.offset)], mx.int32
+            [self.visibility.full_from(p) for p in range(start, self.offset)], mx.int32
         )[:, None]
-        coded = (tokens >= self.visibility.sinks) & (tokens < begins)
-        reads = mx.any(coded, axis=-1)[:, None].astype(mx.float32)
-        coded_keys, coded_values = self._decoded[0].keys_and_values()
+        quantized = (tokens >= self.visibility.sinks) & (tokens < begins)
+        reads = mx.any(quantized, axis=-1)[:, None].astype(mx.float32)
+        quantized_keys, quantized_values = self._decoded[0].keys_and_values()
         # (H, query heads of a KV head, N, D), against (H, 1, T, D).
         q = queries[0].reshape(kv_heads, -1, count, queries.shape[-1]) * scale
-        k, coded_k, v, coded_v = (
-            x[0][:, None] for x in (exact_keys, coded_keys, exact_values, coded_values)
+        k, quantized_k, v, quantized_v = (
+            x[0][:, None] for x in (exact_keys, quantized_keys, exact_values, quantized_values)
         )
         hidden = mx.where(tokens <= positions, 0.0, -mx.inf)
         exact = q @ mx.swapaxes(k, -1, -2)
-        missing = mx.where(coded, q @ mx.swapaxes(coded_k, -1, -2) - exact, 0.0)
+        missing = mx.where(quantized, q @ mx.swapaxes(quantized_k, -1, -2) - exact, 0.0)
         weights = mx.softmax(exact + hidden, axis=-1)
         shifted = mx.softmax(exact + missing + hidden, axis=-1)
 
         def attended(p: mx.array, of_codes: bool) -> mx.array:
             if not of_codes:
                 return p @ v
-            return mx.where(coded, p, 0.0) @ coded_v + mx.where(coded, 0.0, p) @ v
+            return mx.where(quantized, p, 0.0) @ quantized_v + mx.where(quantized, 0.0, p) @ v
 
         output = attended(weights, False)
         mean = mx.sum(weights * missing, axis=-1, keepdims=True)

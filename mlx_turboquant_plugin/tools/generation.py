@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import stream_generate
 
-from .runs import coded_tokens, kv_bytes
+from .runs import kv_bytes, quantized_tokens
 
 SHOWN_CHARACTERS = 160
 
@@ -21,7 +21,7 @@ class Generation:
         tokens: the generated token ids.
         prompt_speed, speed: tokens per second of the prompt and of the generation.
         cached: tokens in the cache at the end.
-        coded: how many of these are held as codes.
+        quantized: how many of these are held as codes.
         kv_bytes: bytes of the caches of all layers at the end.
         peak_bytes: most memory in use at a time, beyond the model's weights.
     """
@@ -31,7 +31,7 @@ class Generation:
     prompt_speed: float
     speed: float
     cached: int
-    coded: int
+    quantized: int
     kv_bytes: int
     peak_bytes: int
 
@@ -55,7 +55,7 @@ def generate(
         response.prompt_tps,
         response.generation_tps,
         caches[0].offset,
-        coded_tokens(caches),
+        quantized_tokens(caches),
         kv_bytes(caches),
         mx.get_peak_memory() - before,
     )

@@ -28,7 +28,7 @@ CONTROL_TOKEN = 3
 def convert(source: Path, folder: Path) -> None:
     """Write config.json, the weights in bfloat16 and the tokenizer into an existing ``folder``.
 
-    Quantised weights are dequantised: on a CPU MLX multiplies prompts by them at half the speed.
+    Quantized weights are dequantized: on a CPU MLX multiplies prompts by them at half the speed.
 
     Raises:
         RuntimeError: ``source`` is no GGUF file, or is cut short.
@@ -48,7 +48,7 @@ def convert(source: Path, folder: Path) -> None:
 
 
 def dense(arrays: dict[str, mx.array], heads: int, kv_heads: int) -> dict[str, mx.array]:
-    """mlx-lm's weights, bfloat16, from the arrays of ``mx.load``: a GGUF's, quantised or not.
+    """mlx-lm's weights, bfloat16, from the arrays of ``mx.load``: a GGUF's, quantized or not.
 
     GGUF has the pairs of channels that RoPE turns side by side, mlx-lm in two halves of a head.
     """

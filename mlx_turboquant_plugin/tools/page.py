@@ -50,7 +50,7 @@ def _cards(report: Report) -> Iterator[str]:
     for index, r in enumerate(report.results):
         word = "no verdict" if r.verdict.word == "none" else r.verdict.word
         if r.bits == "exact":
-            bits, size = "bypass", "exact<small>nothing is coded</small>"
+            bits, size = "bypass", "exact<small>nothing is quantized</small>"
         else:
             bits = f"{r.bits} bits"
             size = (

@@ -30,7 +30,7 @@ class Result:
         kl_by_position: mean KL of each 64 positions, over the windows.
         bytes_by_length: of all layers, at the report's ``lengths``.
         kl_by_window, change_by_window: what the intervals are made from.
-        worst: the tokens with the largest KL; none if nothing is coded.
+        worst: the tokens with the largest KL; none if nothing is quantized.
         text: what it generated, None without generation.
     """
 

@@ -118,6 +118,6 @@ def table_bytes(caches: list[Any]) -> int:
     return sum(table.nbytes for table in tables.values())
 
 
-def coded_tokens(caches: list[Any]) -> int:
+def quantized_tokens(caches: list[Any]) -> int:
     """How many tokens are held as codes, in the layer that holds most."""
-    return max((cache.coded for cache in only_compressed(caches)), default=0)
+    return max((cache.quantized for cache in only_compressed(caches)), default=0)

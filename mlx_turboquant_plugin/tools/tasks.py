@@ -41,7 +41,7 @@ PLACES = (
 )  # fmt: skip
 CANDIDATES = 8
 KEYS = 4
-# Beyond this depth nothing is put: the newest tokens are exact.
+# Beyond this depth nothing is put: the newest tokens are in full precision.
 DEEPEST = 0.8
 # A word in so many tokens of the context, and which share of them is the one asked for.
 WORD_EVERY, COMMON_SHARE = 16, 1 / 3

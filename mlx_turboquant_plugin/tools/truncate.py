@@ -2,7 +2,7 @@
 
 Each cut run reads some wrong tokens too many, trims them off again, and reads on; the
 reference run never saw them. A cut of up to 16 tokens must leave no trace. A longer one
-reaches tokens whose exact vectors are gone: queries read them as codes where the
+reaches tokens whose full-precision vectors are gone: queries read them as codes where the
 reference reads them exactly, until the window has moved past the cut. Nothing else may
 differ: the codes of the kept tokens are the same.
 """
@@ -158,15 +158,15 @@ def _places(length: int, removed: int) -> list[int]:
 def _recoded(reference: list[Any], other: list[Any]) -> int:
     """Tokens that the next query reads as codes in ``other`` and exactly in ``reference``."""
     first, second = only_compressed(reference)[0], only_compressed(other)[0]
-    exact_from = first.visibility.exact_from(first.offset)
-    return max(0, second.exact_start - max(exact_from, first.exact_start))
+    full_from = first.visibility.full_from(first.offset)
+    return max(0, second.full_start - max(full_from, first.full_start))
 
 
 def _same_codes(reference: list[Any], other: list[Any], at: int) -> float:
     """The share of equal bytes among the codes of the first ``at`` tokens of both."""
     equal = total = 0
     for a, b in zip(only_compressed(reference), only_compressed(other)):
-        kept = range(min(at, a.coded, b.coded))
+        kept = range(min(at, a.quantized, b.quantized))
         for one, two, axis in (
             *((x, y, -1) for x, y in zip(a.key_codes, b.key_codes)),
             *((x, y, -2) for x, y in zip(a.value_codes, b.value_codes)),
@@ -194,6 +194,6 @@ def _lines(args: argparse.Namespace, cuts: list[Cut]) -> Iterator[str]:
         )
     yield ""
     yield (
-        "as codes: kept tokens whose exact vectors went before the cut; the next tokens read "
+        "as codes: kept tokens whose full-precision vectors went before the cut; the next tokens read "
         "them as codes, which explains a difference"
     )

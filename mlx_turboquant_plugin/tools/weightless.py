@@ -71,7 +71,7 @@ def _without_weights(config: dict[str, Any]) -> tuple[Callable, Any]:
 
 
 def _adopt(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Give the parameters the dtype and the quantisation that ``config`` asks for."""
+    """Give the parameters the dtype and the quantization that ``config`` asks for."""
     text = config.get("text_config") or {}
     names = (part.get(name) for part in (config, text) for name in ("dtype", "torch_dtype"))
     model.set_dtype(getattr(mx, next(filter(None, names), "bfloat16")))

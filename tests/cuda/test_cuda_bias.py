@@ -23,7 +23,7 @@ BODY = """
   RotaryArray<PAIRS> array{table, table_shape[0]};
   RotaryPairs rotary = array.pairs(BETWEEN, DISTANCE);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = blockIdx.x * WARPS + warp;
-  memory.begin_tiles(rotary, array.waves(TILE), FIRST_CODED);
+  memory.begin_tiles(rotary, array.waves(TILE), FIRST_QUANTIZED);
   for (int r = warp; r < ROWS; r += WARPS) {
     for (int d = lane; d < DIM; d += 32) query[r][d] = queries[r * DIM + d];
     __syncwarp();
@@ -32,7 +32,7 @@ BODY = """
   wait_for_copies();
   __syncthreads();
   float score[NT][TOKENS];
-  memory.scores(rotary, FIRST_CODED, tile, turned[warp], score);
+  memory.scores(rotary, FIRST_QUANTIZED, tile, turned[warp], score);
   for (int i = 0; i < NT * TOKENS; i++) {
     int row = 4 * (i / TOKENS) + lane % 4, token = tile * TILE + lane / 4 * TOKENS + i % TOKENS;
     scores[row * gridDim.x * WARPS * TILE + token] = score[i / TOKENS][i % TOKENS];
@@ -61,7 +61,7 @@ def test_scores_of_hundreds_are_exact_to_thousandths(dims, traditional, rows_of_
             threadgroup=(128, 1, 1),
             output_shapes=[(rows, tokens)],
             output_dtypes=[mx.float32],
-            template=[*numbers.items(), ("FIRST_CODED", first)],
+            template=[*numbers.items(), ("FIRST_QUANTIZED", first)],
         )
         expected = queries.astype(np.float64) @ np.array(bias.rotated(first, tokens))[0].T
         assert 250 < np.abs(expected).max() < 1000

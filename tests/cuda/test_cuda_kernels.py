@@ -24,13 +24,13 @@ pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="needs g++ 12 or clang (apt-get install g++)"
 )
 
-# Threads in either order; codes in many parts, and all in one.
+# Threads in either order; codes in many splits, and all in one.
 RUNS = [(False, 256), (True, 1)]
 
 
 @pytest.fixture(params=RUNS, ids=["ascending", "descending"])
 def emulated(request, monkeypatch):
-    descending, parts = request.param
+    descending, splits = request.param
     kernels = (
         # Plans keep launches.
         plan_step,
@@ -39,13 +39,13 @@ def emulated(request, monkeypatch):
         cuda._attention,
         cuda._split_kernel,
         cuda._merge_kernel,
-        cuda._code_parts,
+        cuda._code_splits,
         cuda_encode._encode_kernel,
         cuda_portable.kernel,
     )
     monkeypatch.setattr(cuda_source, "kernel", cuda_emulator.EmulatedKernel)
     monkeypatch.setattr(cuda_emulator.EmulatedKernel, "descending", descending)
-    monkeypatch.setattr(cuda, "MOST_PARTS", parts)
+    monkeypatch.setattr(cuda, "MOST_SPLITS", splits)
     # An emulated kernel needs numbers, which are not there while a function is traced.
     mx.disable_compile()
     for kernel in kernels:
@@ -65,7 +65,7 @@ TABLE = [(run, case) for run in RUNS for case in QUICK if run is RUNS[1] or case
 
 @pytest.mark.parametrize("emulated, case", TABLE, indirect=["emulated"], ids=str)
 def test_the_table(case, emulated, monkeypatch):
-    # Where prompts are dequantised.
+    # Where prompts are dequantized.
     monkeypatch.setattr(support, "on_gpu", lambda: True)
     result = check(case, "cuda")
     assert result.ok, f"{case}: error {result.error:.1e} of {result.tolerance:.1e} {result.note}"
@@ -73,7 +73,7 @@ def test_the_table(case, emulated, monkeypatch):
 
 @pytest.mark.parametrize("case", dequantized.CASES, ids=str)
 @one_run
-def test_what_is_dequantised(case, emulated):
+def test_what_is_dequantized(case, emulated):
     dequantized.check(case, "cuda")
 
 

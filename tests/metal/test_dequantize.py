@@ -1,4 +1,4 @@
-"""The Metal kernel that dequantises, in the emulator."""
+"""The Metal kernel that dequantizes, in the emulator."""
 
 import emulator
 import mlx.core as mx

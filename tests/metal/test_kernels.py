@@ -19,7 +19,7 @@ from mlx_turboquant_plugin.backends.inputs import DEVICE_SIZE
 from mlx_turboquant_plugin.backends.metal import launch as metal
 from mlx_turboquant_plugin.backends.support import unsupported
 from mlx_turboquant_plugin.cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
-from mlx_turboquant_plugin.cache.exact import ExactTokens
+from mlx_turboquant_plugin.cache.full_precision import FullPrecisionTokens
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 from mlx_turboquant_plugin.tools.cases import QUICK, table
@@ -49,7 +49,7 @@ one_run = pytest.mark.parametrize("emulated", RUNS[3:], indirect=True)
 
 
 def verify(case, monkeypatch):
-    # Where prompts are dequantised.
+    # Where prompts are dequantized.
     monkeypatch.setattr(support, "on_gpu", lambda: True)
     result = check(case, "metal")
     assert result.ok, f"{case}: error {result.error:.1e} of {result.tolerance:.1e} {result.note}"
@@ -121,21 +121,21 @@ def test_rings_forget(size, keep, length, count, emulated):
     agrees_with_eager(cache, count, cache.make_mask(count))
 
 
-def problem(coded, count=1, dim=64):
+def problem(quantized, count=1, dim=64):
     """A problem with so many codes, made by hand."""
     one = codec(dim)
     shape = (1, 1, 8, dim)
     keys, values = mx.random.normal((2, *shape))
     key_codes = value_codes = ()
-    if coded:
-        tokens = mx.random.normal((1, 1, coded, dim))
+    if quantized:
+        tokens = mx.random.normal((1, 1, quantized, dim))
         key_codes, value_codes = one.encode_keys(tokens, 0), one.encode_values(tokens)
     bounds = mx.array([[[0, 0, 0, 8]] * count])
     queries = mx.random.normal((1, 1, count, dim))
     return Problem(
         one,
         queries,
-        ExactTokens(keys, values),
+        FullPrecisionTokens(keys, values),
         0,
         key_codes,
         value_codes,
@@ -147,12 +147,12 @@ def problem(coded, count=1, dim=64):
     )
 
 
-@pytest.mark.parametrize("coded", [0, 1, 2, 5, 31, 127, 128, 129])
+@pytest.mark.parametrize("quantized", [0, 1, 2, 5, 31, 127, 128, 129])
 @one_run
-def test_any_number_of_codes(coded, emulated):
-    given = problem(coded)
-    keys, values = given.exact_tokens.keys, given.exact_tokens.values
-    if coded:
+def test_any_number_of_codes(quantized, emulated):
+    given = problem(quantized)
+    keys, values = given.full_tokens.keys, given.full_tokens.values
+    if quantized:
         keys = mx.concatenate([given.codec.decode_keys(given.key_codes, 0), keys], axis=2)
         values = mx.concatenate([given.codec.decode_values(given.value_codes), values], axis=2)
     expected = mx.fast.scaled_dot_product_attention(given.queries, keys, values, scale=given.scale)
@@ -202,8 +202,8 @@ def test_whole_buffers_are_passed(chunk):
     cache = filled(CompressedKVCache(codec(), VISIBILITY), 300, chunk=chunk)
     view = cache.append(*mx.random.normal((2, 1, 2, 1, 64)))
     given = problem_of_view(mx.random.normal((1, 6, 1, 64)), view, 1.0, None)
-    exact = given.exact_tokens
-    for array in (exact.keys, exact.values, *given.key_codes, *given.value_codes):
+    full = given.full_tokens
+    for array in (full.keys, full.values, *given.key_codes, *given.value_codes):
         assert np.array(array, copy=False).flags.c_contiguous
 
 
@@ -220,8 +220,8 @@ def test_what_is_not_supported_is_named(spec, dtype, named):
     keys = mx.zeros((1, 1, 8, spec.head_dim), dtype)
     values = mx.zeros((1, 1, 8, spec.value_dim), dtype)
     bounds = mx.zeros((1, 1, 4), mx.int32)
-    exact = ExactTokens(keys, values)
-    given = Problem(KVCodec(spec), keys[:, :, :1], exact, 0, (), (), 0, bounds, 1.0, None, {})
+    full = FullPrecisionTokens(keys, values)
+    given = Problem(KVCodec(spec), keys[:, :, :1], full, 0, (), (), 0, bounds, 1.0, None, {})
     assert named in unsupported(given)
 
 

@@ -49,16 +49,16 @@ MUTATIONS = [
         "merge_simdgroups",
     ),
     (
-        "no barrier between the weights of exact tokens and their use",
-        "exact",
-        SIMD_BARRIER + "    add_exact",
-        "    add_exact",
+        "no barrier between the weights of full-precision tokens and their use",
+        "full_precision",
+        SIMD_BARRIER + "    add_full",
+        "    add_full",
     ),
     (
         "no barrier before the next tile's weights",
         "decode",
-        SIMD_BARRIER + "  }\n  store_coded",
-        "  }\n  store_coded",
+        SIMD_BARRIER + "  }\n  store_quantized",
+        "  }\n  store_quantized",
     ),
     (
         "no barrier between the partial sums and the rotation back",
@@ -70,10 +70,10 @@ MUTATIONS = [
     (
         "the tiles of a simdgroup overlap",
         "decode",
-        "start += (splits - exact_splits) * SIMDS * TILE",
-        "start += (splits - exact_splits) * TILE",
+        "start += (splits - full_splits) * SIMDS * TILE",
+        "start += (splits - full_splits) * TILE",
     ),
-    ("the newest token is left out", "exact", "slot <= newest", "slot < newest"),
+    ("the newest token is left out", "full_precision", "slot <= newest", "slot < newest"),
     (
         "the last codes are left out",
         "decode",
@@ -82,14 +82,14 @@ MUTATIONS = [
     ),
     (
         "a token is read exactly and through its code",
-        "coded",
+        "quantized",
         "index < limits[r * 4 + 2]",
         "index <= limits[r * 4 + 2]",
     ),
-    ("one sink too many", "exact", "(slot < slots.sinks ?", "(slot <= slots.sinks ?"),
+    ("one sink too many", "full_precision", "(slot < slots.sinks ?", "(slot <= slots.sinks ?"),
     (
         "queries see the tokens after them",
-        "exact",
+        "full_precision",
         " && slot <= newest",
         "",
     ),
@@ -107,7 +107,7 @@ MUTATIONS = [
     ),
     (
         "the halves of a byte of values are swapped",
-        "coded",
+        "quantized",
         "::code(codes[u], field)",
         "::code(codes[u], Layout::FIELDS - 1 - field)",
     ),
@@ -119,7 +119,7 @@ MUTATIONS = [
     ),
     (
         "the high bits of the upper fields of values",
-        "coded",
+        "quantized",
         "(upper ? 4 : 0)",
         "(upper ? 0 : 4)",
     ),
@@ -131,7 +131,7 @@ MUTATIONS = [
     ),
     (
         "the scale of another group",
-        "coded",
+        "quantized",
         "* Layout::FIELDS / Layout::GROUP",
         "/ Layout::GROUP",
     ),
@@ -163,13 +163,13 @@ MUTATIONS = [
     ),
     ("learned sinks by position", "merge", "group + row / sizes[4];", "group + row % group;"),
     (
-        "an exact split is rotated back",
+        "a full-precision split is rotated back",
         "splits",
-        "s < exact_splits ? x",
-        "s + 1 < exact_splits ? x",
+        "s < full_splits ? x",
+        "s + 1 < full_splits ? x",
     ),
     ("a butterfly with the wrong sign", "codes", "? other - x[j] :", "? x[j] - other :"),
-    ("the output is not rotated back", "merge", "    walsh_hadamard<DV>(coded, lane);\n", ""),
+    ("the output is not rotated back", "merge", "    walsh_hadamard<DV>(quantized, lane);\n", ""),
     (
         "the matrix is not transposed",
         "attention",
@@ -253,10 +253,10 @@ MUTATIONS = [
         "q1 * b2 - q2 * b1",
     ),
     ("the bias at the start of its block", "codes", "within = position % ANGLES", "within = 0"),
-    ("no channels without rotary positions", "coded", "(BIASED ? rest[r] : 0.0f)", "0.0f"),
+    ("no channels without rotary positions", "quantized", "(BIASED ? rest[r] : 0.0f)", "0.0f"),
     ("rows beyond the last are read", "decode", "min(ROWS, rows - first_row)", "ROWS"),
     (
-        "all chunks of rows are the first",
+        "all blocks of rows are the first",
         "decode",
         "(kv_index * rows + first_row) * DK",
         "(kv_index * rows) * DK",
@@ -274,7 +274,7 @@ MUTATIONS = [
         SIMD_BARRIER + "}\n\n// A simdgroup's vector times",
         "}\n\n// A simdgroup's vector times",
     ),
-    ("vectors beyond the last are coded", "encode", PARTIAL, "ENCODED"),
+    ("vectors beyond the last are quantized", "encode", PARTIAL, "ENCODED"),
     ("the last vector is not written", "encode", "if (token < count)", "if (token < count - 1)"),
     (
         "a tile too narrow",
@@ -446,7 +446,7 @@ MUTATIONS = [
         "i % Stored::BYTES",
     ),
     ("the bytes of a word backwards", "tokens", "(four >> (8 * k))", "(four >> (24 - 8 * k))"),
-    ("the codes of another head", "tokens", "(head * coded + begin)", "begin"),
+    ("the codes of another head", "tokens", "(head * quantized + begin)", "begin"),
     (
         "the size of another head",
         "tokens",
@@ -495,7 +495,7 @@ MUTATIONS = [
         "index >= places.first + places.decoded",
         "index > places.first + places.decoded",
     ),
-    ("a tile of codes that goes on", "tokens", "min(TOKENS, places.coded - begin)", "TOKENS"),
+    ("a tile of codes that goes on", "tokens", "min(TOKENS, places.quantized - begin)", "TOKENS"),
     ("a tile of tokens that goes on", "tokens", "min(TOKENS, total - decoded - begin)", "TOKENS"),
     ("the signs are not undone", "tokens", "    multiply_signs<D>(y, rotation, lane);\n", ""),
     (
@@ -521,7 +521,7 @@ MUTATIONS = [
         "token + 1 < left + places.sinks ?",
     ),
     (
-        "exact tokens are one too new",
+        "full-precision tokens are one too new",
         "tokens",
         "slot - places.sinks + first",
         "slot - places.sinks + first + 1",
@@ -542,7 +542,7 @@ MUTATIONS = [
         "what is kept begins elsewhere",
         "tokens",
         "keeps ? places.kept_first :",
-        "keeps ? places.exact_first :",
+        "keeps ? places.full_first :",
     ),
     (
         "new tokens of another head",
@@ -557,7 +557,7 @@ MUTATIONS = [
         "group, kv_index",
     ),
     (
-        "values are dequantised with the levels of keys",
+        "values are dequantized with the levels of keys",
         "dequantize",
         "levels + MOST_LEVELS",
         "levels",
@@ -587,7 +587,7 @@ MUTATIONS = [
 
 @pytest.fixture
 def few_splits(monkeypatch):
-    """Each simdgroup has several tiles, and prompts are dequantised."""
+    """Each simdgroup has several tiles, and prompts are dequantized."""
     monkeypatch.setattr(metal, "MAX_SPLITS", 1)
     monkeypatch.setattr(support, "on_gpu", lambda: True)
     metal.kernel.cache_clear()

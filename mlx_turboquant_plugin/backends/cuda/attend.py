@@ -20,8 +20,8 @@ from .source import BLOCKS
 # MLX does not tell how many there are.
 ROOM = 132 * BLOCKS
 
-# With those of exact tokens, of which there are fewer, the merge must have room for them.
-MOST_PARTS = Merge.MERGED_PARTS // 4
+# With those of full-precision tokens, of which there are fewer, the merge must have room for them.
+MOST_SPLITS = Merge.MERGED_SPLITS // 4
 
 
 class Launch(NamedTuple):
@@ -38,14 +38,14 @@ class Launch(NamedTuple):
 
 def attend(problem: Problem) -> mx.array:
     """Attention in two launches: (B, H_q, N, D_v) in the dtype of the queries."""
-    codec, exact = problem.codec, problem.exact_tokens
+    codec, full = problem.codec, problem.full_tokens
     if "affine" in (codec.spec.key_codec, codec.spec.value_codec):
         return portable.attend(problem)
-    unjoined = exact.unjoined
+    unjoined = full.unjoined
     if unjoined is None or unjoined.drop > 1:
         # More than one go only after a trim or when several tokens come, and each number has
         # a trace of its own.
-        tokens, drop = [exact.keys, exact.values], 0
+        tokens, drop = [full.keys, full.values], 0
     else:
         tokens, drop = list(unjoined[:4]), unjoined.drop
     layer = layer_of(codec)
@@ -66,25 +66,25 @@ def attend(problem: Problem) -> mx.array:
         *learned,
     )
     if joined:
-        exact.join(*joined)
+        full.join(*joined)
     return out
 
 
 def _launch(problem: Problem, layer: Layer, drop: int) -> Launch:
-    coded = problem.key_codes[-1].shape[-1]
-    numbers = [int_array(problem.first_coded, drop)]
+    quantized = problem.key_codes[-1].shape[-1]
+    numbers = [int_array(problem.first_quantized, drop)]
     if layer.table is not None:
-        numbers.append(rotary_array(layer.table, problem.first_coded + coded))
-    exact = problem.exact_tokens.count
+        numbers.append(rotary_array(layer.table, problem.first_quantized + quantized))
+    full = problem.full_tokens.count
     learned = problem.learned_sinks is not None
-    attention = _attention(layer.kind, problem.scale, problem.sinks, exact, drop, coded, learned)
+    attention = _attention(layer.kind, problem.scale, problem.sinks, full, drop, quantized, learned)
     return Launch(attention, tuple(numbers))
 
 
 # All layers ask for the same, until there are more codes. MLX keeps traces by thread.
 @cached_per_thread(maxsize=64)
 def _attention(
-    kind: Kind, scale: float, sinks: int, exact: int, drop: int, coded: int, learned: bool
+    kind: Kind, scale: float, sinks: int, full: int, drop: int, quantized: int, learned: bool
 ) -> Callable[..., tuple[mx.array, ...]]:
     """The two launches as one function of the rotations, the queries and all other inputs.
 
@@ -92,9 +92,9 @@ def _attention(
     source anew whenever a launch is described, which takes longer than the launch.
 
     Args:
-        exact: E, the exact tokens with those that are not joined to the older ones.
+        full: E, the full-precision tokens with those that are not joined to the older ones.
         drop: how many of the older tokens after the sinks count no more.
-        coded: how many tokens there are as codes; so that a function has few traces, among
+        quantized: how many tokens there are as codes; so that a function has few traces, among
             which MLX looks for one after the other.
         learned: whether the last input is of learned sinks.
 
@@ -107,21 +107,21 @@ def _attention(
         others, learned_sinks = (others[:-1], others[-1:]) if learned else (others, ())
         batch, query_heads, count, dim = queries.shape
         heads, older = keys.shape[1:3]
-        appends = exact > older - drop
+        appends = full > older - drop
         rows = query_heads // heads * count
         tiles_of_rows, tile = _tile(spec, rows)
         rows_of_block = 4 * tiles_of_rows
-        chunks = -(-rows // rows_of_block)
-        exact_parts = -(-exact // Split.EXACT_PART)
-        parts = exact_parts + _code_parts(batch * heads * chunks, -(-coded // tile))
-        joining = exact_parts if appends else 0
-        partial = (batch, heads, chunks, parts, rows_of_block * (spec.value_dim + 3))
-        joined = [(batch, heads, exact, d) for d in (dim, spec.value_dim)] if appends else []
-        whole_tiles = coded % Split.SHORT_TILE == 0
+        row_blocks = -(-rows // rows_of_block)
+        full_splits = -(-full // Split.FULL_SPLIT)
+        splits = full_splits + _code_splits(batch * heads * row_blocks, -(-quantized // tile))
+        joining = full_splits if appends else 0
+        partial = (batch, heads, row_blocks, splits, rows_of_block * (spec.value_dim + 3))
+        joined = [(batch, heads, full, d) for d in (dim, spec.value_dim)] if appends else []
+        whole_tiles = quantized % Split.SHORT_TILE == 0
         split = _split_kernel(kind, tiles_of_rows, tile, whole_tiles, scale, sinks, appends)
         partial, *joined = split(
             inputs=[rotations, queries, keys, *others],
-            grid=((parts + joining) * Split.THREADS, heads * chunks, batch),
+            grid=((splits + joining) * Split.THREADS, heads * row_blocks, batch),
             threadgroup=(Split.THREADS, 1, 1),
             output_shapes=[partial, *joined],
             output_dtypes=[mx.float32, *[keys.dtype] * len(joined)],
@@ -152,17 +152,17 @@ def _tile(spec: CodecSpec, rows: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _code_parts(problems: int, tiles: int) -> int:
-    """Into how many parts to cut the ``tiles`` of each of ``problems`` for the least time.
+def _code_splits(problems: int, tiles: int) -> int:
+    """Into how many splits to cut the ``tiles`` of each of ``problems`` for the least time.
 
-    A block's warps take a tile each at a time; a part costs about as much as two
+    A block's warps take a tile each at a time; a split costs about as much as two
     tiles before it starts and in the merge.
     """
 
-    def time(parts):
-        return -(-problems * parts // ROOM) * (-(-tiles // (Split.WARPS * parts)) + 2)
+    def time(splits):
+        return -(-problems * splits // ROOM) * (-(-tiles // (Split.WARPS * splits)) + 2)
 
-    most = min(MOST_PARTS, -(-tiles // Split.WARPS))
+    most = min(MOST_SPLITS, -(-tiles // Split.WARPS))
     return min(range(1, most + 1), key=time, default=0)
 
 
@@ -173,18 +173,18 @@ SPLIT_BODY = """
   {bias}
   p.scale = SCALE, p.sinks = SINKS;
   p.heads = keys_shape[1], p.group = queries_shape[1] / p.heads, p.count = queries_shape[2];
-  p.older = keys_shape[2], p.coded = kc_size_shape[3];
-  p.first_coded = places[0], p.drop = places[1];
-  p.exact = p.older - p.drop, p.parts = gridDim.x;
+  p.older = keys_shape[2], p.quantized = kc_size_shape[3];
+  p.first_quantized = places[0], p.drop = places[1];
+  p.full = p.older - p.drop, p.splits = gridDim.x;
   p.partial = partial;
   {appended}
-  int exact_parts = (p.exact + EXACT_PART - 1) / EXACT_PART;
-  if (blockIdx.x < exact_parts) {{
-    attend_exact<4 * NT, DIM, VALUE_DIM>(p, blockIdx.x);
+  int full_splits = (p.full + FULL_SPLIT - 1) / FULL_SPLIT;
+  if (blockIdx.x < full_splits) {{
+    attend_full<4 * NT, DIM, VALUE_DIM>(p, blockIdx.x);
   }} else {{
     attend_codes<
         DIM, VALUE_DIM, KEY_BITS, SEGMENTS, VALUE_BITS, NT, TILE, WHOLE_TILES, BALANCED, SORTED,
-        PAIRS>(p, blockIdx.x - exact_parts, p.parts - exact_parts);
+        PAIRS>(p, blockIdx.x - full_splits, p.splits - full_splits);
   }}
 """
 
@@ -202,23 +202,23 @@ BIAS_BODY = """
 
 # The last blocks of each KV head join tokens.
 APPENDED_BODY = """
-  p.exact += new_keys_shape[2];
-  int joined = (p.exact + EXACT_PART - 1) / EXACT_PART;
-  p.parts -= joined;
+  p.full += new_keys_shape[2];
+  int joined = (p.full + FULL_SPLIT - 1) / FULL_SPLIT;
+  p.splits -= joined;
   p.new_keys = new_keys, p.new_values = new_values;
-  if (blockIdx.x >= p.parts) {
-    int chunks = gridDim.y / p.heads;
-    long long head = blockIdx.z * p.heads + blockIdx.y / chunks;
-    if (blockIdx.y % chunks == 0) {
-      join_tokens<DIM>(p, keys, new_keys, all_keys, head, blockIdx.x - p.parts);
-      join_tokens<VALUE_DIM>(p, values, new_values, all_values, head, blockIdx.x - p.parts);
+  if (blockIdx.x >= p.splits) {
+    int row_blocks = gridDim.y / p.heads;
+    long long head = blockIdx.z * p.heads + blockIdx.y / row_blocks;
+    if (blockIdx.y % row_blocks == 0) {
+      join_tokens<DIM>(p, keys, new_keys, all_keys, head, blockIdx.x - p.splits);
+      join_tokens<VALUE_DIM>(p, values, new_values, all_values, head, blockIdx.x - p.splits);
     }
     return;
   }
 """
 
 MERGE_BODY = """
-  merge_parts<VALUE_DIM, ROWS, {learned}>(
+  merge_splits<VALUE_DIM, ROWS, {learned}>(
       partial, rotations, {learned_sinks}, out, partial_shape[3], COUNT);
 """
 

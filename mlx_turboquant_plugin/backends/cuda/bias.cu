@@ -1,4 +1,4 @@
-// What a key bias adds to the scores of coded tokens: q . R_t b, see codecs/key_bias.py. It is
+// What a key bias adds to the scores of quantized tokens: q . R_t b, see codecs/key_bias.py. It is
 //   sum over the rotary pairs f of C_f cos(angle_f t) + S_f sin(angle_f t)
 // with C + i S = (q1 + i q2) (b1 - i b2), or the real part of (C + i S) exp(-i angle_f t).
 //
@@ -56,20 +56,20 @@ struct BiasMemory {
   float unit[ROWS], rest[ROWS];   // the largest of them; what the channels add that do not turn
 
   // All warps begin with this. `rotary`: that of cuda_bias.py.
-  __device__ void begin_tiles(const RotaryPairs& rotary, const unsigned* table, int first_coded) {
+  __device__ void begin_tiles(const RotaryPairs& rotary, const unsigned* table, int first_quantized) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < int(sizeof(waves) / sizeof(Words)); i += THREADS) {
       copy_words(&waves[0][0][0][0][0] + i, table + 4 * i);
     }
     int warp = threadIdx.x / 32;
     for (int f = threadIdx.x % 32; f < PAIRS; f += 32) {
-      start[warp][f] = rotary.near(f, first_middle(first_coded) % ANGLES);
+      start[warp][f] = rotary.near(f, first_middle(first_quantized) % ANGLES);
     }
   }
 
   // The angles that scores() reads for a tile, to the cache.
-  __device__ void prefetch_turns(const RotaryPairs& rotary, int first_coded, int tile) const {
-    long long at = (long long)block_of(first_coded, tile) * PAIRS;
+  __device__ void prefetch_turns(const RotaryPairs& rotary, int first_quantized, int tile) const {
+    long long at = (long long)block_of(first_quantized, tile) * PAIRS;
     if (threadIdx.x % 32 == 0) {
       prefetch(rotary.coarse_cos + at, PAIRS);
       prefetch(rotary.coarse_sin + at, PAIRS);
@@ -99,9 +99,9 @@ struct BiasMemory {
   // The scores of this lane's tokens of a tile with its rows: those of Keys.
   template <int NT>
   __device__ void scores(
-      const RotaryPairs& rotary, int first_coded, int tile, Scratch& turned,
+      const RotaryPairs& rotary, int first_quantized, int tile, Scratch& turned,
       float (&score)[NT][TILE / 8]) const {
-    turn(rotary, first_coded, tile, turned);
+    turn(rotary, first_quantized, tile, turned);
     __syncwarp();
     constexpr int TOKENS = TILE / 8;
     int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
@@ -145,20 +145,20 @@ struct BiasMemory {
 
  private:
   // The position of the middle of this warp's first tile, from the start of a block of angles.
-  static __device__ int first_middle(int first_coded) {
-    return first_coded % ANGLES + int(threadIdx.x) / 32 * TILE + TILE / 2;
+  static __device__ int first_middle(int first_quantized) {
+    return first_quantized % ANGLES + int(threadIdx.x) / 32 * TILE + TILE / 2;
   }
 
   // The block of angles in which the middle of this warp's tile is: see RotaryPairs.
-  static __device__ int block_of(int first_coded, int tile) {
+  static __device__ int block_of(int first_quantized, int tile) {
     int groups = tile / WARPS;
-    return first_coded / ANGLES + first_middle(first_coded) / ANGLES +
+    return first_quantized / ANGLES + first_middle(first_quantized) / ANGLES +
         groups * (WARPS * TILE / ANGLES);
   }
 
   __device__ void turn(
-      const RotaryPairs& rotary, int first_coded, int tile, Scratch& turned) const {
-    int warp = threadIdx.x / 32, block = block_of(first_coded, tile);
+      const RotaryPairs& rotary, int first_quantized, int tile, Scratch& turned) const {
+    int warp = threadIdx.x / 32, block = block_of(first_quantized, tile);
     for (int w = threadIdx.x % 32; w < WORDS; w += 32) {
       Complex back[2];
 #pragma unroll

@@ -1,9 +1,9 @@
 // Codes of vectors, as codecs/kv_codec.py makes them: the key bias taken away, divided by the
-// balance, sorted, rotated, quantised and packed. A block for some tokens of one head, a warp for
+// balance, sorted, rotated, quantized and packed. A block for some tokens of one head, a warp for
 // each: its lane l has the rotated channels l, l + 32, ... of a segment. Loops are left as
 // they are where the machine code would be long: see problem.cu.
 
-// A quantiser: by how many steps the search for a scale begins above the root mean square, the
+// A quantizer: by how many steps the search for a scale begins above the root mean square, the
 // unit of levels, and the code of the level nearest to x, in that unit, with the level.
 template <int BITS>
 struct LloydMax {

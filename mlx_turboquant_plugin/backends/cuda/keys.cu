@@ -1,11 +1,11 @@
-// Products of a block's queries with coded keys, a tile at a time, by a warp.
+// Products of a block's queries with quantized keys, a tile at a time, by a warp.
 //
 // A tile of keys is the left factor of the matrix product; a lane (g, c) holds TILE / 8
 // tokens in a row, from g * TILE / 8 on, and bytes 4 c, ..., 4 c + 3 of each 16. The order of
 // the channels is free, since the query follows it: no code moves between lanes. A lane gets
 // the scores of its tokens with row c (of each NT).
 //
-// WHOLE_TILES: the number of coded tokens is a multiple of 32, so that loads of several bytes
+// WHOLE_TILES: the number of quantized tokens is a multiple of 32, so that loads of several bytes
 // are aligned and either inside or outside.
 template <int DIM, int BITS, int SEGMENTS, int NT, int TILE, bool WHOLE_TILES>
 struct Keys {
@@ -65,41 +65,41 @@ struct Keys {
   }
 
   // codes: those of a head.
-  static __device__ void prefetch(const Codes& codes, int coded, int tile) {
+  static __device__ void prefetch(const Codes& codes, int quantized, int tile) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < K::PLANES; i++) {
       for (int row = lane; row < K::ROWS; row += 32) {
-        prefetch_line(codes.plane.of[i] + (long long)row * coded + tile * TILE);
+        prefetch_line(codes.plane.of[i] + (long long)row * quantized + tile * TILE);
       }
     }
-    if (lane < SEGMENTS) prefetch_line(codes.scale + (long long)lane * coded + tile * TILE);
+    if (lane < SEGMENTS) prefetch_line(codes.scale + (long long)lane * quantized + tile * TILE);
   }
 
-  __device__ void load(const Codes& codes, int coded, int tile) {
+  __device__ void load(const Codes& codes, int quantized, int tile) {
 #pragma unroll
     for (int i = 0; i < K::PLANES; i++) {
 #pragma unroll
       for (int r = 0; r < GROUPS * 4; r++) {
         int row = r / 4 * 16 + 4 * (threadIdx.x % 4) + r % 4;
         if (K::ROWS % 16) row = min(row, K::ROWS - 1);
-        const unsigned char* from = codes.plane.of[i] + unsigned(row) * unsigned(coded);
-        load_row(from, coded, tile, key[i][r / 4][r % 4]);
+        const unsigned char* from = codes.plane.of[i] + unsigned(row) * unsigned(quantized);
+        load_row(from, quantized, tile, key[i][r / 4][r % 4]);
       }
     }
 #pragma unroll
     for (int s = 0; s < SEGMENTS; s++) {
-      load_row(codes.scale + unsigned(s) * unsigned(coded), coded, tile, size[s]);
+      load_row(codes.scale + unsigned(s) * unsigned(quantized), quantized, tile, size[s]);
     }
   }
 
   // The bytes of this lane's tokens in a row of bytes.
   static __device__ void load_row(
-      const unsigned char* row, int coded, int tile, unsigned (&to)[WORDS]) {
+      const unsigned char* row, int quantized, int tile, unsigned (&to)[WORDS]) {
     int token = tile * TILE + threadIdx.x % 32 / 4 * TOKENS;
-    int at = WHOLE_TILES ? min(token, coded - TOKENS) : min(token, coded - 1);
+    int at = WHOLE_TILES ? min(token, quantized - TOKENS) : min(token, quantized - 1);
     if constexpr (WHOLE_TILES) load_words(row + at, to);
-    else load_bytes(row + at, coded - at, to);
+    else load_bytes(row + at, quantized - at, to);
   }
 
   // Adds products with the tile that was loaded.

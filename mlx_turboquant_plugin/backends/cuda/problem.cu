@@ -1,7 +1,7 @@
-// The first of two launches: attention of some query rows over a part of the tokens.
+// The first of two launches: attention of some query rows over a split of the tokens.
 //
 // A query row is a query head of one KV head at one position. A block serves ROWS rows of
-// one KV head over one part: EXACT_PART of the exact tokens, or a share of the coded ones.
+// one KV head over one split: FULL_SPLIT of the full-precision tokens, or a run of the quantized ones.
 // It writes a weighted sum of values, not normalised, with the sum of its weights and the
 // power of two that both are relative to. Scores are in powers of two throughout.
 //
@@ -32,7 +32,7 @@ struct Codes {
 // All arrays are contiguous.
 template <typename Q, typename X>
 struct Problem {
-  using Exact = X;
+  using Full = X;
   const Q* queries;               // (B, H G, N, D)
   const X *keys, *values;         // (B, H, older, D)
   Codes key_codes, value_codes;
@@ -44,27 +44,27 @@ struct Problem {
   const float* bias;              // (H, D) or, as what follows, not read
   RotaryPairs rotary;             // of the bias, and the waves: see RotaryArray
   const unsigned* waves;
-  int first_coded;                // position of the first code
+  int first_quantized;                // position of the first code
   float scale;
   int heads, group, count;  // H, G and N
-  int sinks, older, drop, exact, coded;  // exact: E, coded: T
-  int parts;
-  // Output (B, H, chunks, parts, ROWS (DV + 3)): sums, and then for each row the sum of its
+  int sinks, older, drop, full, quantized;  // full: E, quantized: T
+  int splits;
+  // Output (B, H, row_blocks, splits, ROWS (DV + 3)): sums, and then for each row the sum of its
   // weights, their power of two and whether they are of codes.
   float* partial;
 
   template <int ROWS, int VALUE_DIM>
   __device__ float* sums_of_block() const {
-    long long block = (long long)(blockIdx.z * gridDim.y + blockIdx.y) * parts + blockIdx.x;
+    long long block = (long long)(blockIdx.z * gridDim.y + blockIdx.y) * splits + blockIdx.x;
     return partial + block * (ROWS * (VALUE_DIM + 3));
   }
 
-  // Where the exact token `slot` is: in the older or in the new ones.
-  __device__ const X* exact_token(
+  // Where the full-precision token `slot` is: in the older or in the new ones.
+  __device__ const X* full_token(
       const X* old_tokens, const X* new_tokens, long long head, int slot, int dim) const {
     if (slot >= sinks) slot += drop;
     if (slot < older) return old_tokens + (head * older + slot) * dim;
-    return new_tokens + (head * (exact - older + drop) + slot - older) * dim;
+    return new_tokens + (head * (full - older + drop) + slot - older) * dim;
   }
 };
 
@@ -75,20 +75,20 @@ __device__ inline Problem<Q, X> problem(
   return {queries, keys, values, {key_planes, key_scale}, {value_planes, value_scale}};
 }
 
-// The rows of a block: those of chunk number `chunk`, of KV head h in sequence b.
+// The rows of a block: those of row block number `row_block`, of KV head h in sequence b.
 template <int ROWS>
 struct BlockRows {
-  int h, chunk, b, last;
+  int h, row_block, b, last;
 
   template <typename P>
   __device__ explicit BlockRows(const P& p) {
-    int chunks = (p.group * p.count + ROWS - 1) / ROWS;
-    h = blockIdx.y / chunks, chunk = blockIdx.y % chunks, b = blockIdx.z;
+    int row_blocks = (p.group * p.count + ROWS - 1) / ROWS;
+    h = blockIdx.y / row_blocks, row_block = blockIdx.y % row_blocks, b = blockIdx.z;
     last = p.group * p.count - 1;
   }
 
   // Row r of the block, among those of its head; what is missing repeats the last.
-  __device__ int row(int r) const { return min(chunk * ROWS + r, last); }
+  __device__ int row(int r) const { return min(row_block * ROWS + r, last); }
 
   template <typename P>
   __device__ const int* bound(const P& p, int r) const {

@@ -63,7 +63,15 @@ PORTABLE_PARTS = {
 SHARED_PARTS = ("ptx.cu", "warp.cu", "codes.cu", "rotation.cu", "rotary.cu")
 PARTS = (
     *SHARED_PARTS,
-    *("encode.cu", "problem.cu", "exact.cu", "bias.cu", "keys.cu", "values.cu", "split.cu"),
+    *(
+        "encode.cu",
+        "problem.cu",
+        "full_precision.cu",
+        "bias.cu",
+        "keys.cu",
+        "values.cu",
+        "split.cu",
+    ),
     "merge.cu",
 )
 # The kernels that are compiled without MLX's headers, and their parts: a first token waits for

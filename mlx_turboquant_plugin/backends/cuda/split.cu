@@ -1,4 +1,4 @@
-// Attention over a part of the coded tokens, TILE of them at a time and warp by warp.
+// Attention over a split of the quantized tokens, TILE of them at a time and warp by warp.
 //
 // A lane is (g, c), lane = 4 g + c, as the matrix units have it. Of a tile it holds
 //
@@ -106,7 +106,7 @@ struct Seen {
 #pragma unroll 1
     for (int n = 0; n < p.count; n++) {
       const int* bound = p.bounds + (b * p.count + n) * 4;
-      int from = bound[1], to = p.coded - bound[2];
+      int from = bound[1], to = p.quantized - bound[2];
       low = min(low, from), all_low = max(all_low, from);
       high = max(high, to), all_high = min(all_high, to);
     }
@@ -126,7 +126,7 @@ struct SeenByRows {
     for (int nt = 0; nt < NT; nt++) {
       const int* bound = rows.bound(p, 4 * nt + threadIdx.x % 4);
       from[nt] = bound[1];
-      to[nt] = p.coded - bound[2];
+      to[nt] = p.quantized - bound[2];
     }
   }
 
@@ -147,22 +147,22 @@ struct OwnTiles {
   int first, end;
 };
 
-// Of a part of what some row sees. Groups of tiles, one for each warp, are not cut: together they
+// Of a split of what some row sees. Groups of tiles, one for each warp, are not cut: together they
 // read whole lines of keys.
 template <int TILE>
-__device__ inline OwnTiles own_tiles(const Seen& seen, int part, int parts) {
+__device__ inline OwnTiles own_tiles(const Seen& seen, int split, int splits) {
   int first_group = seen.low / (TILE * WARPS);
   int groups = max(0, (seen.high + TILE * WARPS - 1) / (TILE * WARPS) - first_group);
-  int end = (first_group + groups * (part + 1) / parts) * WARPS;
+  int end = (first_group + groups * (split + 1) / splits) * WARPS;
   return {
-      (first_group + groups * part / parts) * WARPS + this_warp(),
+      (first_group + groups * split / splits) * WARPS + this_warp(),
       min(end, (seen.high + TILE - 1) / TILE)};
 }
 
 // What a block that attends to codes keeps in shared memory besides its bias, in part for one
 // use after the other: first the queries, then what each warp has for itself.
 template <int ROWS, int DIM, int VALUE_DIM, typename Keys, typename Bias>
-union alignas(16) CodedMemory {
+union alignas(16) QuantizedMemory {
   struct {
     float query[ROWS][DIM];
     typename Keys::Whole whole[ROWS];
@@ -245,13 +245,13 @@ __device__ inline void finish_block(
 template <
     int DIM, int VALUE_DIM, int KEY_BITS, int SEGMENTS, int VALUE_BITS, int NT, int TILE,
     bool WHOLE_TILES, bool BALANCED, bool SORTED, int PAIRS, typename P>
-__device__ inline void attend_codes(const P& p, int part, int parts) {
+__device__ inline void attend_codes(const P& p, int split, int splits) {
   using TileKeys = Keys<DIM, KEY_BITS, SEGMENTS, NT, TILE, WHOLE_TILES>;
   using TileValues = Values<VALUE_DIM, VALUE_BITS, NT, TILE, WHOLE_TILES>;
   constexpr int ROWS = 4 * NT;
   constexpr bool BIASED = PAIRS > 0;
   using Bias = BiasMemory<ROWS, BIASED ? PAIRS : 1, TILE>;
-  __shared__ CodedMemory<ROWS, DIM, VALUE_DIM, TileKeys, Bias> memory;
+  __shared__ QuantizedMemory<ROWS, DIM, VALUE_DIM, TileKeys, Bias> memory;
   __shared__ Bias bias;
   __shared__ typename TileKeys::Scale scale[ROWS][SEGMENTS];
   __shared__ typename TileKeys::LevelsOfCodes::Memory key_levels;
@@ -260,22 +260,22 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   BlockRows<ROWS> rows(p);
   int warp = this_warp(), first_bits = first_bits_of<DIM, SORTED>(p.layout, rows.h);
   Seen seen(p, rows.b);
-  OwnTiles own = own_tiles<TILE>(seen, part, parts);
-  long long head_token = (long long)(rows.b * p.heads + rows.h) * p.coded;
+  OwnTiles own = own_tiles<TILE>(seen, split, splits);
+  long long head_token = (long long)(rows.b * p.heads + rows.h) * p.quantized;
   Codes key_codes = p.key_codes.after(head_token, TileKeys::K::ROWS, SEGMENTS);
   Codes value_codes = p.value_codes.after(head_token, TileValues::V::ROWS, 1);
   if (own.first < own.end) {
-    TileKeys::prefetch(key_codes, p.coded, own.first);
-    TileValues::prefetch(value_codes, p.coded, own.first);
-    if constexpr (BIASED) bias.prefetch_turns(p.rotary, p.first_coded, own.first);
+    TileKeys::prefetch(key_codes, p.quantized, own.first);
+    TileValues::prefetch(value_codes, p.quantized, own.first);
+    if constexpr (BIASED) bias.prefetch_turns(p.rotary, p.first_quantized, own.first);
   }
-  if constexpr (BIASED) bias.begin_tiles(p.rotary, p.waves, p.first_coded);
+  if constexpr (BIASED) bias.begin_tiles(p.rotary, p.waves, p.first_quantized);
   prepare_queries<TileKeys, BALANCED, SORTED, BIASED>(
       p, rows, first_bits, memory.query, memory.whole, scale, bias);
   if constexpr (BIASED) wait_for_copies();
   if (threadIdx.x == 0) {
-    TileKeys::LevelsOfCodes::write(key_levels, p.coded >> 31, first_bits);
-    TileValues::LevelsOfCodes::write(value_levels, p.coded >> 31);
+    TileKeys::LevelsOfCodes::write(key_levels, p.quantized >> 31, first_bits);
+    TileValues::LevelsOfCodes::write(value_levels, p.quantized >> 31);
   }
   __syncthreads();
   TileKeys keys;
@@ -290,13 +290,13 @@ __device__ inline void attend_codes(const P& p, int part, int parts) {
   for (int tile = own.first; tile < own.end; tile += WARPS) {
     float score[NT][TILE / 8] = {};
     if constexpr (BIASED) {
-      bias.scores(p.rotary, p.first_coded, tile, memory.warp[warp].turned, score);
+      bias.scores(p.rotary, p.first_quantized, tile, memory.warp[warp].turned, score);
     }
-    keys.load(key_codes, p.coded, tile);
+    keys.load(key_codes, p.quantized, tile);
     unsigned value_size[TILE / 32];
-    TileKeys::load_row(value_codes.scale, p.coded, tile, value_size);
+    TileKeys::load_row(value_codes.scale, p.quantized, tile, value_size);
     keys.add_scores(score);
-    values.load(value_codes.plane, p.coded, tile);
+    values.load(value_codes.plane, p.quantized, tile);
     bool all_see = tile * TILE >= seen.all_low && (tile + 1) * TILE <= seen.all_high;
     if (!all_see) seen_by_rows.hide(tile, score);
     unsigned weight[NT][TILE / 32][2];

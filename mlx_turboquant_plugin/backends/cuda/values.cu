@@ -1,4 +1,4 @@
-// Sums of coded values, weighed by whole numbers, a tile at a time, by a warp.
+// Sums of quantized values, weighed by whole numbers, a tile at a time, by a warp.
 //
 // A tile, transposed, is the left factor of the matrix product, the weights are the right one.
 // A lane (g, c) holds TILE / 4 tokens in a row and some words of each.
@@ -29,8 +29,8 @@ struct Values {
   }
 
   // codes, planes: those of a head.
-  static __device__ void prefetch(const Codes& codes, int coded, int tile) {
-    int lane = threadIdx.x % 32, bytes = min(TILE, coded - tile * TILE) * V::ROWS;
+  static __device__ void prefetch(const Codes& codes, int quantized, int tile) {
+    int lane = threadIdx.x % 32, bytes = min(TILE, quantized - tile * TILE) * V::ROWS;
 #pragma unroll
     for (int i = 0; i < V::PLANES; i++) {
       if (lane * LINE < bytes) {
@@ -40,9 +40,9 @@ struct Values {
     if (lane == 0) prefetch_line(codes.scale + tile * TILE);
   }
 
-  __device__ void load(const Planes& planes, int coded, int tile) {
+  __device__ void load(const Planes& planes, int quantized, int tile) {
     int token = tile * TILE + threadIdx.x % 4 * TOKENS;
-    if (WHOLE_TILES) token = min(token, coded - TOKENS);
+    if (WHOLE_TILES) token = min(token, quantized - TOKENS);
     // Lanes that have no word at all read the last.
     int byte = min(4 * word(), V::ROWS % 4 ? V::ROWS - 1 : V::ROWS - 4 * WORDS);
 #pragma unroll
@@ -50,7 +50,7 @@ struct Values {
       const unsigned char* from = planes.of[i] + byte + unsigned(token) * V::ROWS;
 #pragma unroll
       for (int t = 0; t < TOKENS; t++) {
-        int row = WHOLE_TILES ? t : min(t, coded - 1 - token);
+        int row = WHOLE_TILES ? t : min(t, quantized - 1 - token);
         if constexpr (V::ROWS % (4 * WORDS) == 0) {
           load_words(from + row * V::ROWS, value[i][t]);
         } else {

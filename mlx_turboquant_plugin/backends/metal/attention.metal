@@ -228,7 +228,7 @@ METAL_FUNC void multiply_keys(
   }
 }
 
-// Scores of four neighbouring coded keys, of which `count` are there, without their bias.
+// Scores of four neighbouring quantized keys, of which `count` are there, without their bias.
 //   scales, zeros: of the first of these keys; those of the next segment are `stride` further.
 //   query_sums: of the rows, for affine codes.
 template <int D, int BITS, int SEGMENTS, bool AFFINE, int ROWS, typename Scale>

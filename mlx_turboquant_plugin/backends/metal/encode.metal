@@ -1,5 +1,5 @@
 // Codes of vectors, as codecs/kv_codec.py makes them: the key bias taken away, divided by the
-// balance, sorted, rotated, quantised and packed; Lloyd-Max ones or those of two segments. One
+// balance, sorted, rotated, quantized and packed; Lloyd-Max ones or those of two segments. One
 // threadgroup of four simdgroups for each (32 tokens, KV head of a sequence); the simdgroups
 // take vectors in turns.
 //

@@ -42,7 +42,7 @@ ENCODE = "encode", f"x rotation {MODEL} feedback places", "low scales"
 ENCODE_3_BITS = *ENCODE[:2], "low low_of_upper_fields high scales"
 # What a kernel begins with, after codes.metal, and what it has of the sizes.
 PARTS = {
-    "decode": ["attention", "exact", "coded"],
+    "decode": ["attention", "full_precision", "quantized"],
     "merge": ["splits"],
     "encode": ["quantizer"],
     "dequantize": ["tokens"],
@@ -65,24 +65,26 @@ def attend(problem: Problem, compiled: Callable[..., Any] | None = None) -> mx.a
     compiled = compiled or kernel
     codec, spec = problem.codec, problem.codec.spec
     batch, heads, count, dim = problem.queries.shape
-    exact_keys, exact_values = problem.exact_tokens.keys, problem.exact_tokens.values
-    kv_heads, exact = exact_keys.shape[1:3]
+    full_keys, full_values = problem.full_tokens.keys, problem.full_tokens.values
+    kv_heads, full = full_keys.shape[1:3]
     rows = heads // kv_heads * count
-    chunk = _chunk(rows, max(dim, spec.value_dim))
-    chunks = -(-rows // chunk)
+    rows_of_block = _rows_of_block(rows, max(dim, spec.value_dim))
+    row_blocks = -(-rows // rows_of_block)
     keys = code_arrays(problem.key_codes, spec.key_codec, batch * kv_heads, -1)
     values = code_arrays(problem.value_codes, spec.value_codec, batch * kv_heads, -2)
-    coded = problem.key_codes[-1].shape[-1] if problem.key_codes else 0
-    exact_splits, code_splits = _splits(exact, coded, batch * kv_heads * chunks)
-    splits = exact_splits + code_splits
+    quantized = problem.key_codes[-1].shape[-1] if problem.key_codes else 0
+    full_splits, code_splits = _splits(full, quantized, batch * kv_heads * row_blocks)
+    splits = full_splits + code_splits
     levels = level_array((spec.key_codec, spec.key_bits), (spec.value_codec, spec.value_bits))
-    rotary, model = model_arrays(levels, codec, problem.first_coded + coded)
-    sizes = int_array(problem.first_coded, problem.sinks, exact_splits, coded, count, *rotary)
+    rotary, model = model_arrays(levels, codec, problem.first_quantized + quantized)
+    sizes = int_array(
+        problem.first_quantized, problem.sinks, full_splits, quantized, count, *rotary
+    )
     (partial,) = compiled(*DECODE)(
         inputs=[
             problem.queries,
-            exact_keys,
-            exact_values,
+            full_keys,
+            full_values,
             *keys,
             *values,
             codec.key_rotation.array,
@@ -94,7 +96,7 @@ def attend(problem: Problem, compiled: Callable[..., Any] | None = None) -> mx.a
         template=[
             ("DK", dim),
             ("DV", spec.value_dim),
-            ("ROWS", chunk),
+            ("ROWS", rows_of_block),
             ("KEY_BITS", spec.key_bits),
             ("KEY_SEGMENTS", spec.segments),
             ("KEY_AFFINE", spec.key_codec == "affine"),
@@ -104,15 +106,15 @@ def attend(problem: Problem, compiled: Callable[..., Any] | None = None) -> mx.a
             ("SORTED", codec.layout is not None),
             ("BIASED", codec.bias is not None),
         ],
-        grid=(splits * Decode.THREADS, chunks, batch * kv_heads),
+        grid=(splits * Decode.THREADS, row_blocks, batch * kv_heads),
         threadgroup=(Decode.THREADS, 1, 1),
-        output_shapes=[(batch * kv_heads, chunks, splits, chunk, spec.value_dim + 2)],
+        output_shapes=[(batch * kv_heads, row_blocks, splits, rows_of_block, spec.value_dim + 2)],
         output_dtypes=[mx.float32],
     )
     learned = [] if problem.learned_sinks is None else [problem.learned_sinks]
     (out,) = compiled(*(MERGE_LEARNED if learned else MERGE))(
         inputs=[partial, inverse_array(codec.value_rotation), sizes, *learned],
-        template=[("T", problem.queries.dtype), ("DV", spec.value_dim), ("ROWS", chunk)],
+        template=[("T", problem.queries.dtype), ("DV", spec.value_dim), ("ROWS", rows_of_block)],
         grid=(rows * Simdgroups.THREADS, batch * kv_heads, 1),
         threadgroup=(Simdgroups.THREADS, 1, 1),
         output_shapes=[(batch, heads, count, spec.value_dim)],
@@ -192,25 +194,25 @@ def _encode(codec: KVCodec, x: mx.array, is_keys: bool, start: int = 0) -> Codes
     return tuple(codes)
 
 
-def _chunk(rows: int, dim: int) -> int:
+def _rows_of_block(rows: int, dim: int) -> int:
     """How many query rows a threadgroup serves: what its registers and memory can hold."""
     most = 8 if dim <= 128 else 4
     return next(n for n in (1, 2, 4, 8) if n >= min(rows, most))
 
 
-def _splits(exact: int, coded: int, others: int) -> tuple[int, int]:
-    """Into how many parts the exact and the coded tokens are split.
+def _splits(full: int, quantized: int, others: int) -> tuple[int, int]:
+    """Into how many runs the full-precision and the quantized tokens are split.
 
     Args:
-        others: the threadgroups that each part has.
+        others: the threadgroups that each split has.
     """
     most = max(1, min(MAX_SPLITS, GROUPS // others))
     # So that each simdgroup has a tile.
-    exact_splits, code_splits = (
+    full_splits, code_splits = (
         -(-count // (tile * Decode.SIMDS))
-        for count, tile in ((exact, Decode.EXACT_TILE), (coded, Decode.TILE))
+        for count, tile in ((full, Decode.FULL_TILE), (quantized, Decode.TILE))
     )
-    return min(most, exact_splits), min(most, code_splits)
+    return min(most, full_splits), min(most, code_splits)
 
 
 @functools.cache

@@ -7,8 +7,8 @@
 constexpr bool FAST_ROTATION = (DV & (DV - 1)) == 0;
 constexpr int COUNT = (DV + 31) / 32;
 
-threadgroup float exact_sums[SIMDS * DV];
-threadgroup float coded_sums[SIMDS * DV];
+threadgroup float full_sums[SIMDS * DV];
+threadgroup float quantized_sums[SIMDS * DV];
 
 const int thread_index = thread_position_in_threadgroup.x;
 const int lane = thread_index_in_simdgroup;
@@ -17,10 +17,10 @@ const int row = threadgroup_position_in_grid.x;
 const int kv_index = threadgroup_position_in_grid.y;
 const int rows = threadgroups_per_grid.x;
 
-const int chunks = partial_shape[1];
+const int row_blocks = partial_shape[1];
 const int splits = partial_shape[2];
 const device float* own =
-    partial + (size_t(kv_index * chunks + row / ROWS) * splits * ROWS + row % ROWS) * (DV + 2);
+    partial + (size_t(kv_index * row_blocks + row / ROWS) * splits * ROWS + row % ROWS) * (DV + 2);
 const int stride = ROWS * (DV + 2);
 
 float learned = MASKED;
@@ -31,13 +31,13 @@ learned = float(learned_sinks[query_head]) * LOG2_E;
 #endif
 
 const Norm norm = norm_of_splits<DV>(own, stride, splits, learned, lane);
-float exact[COUNT], coded[COUNT];
-sum_splits<DV>(own, stride, splits, sizes[2], norm, simd, lane, exact, coded);
+float full[COUNT], quantized[COUNT];
+sum_splits<DV>(own, stride, splits, sizes[2], norm, simd, lane, full, quantized);
 for (int j = 0; j < COUNT; j++) {
   int c = 32 * j + lane;
   if (c < DV) {
-    exact_sums[simd * DV + c] = exact[j];
-    coded_sums[simd * DV + c] = coded[j];
+    full_sums[simd * DV + c] = full[j];
+    quantized_sums[simd * DV + c] = quantized[j];
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -47,17 +47,17 @@ if (FAST_ROTATION) {
   if (simd == 0) {
     for (int j = 0; j < COUNT; j++) {
       int c = 32 * j + lane;
-      exact[j] = coded[j] = 0;
+      full[j] = quantized[j] = 0;
       for (int s = 0; s < SIMDS && c < DV; s++) {
-        exact[j] += exact_sums[s * DV + c];
-        coded[j] += coded_sums[s * DV + c];
+        full[j] += full_sums[s * DV + c];
+        quantized[j] += quantized_sums[s * DV + c];
       }
     }
-    walsh_hadamard<DV>(coded, lane);
+    walsh_hadamard<DV>(quantized, lane);
     for (int j = 0; j < COUNT; j++) {
       int c = 32 * j + lane;
       if (c < DV) {
-        out[out_offset + c] = static_cast<T>(exact[j] + coded[j] * value_rotation[c]);
+        out[out_offset + c] = static_cast<T>(full[j] + quantized[j] * value_rotation[c]);
       }
     }
   }
@@ -65,9 +65,9 @@ if (FAST_ROTATION) {
   for (int c = thread_index; c < DV; c += THREADS) {
     float y = 0;
     for (int s = 0; s < SIMDS; s++) {
-      y += exact_sums[s * DV + c];
+      y += full_sums[s * DV + c];
       for (int i = 0; i < DV; i++) {
-        y += coded_sums[s * DV + i] * value_rotation[i * DV + c];
+        y += quantized_sums[s * DV + i] * value_rotation[i * DV + c];
       }
     }
     out[out_offset + c] = static_cast<T>(y);

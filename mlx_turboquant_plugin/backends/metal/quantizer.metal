@@ -48,7 +48,7 @@ METAL_FUNC void rotate_vector(
   }
 }
 
-// The quantiser of BITS bits whose levels are given, both negative and positive ones.
+// The quantizer of BITS bits whose levels are given, both negative and positive ones.
 template <int BITS>
 struct LloydMax {
   static constant constexpr const int HALF = 1 << (BITS - 1);
@@ -77,16 +77,16 @@ struct LloydMax {
 
   // What the code stands for.
   float nearest(float x, float size) const {
-    float coded = positive[0];
+    float quantized = positive[0];
     UNROLL
     for (int m = 0; m < HALF - 1; m++) {
-      coded = fabs(x) > threshold[m] * size ? positive[m + 1] : coded;
+      quantized = fabs(x) > threshold[m] * size ? positive[m + 1] : quantized;
     }
-    return (x < 0 ? -coded : coded) * size;
+    return (x < 0 ? -quantized : quantized) * size;
   }
 };
 
-// The quantiser of segments with so many bits: levels are the middles of equal parts of the
+// The quantizer of segments with so many bits: levels are the middles of equal parts of the
 // bytes.
 struct Uniform {
   float width, count, part;

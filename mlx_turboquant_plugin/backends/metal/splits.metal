@@ -23,21 +23,21 @@ METAL_FUNC Norm norm_of_splits(
   return {top, 1 / (simd_sum(total) + fast::exp2(learned - top))};
 }
 
-// A simdgroup's share of the sums, of exact tokens and of codes; channel 32 j + lane is number j.
+// A simdgroup's share of the sums, of full-precision tokens and of codes; channel 32 j + lane is number j.
 template <int DV, int COUNT>
 METAL_FUNC void sum_splits(
-    device const float* own, int stride, int splits, int exact_splits, Norm norm, int simd,
-    int lane, thread float (&exact)[COUNT], thread float (&coded)[COUNT]) {
+    device const float* own, int stride, int splits, int full_splits, Norm norm, int simd,
+    int lane, thread float (&full)[COUNT], thread float (&quantized)[COUNT]) {
   for (int j = 0; j < COUNT; j++) {
-    exact[j] = coded[j] = 0;
+    full[j] = quantized[j] = 0;
   }
   for (int s = simd; s < splits; s += SIMDS) {
     float share = fast::exp2(own[s * stride + DV] - norm.top) * norm.inverse;
     for (int j = 0; j < COUNT; j++) {
       int c = 32 * j + lane;
       float x = c < DV ? own[s * stride + c] * share : 0.0f;
-      exact[j] += s < exact_splits ? x : 0.0f;
-      coded[j] += s < exact_splits ? 0.0f : x;
+      full[j] += s < full_splits ? x : 0.0f;
+      quantized[j] += s < full_splits ? 0.0f : x;
     }
   }
 }

@@ -1,5 +1,5 @@
 // Keys or values of one layer side by side, as MLX's own attention takes them: the sinks,
-// tokens from their codes, then exact ones, with zeros before and after; and those exact
+// tokens from their codes, then full-precision ones, with zeros before and after; and those full-precision
 // tokens that a cache keeps. Codes become levels, are rotated back, multiplied by the balance,
 // and get the key bias, in places that the layout of sorted channels tells.
 //
@@ -12,19 +12,19 @@ struct Places {
   // T; zeros before; sinks.
   int total, left, sinks;
   // Codes: the first that counts, how many do, how many there are, the position of the first.
-  int first, decoded, coded, start;
-  // Exact tokens: how many are older ones; of all, the first that counts and how many do, and
+  int first, decoded, quantized, start;
+  // Full-precision tokens: how many are older ones; of all, the first that counts and how many do, and
   // the first that is kept and how many are. Sinks always do and are.
-  int older_count, exact_first, exact, kept_first, kept;
-  // H, and how many exact tokens are newer ones.
+  int older_count, full_first, full, kept_first, kept;
+  // H, and how many full-precision tokens are newer ones.
   int heads, newer_count;
   // The rotary pairs; see rotated_bias().
   int pairs, between, distance;
 
   explicit Places(device const int* from)
       : total(from[0]), left(from[1]), sinks(from[2]), first(from[3]), decoded(from[4]),
-        coded(from[5]), start(from[6]), older_count(from[7]), exact_first(from[8]),
-        exact(from[9]), kept_first(from[10]), kept(from[11]), heads(from[12]),
+        quantized(from[5]), start(from[6]), older_count(from[7]), full_first(from[8]),
+        full(from[9]), kept_first(from[10]), kept(from[11]), heads(from[12]),
         newer_count(from[13]), pairs(from[14]), between(from[15]), distance(from[16]) {}
 
   int tiles() const {
@@ -57,7 +57,7 @@ struct Arrays {
 // Brings the codes of `count` tokens from `begin` on to threadgroup memory.
 template <typename Stored, bool CHANNEL_MAJOR>
 METAL_FUNC void load_tile(
-    Planes planes, threadgroup uint8_t* tile, size_t head, int begin, int count, int coded,
+    Planes planes, threadgroup uint8_t* tile, size_t head, int begin, int count, int quantized,
     int thread_index) {
   UNROLL
   for (int p = 0; p < Stored::PLANES; p++) {
@@ -68,15 +68,15 @@ METAL_FUNC void load_tile(
       ROLLED
       for (int i = thread_index; i < Stored::BYTES * WORDS; i += THREADS) {
         const int row = i / WORDS, token = i % WORDS * 4;
-        const size_t at = (head * Stored::BYTES + row) * coded + begin + token;
-        const uint four = load_four(plane + at, count - token, coded % 4 == 0);
+        const size_t at = (head * Stored::BYTES + row) * quantized + begin + token;
+        const uint four = load_four(plane + at, count - token, quantized % 4 == 0);
         UNROLL
         for (int k = 0; k < 4; k++) {
           tile[(token + k) * Stored::PITCH + p * Stored::BYTES + row] = (four >> (8 * k)) & 255;
         }
       }
     } else {
-      const size_t at = (head * coded + begin) * Stored::BYTES;
+      const size_t at = (head * quantized + begin) * Stored::BYTES;
       for (int i = thread_index; i < count * Stored::BYTES; i += THREADS) {
         const int token = i / Stored::BYTES;
         tile[token * Stored::PITCH + p * Stored::BYTES + i % Stored::BYTES] = plane[at + i];
@@ -99,7 +99,7 @@ METAL_FUNC void rotate_back(
   }
 }
 
-// Segment s of the coded token in place `index`, whose bytes are `codes`, to where it belongs.
+// Segment s of the quantized token in place `index`, whose bytes are `codes`, to where it belongs.
 template <
     typename Stored, bool AFFINE, bool BALANCED, bool SORTED, bool BIASED, typename T,
     typename Scale>
@@ -119,13 +119,13 @@ METAL_FUNC void decode_segment(
     const int i = 32 * j + lane;
     y[j] = 0;
     if (i < SEGMENT) {
-      const size_t vector = size_t(kv_index) * places.coded + index;
+      const size_t vector = size_t(kv_index) * places.quantized + index;
       if (AFFINE) {
         const size_t at = vector * Stored::SCALES + i / Stored::GROUP;
         y[j] = float(Stored::code(codes, i)) * float(arrays.scales[at]) + float(arrays.zeros[at]);
       } else {
         // Those of several segments are channel-major.
-        const size_t at = (size_t(kv_index) * Stored::SEGMENTS + s) * places.coded + index;
+        const size_t at = (size_t(kv_index) * Stored::SEGMENTS + s) * places.quantized + index;
         y[j] = size_of(uint(arrays.scales[at]));
         y[j] *= Stored::SEGMENTS == 1
             ? level<false>(known_levels, Stored::code(codes, i))
@@ -163,9 +163,9 @@ METAL_FUNC void decode_tile(
     int group, int kv_index, int thread_index, int simd) {
   const int lane = thread_index % 32;
   const int begin = (places.first / TOKENS + group) * TOKENS;
-  const int count = min(TOKENS, places.coded - begin);
+  const int count = min(TOKENS, places.quantized - begin);
   load_tile<Stored, CHANNEL_MAJOR>(
-      arrays.planes, tile, kv_index, begin, count, places.coded, thread_index);
+      arrays.planes, tile, kv_index, begin, count, places.quantized, thread_index);
   if (thread_index < MOST_LEVELS) {
     known_levels[thread_index] = arrays.levels[thread_index];
   }
@@ -186,9 +186,9 @@ METAL_FUNC void decode_tile(
   }
 }
 
-// The exact token in place `slot` of the older and newer ones, (D,).
+// The full-precision token in place `slot` of the older and newer ones, (D,).
 template <int D, typename T, typename Scale>
-METAL_FUNC device const T* exact_token(
+METAL_FUNC device const T* full_token(
     thread const Arrays<T, Scale>& arrays, thread const Places& places, int slot, int kv_index) {
   if (slot < places.older_count) {
     return arrays.older + (size_t(kv_index) * places.older_count + slot) * D;
@@ -214,8 +214,8 @@ METAL_FUNC void lay_out(
   }
   const bool keeps = group >= places.groups();
   const int begin = (group - (keeps ? places.groups() : places.tiles())) * TOKENS;
-  const int left = keeps ? 0 : places.left, first = keeps ? places.kept_first : places.exact_first;
-  const int exact = keeps ? places.kept : places.exact, decoded = keeps ? 0 : places.decoded;
+  const int left = keeps ? 0 : places.left, first = keeps ? places.kept_first : places.full_first;
+  const int full = keeps ? places.kept : places.full, decoded = keeps ? 0 : places.decoded;
   const int total = keeps ? places.sinks + places.kept : places.total;
   device T* to = keeps ? arrays.kept : arrays.out;
   const int count = min(TOKENS, total - decoded - begin);
@@ -225,9 +225,9 @@ METAL_FUNC void lay_out(
     const int place = token < left + places.sinks ? token : token + decoded;
     int slot = token - left;
     if (slot >= places.sinks) {
-      slot = slot - places.sinks < exact ? slot - places.sinks + first : -1;
+      slot = slot - places.sinks < full ? slot - places.sinks + first : -1;
     }
-    device const T* from = exact_token<D>(arrays, places, max(slot, 0), kv_index);
+    device const T* from = full_token<D>(arrays, places, max(slot, 0), kv_index);
     device T* at = to + (size_t(kv_index) * total + place) * D;
     UNROLL
     for (int c = thread_index % 32; c < D; c += 32) {

@@ -94,7 +94,7 @@ class LayerBench:
         if batch > 1:
             kinds.insert(1, BATCH_KVCACHE)
         if quantized_group(layer.head_dim) is None:
-            situation.skip(QUANTIZED, f"mlx-lm can't quantise heads of {layer.head_dim}")
+            situation.skip(QUANTIZED, f"mlx-lm can't quantize heads of {layer.head_dim}")
             kinds.remove(QUANTIZED)
         arms = situation.attempt_all(
             {kind: partial(self._filled, kind, tokens, batch, dtype) for kind in kinds}
@@ -211,7 +211,7 @@ def _one_chain(caches: list[Any], query: mx.array, token: mx.array) -> Callable[
 
 def _step(cache: Any, query: mx.array, token: mx.array, mask: Any) -> mx.array:
     """Append ``token`` (B, H_kv, 1, D) and attend with ``query`` (B, H_q, 1, D)."""
-    # mlx-lm's quantised attention multiplies its queries in place.
+    # mlx-lm's quantized attention multiplies its queries in place.
     query, scale = mx.array(query), query.shape[-1] ** -0.5
     if isinstance(cache, (CompressedKVCache, BatchCompressedKVCache)):
         cache.attending = True

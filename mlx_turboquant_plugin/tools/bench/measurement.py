@@ -156,7 +156,7 @@ class Situation:
     def attempt(self, cache: str, run: Callable[[], T]) -> T | None:
         """What ``run()`` returns, or None if a cache of mlx-lm's fails, which is noted.
 
-        MLX has no quantised products of some shapes on some devices, and uncompressed
+        MLX has no quantized products of some shapes on some devices, and uncompressed
         caches need more memory than ours. What ours raises is passed on.
         """
         try:
@@ -181,7 +181,7 @@ class Situation:
     ) -> None:
         """Let ``arms`` measure themselves in turns (A B A B ...).
 
-        mlx-lm's quantised attention can be 50 times slower than all others on a CPU. It has
+        mlx-lm's quantized attention can be 50 times slower than all others on a CPU. It has
         no work that comes once in so many steps, so it can take fewer turns.
 
         Args:
@@ -242,7 +242,7 @@ def quantized_group(head_dim: int) -> int | None:
 
 
 def slow_when_quantized(dtype: mx.Dtype) -> bool:
-    """Whether products with quantised matrices take MLX 15 to 100 times as long as in float32."""
+    """Whether products with quantized matrices take MLX 15 to 100 times as long as in float32."""
     return mx.default_device().type == mx.cpu and dtype != mx.float32
 
 

@@ -36,7 +36,7 @@ from .measurement import (
     too_large,
 )
 
-# A prompt with mlx-lm's quantised caches is left when it takes so many times as long as
+# A prompt with mlx-lm's quantized caches is left when it takes so many times as long as
 # KVCache's first: without kernels for it, it could take many minutes.
 PATIENCE = 3
 
@@ -124,7 +124,7 @@ class ModelBench:
         situation.take_turns(arms, rounds, tick)
 
     def _prefill(self, kind: str, rows: list[mx.array], chunk: int, limit: float) -> Sample:
-        """Process prompts once; a quantised cache has ``limit`` seconds for it."""
+        """Process prompts once; a quantized cache has ``limit`` seconds for it."""
         before = _fresh_peak()
 
         def progress(done: int, total: int) -> None:
@@ -147,7 +147,7 @@ class ModelBench:
     def _possible(self, situation: Situation, tokens: float) -> list[str]:
         """The kinds that fit, with ``tokens`` in all, and that don't take hours.
 
-        mlx-lm has no batches of quantised caches.
+        mlx-lm has no batches of quantized caches.
         """
         numbers = sum(heads.kv_heads * (heads.key_dim + heads.value_dim) for heads in self.layers)
         reason = too_large(int(tokens * numbers * self.dtype.size))
@@ -157,7 +157,7 @@ class ModelBench:
         if situation.batch > 1:
             return [BATCH_KVCACHE, COMPRESSED]
         if self._group() is None:
-            reason = "mlx-lm can't quantise heads of this size"
+            reason = "mlx-lm can't quantize heads of this size"
         elif slow_when_quantized(self.dtype):
             reason = (
                 f"many times slower in {dtype_name(self.dtype)} on a CPU: try --model-dtype float32"

@@ -1,24 +1,24 @@
-// The exact tokens: attention over a part of them, and old and new ones side by side.
+// The full-precision tokens: attention over a split of them, and old and new ones side by side.
 
-// Writes the tokens of one part side by side: by blocks of their own, since a block that
+// Writes the tokens of one split side by side: by blocks of their own, since a block that
 // stores between its loads waits for each of them.
 template <int DIM, typename X, typename P>
 __device__ inline void join_tokens(
-    const P& p, const X* old_tokens, const X* new_tokens, X* to, long long head, int part) {
+    const P& p, const X* old_tokens, const X* new_tokens, X* to, long long head, int split) {
   constexpr int WORDS = DIM * sizeof(X) / 16;
-  for (int i = threadIdx.x; i < EXACT_PART * WORDS; i += THREADS) {
-    int slot = part * EXACT_PART + i / WORDS;
-    if (slot >= p.exact) break;
-    const X* from = p.exact_token(old_tokens, new_tokens, head, slot, DIM);
+  for (int i = threadIdx.x; i < FULL_SPLIT * WORDS; i += THREADS) {
+    int slot = split * FULL_SPLIT + i / WORDS;
+    if (slot >= p.full) break;
+    const X* from = p.full_token(old_tokens, new_tokens, head, slot, DIM);
     Words words;
     load_words(reinterpret_cast<const unsigned char*>(from) + i % WORDS * 16, words.x);
-    reinterpret_cast<Words*>(to + (head * p.exact + slot) * DIM)[i % WORDS] = words;
+    reinterpret_cast<Words*>(to + (head * p.full + slot) * DIM)[i % WORDS] = words;
   }
 }
 
 // Scores of all rows with one key, of which two lanes have a half each, their `member`.
 template <int ROWS, int DIM, typename X>
-__device__ inline void score_exact(
+__device__ inline void score_full(
     const X* key, int member, const float (&query)[ROWS][DIM], float (&score)[ROWS]) {
   constexpr int CHANNELS = sizeof(Words) / sizeof(X), STEP = 2 * CHANNELS;
 #pragma unroll 2
@@ -39,23 +39,23 @@ __device__ inline void score_exact(
 // The scores of row r with the tokens from `first` on become weights, by a warp. to: their sum,
 // their power of two and that they are not of codes, see Problem.
 template <int ROWS, typename P>
-__device__ inline void weigh_exact(
-    const P& p, const BlockRows<ROWS>& rows, int r, int first, float (&weight)[EXACT_PART],
+__device__ inline void weigh_full(
+    const P& p, const BlockRows<ROWS>& rows, int r, int first, float (&weight)[FULL_SPLIT],
     float* to) {
   int lane = threadIdx.x % 32, n = rows.row(r) % p.count;
   const int* bound = rows.bound(p, r);
-  float own[EXACT_PART / 32], top = LOWEST, total = 0;
+  float own[FULL_SPLIT / 32], top = LOWEST, total = 0;
 #pragma unroll
-  for (int i = 0; i < EXACT_PART / 32; i++) {
+  for (int i = 0; i < FULL_SPLIT / 32; i++) {
     int slot = first + lane + 32 * i;
-    bool seen = slot >= (slot < p.sinks ? bound[0] : p.exact - bound[3]);
-    own[i] = seen && slot < p.exact - p.count + n + 1 ? weight[lane + 32 * i] : NEVER;
+    bool seen = slot >= (slot < p.sinks ? bound[0] : p.full - bound[3]);
+    own[i] = seen && slot < p.full - p.count + n + 1 ? weight[lane + 32 * i] : NEVER;
     top = fmaxf(top, own[i]);
   }
 #pragma unroll
   for (int bit = 1; bit < 32; bit *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, bit));
 #pragma unroll
-  for (int i = 0; i < EXACT_PART / 32; i++) {
+  for (int i = 0; i < FULL_SPLIT / 32; i++) {
     own[i] = exp2f(own[i] - top);
     weight[lane + 32 * i] = own[i];
     total += own[i];
@@ -66,19 +66,19 @@ __device__ inline void weigh_exact(
 }
 
 template <int ROWS, int DIM, int VALUE_DIM, typename P>
-__device__ inline void attend_exact(const P& p, int part) {
-  using X = typename P::Exact;
-  alignas(16) __shared__ float query[ROWS][DIM], weight[ROWS][EXACT_PART];
-  __shared__ const X* values[EXACT_PART];
+__device__ inline void attend_full(const P& p, int split) {
+  using X = typename P::Full;
+  alignas(16) __shared__ float query[ROWS][DIM], weight[ROWS][FULL_SPLIT];
+  __shared__ const X* values[FULL_SPLIT];
   BlockRows<ROWS> rows(p);
   int warp = this_warp();
   // Two lanes to a token.
-  static_assert(THREADS == 2 * EXACT_PART);
-  int first = part * EXACT_PART, slot = threadIdx.x / 2, member = threadIdx.x % 2;
-  int token = min(first + slot, p.exact - 1), head = rows.b * p.heads + rows.h;
-  const X* key = p.exact_token(p.keys, p.new_keys, head, token, DIM);
+  static_assert(THREADS == 2 * FULL_SPLIT);
+  int first = split * FULL_SPLIT, slot = threadIdx.x / 2, member = threadIdx.x % 2;
+  int token = min(first + slot, p.full - 1), head = rows.b * p.heads + rows.h;
+  const X* key = p.full_token(p.keys, p.new_keys, head, token, DIM);
   if (member == 0) {
-    values[slot] = p.exact_token(p.values, p.new_values, head, token, VALUE_DIM);
+    values[slot] = p.full_token(p.values, p.new_values, head, token, VALUE_DIM);
     prefetch(key, DIM);
     prefetch(values[slot], VALUE_DIM);
   }
@@ -87,7 +87,7 @@ __device__ inline void attend_exact(const P& p, int part) {
   __syncthreads();
 
   float score[ROWS] = {};
-  score_exact(key, member, query, score);
+  score_full(key, member, query, score);
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     if (member == 0) weight[r][slot] = score[r];
@@ -97,7 +97,7 @@ __device__ inline void attend_exact(const P& p, int part) {
   float* sums = p.template sums_of_block<ROWS, VALUE_DIM>();
 #pragma unroll 1
   for (int r = warp; r < ROWS; r += WARPS) {
-    weigh_exact(p, rows, r, first, weight[r], sums + ROWS * VALUE_DIM + r * 3);
+    weigh_full(p, rows, r, first, weight[r], sums + ROWS * VALUE_DIM + r * 3);
   }
   __syncthreads();
 
@@ -105,7 +105,7 @@ __device__ inline void attend_exact(const P& p, int part) {
   for (int d = threadIdx.x; d < VALUE_DIM; d += THREADS) {
     float sum[ROWS] = {};
 #pragma unroll 8
-    for (int slot = 0; slot < EXACT_PART; slot++) {
+    for (int slot = 0; slot < FULL_SPLIT; slot++) {
       float x = float(values[slot][d]);
 #pragma unroll
       for (int r = 0; r < ROWS; r++) sum[r] += weight[r][slot] * x;

@@ -1,9 +1,9 @@
 """Is anything better than one Lloyd-Max code per channel, at the same bytes?
 
-Keys and values go through quantisers simulated in NumPy instead of the shipped one;
+Keys and values go through quantizers simulated in NumPy instead of the shipped one;
 everything around them (rotation, balance, bias, window, scale search) stays as it is.
 
-    python docs/experiments/quantisers.py --model PATH --tokens FILE
+    python docs/experiments/quantizers.py --model PATH --tokens FILE
 """
 
 import functools
@@ -24,7 +24,7 @@ SAMPLES = np.random.default_rng(7).standard_normal(200_000)
 
 @functools.cache
 def lloyd_max_levels(count: int) -> np.ndarray:
-    """The levels of the best scalar quantiser of N(0, 1)."""
+    """The levels of the best scalar quantizer of N(0, 1)."""
     quantiles = (np.arange(count) + 0.5) / count
     levels = np.array([NormalDist(0, math.sqrt(3)).inv_cdf(q) for q in quantiles])
     x = np.sort(SAMPLES)
@@ -139,7 +139,7 @@ def e8(bits: int):
 
 
 class Entropy:
-    """A uniform quantiser whose codes cost what an ideal entropy coder for N(0, 1) needs."""
+    """A uniform quantizer whose codes cost what an ideal entropy coder for N(0, 1) needs."""
 
     def __init__(self, bits: int):
         # Entropy of the codes = differential entropy of N(0, 1) - log2(step), nearly.
@@ -156,14 +156,14 @@ class Entropy:
         return code * self.step
 
 
-def searched(quantise, x: np.ndarray) -> np.ndarray:
+def searched(quantize, x: np.ndarray) -> np.ndarray:
     """What is left of vectors (N, D) with the scale search of the shipped codec."""
     rms = np.maximum(np.sqrt((x * x).mean(-1, keepdims=True)), 1e-20)
     start = np.rint((np.log2(rms) - LOWEST_OCTAVE) * STEPS_PER_OCTAVE)
     best = best_error = None
     for step in SEARCH:
         size = 2.0 ** ((start + step) / STEPS_PER_OCTAVE + LOWEST_OCTAVE)
-        y = quantise(x / size) * size
+        y = quantize(x / size) * size
         missing = x - y
         along = (missing * x).sum(-1, keepdims=True) / (rms * math.sqrt(x.shape[-1]))
         error = (missing**2).sum(-1, keepdims=True) + ALONG * along**2
@@ -176,7 +176,7 @@ def searched(quantise, x: np.ndarray) -> np.ndarray:
 
 
 class Simulated(Exact):
-    """A quantiser that keeps what ``restore`` (B, H, T, D) leaves of vectors."""
+    """A quantizer that keeps what ``restore`` (B, H, T, D) leaves of vectors."""
 
     def __init__(self, restore):
         object.__setattr__(self, "restore", restore)
@@ -185,8 +185,8 @@ class Simulated(Exact):
         return (mx.array(self.restore(np.array(x, dtype=np.float64)).astype(np.float32)),)
 
 
-def per_vector(quantise):
-    return lambda x: searched(quantise, x.reshape(-1, x.shape[-1])).reshape(x.shape)
+def per_vector(quantize):
+    return lambda x: searched(quantize, x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
 
 def centred(restore):

@@ -1,13 +1,13 @@
-// What decode.metal does with exact tokens: a simdgroup takes EXACT_TILE of them at a time.
+// What decode.metal does with full-precision tokens: a simdgroup takes FULL_TILE of them at a time.
 //
 // For scores eight lanes share a token: lane 8 i + part has the channels 4 part, ..., 4 part + 3 of
 // each 32 of the tokens i, i + 4, ... For weights a lane has a token. For sums a lane has channels
-// of all tokens, see ExactLayout.
+// of all tokens, see FullLayout.
 
 // The channels of token-major values: WIDE neighbouring ones that a lane loads at once, the
 // (32 j + lane)-th so many, and LOADS times.
 template <int D>
-struct ExactLayout {
+struct FullLayout {
   static constant constexpr const int WIDE = D >= 128 ? 4 : 2;
   static constant constexpr const int LOADS = (D / WIDE + 31) / 32;
   static constant constexpr const int CHANNELS = WIDE * LOADS;
@@ -15,17 +15,17 @@ struct ExactLayout {
 
 // The tokens, in slots: how many there are, sinks among them, and the last ones that belong to
 // the queries of a pass. `first_row`: of the threadgroup's rows.
-struct ExactSlots {
+struct FullSlots {
   int count, sinks, queries, first_row;
 };
 
 // The scores of one tile, [token][row]; `keys`, of which `count` are there, are those of the tile.
 template <int D, int ROWS, typename T>
-METAL_FUNC void score_exact(
+METAL_FUNC void score_full(
     device const T* keys, int count, threadgroup const float* q, threadgroup float* scores,
     int lane) {
   const int part = lane % 8;
-  for (int i = lane / 8; i < EXACT_TILE; i += 4) {
+  for (int i = lane / 8; i < FULL_TILE; i += 4) {
     float products[ROWS] = {0};
     if (i < count) {
       for (int c = 4 * part; c < D; c += 32) {
@@ -52,8 +52,8 @@ METAL_FUNC void score_exact(
 
 // Scores of the token in `slot` become weights; `limits`: what each row sees.
 template <int ROWS>
-METAL_FUNC void weigh_exact(
-    thread const ExactSlots& slots, int slot, threadgroup const int* limits,
+METAL_FUNC void weigh_full(
+    thread const FullSlots& slots, int slot, threadgroup const int* limits,
     threadgroup float* own, thread Softmax<ROWS>& softmax, thread float (&shrink)[ROWS]) {
   float weights[1][ROWS];
   UNROLL
@@ -72,15 +72,15 @@ METAL_FUNC void weigh_exact(
 
 // Adds the first `count` values of a tile, times their weights.
 template <int D, int ROWS, int CHANNELS, typename T>
-METAL_FUNC void add_exact(
+METAL_FUNC void add_full(
     device const T* values, int count, threadgroup const float* weights, int lane,
     thread float (&sums)[ROWS][CHANNELS]) {
-  constexpr int WIDE = ExactLayout<D>::WIDE;
+  constexpr int WIDE = FullLayout<D>::WIDE;
   for (int i = 0; i < count; i++) {
     float weight[ROWS];
     load_rows<ROWS>(weights + i * ROWS, weight);
     UNROLL
-    for (int j = 0; j < ExactLayout<D>::LOADS; j++) {
+    for (int j = 0; j < FullLayout<D>::LOADS; j++) {
       int c = (32 * j + lane) * WIDE;
       if (c < D) {
         float x[WIDE];
@@ -99,33 +99,33 @@ METAL_FUNC void add_exact(
 
 // The tiles of a simdgroup, from the token `start` on and `step` apart. q: [row][channel].
 template <int DK, int DV, int ROWS, int CHANNELS, typename T>
-METAL_FUNC void attend_exact(
-    device const T* keys, device const T* values, thread const ExactSlots& slots, int start,
+METAL_FUNC void attend_full(
+    device const T* keys, device const T* values, thread const FullSlots& slots, int start,
     int step, threadgroup const float* q, threadgroup const int* limits,
     threadgroup float* scratch, int lane, thread Softmax<ROWS>& softmax,
     thread float (&sums)[ROWS][CHANNELS]) {
   for (; start < slots.count; start += step) {
-    const int count = min(EXACT_TILE, slots.count - start);
-    score_exact<DK, ROWS>(keys + start * DK, count, q, scratch, lane);
+    const int count = min(FULL_TILE, slots.count - start);
+    score_full<DK, ROWS>(keys + start * DK, count, q, scratch, lane);
     simdgroup_barrier(mem_flags::mem_threadgroup);
     float shrink[ROWS];
-    weigh_exact<ROWS>(slots, start + lane, limits, scratch + lane * ROWS, softmax, shrink);
+    weigh_full<ROWS>(slots, start + lane, limits, scratch + lane * ROWS, softmax, shrink);
     shrink_sums(shrink, sums);
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    add_exact<DV>(values + start * DV, count, scratch, lane, sums);
+    add_full<DV>(values + start * DV, count, scratch, lane, sums);
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
 
 // A lane's sums, to [row][channel].
 template <int D, int ROWS, int CHANNELS>
-METAL_FUNC void store_exact(
+METAL_FUNC void store_full(
     thread const float (&sums)[ROWS][CHANNELS], threadgroup float* to, int lane) {
-  constexpr int WIDE = ExactLayout<D>::WIDE;
+  constexpr int WIDE = FullLayout<D>::WIDE;
   UNROLL
   for (int r = 0; r < ROWS; r++) {
     UNROLL
-    for (int j = 0; j < ExactLayout<D>::LOADS; j++) {
+    for (int j = 0; j < FullLayout<D>::LOADS; j++) {
       UNROLL
       for (int k = 0; k < WIDE; k++) {
         int c = (32 * j + lane) * WIDE + k;

@@ -153,7 +153,7 @@ METAL_FUNC void share_weights(
 
 // Values, at the first of them.
 template <typename Scale>
-struct CodedValues {
+struct QuantizedValues {
   Planes planes;
   device const Scale* scales;
   device const Scale* zeros;
@@ -161,7 +161,7 @@ struct CodedValues {
 
 // Those from the token `first` on, with planes in bytes or, as those of mx.quantize are, words.
 template <typename Layout, typename Plane, typename Scale>
-METAL_FUNC CodedValues<Scale> values_from(
+METAL_FUNC QuantizedValues<Scale> values_from(
     size_t first, device const Plane* low, device const Plane* low_of_upper_fields,
     device const Plane* high, device const Scale* scales, device const Scale* zeros) {
   const size_t at = first * Layout::BYTES;
@@ -177,7 +177,7 @@ METAL_FUNC CodedValues<Scale> values_from(
 // weigh nothing; `last`: that of the last value there is.
 template <int D, int BITS, bool AFFINE, int ROWS, int ALL, typename Scale>
 METAL_FUNC void add_values(
-    thread const CodedValues<Scale>& values, int start, int count, int last,
+    thread const QuantizedValues<Scale>& values, int start, int count, int last,
     threadgroup const float* levels, threadgroup const float* weights, int lane,
     thread float (&sums)[ROWS][ALL]) {
   using Layout = ValueLayout<D, BITS, AFFINE>;
@@ -212,7 +212,7 @@ METAL_FUNC void add_values(
 
 // A lane's sums, to [row][channel].
 template <int D, int BITS, bool AFFINE, int ROWS, int ALL>
-METAL_FUNC void store_coded(
+METAL_FUNC void store_quantized(
     thread const float (&sums)[ROWS][ALL], threadgroup float* to, int lane) {
   using Layout = ValueLayout<D, BITS, AFFINE>;
   UNROLL

@@ -19,8 +19,8 @@ class Unjoined(NamedTuple):
     drop: int
 
 
-class ExactTokens:
-    """Exact keys and values, in the model's dtype, or none at all.
+class FullPrecisionTokens:
+    """Full-precision keys and values, in the model's dtype, or none at all.
 
     New tokens are joined to the older ones when they are read. A fused kernel reads both
     and joins them on its way, which saves a step of decoding its copies.
@@ -46,25 +46,25 @@ class ExactTokens:
 
     def grown(
         self, keys: mx.array, values: mx.array, sinks: int = 0, drop: int = 0
-    ) -> "ExactTokens":
+    ) -> "FullPrecisionTokens":
         """With new keys and values (B, H, N, D), and without ``drop`` tokens after the sinks.
 
         New ones of another dtype take that of the older ones, as in KVCache.
         """
         if self.count == 0:
-            return ExactTokens(keys, values)
+            return FullPrecisionTokens(keys, values)
         converts = (keys.dtype, values.dtype) != self.dtypes
         if converts:
             keys, values = (x.astype(dtype) for x, dtype in zip((keys, values), self.dtypes))
-        grown = ExactTokens()
+        grown = FullPrecisionTokens()
         grown._unjoined = Unjoined(*self._joined(), keys, values, sinks, drop)
         grown.count = self.count - drop + keys.shape[2]
         grown.heads, grown.dtypes = self.heads, self.dtypes
-        return ExactTokens(*grown._joined()) if converts else grown
+        return FullPrecisionTokens(*grown._joined()) if converts else grown
 
-    def apart(self) -> "ExactTokens":
+    def apart(self) -> "FullPrecisionTokens":
         """The same tokens in another object, which can be joined while this one is not."""
-        other = ExactTokens()
+        other = FullPrecisionTokens()
         for name in self.__slots__:
             setattr(other, name, getattr(self, name))
         return other
@@ -91,7 +91,7 @@ class ExactTokens:
         self._joined()
         return self._keys[:, :, :older], self._values[:, :, :older]
 
-    def replaced(self, keys: mx.array | None, values: mx.array | None) -> "ExactTokens":
+    def replaced(self, keys: mx.array | None, values: mx.array | None) -> "FullPrecisionTokens":
         """The same tokens in other arrays, as ``mx.depends`` makes them.
 
         Raises:
@@ -100,11 +100,11 @@ class ExactTokens:
         for old, new in zip(self._joined(), (keys, values)):
             if _kind(old) != _kind(new):
                 raise ValueError(
-                    "the keys and values of a compressed cache are its exact tokens, and can only "
+                    "the keys and values of a compressed cache are its full-precision tokens, and can only "
                     f"be replaced by the same in other arrays: {_kind(new)} in place of "
                     f"{_kind(old)}; append tokens with update_and_fetch, forget them with trim"
                 )
-        return ExactTokens(keys, values)
+        return FullPrecisionTokens(keys, values)
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
