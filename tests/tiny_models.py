@@ -9,7 +9,7 @@ from mlx.utils import tree_map_with_path
 from mlx_turboquant_plugin.integration import table
 from mlx_turboquant_plugin.integration.family import attention_of, register
 
-# More than settings for tests keep exact, so that sliding layers have codes.
+# More than settings for tests keep in full precision, so that sliding layers have codes.
 WINDOW = 72
 
 # What most configurations have; each model takes what it knows.

@@ -1,4 +1,4 @@
-"""How many tokens should stay in full precision: the newest ones (window) and the first ones (sinks).
+"""How many tokens should stay in full precision: the newest (window) and the first (sinks).
 
 Run it as
 

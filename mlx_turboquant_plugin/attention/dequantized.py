@@ -123,7 +123,7 @@ def attend_batched_dequantized(
     left_padding: Sequence[int],
     learned_sinks: mx.array | None = None,
 ) -> mx.array:
-    """The same for the newest token of every row of batched rows."""
+    """The same for the newest token of all batched rows."""
     sinks, held = batched.visibility.sinks, batched.full_tokens.count
     quantized = max(sinks, max(batched.quantized))
     total = _in_steps(held + quantized - sinks)

@@ -1,8 +1,8 @@
 """Dequantization and attention as functions of arrays.
 
-The softmax runs over the full-precision tokens and over pieces of the quantized ones, keeping running
-maxima and totals (online softmax: Milakov and Gimelshein, arXiv 1805.02867), so that no
-more than a piece is ever dequantized. Parts of the tokens can be summed apart.
+The softmax runs over the full-precision tokens and over pieces of the quantized ones, keeping
+running maxima and totals (online softmax: Milakov and Gimelshein, arXiv 1805.02867), so that no
+more than a piece is ever dequantized. Splits of the tokens can be summed apart.
 
 The same functions are the eager tier and, under ``mx.compile``, the compiled one. They
 use no operation that looks at the number of tokens: a single trace serves every length
@@ -44,8 +44,8 @@ class AttentionFunctions(NamedTuple):
         fold: (rotated queries; running sums or None; keys and values of C tokens, as the
             quantizers expand them; bias scores (B, H, R, C) or None; mask) to the running
             sums with these tokens. Values stay rotated.
-        finish: (sums over the full-precision tokens; a list of running sums over parts of the quantized
-            ones; rotation of values) to the output (B, H, R, D_v).
+        finish: (sums over the full-precision tokens; a list of running sums over splits of the
+            quantized ones; rotation of values) to the output (B, H, R, D_v).
     """
 
     rotate: Callable

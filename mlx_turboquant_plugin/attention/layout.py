@@ -44,7 +44,7 @@ class Layout(NamedTuple):
         """The position at each place, int32 (T,), and -1 where there is none."""
         out = np.full(self.total, -1, np.int32)
         full: np.ndarray = np.array(self.full, np.int32)
-        # In a batch, places of full-precision tokens may be there that a short row has no token for.
+        # A batch may have places of full-precision tokens that a short row has no token for.
         full = np.where(full < self.sinks, -1, full)
         tokens: list[np.ndarray] = [
             np.arange(self.sinks),
@@ -104,8 +104,8 @@ class Row(NamedTuple):
         )
 
     def limits(self, count: int) -> tuple[np.ndarray, ...]:
-        """For each query, int32 (N,): its position, its first full-precision one, the oldest sink and
-        the oldest later token that it sees."""
+        """For each query, int32 (N,): its position, the first that it reads in full precision,
+        the oldest sink and the oldest later token that it sees."""
         queries = np.arange(count) - self.first
         positions = self.start + queries
         own = np.full_like(positions, self.start) if self.is_prompt else positions

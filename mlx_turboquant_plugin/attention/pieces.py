@@ -1,4 +1,4 @@
-"""Attention over full-precision tokens and pieces of codes, which streams share where that pays."""
+"""Attention over full-precision tokens and pieces of codes, split among streams if that pays."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ..codecs.kv_codec import KVCodec
 from .function import AttentionFunctions, Sums
 from .streams import helpers
 
-# Quantized tokens that are dequantized at once by tiles of queries: their scores should stay in the
+# Quantized tokens that tiles of queries dequantize at once: their scores should stay in the
 # processor's cache.
 PIECE = 512
 # A single query has so few scores that the numbers of its keys count, of all rows and heads.
@@ -25,7 +25,7 @@ LEAST_SPLIT = 2**17
 
 
 class FullPrecision(NamedTuple):
-    """The full-precision tokens of an attention: keys and values (B, H, E, D) and their mask or None."""
+    """Full-precision tokens to attend to: keys and values (B, H, E, D), and their mask or None."""
 
     keys: mx.array
     values: mx.array
@@ -33,7 +33,7 @@ class FullPrecision(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """The quantized tokens of an attention.
+    """Quantized tokens to attend to.
 
     Attributes:
         codec: what made them.
@@ -86,7 +86,7 @@ def attend_codes(
 def _over_codes(
     q: mx.array, full_sums: Sums, quantized: Quantized, count: int, held: int, functions
 ) -> list[Sums]:
-    """Running sums over parts of the quantized tokens.
+    """Running sums over splits of the quantized tokens.
 
     Args:
         q: (B, H, R, D), scaled, of ``count`` positions.
@@ -124,7 +124,7 @@ def _piece_size(queries: int, channels: int) -> int:
 
 
 def _splits(positions: range, full: int, channels: int, streams: int) -> list[range]:
-    """Parts of ``positions``, whole blocks, for at most so many streams.
+    """``positions`` in runs of whole blocks, for at most so many streams.
 
     The first may be empty: its stream has the ``full`` tokens as well.
     """

@@ -22,8 +22,8 @@ class Problem(NamedTuple):
             ``first_quantized`` + i. Both are () if there are none.
         bounds: int32 (B, N, 4), what each query sees: the first sink; the index of the
             first code; how many of the last codes it does not read, because it reads
-            their tokens exactly or not at all; how many of the last full-precision tokens it reads
-            if not newer than itself. Counted like this they repeat: arrays of numbers
+            their tokens exactly or not at all; how many of the last full-precision tokens it
+            reads if not newer than itself. Counted like this they repeat: arrays of numbers
             are costly to make on some devices.
         scale: what scores are multiplied by.
         learned_sinks: (H_q,), scores of one more token without a value, not scaled; or None.

@@ -34,13 +34,13 @@ class Tokens(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Which tokens are put side by side, by their places among codes and among full-precision tokens.
+    """Which tokens are put side by side, by their places among codes and among the others.
 
     Attributes:
         left: the zeros before.
         sinks: how many of the first full-precision tokens come first in all that is made.
         first_code, decoded: the first code that counts, and how many do.
-        first_full, full: the first full-precision token that counts after the sinks, and how many do.
+        first_full, full: the same of the full-precision tokens after the sinks.
         total: T, with the zeros before and after.
         first_kept, kept: as for full-precision tokens, for those that are put together apart; at
             least one, since MLX has no empty outputs.

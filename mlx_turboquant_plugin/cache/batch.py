@@ -28,8 +28,8 @@ class BatchCompressedKVCache(AttendedCache):
 
     Rows hold no padding. Joining, leaving, splitting and padding move rows and copy
     nothing, and what a row holds never depends on its neighbours. While every row
-    grows by one token at a time they stand side by side in the same arrays, so that one attention
-    serves them all.
+    grows by one token at a time they stand side by side in the same arrays, so that one
+    attention serves them all.
 
     Args:
         left_padding: the padding of each row, as in BatchKVCache.
@@ -338,7 +338,7 @@ class BatchCompressedKVCache(AttendedCache):
 
     @property
     def keys(self) -> mx.array | None:
-        """Full-precision keys, of the first row unless they are batched: callers hang dependencies here."""
+        """Full-precision keys, of the first row unless batched: callers hang dependencies here."""
         holder = self._batched if self._batched is not None else self._rows[0]
         return holder.keys
 

@@ -170,7 +170,7 @@ class BatchedRows:
 def _grown(
     lengths: tuple[int, ...], full_start: tuple[int, ...], held: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Lengths of rows that are one token longer, and what is in full precision if they hold ``held``."""
+    """Lengths of rows one token longer, and where full precision begins if they hold ``held``."""
     lengths = tuple(length + 1 for length in lengths)
     return lengths, tuple(max(x, length - held) for x, length in zip(full_start, lengths))
 

@@ -379,7 +379,7 @@ class CompressedKVCache(AttendedCache):
         """Forget the last ``n`` tokens (at most all of them) and return how many.
 
         Up to 16 tokens leave no trace; a longer trim leaves up to a window of the
-        newest remaining tokens as codes that would have been in full precision.
+        newest remaining tokens only as codes.
 
         Raises:
             ValueError: it is not trimmable and ``n`` is not 0; nothing is forgotten then.

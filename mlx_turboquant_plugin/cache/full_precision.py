@@ -100,9 +100,9 @@ class FullPrecisionTokens:
         for old, new in zip(self._joined(), (keys, values)):
             if _kind(old) != _kind(new):
                 raise ValueError(
-                    "the keys and values of a compressed cache are its full-precision tokens, and can only "
-                    f"be replaced by the same in other arrays: {_kind(new)} in place of "
-                    f"{_kind(old)}; append tokens with update_and_fetch, forget them with trim"
+                    "the keys and values of a compressed cache are its full-precision tokens, and "
+                    f"can only be replaced by the same in other arrays: {_kind(new)} in place "
+                    f"of {_kind(old)}; append tokens with update_and_fetch, forget them with trim"
                 )
         return FullPrecisionTokens(keys, values)
 

@@ -1,4 +1,4 @@
-"""mlx-lm's own caches in a batch of compressed ones: they stay as exact as they are alone."""
+"""mlx-lm's own caches in a batch of compressed ones: nothing of them is quantized."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -17,7 +17,8 @@ class StepPlan:
 
     Args:
         visibility, ring: who sees what exactly, and how far back; None for all the way.
-        first_quantized, quantized: there are codes of the positions ``first_quantized``, ..., ``quantized`` - 1.
+        first_quantized, quantized: there are codes of the positions ``first_quantized``, ...,
+            ``quantized`` - 1.
         held: how many full-precision tokens there are, those of the pass among them.
         start, end: the position of the first query, and one more than that of the last.
         is_prompt: whether all queries read exactly what the first does, see
@@ -48,7 +49,7 @@ class StepPlan:
     def full_from(self, position: int) -> int:
         """The first position, after the sinks, that a query at ``position`` reads exactly.
 
-        After a long trim some tokens are only there as codes that would have been in full precision.
+        After a long trim some tokens that it would read so are only there as codes.
         """
         if self.is_prompt:
             position = self.start

@@ -57,11 +57,11 @@ class Visibility(NamedTuple):
         return max(self.sinks, (position // BLOCK) * BLOCK - self.window)
 
     def covers(self, count: int) -> bool:
-        """Whether of a query's newest ``count`` tokens all are in full precision, wherever it is."""
+        """Whether a query reads its newest ``count`` tokens all exactly, wherever it is."""
         return count <= self.window + BLOCK
 
     def changes(self, start: int, end: int) -> range:
-        """The positions after ``start`` and before ``end`` at which the full-precision part moves on."""
+        """The positions after ``start`` and before ``end`` at which the window moves on."""
         first = max(start, self.window + self.sinks) // BLOCK * BLOCK + BLOCK
         return range(first, end, BLOCK)
 

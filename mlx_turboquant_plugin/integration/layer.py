@@ -255,8 +255,8 @@ def _rms_and_bias(
     head_dim: int,
     statistics: Statistics | None,
 ) -> tuple[tuple[mx.array, mx.array] | None, KeyBias | None, bool]:
-    """Root mean squares of what is quantized of keys, (H, D), and of queries, (H_q, D), and the bias
-    of the keys, where there are any; and whether they were measured."""
+    """Root mean squares of what is quantized of keys, (H, D), and of queries, (H_q, D), and the
+    bias of the keys, where there are any; and whether they were measured."""
     heads, kv_heads = family.head_counts(attention)
     rope = getattr(attention, family.rope, None)
     shapes = (kv_heads, head_dim), (heads, head_dim)

@@ -35,8 +35,8 @@ class Arm:
     def on(self) -> AbstractContextManager:
         """What must be in force while the arm makes caches and while it runs.
 
-        Every query reads what it would read in decoding: a prompt's own tokens would be
-        in full precision for it else, the more of them the longer its chunks, and flatter the codes.
+        Every query reads what it would read in decoding: else it would read its chunk's own
+        tokens in full precision, the more the longer the chunk, which would flatter the codes.
         """
         if self.settings is None:
             return nullcontext()

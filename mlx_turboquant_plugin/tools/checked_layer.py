@@ -331,7 +331,7 @@ class CheckedLayer:
         return [self._row(index) for index in range(len(self.rows))]
 
     def _row(self, index: int) -> tuple[np.ndarray, ...]:
-        """Keys and values of a sequence in fp64, and as decoded: zeros where they are in full precision."""
+        """Keys and values of a sequence in fp64, and as decoded: zeros where there are no codes."""
         row = self.quantized[index]
         keys, values = _fp64(self.keys[index]), _fp64(self.values[index])
         decoded_keys, decoded_values = np.zeros_like(keys), np.zeros_like(values)

@@ -98,8 +98,8 @@ def _generated(snapshot: Status, prompt: int, exact: Generation, ours: Generatio
     )
     if not ours.quantized:
         yield (
-            "nothing is compressed in so short a text: the first and the newest tokens stay "
-            "exact; give a longer --prompt or more --max-tokens"
+            "nothing is compressed in so short a text: the first and the newest tokens stay in "
+            "full precision; give a longer --prompt or more --max-tokens"
         )
     yield f"kernel: {snapshot.kernel_in_words}"
     yield ""

@@ -67,8 +67,8 @@ def _by_position(report: Report, lossy: Sequence[int]) -> tuple:
     top = max(value for line in lines for _, value in line.points)
     return (
         "KL by position",
-        f"Mean of each {report.bin} positions. The newest tokens are in full precision, so the start is "
-        "free; it should be flat after that.",
+        f"Mean of each {report.bin} positions. The newest tokens are in full precision, so the "
+        "start is free; it should be flat after that.",
         plots.line_chart(
             "KL by position",
             plots.linear("position", 0, report.length),

@@ -95,7 +95,9 @@ def _lines(
 ) -> Iterator[str]:
     yield snapshot.models[-1]
     yield f"kernel: {snapshot.kernel_in_words}"
-    yield f"a document of {read} tokens, read once for both; {ours.quantized} of them are compressed"
+    yield (
+        f"a document of {read} tokens, read once for both; {ours.quantized} of them are compressed"
+    )
     yield ""
     yield f"question:     {QUESTION}"
     yield from texts(exact, ours)
@@ -104,4 +106,7 @@ def _lines(
     row = ("one more token, bytes", f"{token:,.0f}", f"{code:,.0f}", ratio)
     yield from table(exact, ours, "question", "answer", row)
     yield ""
-    yield "the first and the newest tokens stay in full precision, so that the longer a text, the more is saved"
+    yield (
+        "the first and the newest tokens stay in full precision, so that the longer a text, the "
+        "more is saved"
+    )

@@ -194,6 +194,6 @@ def _lines(args: argparse.Namespace, cuts: list[Cut]) -> Iterator[str]:
         )
     yield ""
     yield (
-        "as codes: kept tokens whose full-precision vectors went before the cut; the next tokens read "
-        "them as codes, which explains a difference"
+        "as codes: kept tokens whose full-precision vectors went before the cut; the next tokens "
+        "read them as codes, which explains a difference"
     )

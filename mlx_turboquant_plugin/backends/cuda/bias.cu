@@ -19,7 +19,7 @@ __device__ inline void split_halves(float a, float b, unsigned& large, unsigned&
 // Sixteen pairs are a step of a matrix product.
 __device__ constexpr int steps_of(int pairs) { return (pairs + 15) / 16; }
 
-// What rotary_array() of cuda_bias.py has, one after the other: the waves of tiles of 32 tokens
+// What rotary_array() of bias.py has, one after the other: the waves of tiles of 32 tokens
 // and of 64, and then, of `size` words in all, the angles of middles and those of blocks.
 template <int PAIRS>
 struct RotaryArray {
@@ -39,7 +39,7 @@ struct RotaryArray {
   }
 };
 
-// What a block keeps for it. Tables: those of cuda_bias.py.
+// What a block keeps for it. Tables: those of bias.py.
 template <int ROWS, int PAIRS, int TILE>
 struct BiasMemory {
   // A word holds two pairs.
@@ -55,8 +55,9 @@ struct BiasMemory {
   Complex pairs[ROWS][PAIRS];     // C + i S, in units of:
   float unit[ROWS], rest[ROWS];   // the largest of them; what the channels add that do not turn
 
-  // All warps begin with this. `rotary`: that of cuda_bias.py.
-  __device__ void begin_tiles(const RotaryPairs& rotary, const unsigned* table, int first_quantized) {
+  // All warps begin with this. `rotary`: that of bias.py.
+  __device__ void begin_tiles(
+      const RotaryPairs& rotary, const unsigned* table, int first_quantized) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < int(sizeof(waves) / sizeof(Words)); i += THREADS) {
       copy_words(&waves[0][0][0][0][0] + i, table + 4 * i);

@@ -1,12 +1,13 @@
-// The second launch: the splits of one query row together, the quantized ones rotated back. A learned
-// sink is one more score, without a value.
+// The second launch: the splits of one query row together, those of codes rotated back. A
+// learned sink is one more score, without a value.
 
 // The share of each split in a row, and whether it is of codes, by a warp; returns the sum of all
 // weights. weights: of the first split, see Problem; those of the next are `stride` further.
 // learned: the score of the learned sink, if LEARNED.
 template <bool LEARNED>
 __device__ inline float weigh_splits(
-    const float* weights, long long stride, int splits, float learned, float* share, bool* quantized) {
+    const float* weights, long long stride, int splits, float learned, float* share,
+    bool* quantized) {
   float top = LOWEST, sum = 0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < splits; i += 32) top = fmaxf(top, weights[i * stride + 1]);

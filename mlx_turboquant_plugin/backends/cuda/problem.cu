@@ -1,7 +1,7 @@
 // The first of two launches: attention of some query rows over a split of the tokens.
 //
 // A query row is a query head of one KV head at one position. A block serves ROWS rows of
-// one KV head over one split: FULL_SPLIT of the full-precision tokens, or a run of the quantized ones.
+// one KV head over one split: FULL_SPLIT full-precision tokens, or a run of quantized ones.
 // It writes a weighted sum of values, not normalised, with the sum of its weights and the
 // power of two that both are relative to. Scores are in powers of two throughout.
 //
@@ -44,7 +44,7 @@ struct Problem {
   const float* bias;              // (H, D) or, as what follows, not read
   RotaryPairs rotary;             // of the bias, and the waves: see RotaryArray
   const unsigned* waves;
-  int first_quantized;                // position of the first code
+  int first_quantized;            // position of the first code
   float scale;
   int heads, group, count;  // H, G and N
   int sinks, older, drop, full, quantized;  // full: E, quantized: T

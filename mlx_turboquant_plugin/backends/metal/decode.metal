@@ -54,7 +54,8 @@ const int first_row = row_block * ROWS;
 const int query_offset = (kv_index * rows + first_row) * DK;
 const int present = min(ROWS, rows - first_row);
 
-// What each row sees, in indices of codes and of full-precision tokens, and the codes that any row sees.
+// What each row sees, in indices of codes and of full-precision tokens, and the codes that any
+// row sees.
 const int bounds_offset = sequence * count * 4;
 int codes_from = code_count, codes_to = 0;
 for (int n = 0; n < count; n++) {
@@ -136,7 +137,8 @@ if (full_precision) {
     }
     if (BIASED) {
       add_bias(
-          pairs, coarse_cos, coarse_sin, fine, rotary, first_quantized + start, scratch, lane, weights);
+          pairs, coarse_cos, coarse_sin, fine, rotary, first_quantized + start, scratch, lane,
+          weights);
     }
     float shrink[ROWS];
     weigh_codes<ROWS, BIASED>(own, own_count, limits, rest, softmax, weights, shrink);

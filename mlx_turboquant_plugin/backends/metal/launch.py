@@ -201,7 +201,7 @@ def _rows_of_block(rows: int, dim: int) -> int:
 
 
 def _splits(full: int, quantized: int, others: int) -> tuple[int, int]:
-    """Into how many runs the full-precision and the quantized tokens are split.
+    """How many splits the full-precision tokens are cut into, and how many the quantized ones.
 
     Args:
         others: the threadgroups that each split has.

@@ -23,7 +23,8 @@ METAL_FUNC Norm norm_of_splits(
   return {top, 1 / (simd_sum(total) + fast::exp2(learned - top))};
 }
 
-// A simdgroup's share of the sums, of full-precision tokens and of codes; channel 32 j + lane is number j.
+// A simdgroup's share of the sums, of full-precision tokens and of codes; channel 32 j + lane is
+// number j.
 template <int DV, int COUNT>
 METAL_FUNC void sum_splits(
     device const float* own, int stride, int splits, int full_splits, Norm norm, int simd,

@@ -1,7 +1,7 @@
 // Keys or values of one layer side by side, as MLX's own attention takes them: the sinks,
-// tokens from their codes, then full-precision ones, with zeros before and after; and those full-precision
-// tokens that a cache keeps. Codes become levels, are rotated back, multiplied by the balance,
-// and get the key bias, in places that the layout of sorted channels tells.
+// tokens from their codes, then full-precision ones, with zeros before and after; and the
+// full-precision tokens that a cache keeps. Codes become levels, are rotated back, multiplied by
+// the balance, and get the key bias, in places that the layout of sorted channels tells.
 //
 // A threadgroup serves TOKENS tokens of one (sequence, KV head): the first ones tiles of codes,
 // aligned to multiples of TOKENS, the others all other tokens. A simdgroup takes a token, a lane
@@ -13,8 +13,8 @@ struct Places {
   int total, left, sinks;
   // Codes: the first that counts, how many do, how many there are, the position of the first.
   int first, decoded, quantized, start;
-  // Full-precision tokens: how many are older ones; of all, the first that counts and how many do, and
-  // the first that is kept and how many are. Sinks always do and are.
+  // Full-precision tokens: how many are older ones; of all, the first that counts and how many
+  // do, and the first that is kept and how many are. Sinks always do and are.
   int older_count, full_first, full, kept_first, kept;
   // H, and how many full-precision tokens are newer ones.
   int heads, newer_count;
