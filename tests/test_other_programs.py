@@ -173,7 +173,7 @@ def test_an_exception_in_the_middle_changes_nothing(make, error, monkeypatch):
     rows = rows_of(cache)
     calls = []
 
-    def encode(self, end):
+    def encode(cache, end):
         calls.append(end)
         if len(calls) == rows:
             raise error("in the middle")
@@ -182,7 +182,7 @@ def test_an_exception_in_the_middle_changes_nothing(make, error, monkeypatch):
         calls.clear()
         before = attributes(cache)
         with monkeypatch.context() as patch:
-            patch.setattr(CompressedKVCache, "encode", encode)
+            patch.setattr("mlx_turboquant_plugin.cache.compressed.encode", encode)
             with pytest.raises(error, match="in the middle"):
                 cache.update_and_fetch(*random(count, rows))
         if cache.__dict__.get("_batched") is None:
@@ -194,14 +194,14 @@ def test_an_exception_in_the_middle_changes_nothing(make, error, monkeypatch):
 def test_a_batch_that_could_not_encode_goes_on(monkeypatch):
     batch, other = batched((300, 200)), batched((300, 200))
 
-    def encode_ahead(self):
+    def encode_ahead(cache):
         raise RuntimeError("in the middle")
 
     # Until some row comes to the next block.
     for step in range(200):
         token = random(1, 2, seed=step)
         with monkeypatch.context() as patch:
-            patch.setattr(CompressedKVCache, "encode_ahead", encode_ahead)
+            patch.setattr("mlx_turboquant_plugin.cache.batch.encode_ahead", encode_ahead)
             try:
                 fetched = batch.update_and_fetch(*token)
             except RuntimeError:

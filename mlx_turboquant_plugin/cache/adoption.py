@@ -42,6 +42,15 @@ def codec_of(
     return codec.with_spec(own.spec) if cache.fingerprint else codec
 
 
+def check_placed(cache: "CompressedKVCache") -> None:
+    """Raise ValueError if nobody knows yet how the keys of ``cache`` turn."""
+    if cache.unplaced_bias is not None:
+        raise ValueError(
+            "this cache was saved or pickled and leaves out a bias of the keys, turned as "
+            "its model does: run that model, TURBOQUANT=1, before reading it"
+        )
+
+
 def _kept(
     cache: "CompressedKVCache", codec: KVCodec, place: Callable[[mx.array], KeyBias]
 ) -> KVCodec:

@@ -15,9 +15,11 @@ from .batched_rows import BatchedRows
 from .causal import made
 from .compressed import CompressedKVCache
 from .copies import shared, unpickled_batch
+from .encoding import encode_ahead
 from .joining import alone, check_alike, check_padding, row_of, rows_of
 from .reading import AttendedCache
 from .rotating import RotatingCompressedKVCache
+from .rows import Part, append_rows, own_tokens
 from .shapes import check_rows
 from .transaction import AllOrNothing
 from .visibility import Ring
@@ -133,33 +135,25 @@ class BatchCompressedKVCache(AttendedCache):
         if count == 1 and self._lengths is None and self._index >= max(self._left_padding):
             rows = self._append_batched(keys, values)
         else:
-            rows = self._append_rows(keys, values, self._parts(count))
+            rows = append_rows(self._separate_rows(), keys, values, self._own_tokens(count))
         new = keys, values
         view = BatchView(rows, self._index, new, tuple(self._left_padding), self._ring)
         self._index += count
         return view
 
-    def _parts(self, count: int) -> list[tuple[int, int]]:
-        """Which of the next ``count`` tokens belong to each row: padding is left and right."""
-        parts = []
-        for row, padding in enumerate(self._left_padding):
-            position = self._index - padding
-            last = count
-            if self._lengths is not None:
-                last = min(count, self._lengths[row] - position)
-            first = min(count, max(0, -position))
-            parts.append((first, max(first, last)))
-        return parts
+    def _own_tokens(self, count: int) -> list[Part]:
+        """Which of the next ``count`` tokens belong to each row."""
+        return own_tokens(count, self._index, self._left_padding, self._lengths)
 
-    def _append_batched(self, keys, values) -> BatchedRows | list[RowView]:
+    def _append_batched(self, keys: mx.array, values: mx.array) -> BatchedRows | list[RowView]:
         if self._batched is None:
             self._batch_rows()
         if self._batched is None:
-            return self._append_rows(keys, values, [(0, 1)] * len(self._rows))
+            return append_rows(self._rows, keys, values, [(0, 1)] * len(self._rows))
         self._batched.append(keys, values)
         if self._batched.needs_codes():
             for row in self._separate_rows():
-                row.encode_ahead()
+                encode_ahead(row)
             self._batch_rows()
         return self._batched
 
@@ -168,17 +162,6 @@ class BatchCompressedKVCache(AttendedCache):
         if self._batched is not None:
             # Or every code would be there twice.
             self._rows = []
-
-    def _append_rows(self, keys, values, parts) -> list[RowView]:
-        views = []
-        for index, (row, (first, last)) in enumerate(zip(self._separate_rows(), parts)):
-            view = None
-            if last > first:
-                own = (slice(index, index + 1), slice(None), slice(first, last))
-                is_prompt = row.visibility.is_prompt(keys.shape[2])
-                view = row.append(keys[own], values[own], is_prompt)
-            views.append(RowView(view, first, last))
-        return views
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All keys and values, zeros in the padding, (B, H, T, D) in the model's dtype."""
@@ -298,7 +281,7 @@ class BatchCompressedKVCache(AttendedCache):
     def cuts(self, count: int) -> list[int]:
         """See :meth:`CompressedKVCache.cuts`: of all rows."""
         found: set[int] = set()
-        for row, (first, last) in zip(self.rows, self._parts(count)):
+        for row, (first, last) in zip(self.rows, self._own_tokens(count)):
             if not row.visibility.is_prompt(count):
                 found.update(first + cut for cut in row.cuts(last - first))
         return sorted(found)

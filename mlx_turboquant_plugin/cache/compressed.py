@@ -8,27 +8,23 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from ..backends import Backend, backend
-from ..backends.tokens import Tokens
 from ..codecs.key_bias import KeyBias
 from ..codecs.kv_codec import CodecSpec, Codes, KVCodec
 from ..log import log_once
 from ..per_thread import release
 from . import state as saved
-from .adoption import codec_of
+from .adoption import check_placed, codec_of
 from .causal import made
 from .copies import shared, unpickled
+from .encoding import encode, encode_pass, fuses
 from .full_precision import FullPrecisionTokens
-from .passes import StepPlan, plan_pass, plan_step, plan_view
+from .passes import StepPlan, plan_step, plan_view
 from .reading import AttendedCache
 from .shapes import check_shapes
 from .transaction import AllOrNothing
 from .trimming import checked_offset, rewind
 from .view import View
-from .visibility import BLOCK, ROLLBACK, Ring, Visibility
-
-# How many tokens a batch encodes before it must: rows come to their blocks at different
-# steps, and each time all of them are taken apart.
-AHEAD = 64
+from .visibility import ROLLBACK, Ring, Visibility
 
 
 class CompressedKVCache(AttendedCache):
@@ -127,7 +123,7 @@ class CompressedKVCache(AttendedCache):
 
     def fetch(self, view: View) -> tuple[mx.array, mx.array]:
         if self.quantized:
-            self._check_codec()
+            check_placed(self)
         return super().fetch(view)
 
     def append(self, keys: mx.array, values: mx.array, is_prompt: bool | None = None) -> View:
@@ -164,68 +160,14 @@ class CompressedKVCache(AttendedCache):
         )
         self.full_tokens = full.grown(keys, values, step.sinks, step.drop)
         self._offset = end
-        if is_prompt and self.ring is None and self._fuses(keys, values):
-            view = self._pass(start, keys, values)
+        if is_prompt and self.ring is None and fuses(self, keys, values):
+            view = encode_pass(self, start, keys, values)
             if view is not None:
                 return view
-        self.encode(step.encode_to)
+        encode(self, step.encode_to)
         view = self._view(step.plan)
         self._forget(count <= ROLLBACK and not is_prompt)
         return view
-
-    def _fuses(self, keys: mx.array, values: mx.array) -> bool:
-        """Whether fused kernels can make and read all that ``keys`` and ``values`` come to."""
-        same = self.full_tokens.dtypes == (keys.dtype, values.dtype)
-        return same and self.backend.passes(self.codec, keys, values)
-
-    def _pass(self, start: int, keys: mx.array, values: mx.array) -> View | None:
-        """Have fused kernels do all that a prompt's tokens from ``start`` on ask for at once.
-
-        Returns:
-            What their queries see, or None if nothing is to be encoded.
-        """
-        self.encode(self.visibility.full_from(start))
-        codes = self.key_codes, self.value_codes
-        plan = plan_pass(
-            self.visibility,
-            self.backend.fixed_shapes,
-            self.first_quantized,
-            self.quantized,
-            self.full_tokens.count,
-            start,
-            self.offset,
-        )
-        if plan is None:
-            return None
-        self._check_codec()
-        view = self._view(self._plan(start, True))
-        older = self.full_tokens.before(keys.shape[2])
-        tokens = Tokens(older, (keys, values), *codes, self.first_quantized)
-        done = self.backend.run_pass(self.codec, tokens, plan)
-        self.full_tokens = FullPrecisionTokens(*done.kept)
-        self.key_codes, self.value_codes = done.key_codes, done.value_codes
-        self.quantized += len(plan.encoded)
-        return view._replace(laid_out=done.laid_out)
-
-    def encode(self, end: int) -> None:
-        """Write the codes of the tokens before position ``end`` that have none."""
-        start = self.quantized
-        if end <= max(start, self.visibility.sinks):
-            return
-        self._check_codec()
-        skip = self._sinks() - self.full_start
-        keys, values = self.full_tokens.part(start + skip, end + skip)
-        older = self.key_codes, self.value_codes
-        self.key_codes, self.value_codes = self.backend.encode(
-            self.codec, keys, values, start, older
-        )
-        self.quantized = end
-
-    def encode_ahead(self) -> None:
-        """Write codes that will be needed soon, so that they are there for a while."""
-        needed = self.visibility.full_from(self.offset - 1)
-        if needed > self.visibility.sinks:
-            self.encode(min(self.offset // BLOCK * BLOCK, needed + AHEAD))
 
     def emptied(self) -> "CompressedKVCache":
         """An empty cache of the same layer."""
@@ -233,52 +175,25 @@ class CompressedKVCache(AttendedCache):
         other.hold(FullPrecisionTokens())
         return other
 
-    def detached(self) -> "CompressedKVCache":
-        """The same cache in arrays of its own, not parts of larger ones."""
-        other = shared(self)
-        if not self.empty():
-            held = self.full_tokens
-            other.full_tokens = FullPrecisionTokens(_own(held.keys), _own(held.values))
-            other.key_codes = tuple(map(_own, self.key_codes))
-            other.value_codes = tuple(map(_own, self.value_codes))
-            release(other.arrays)
-        return other
-
-    def _check_codec(self):
-        if self.unplaced_bias is not None:
-            raise ValueError(
-                "this cache was saved or pickled and leaves out a bias of the keys, turned as "
-                "its model does: run that model, TURBOQUANT=1, before reading it"
-            )
-
     def _forget(self, is_step: bool) -> None:
         """Drop what no later query will read exactly; a step has done so before."""
         if not is_step:
-            self._drop_full(self._forgettable(self.offset))
-
-    def _forgettable(self, offset: int) -> int:
-        """How many tokens after the sinks queries from position ``offset`` on do not need."""
-        retained = self.visibility.retained_from(offset, self.backend.fixed_shapes)
-        return max(0, min(retained, self.quantized) - self.full_start)
+            retained = self.visibility.retained_from(self.offset, self.backend.fixed_shapes)
+            self._drop_full(min(retained, self.quantized) - self.full_start)
 
     def _drop_full(self, drop: int) -> None:
-        if drop <= 0:
-            return
-        sinks = self._sinks()
-        self.full_tokens = FullPrecisionTokens(
-            *(
-                mx.concatenate([x[:, :, :sinks], x[:, :, sinks + drop :]], axis=2)
-                for x in (self.full_tokens.keys, self.full_tokens.values)
-            )
-        )
+        if drop > 0:
+            self.full_tokens = self.full_tokens.without(self.sinks, drop)
 
-    def _sinks(self) -> int:
+    @property
+    def sinks(self) -> int:
+        """How many of the full-precision tokens are sinks."""
         return min(self.visibility.sinks, self.offset)
 
     @property
     def full_start(self) -> int:
         """Position of the first full-precision token after the sinks."""
-        return self.offset - (self.full_tokens.count - self._sinks())
+        return self.offset - (self.full_tokens.count - self.sinks)
 
     @property
     def bias(self) -> mx.array | None:
@@ -323,9 +238,9 @@ class CompressedKVCache(AttendedCache):
             self.codec, self.backend, self.full_tokens, self.key_codes, self.value_codes, plan
         )
 
-    def _plan(self, start: int, is_prompt: bool = False) -> StepPlan:
+    def view_from(self, start: int, is_prompt: bool = False) -> View:
         """What the queries from position ``start`` on see."""
-        return plan_view(
+        plan = plan_view(
             self.visibility,
             self.ring,
             self.first_quantized,
@@ -335,19 +250,20 @@ class CompressedKVCache(AttendedCache):
             self._offset,
             is_prompt,
         )
+        return self._view(plan)
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All keys and values, (B, H, T, D) in the model's dtype, codes dequantized."""
         if self.attending and self.whole and self.fetched is not None:
             return self.fetched
         if self.quantized:
-            self._check_codec()
+            check_placed(self)
         view = self.view if self.attending else None
         return (view or self.newest_view()).keys_and_values()
 
     def newest_view(self) -> View:
         """What the newest token sees."""
-        return self._view(self._plan(self._offset - 1))
+        return self.view_from(self._offset - 1)
 
     def bind(
         self,
@@ -479,8 +395,3 @@ class CompressedKVCache(AttendedCache):
 
     def __reduce__(self):
         return unpickled, (type(self), self.state, self.visibility, self.kernel)
-
-
-def _own(array: mx.array) -> mx.array:
-    # Unlike mx.contiguous(), concatenate() always makes a new array.
-    return mx.concatenate([array[:, :, :1], array[:, :, 1:]], axis=2)

@@ -62,6 +62,14 @@ class FullPrecisionTokens:
         grown.heads, grown.dtypes = self.heads, self.dtypes
         return FullPrecisionTokens(*grown._joined()) if converts else grown
 
+    def without(self, sinks: int, drop: int) -> "FullPrecisionTokens":
+        """The same without the ``drop`` tokens after the first ``sinks``."""
+        keys, values = (
+            mx.concatenate([x[:, :, :sinks], x[:, :, sinks + drop :]], axis=2)
+            for x in self._joined()
+        )
+        return FullPrecisionTokens(keys, values)
+
     def apart(self) -> "FullPrecisionTokens":
         """The same tokens in another object, which can be joined while this one is not."""
         other = FullPrecisionTokens()

@@ -10,7 +10,7 @@ from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, Rot
 from ..codecs.kv_codec import CodecSpec, KVCodec
 from ..per_thread import release
 from .compressed import CompressedKVCache
-from .copies import shared
+from .copies import detached, shared
 from .full_precision import FullPrecisionTokens
 from .rotating import RotatingCompressedKVCache
 from .visibility import ENDLESS, Visibility
@@ -67,7 +67,7 @@ def rows_of(batch: Any) -> tuple[list[CompressedKVCache], list[int], int]:
 
 def alone(row: CompressedKVCache) -> CompressedKVCache | KVCache | RotatingKVCache:
     """A row as it leaves the batch, in arrays of its own; mlx-lm's caches as such."""
-    return row.to_exact() if row.visibility.window == ENDLESS else row.detached()
+    return row.to_exact() if row.visibility.window == ENDLESS else detached(row)
 
 
 def check_alike(rows: Sequence[CompressedKVCache]) -> None:

@@ -13,7 +13,8 @@ import mlx.core as mx
 from mlx_lm.models.cache import ChunkedKVCache
 
 from ..codecs.kv_codec import CodecSpec, KVCodec
-from .compressed import AHEAD, CompressedKVCache
+from .compressed import CompressedKVCache
+from .encoding import AHEAD
 from .visibility import BLOCK, Ring, Visibility
 
 

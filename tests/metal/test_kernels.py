@@ -19,6 +19,7 @@ from mlx_turboquant_plugin.backends.inputs import DEVICE_SIZE
 from mlx_turboquant_plugin.backends.metal import launch as metal
 from mlx_turboquant_plugin.backends.support import unsupported
 from mlx_turboquant_plugin.cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
+from mlx_turboquant_plugin.cache.copies import detached
 from mlx_turboquant_plugin.cache.full_precision import FullPrecisionTokens
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
@@ -84,7 +85,7 @@ def agrees_with_eager(cache, count, mask, dim=64):
     keys, values = mx.random.normal((2, 1, 2, count, dim))
     ours, expected = (
         step(copy, queries, keys, values, kernel, mask)
-        for copy, kernel in ((cache.detached(), "metal"), (cache.detached(), "eager"))
+        for copy, kernel in ((detached(cache), "metal"), (detached(cache), "eager"))
     )
     np.testing.assert_allclose(np.array(ours), np.array(expected), atol=1e-4)
 
