@@ -57,12 +57,13 @@ def _scaled_dot_product_attention(wrapped, instance, args, kwargs):
 
 
 def _attention_call(parameters, wrapped, instance, args, kwargs):
-    given = {**dict(zip(parameters, args)), **kwargs}
-    cache: Any = given.get("cache")
+    # A step's layers that keep mlx-lm's own caches are to lose no time here.
+    cache: Any = kwargs["cache"] if "cache" in kwargs else _positional(parameters, "cache", args)
     if type(cache) is CacheList:
         cache = next(filter(_ours, parts(cache)), None)
     if not _ours(cache):
         return wrapped(*args, **kwargs)
+    given = {**dict(zip(parameters, args)), **kwargs}
     family = family_of(instance)
     if family.follows is not None and family.follows(instance):
         with AllOrNothing(cache):
@@ -96,6 +97,12 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
             cache.settle(out)
         cache.end()
     return out
+
+
+def _positional(parameters: Sequence[str], name: str, args: Sequence[Any]) -> Any:
+    """The argument called ``name`` if it was given by its place, else None."""
+    place = parameters.index(name)
+    return args[place] if place < len(args) else None
 
 
 def _ends(count: int, cache: Any) -> Sequence[int]:
