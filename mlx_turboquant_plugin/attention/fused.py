@@ -1,7 +1,7 @@
-"""Attention of a few queries in one pass over the codes: what a fused kernel is given.
+"""Attention of a few queries in one pass over the codes, by the kernels of a backend.
 
-Nothing dequantized reaches memory. The kernels themselves, and what launches them, are
-in ``backends``; long blocks of queries and array masks are served by tiles.
+Nothing dequantized reaches memory. Long chunks of queries and masks given as arrays are left to
+MLX's operations: see :mod:`~.dispatch`.
 """
 
 import functools
