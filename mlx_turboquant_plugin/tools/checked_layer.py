@@ -69,7 +69,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from .. import reference
 from ..attention.dispatch import attend
-from ..backends import backend
+from ..backends import backend, support
 from ..backends.fused import MAX_QUERIES
 from ..cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
 from ..codecs.key_bias import KeyBias
@@ -356,9 +356,9 @@ class CheckedLayer:
         on_gpu = mx.default_device().type == mx.gpu
         roundoff = ROUNDOFF[self.case.dtype]
         inner = ROUNDOFF["float32"] * value * (64 + score * (self.case.dim**0.5 + 18))
-        if self.is_prompt if self.fused else on_gpu:
+        if self.is_prompt if self.fused else support.on_gpu():
             inner += 2 * max(roundoff, TF32_ROUNDOFF * on_gpu) * value * (1 + score)
-            inner += TF32_ROUNDOFF * (not self.fused) * value * (1 + score)
+            inner += TF32_ROUNDOFF * (on_gpu and not self.fused) * value * (1 + score)
         elif self.kernel == "cuda" and "affine" not in (self.case.keys[0], self.case.values[0]):
             inner += CUDA_ROUNDOFF * value * (2 + score)
         return roundoff * out + inner
