@@ -72,8 +72,9 @@ def each(bits: int | tuple[int, ...]) -> tuple[int, ...]:
 
 def _bits() -> Rule:
     allowed = sorted(set().union(*CODEC_BITS.values()))
-    affine = set(allowed) - set(CODEC_BITS["lloyd-max"])
-    numbers = f"{one_of(allowed)} ({', '.join(map(str, affine))} with affine only)"
+    extra = set(allowed) - set(CODEC_BITS["lloyd-max"])
+    codecs = one_of(name for name, bits in CODEC_BITS.items() if extra & set(bits))
+    numbers = f"{one_of(allowed)} ({', '.join(map(str, extra))} with {codecs} only)"
     return Rule(
         f"{numbers}, or a list of these with one for each layer",
         lambda value: value != () and all(type(b) is int and b in allowed for b in each(value)),

@@ -74,7 +74,7 @@ class Settings:
         invariant: whether results do not depend on how a prompt is cut into chunks, or
             who shares its batch; slower prompts.
         kernel: how attention reads the codes; "auto" is the best there is.
-        bypass: None, "identity" (exact vectors instead of codes) or "bridge"
+        bypass: None, "identity" (unquantized vectors instead of codes) or "bridge"
             (codes, but mlx-lm's own attention).
         opt_out: glob patterns of models to leave alone.
         log: level of the plugin's own log on stderr; None leaves logging alone.

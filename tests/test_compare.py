@@ -23,7 +23,7 @@ from mlx_turboquant_plugin.tools import free_running, memory, plots, progress
 from mlx_turboquant_plugin.tools.arguments import write
 from mlx_turboquant_plugin.tools.arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
 from mlx_turboquant_plugin.tools.runs import compressed, compressed_prompt_cache
-from mlx_turboquant_plugin.tools.statistics import RULE, summarise, verdict
+from mlx_turboquant_plugin.tools.statistics import RULE, summarize, verdict
 from mlx_turboquant_plugin.tools.teacher_forcing import Divergence, lockstep
 from mlx_turboquant_plugin.tools.worst_tokens import CONTEXT, WORST, worst_tokens
 
@@ -110,7 +110,7 @@ def test_presets_code_whatever_the_environment_bypasses(bypass, monkeypatch):
 
 def test_two_runs_of_one_arm_do_not_differ():
     model, tokenizer = tiny.load("tiny-qwen3")
-    found = summarise(compared(model, windows(tokenizer), EXACT))
+    found = summarize(compared(model, windows(tokenizer), EXACT))
     assert found.change.low <= 0 <= found.change.high
     assert found.change.high - found.change.low < 1e-6
     assert verdict(found, 1.0).word == "same"
@@ -119,7 +119,7 @@ def test_two_runs_of_one_arm_do_not_differ():
 def test_swapped_bits_are_flagged(monkeypatch):
     model, tokenizer = tiny.load("tiny-qwen3")
     texts = windows(tokenizer)
-    healthy = summarise(compared(model, texts, SMALL))
+    healthy = summarize(compared(model, texts, SMALL))
     pack = packing.pack
 
     def swapped(codes, bits):
@@ -132,7 +132,7 @@ def test_swapped_bits_are_flagged(monkeypatch):
     encode = Segmented.encode
     monkeypatch.setattr(packing, "pack", swapped)
     monkeypatch.setattr(Segmented, "encode", swapped_keys)
-    damaged = summarise(compared(model, texts, SMALL))
+    damaged = summarize(compared(model, texts, SMALL))
     assert verdict(healthy, 1.0).word in ("same", "none")
     assert verdict(damaged, 1.0).word in ("costs", "broken")
     assert damaged.kl.low > healthy.kl.high

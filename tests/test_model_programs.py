@@ -1,4 +1,4 @@
-"""What mlx-lm's programs make of tiny models: with exact vectors for codes, as without the plugin.
+"""What mlx-lm's programs make of tiny models: without quantization, as without the plugin.
 
 A few stand for all; the others are slow.
 """

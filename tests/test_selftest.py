@@ -82,7 +82,9 @@ def test_codes_that_lose_too_much_fail(side, monkeypatch):
 def test_a_kernel_that_leaves_its_work_to_another_fails(monkeypatch):
     monkeypatch.setattr(fused, "_fallbacks", [])
     monkeypatch.setattr(
-        dispatch, "attend_fused", lambda kernel, problem: dispatch.fall_back(kernel, "anything")
+        dispatch,
+        "attend_fused",
+        lambda queries, source, *_: dispatch.fall_back(source.backend, "anything"),
     )
     monkeypatch.setattr(backend("metal"), "encode", KVCodec.encode)
     monkeypatch.setattr(backend("metal"), "passes", lambda *args: False)

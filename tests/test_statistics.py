@@ -10,7 +10,7 @@ from mlx_turboquant_plugin.tools.statistics import (
     Interval,
     Summary,
     interval,
-    summarise,
+    summarize,
     t_quantile,
     verdict,
 )
@@ -47,7 +47,7 @@ def test_t_quantile(freedom, expected):
 
 def test_the_same_run_twice_changes_nothing():
     rng = np.random.default_rng(1)
-    found = summarise([window(rng, kl=0.0) for _ in range(6)])
+    found = summarize([window(rng, kl=0.0) for _ in range(6)])
     assert (found.change.low, found.change.estimate, found.change.high) == (0, 0, 0)
     assert verdict(found, 1.0).word == "same"
 
@@ -67,7 +67,7 @@ def test_noise_without_a_change_is_within_the_interval():
     rng = np.random.default_rng(3)
     held = 0
     for _ in range(40):
-        found = summarise([window(rng, noise=0.01) for _ in range(12)]).change
+        found = summarize([window(rng, noise=0.01) for _ in range(12)]).change
         held += found.low < 0 < found.high
     assert held >= 34
 
@@ -79,20 +79,20 @@ def test_sides_are_paired():
     for _ in range(8):
         exact = rng.exponential(3.0, 50) + 3 * rng.random()
         windows.append(Divergence(np.zeros(50), np.zeros(50), np.zeros(50), exact, exact + 0.01))
-    found = summarise(windows)
+    found = summarize(windows)
     assert found.change.estimate == pytest.approx(math.expm1(0.01))
     assert found.change.high - found.change.low < 1e-9
 
 
 def test_estimates_are_means_over_positions_not_over_windows():
     rng = np.random.default_rng(5)
-    found = summarise([window(rng, 100, kl=1.0), window(rng, 300, kl=2.0)])
+    found = summarize([window(rng, 100, kl=1.0), window(rng, 300, kl=2.0)])
     assert found.kl.estimate == pytest.approx(1.75)
 
 
 def test_too_few_windows_have_neither_interval_nor_verdict():
     rng = np.random.default_rng(6)
-    found = summarise([window(rng) for _ in range(FEWEST_WINDOWS - 1)])
+    found = summarize([window(rng) for _ in range(FEWEST_WINDOWS - 1)])
     assert found.change.low is None and found.kl.high is None
     refused = verdict(found, 1.0)
     assert refused.word == "none"
@@ -107,11 +107,11 @@ def test_no_verdict_when_hardly_anything_reads_codes():
 def test_what_grows_in_every_window_is_broken_however_few_there_are():
     rng = np.random.default_rng(7)
     few = [window(rng, growth=growth) for growth in (math.log(1.98), math.log(1.12))]
-    found = summarise(few)
+    found = summarize(few)
     assert found.change.low is None and found.least_change == pytest.approx(0.12)
     broken = verdict(found, 1.0)
     assert broken.word == "broken" and "12% or more in every window" in broken.reason
-    assert verdict(summarise([*few, window(rng, growth=0.01)]), 1.0).word == "none"
+    assert verdict(summarize([*few, window(rng, growth=0.01)]), 1.0).word == "none"
     assert verdict(summary((0.0, 0.5, 1.0), least=0.09), 1.0).word == "none"
 
 

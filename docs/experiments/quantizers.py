@@ -199,7 +199,7 @@ def centred(restore):
     return apply
 
 
-def variance_normalised(restore):
+def variance_normalized(restore):
     """Equal variances along both axes of a block of tokens (after KVarN, arXiv 2606.03458)."""
 
     def apply(x):
@@ -236,7 +236,7 @@ def main():
         "trellis, 8 states": simulated(per_vector(trellis(k)), per_vector(trellis(v))),
         "E8 in a ball": simulated(per_vector(e8(k)), per_vector(e8(v))),
         "entropy coded": simulated(*map(per_vector, entropy)),
-        "variance normalised": simulated(*map(variance_normalised, plain)),
+        "variance normalized": simulated(*map(variance_normalized, plain)),
         "centred keys": simulated(centred(plain[0]), plain[1]),
     }
     gauss = SAMPLES[:102_400].reshape(-1, 128)

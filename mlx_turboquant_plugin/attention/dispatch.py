@@ -15,7 +15,7 @@ from ..cache.visibility import ROLLBACK
 from .batched_rows import attend_batched
 from .dequantized import attend_batched_dequantized, attend_dequantized, attend_rows_dequantized
 from .function import AttentionFunctions, attention_functions
-from .fused import attend_fused, fall_back, problem_of_rows, problem_of_view
+from .fused import attend_fused, fall_back
 from .masks import checked
 from .tiles import attend_tiles
 
@@ -55,7 +55,8 @@ def attend(
         out = _attend_batch(original, queries, values, view, scale, mask, sinks)
         rotates, count = view.ring is not None, queries.shape[2]
     else:
-        out = _attend_single(original, queries, view, scale, mask, sinks)
+        view, mask = _masked(view, mask, queries)
+        out = _attend_view(original, queries, view, scale, mask, sinks)
         rotates, count = view.plan.ring is not None, view.plan.queries
     if rotates or count > ROLLBACK:
         # Some of what the cache holds now no query reads, and later another thread may want it.
@@ -63,16 +64,11 @@ def attend(
     return out
 
 
-def _attend_single(
-    original: Callable, queries: mx.array, view: View, scale: float, mask: Mask, sinks
-) -> mx.array:
+def _masked(view: View, mask: Mask, queries: mx.array) -> tuple[View, Mask]:
+    """What ``queries`` see by a mask of their model's: a view, and a mask of its tokens."""
     if view.plan.knows(mask):
-        mask = "causal" if queries.shape[2] > 1 else None
-    else:
-        view = view.whole
-    if mask is not None:
-        mask = checked(mask, queries, view.plan.columns)
-    return _attend_view(original, queries, view, scale, mask, sinks)
+        return view, "causal" if queries.shape[2] > 1 else None
+    return view.whole, checked(mask, queries, view.plan.columns)
 
 
 def _attend_view(
@@ -88,7 +84,7 @@ def _attend_view(
         return original(queries, keys, values, cache=None, scale=scale, mask=mask, sinks=sinks)
     if count <= view.backend.max_queries:
         if isinstance(mask, str) or (mask is None and count == 1):
-            out = attend_fused(view.backend, problem_of_view(queries, view, scale, sinks))
+            out = attend_fused(queries, view, scale, sinks)
             if out is not None:
                 return out
         else:
@@ -151,7 +147,7 @@ def _attend_batched(
         if isinstance(mask, mx.array):
             fall_back(rows.backend, OTHER_MASKS)
         else:
-            out = attend_fused(rows.backend, problem_of_rows(queries, rows, scale, sinks))
+            out = attend_fused(queries, rows, scale, sinks)
             if out is not None:
                 return out
     if support.on_gpu() or rows.backend.dequantizes:

@@ -1,7 +1,7 @@
-"""Attention of a few queries in one pass over the codes: what a fused kernel is given.
+"""Attention of a few queries in one pass over the codes, by the kernels of a backend.
 
-Nothing dequantized reaches memory. The kernels themselves, and what launches them, are
-in ``backends``; long blocks of queries and array masks are served by tiles.
+Nothing dequantized reaches memory. Long chunks of queries and masks given as arrays are left to
+MLX's operations: see :mod:`~.dispatch`.
 """
 
 import functools
@@ -26,14 +26,51 @@ _fallbacks: list[str] = []
 _listening: list[list[str]] = []
 
 
-def attend_fused(backend: Backend, problem: Problem) -> mx.array | None:
-    """The attention (B, H_q, N, D_v), or None if the backend can't do it, which is logged."""
-    missing = backend.unsupported(problem)
+def attend_fused(
+    queries: mx.array,
+    source: View | BatchedRows,
+    scale: float,
+    learned_sinks: mx.array | None,
+) -> mx.array | None:
+    """Causal attention of ``queries`` (B, H_q, N, D) over the newest tokens of ``source``.
+
+    Args:
+        source: of one cache; or of batched rows, with N = 1.
+
+    Returns:
+        (B, H_q, N, D_v), or None if its backend can't do it, which is logged.
+    """
+    if isinstance(source, View):
+        sinks, shared = source.plan.sinks, source.plan.shared
+        bounds = _bounds_of_view(source.plan, queries.shape[0])
+    else:
+        sinks = source.visibility.sinks
+        bounds, shared = _plan_of_rows(
+            source.lengths,
+            source.full_start,
+            source.full_tokens.count,
+            max(source.quantized),
+            source.visibility,
+        )
+    problem = Problem(
+        source.codec,
+        queries,
+        source.full_tokens,
+        sinks,
+        source.key_codes,
+        source.value_codes,
+        source.first_quantized,
+        bounds,
+        scale,
+        learned_sinks,
+        shared,
+    )
+    missing = source.backend.unsupported(problem)
     if missing is None:
         # A step has begun that needs none of a prompt's masks.
         forget_masks()
-        return backend.attend(problem)
-    fall_back(backend, missing)
+        return source.backend.attend(problem)
+    fall_back(source.backend, missing)
     return None
 
 
@@ -71,26 +108,6 @@ def fallbacks_heard() -> Iterator[list[str]]:
         _listening[:] = [other for other in _listening if other is not heard]
 
 
-def problem_of_view(
-    queries: mx.array, view: View, scale: float, learned_sinks: mx.array | None
-) -> Problem:
-    """The newest tokens of one cache: ``queries`` (B, H_q, N, D), with a causal mask."""
-    plan = view.plan
-    return Problem(
-        view.codec,
-        queries,
-        view.full_tokens,
-        plan.sinks,
-        view.key_codes,
-        view.value_codes,
-        plan.first_quantized,
-        _bounds_of_view(plan, queries.shape[0]),
-        scale,
-        learned_sinks,
-        plan.shared,
-    )
-
-
 def _bounds_of_view(plan: StepPlan, batch: int) -> mx.array:
     known = plan.shared.get(("bounds", batch))
     if known is not None:
@@ -103,32 +120,6 @@ def _bounds_of_view(plan: StepPlan, batch: int) -> mx.array:
         bounds.append(_bound(hidden, first_code, full_from, plan.quantized, plan.end))
     known = plan.shared["bounds", batch] = _bounds_array((tuple(bounds),) * batch)
     return known
-
-
-def problem_of_rows(
-    queries: mx.array, rows: BatchedRows, scale: float, learned_sinks: mx.array | None
-) -> Problem:
-    """The newest token of every row of a batch: ``queries`` (B, H_q, 1, D)."""
-    bounds, shared = _plan_of_rows(
-        rows.lengths,
-        rows.full_start,
-        rows.full_tokens.count,
-        max(rows.quantized),
-        rows.visibility,
-    )
-    return Problem(
-        rows.codec,
-        queries,
-        rows.full_tokens,
-        rows.visibility.sinks,
-        rows.key_codes,
-        rows.value_codes,
-        0,
-        bounds,
-        scale,
-        learned_sinks,
-        shared,
-    )
 
 
 # All layers ask for the same. By thread, as is what kernels make of it.

@@ -78,7 +78,7 @@ class Row(NamedTuple):
         layout: of its tokens.
         start: the position of its first query.
         first: the number of that query in the pass; those before are padding.
-        full_start: the first position after the sinks that is there exactly.
+        full_start: the first position after the sinks that is there in full precision.
         is_prompt, visibility, ring: as in :class:`View`.
     """
 

@@ -38,5 +38,5 @@ def available_kernels() -> list[str]:
 
 
 def fused_kernels() -> list[str]:
-    """Those that have kernels of their own."""
+    """Those that attend to a few queries themselves, see :attr:`Backend.max_queries`."""
     return [name for name in available_kernels() if backend(name).max_queries]

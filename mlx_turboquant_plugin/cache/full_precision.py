@@ -80,10 +80,10 @@ class FullPrecisionTokens:
     def part(self, first: int, last: int) -> tuple[mx.array, mx.array]:
         """Keys and values of the tokens first, ..., last - 1, which need not be joined for it."""
         keys, values, shift = self._keys, self._values, 0
-        parts = self._unjoined
-        if parts is not None:
-            keys, values, shift = parts.keys, parts.values, parts.drop
-            if first < parts.sinks or last + shift > keys.shape[2]:
+        unjoined = self._unjoined
+        if unjoined is not None:
+            keys, values, shift = unjoined.keys, unjoined.values, unjoined.drop
+            if first < unjoined.sinks or last + shift > keys.shape[2]:
                 (keys, values), shift = self._joined(), 0
         keys, values = (x[:, :, first + shift : last + shift] for x in (keys, values))
         return keys, values
@@ -93,9 +93,9 @@ class FullPrecisionTokens:
         older = self.count - count
         if older == 0:
             return None
-        parts = self._unjoined
-        if parts is not None and not parts.drop and parts.new_keys.shape[2] == count:
-            return parts.keys, parts.values
+        unjoined = self._unjoined
+        if unjoined is not None and not unjoined.drop and unjoined.new_keys.shape[2] == count:
+            return unjoined.keys, unjoined.values
         self._joined()
         return self._keys[:, :, :older], self._values[:, :, :older]
 
@@ -147,10 +147,10 @@ class FullPrecisionTokens:
         return self._joined()[1]
 
     def _joined(self) -> tuple[mx.array | None, mx.array | None]:
-        parts = self._unjoined
-        if parts is not None:
-            pairs = (parts.keys, parts.new_keys), (parts.values, parts.new_values)
-            self.join(*(_concatenate(*pair, parts.sinks, parts.drop) for pair in pairs))
+        unjoined = self._unjoined
+        if unjoined is not None:
+            pairs = (unjoined.keys, unjoined.new_keys), (unjoined.values, unjoined.new_values)
+            self.join(*(_concatenate(*pair, unjoined.sinks, unjoined.drop) for pair in pairs))
         return self._keys, self._values
 
 

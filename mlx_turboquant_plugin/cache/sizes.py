@@ -78,14 +78,14 @@ class CompressedSize:
     Args:
         full_token, quantized_token: the bytes of one.
         visibility, ring: see :class:`CompressedKVCache`.
-        steady: see :meth:`Visibility.retained_from`.
+        fixed_shapes: see :meth:`Visibility.retained_from`.
     """
 
     full_token: int
     quantized_token: int
     visibility: Visibility
     ring: Ring | None
-    steady: bool
+    fixed_shapes: bool
 
     def at(self, count: int) -> int:
         full, quantized = self._held(count)
@@ -105,10 +105,10 @@ class CompressedSize:
         return min(full, row.most) * self.full_token + quantized * self.quantized_token
 
     def _held(self, count: int) -> tuple[int, int]:
-        """How many of ``count`` tokens are held exactly, and how many as codes."""
+        """How many of ``count`` tokens are held in full precision, and how many as codes."""
         visibility, ring = self.visibility, self.ring
         sinks, first_quantized, quantized = min(visibility.sinks, count), 0, self._quantized(count)
-        retained = visibility.retained_from(count, self.steady)
+        retained = visibility.retained_from(count, self.fixed_shapes)
         full_start = max(sinks, min(retained, quantized))
         if ring is not None:
             _, oldest = ring.oldest(count - 1, 0)

@@ -199,10 +199,7 @@ def _compressed(
         return CompressedKVCache(*parts), ""
     if known.visibility.covers(cache.max_size - cache.keep):
         # mlx-lm's own takes no more memory, and less time.
-        return (
-            None,
-            f"a cache of {cache.max_size} tokens has none but those that stay in full precision",
-        )
+        return None, f"all tokens of a cache of {cache.max_size} stay in full precision"
     return RotatingCompressedKVCache(cache.max_size, cache.keep, *parts), ""
 
 

@@ -43,7 +43,7 @@ class Admission:
         self.limit, self._setting = limit, setting
         self._server, self._store, self._counts = server, store, counts
         self._waiting: deque[Any] = deque()
-        # Of the request that was looked at last: it is tokenised once.
+        # Of the request that was looked at last: it is tokenized once.
         self._tokenized: tuple[Any, Any] = None, None
         self._footprint: tuple[Any, Footprint | None] = None, None
         self._model: Any = None

@@ -41,7 +41,7 @@ tokens. That adds
 
 Codes are not compared: by rounding one can fall to the other side of a threshold, and a
 size, with all codes of its vector, to the other side of a tie. That costs little, so
-what a vector x loses, by the measure that the codec minimises, may be
+what a vector x loses, by the measure that the codec minimizes, may be
 
     1.2 (what it loses in the codes of reference.py)
     + sqrt(1 + ALONG) (u (64 |x| + t |b|) + 4 U |x|)
@@ -69,7 +69,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from .. import reference
 from ..attention.dispatch import attend
-from ..backends import backend
+from ..backends import backend, support
 from ..backends.fused import MAX_QUERIES
 from ..cache import CompressedKVCache, RotatingCompressedKVCache, Visibility
 from ..codecs.key_bias import KeyBias
@@ -179,7 +179,7 @@ class CheckedLayer:
         out = self._step(cache, self.queries, self.case.count)
         self.rows = [cache] if len(caches) == 1 else cache.rows
         # A ring forgets what its first queries have read.
-        self.quantized = [self.view] if self.case.ring else self.rows
+        self.sources = [self.view] if self.case.ring else self.rows
         return out
 
     def _step(self, cache: CompressedKVCache, queries: mx.array, before_end: int) -> mx.array:
@@ -253,7 +253,7 @@ class CheckedLayer:
         """What vectors lose in Lloyd-Max codes, as a share of what they may: the most."""
         shares = [0.0]
         balance = 1.0 if self.balance is None else self.balance
-        for index, row in enumerate(self.quantized):
+        for index, row in enumerate(self.sources):
             count = row.quantized - row.first_quantized
             if count == 0:
                 continue
@@ -332,7 +332,7 @@ class CheckedLayer:
 
     def _row(self, index: int) -> tuple[np.ndarray, ...]:
         """Keys and values of a sequence in fp64, and as decoded: zeros where there are no codes."""
-        row = self.quantized[index]
+        row = self.sources[index]
         keys, values = _fp64(self.keys[index]), _fp64(self.values[index])
         decoded_keys, decoded_values = np.zeros_like(keys), np.zeros_like(values)
         if row.key_codes:
@@ -356,9 +356,9 @@ class CheckedLayer:
         on_gpu = mx.default_device().type == mx.gpu
         roundoff = ROUNDOFF[self.case.dtype]
         inner = ROUNDOFF["float32"] * value * (64 + score * (self.case.dim**0.5 + 18))
-        if self.is_prompt if self.fused else on_gpu:
+        if self.is_prompt if self.fused else support.on_gpu():
             inner += 2 * max(roundoff, TF32_ROUNDOFF * on_gpu) * value * (1 + score)
-            inner += TF32_ROUNDOFF * (not self.fused) * value * (1 + score)
+            inner += TF32_ROUNDOFF * (on_gpu and not self.fused) * value * (1 + score)
         elif self.kernel == "cuda" and "affine" not in (self.case.keys[0], self.case.values[0]):
             inner += CUDA_ROUNDOFF * value * (2 + score)
         return roundoff * out + inner

@@ -35,7 +35,7 @@ from .page import page
 from .progress import progress
 from .report import Report, Result, lines
 from .runs import dtype_name, load_model, prompt_cache, quantized_tokens
-from .statistics import RULE, summarise, verdict
+from .statistics import RULE, summarize, verdict
 from .task_results import Answers, answers, task_report
 from .tasks import DEEPEST, depth, prompts
 from .teacher_forcing import Divergence, lockstep
@@ -255,20 +255,20 @@ def _speed(runs: Sequence[Run]) -> float:
 
 def _result(runs: Sequence[Run], windows: Sequence[Divergence], **others: Any) -> Result:
     arm, caches = runs[0].arm, runs[-1].caches
-    summary = summarise(windows)
+    summary = summarize(windows)
     kls = np.mean([window.kls for window in windows], axis=0)
-    bits, quantized = str(arm.mlx_lm_bits or 16), 1.0
+    bits, reading = str(arm.mlx_lm_bits or 16), 1.0
     ours = only_compressed(caches)
     if ours and ours[0].codec:
         spec, visibility = ours[0].codec.spec, ours[0].visibility
         bits = f"{spec.key_bits}/{spec.value_bits}" if spec.key_codec != "exact" else "exact"
         reads = [visibility.full_from(p) > visibility.sinks for p in range(len(kls))]
-        quantized = sum(reads) / len(reads)
+        reading = sum(reads) / len(reads)
     return Result(
         name=arm.name,
         bits=bits,
         summary=summary,
-        verdict=verdict(summary, quantized),
+        verdict=verdict(summary, reading),
         coded_tokens=caches[0].offset if arm.mlx_lm_bits else quantized_tokens(caches),
         tokens_per_second=_speed(runs),
         kl_by_position=[float(kls[i : i + BIN].mean()) for i in range(0, len(kls), BIN)],

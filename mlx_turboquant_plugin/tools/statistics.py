@@ -19,7 +19,7 @@ DRAWS = 20_000
 # below 5% from here on.
 FEWEST_WINDOWS = 6
 # The share of positions that must read codes, or the text is too short to matter.
-LEAST_QUANTIZED = 0.7
+LEAST_READING = 0.7
 
 # Within these a run is called the same as the exact one, and beyond BROKEN useless.
 SAME_KL = 1.5e-3
@@ -33,7 +33,7 @@ RULE = (
     f"agreement from {SAME_TOP1:.0%} up, each with its whole 95% interval. costs: one of them "
     f"surely worse. broken: perplexity grows by more than {BROKEN_CHANGE:.0%}, with its whole "
     "interval or in every window. no verdict: the sample is too small to tell, as it is with fewer "
-    f"than {FEWEST_WINDOWS} windows, or where fewer than {LEAST_QUANTIZED:.0%} of the positions "
+    f"than {FEWEST_WINDOWS} windows, or where fewer than {LEAST_READING:.0%} of the positions "
     "read codes."
 )
 
@@ -86,7 +86,7 @@ class Verdict:
     reason: str
 
 
-def summarise(windows: Sequence[Divergence]) -> Summary:
+def summarize(windows: Sequence[Divergence]) -> Summary:
     """Estimates over the positions of all windows, with intervals over draws of windows."""
     whole = join(windows)
 
@@ -148,11 +148,11 @@ def t_quantile(probability: float, freedom: int) -> float:
     return sum(term / freedom**power for power, term in enumerate(terms))
 
 
-def verdict(summary: Summary, quantized: float) -> Verdict:
+def verdict(summary: Summary, reading: float) -> Verdict:
     """What the sample supports, and no more.
 
     Args:
-        quantized: the share of positions that read any codes.
+        reading: the share of positions that read any codes.
     """
     if summary.least_change > BROKEN_CHANGE:
         # No choice of text makes so much of nothing: this needs no interval.
@@ -162,9 +162,9 @@ def verdict(summary: Summary, quantized: float) -> Verdict:
     if summary.windows < FEWEST_WINDOWS:
         missing = FEWEST_WINDOWS - summary.windows
         return Verdict("none", f"{missing} more windows are needed: --windows {FEWEST_WINDOWS}")
-    if quantized < LEAST_QUANTIZED:
+    if reading < LEAST_READING:
         return Verdict(
-            "none", f"only {quantized:.0%} of the positions read codes: choose a larger --length"
+            "none", f"only {reading:.0%} of the positions read codes: choose a larger --length"
         )
     change, kl, top1 = summary.change.ends, summary.kl.ends, summary.top1.ends
     if change[0] > BROKEN_CHANGE:

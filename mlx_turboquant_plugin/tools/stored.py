@@ -51,7 +51,7 @@ def grouped(arrays: Sequence[np.ndarray], bits: int) -> np.ndarray:
 
 
 def loss(x: np.ndarray, decoded: np.ndarray) -> np.ndarray:
-    """Square root (..., T) of what the Lloyd-Max codec minimises: :func:`reference.quantize`."""
+    """Square root (..., T) of what the Lloyd-Max codec minimizes: :func:`reference.quantize`."""
     error = x - decoded
     along = np.sum(error * x, axis=-1) / np.maximum(np.linalg.norm(x, axis=-1), 1e-20)
     return np.sqrt(np.sum(error**2, axis=-1) + reference.ALONG * along**2)

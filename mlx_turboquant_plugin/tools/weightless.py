@@ -59,7 +59,7 @@ def weight_bytes(path: str, model: nn.Module, there: bool) -> int:
 
 
 def _without_weights(config: dict[str, Any]) -> tuple[Callable, Any]:
-    """mlx-lm's classes for ``config``, but that the model takes no weights for sanitising."""
+    """mlx-lm's classes for ``config``, but that the model takes no weights for sanitizing."""
     model_class, arguments = mlx_lm_utils._get_classes(config)
 
     def make(args: Any) -> nn.Module:

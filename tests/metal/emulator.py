@@ -13,7 +13,7 @@ or threads. The mode "fast" only notices the crudest of these, at tens of times 
 
 Kernels can't know in which order threads run: ``schedule`` 0 runs them ascending, 1
 descending, and each other number in a random order of its own. ``poison`` is the number of the
-pattern in :data:`POISONS` that uninitialised memory is filled with.
+pattern in :data:`POISONS` that uninitialized memory is filled with.
 
 No statement about speed, registers, fast mathematics or a real compiler's faults follows from
 any of this. Atomics, textures and simdgroup matrices do not exist here, and comparisons of
@@ -177,7 +177,7 @@ class _Argument(ctypes.Structure):
         ("bytes", ctypes.c_size_t),
         ("element", ctypes.c_uint),
         ("output", ctypes.c_int),
-        ("initialised", ctypes.c_int),
+        ("initialized", ctypes.c_int),
     ]
 
 
@@ -198,7 +198,7 @@ class _Launch(ctypes.Structure):
     ]
 
 
-def _launch(signature: Signature, buffers, grid, threadgroup, initialised: bool) -> None:
+def _launch(signature: Signature, buffers, grid, threadgroup, initialized: bool) -> None:
     settings = _settings
     library = compiler.kernel(signature, settings.mode == "checked")
     arguments = (_Argument * len(signature.parameters))()
@@ -209,7 +209,7 @@ def _launch(signature: Signature, buffers, grid, threadgroup, initialised: bool)
         argument.bytes = memory.nbytes
         argument.element = memory.itemsize
         argument.output = parameter.content == "output"
-        argument.initialised = initialised or not argument.output
+        argument.initialized = initialized or not argument.output
     launch = _Launch(
         kernel=ctypes.cast(library.emu_kernel, ctypes.c_void_p),
         arguments=arguments,

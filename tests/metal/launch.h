@@ -16,7 +16,7 @@ struct Argument {
   byte* data;  // copied in unless it is an output without initial value, copied out if it is one
   size_t bytes;
   uint element;  // bytes
-  int output, initialised;
+  int output, initialized;
 };
 struct Launch {
   void (*kernel)(void** buffers, const emu_attributes*);

@@ -105,7 +105,7 @@ void check_cell(Buffer& buffer, Cell& cell, byte* address, bool write, void* cal
   if (buffer.shared && cell.writer && (cell.writer - 1) / MAX_THREADS != threadgroup)
     cell = Cell();
   if (!write && !cell.writer)
-    fail_at(caller, "uninitialised: thread %u of threadgroup %u reads %s", current->index,
+    fail_at(caller, "uninitialized: thread %u of threadgroup %u reads %s", current->index,
             threadgroup, place(address));
   if (!ordered(cell.writer, cell.write_time, buffer.shared))
     race(write ? "two writes to" : "a write and then a read of", cell.writer, address, caller);

@@ -205,10 +205,10 @@ int emu_run(Launch* what) {
         const Argument& argument = launch->arguments[i];
         Buffer& buffer = add_buffer(i, argument.name, argument.bytes, argument.element);
         buffer_addresses[i] = buffer.base;
-        if (argument.initialised) memcpy(buffer.base, argument.data, argument.bytes);
+        if (argument.initialized) memcpy(buffer.base, argument.data, argument.bytes);
         else poison(buffer.base, argument.bytes);
         buffer.read_only = !argument.output;
-        if (argument.output) give_cells(buffer, argument.initialised ? HOST : 0);
+        if (argument.output) give_cells(buffer, argument.initialized ? HOST : 0);
       }
       run_grid();
       check_written();

@@ -463,17 +463,17 @@ FAULTS = {
         "out[i] = float(extract_bits(uint(a[i]), i, 4));",
     ),
     "hole in threadgroup memory": (
-        "uninitialised.* s",
+        "uninitialized.* s",
         False,
         f"threadgroup float s[64]; if (i != 3) s[i] = a[i]; {BARRIER} out[i] = s[63 - i];",
     ),
     "threadgroup memory of another threadgroup": (
-        "uninitialised.* s",
+        "uninitialized.* s",
         False,
         f"threadgroup float s[1]; if (i == 0) s[0] = 1; {BARRIER} out[i] = s[0];",
         TWO_GROUPS,
     ),
-    "output read first": ("uninitialised.* out", False, "out[i] += a[i];"),
+    "output read first": ("uninitialized.* out", False, "out[i] += a[i];"),
     "output not written": (r"unwritten.* out\[5\]", False, "if (i != 5) out[i] = a[i];"),
     "barrier in a branch": ("divergence", True, S + f"if (i < 32) {BARRIER} out[i] = a[i];"),
     "two barriers for one": (

@@ -1,5 +1,5 @@
 // Codes to levels, and levels to products. LEVELS and SEGMENTED are made from the codecs by
-// cuda_source.py.
+// source.py.
 //
 // A level is a signed byte and something more, a half where there are no segments. Products are
 // sums of bytes, exact in int32, by mma.m16n8k32; queries and weights take part as 15 bits in two

@@ -2,7 +2,7 @@
 //
 // A query row is a query head of one KV head at one position. A block serves ROWS rows of
 // one KV head over one split: FULL_SPLIT full-precision tokens, or a run of quantized ones.
-// It writes a weighted sum of values, not normalised, with the sum of its weights and the
+// It writes a weighted sum of values, not normalized, with the sum of its weights and the
 // power of two that both are relative to. Scores are in powers of two throughout.
 //
 // Loops that a block runs once or twice, or whose turns wait for nothing, are not unrolled: a
@@ -37,7 +37,7 @@ struct Problem {
   const X *keys, *values;         // (B, H, older, D)
   Codes key_codes, value_codes;
   const X *new_keys, *new_values; // (B, H, E - (older - drop), D) or not read
-  const int* bounds;              // (B, N, 4), see attention/fused.py
+  const int* bounds;              // (B, N, 4), see backends/problem.py
   const float* rotation;          // of the keys
   const float* balance;           // (H, 1, D) or not read
   const int* layout;              // (H, D + 1), see KVCodec, or not read

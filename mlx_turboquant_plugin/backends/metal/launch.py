@@ -1,4 +1,4 @@
-"""Launches the Metal kernels: attention of a few queries in two launches, coding in one.
+"""Launches the Metal kernels: attention of a few queries in two launches, encoding in one.
 
 ``decode.metal`` makes partial sums over splits of the tokens, ``merge.metal`` the
 attention from them; ``encode.metal`` makes codes. What comes before each, :func:`parts`
