@@ -19,7 +19,7 @@ UNITS = {"": 1, "B": 1} | {
     for base, letter in ((1000, "B"), (1024, "IB"))
     for power, prefix in enumerate("KMGT", 1)
 }
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?((?:[KMGT]I?)?B|)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?((?:[KMGT]I?)?B|)", re.IGNORECASE | re.ASCII)
 _SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 

@@ -71,6 +71,9 @@ CASES = [
     # Latents, with what is beside them, and the full layers of Gemma 4.
     Case(512, 64, values=("affine", 8), rope="halves", chunks=(150, 70)),
     Case(512, 512, SEGMENTED, ("lloyd-max", 4), dtype="bfloat16", chunks=(150, 70)),
+    # As much memory of a threadgroup as there can be.
+    Case(512, 48, values=("lloyd-max", 4), chunks=(150, 70)),
+    Case(48, 512, SEGMENTED, ("lloyd-max", 4), chunks=(150, 70)),
     Case(rope="halves", dtype="bfloat16", chunks=(97, 33, 61), strided=True),
     Case(rope="partial", invariant=True, chunks=(97, 150), left=60),
     Case(chunks=(200, 9), ring=120),

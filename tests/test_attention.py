@@ -273,6 +273,21 @@ def test_learned_sinks_of_a_batch():
         close(row[None], case.expected(np.array(LEARNED)))
 
 
+@pytest.mark.parametrize("left, count, sinks", [(18, 1, 0), (1, 3, 0), (513, 3, 4)])
+def test_a_single_token_in_full_precision_or_in_a_piece_of_codes(left, count, sinks):
+    """MLX's shapeless functions crash with a single score, see attention/pieces.py."""
+    case = Case(count=count, length=800)
+    new = case.keys[:, :, -count:], case.values[:, :, -count:]
+    outs = []
+    for kernel in ("eager", "compiled"):
+        cache = CompressedKVCache(case.codec, Visibility(WINDOW, sinks), kernel)
+        cache.update_and_fetch(case.keys, case.values)
+        cache.trim(800 - left)
+        mask = "causal" if count > 1 else None
+        outs.append(step(cache, case.queries, *new, case.scale, mask))
+    np.testing.assert_allclose(*outs, atol=1e-5)
+
+
 def test_other_caches_are_left_alone():
     calls = []
     attend(lambda *args, **kwargs: calls.append((args, kwargs)), 1, 2, 3, KVCache(), 0.5, None)

@@ -263,3 +263,11 @@ def test_a_window_within_what_stays_exact_is_left_to_mlx_lm():
     assert error(made, expected) < 1e-4
     assert [cache.offset for cache in caches] == [TOKENS.shape[1]] * 2
     check_batch(model)
+
+
+def test_a_sliding_window_over_a_ring_of_another_size():
+    model = tiny_models.build("mistral3")
+    expected, _ = run(model, TOKENS, CHUNKS, mlx_lm_cache.make_prompt_cache(model, 120))
+    enable(bypass="identity")
+    caches = mlx_lm_cache.make_prompt_cache(model, 120)
+    assert error(run(model, TOKENS, CHUNKS, caches)[0], expected) < 1e-4

@@ -139,7 +139,7 @@ def test_sizes_and_shares():
     sizes = ["1000", "500MB", "1.5 GB", " 2tb", "8GiB", "1.5 kib"]
     decimal, binary = [1000, 500 * 10**6, 15 * 10**8, 2 * 10**12], [2**33, 1536]
     assert list(map(size_of, sizes)) == decimal + binary
-    for text in ("1Gi", "5 iB", "16 bananas", "-1GB", ""):
+    for text in ("1Gi", "5 iB", "16 bananas", "-1GB", "", "6\u212aB"):
         with pytest.raises(ValueError, match="is not a size"):
             size_of(text)
     # A forgotten unit.

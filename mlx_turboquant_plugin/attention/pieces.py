@@ -10,7 +10,7 @@ import numpy as np
 
 from ..cache.visibility import BLOCK
 from ..codecs.kv_codec import KVCodec
-from .function import AttentionFunctions, Sums
+from .function import AttentionFunctions, Sums, attention_functions
 from .streams import helpers
 
 # Quantized tokens that tiles of queries dequantize at once: their scores should stay in the
@@ -75,10 +75,11 @@ def attend_codes(
     if learned_sinks is not None:
         learned_sinks = mx.repeat(learned_sinks.astype(mx.float32), count)
         learned_sinks = learned_sinks.reshape(kv_heads, -1, 1)
-    full_sums = functions.begin(q, *full, learned_sinks)
+    held = full.keys.shape[2]
+    full_sums = _for(held, codec, functions).begin(q, *full, learned_sinks)
     sums: list[Sums] = []
     if quantized.positions:
-        sums = _over_codes(q, full_sums, quantized, count, full.keys.shape[2], functions)
+        sums = _over_codes(q, full_sums, quantized, count, held, functions)
     out = functions.finish(full_sums, sums, codec.value_rotation.array)
     return out.reshape(batch, heads, count, -1).astype(queries.dtype)
 
@@ -152,8 +153,18 @@ def _fold_pieces(
             scores = codec.bias.scores(bias, start, stop - start)
         keys, values = quantized.codes(start, stop)
         keys, values = codec.keys.expand(keys, -2), codec.values.expand(values, -1)
-        sums = functions.fold(rotated, sums, keys, values, scores, mask)
+        fold = _for(stop - start, codec, functions).fold
+        sums = fold(rotated, sums, keys, values, scores, mask)
     return sums
+
+
+def _for(tokens: int, codec: KVCodec, functions: AttentionFunctions) -> AttentionFunctions:
+    """What sums over so many tokens.
+
+    For the highest of a single score, taken from that score, MLX's shapeless functions crash on
+    CPUs (0.32.4).
+    """
+    return functions if tokens > 1 else attention_functions(codec.spec, compiled=False)
 
 
 @functools.lru_cache(maxsize=8)

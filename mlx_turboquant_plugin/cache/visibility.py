@@ -57,7 +57,7 @@ class Visibility(NamedTuple):
         return max(self.sinks, (position // BLOCK) * BLOCK - self.window)
 
     def covers(self, count: int) -> bool:
-        """Whether a query reads its newest ``count`` tokens all exactly, wherever it is."""
+        """Whether a query at the end of a block reads its newest ``count`` tokens all exactly."""
         return count <= self.window + BLOCK
 
     def changes(self, start: int, end: int) -> range:

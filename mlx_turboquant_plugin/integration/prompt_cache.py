@@ -186,9 +186,10 @@ def _compressed(
         return None, "layers follow it, and mlx-lm's hooks don't say when"
     if type(cache) is RotatingKVCache and cache.keep >= cache.max_size:
         return None, f"its cache keeps the first {cache.keep} of {cache.max_size} tokens for ever"
-    if type(cache) is KVCache and getattr(layer, "use_sliding", False):
-        # Pixtral and Mistral 3: the mask alone says how far back queries see.
-        return None, "a sliding window over a KVCache that does not rotate is not supported"
+    if getattr(layer, "use_sliding", False) and (type(cache) is KVCache or cache.keep):
+        # Pixtral and Mistral 3: the mask alone says how far back queries see. Only a ring of
+        # max_kv_size, not of the window, keeps first tokens.
+        return None, "a sliding window over a cache that does not rotate with it is not supported"
     try:
         known = known_layer(attention, family.norm_of(layer), chosen)
     except ValueError as error:

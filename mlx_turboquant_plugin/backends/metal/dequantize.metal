@@ -3,12 +3,15 @@ using KeyStored = StoredVector<DK, KEY_BITS, KEY_SEGMENTS, false>;
 using ValueStored = StoredVector<DV, VALUE_BITS, 1, VALUE_AFFINE>;
 constexpr int PITCH = KeyStored::PITCH > ValueStored::PITCH ? KeyStored::PITCH : ValueStored::PITCH;
 constexpr int SEGMENT = KeyStored::SEGMENT;
-constexpr int WIDEST = SEGMENT > DV ? SEGMENT : DV;
-constexpr bool MATRICES = (SEGMENT & (SEGMENT - 1)) != 0 || (DV & (DV - 1)) != 0;
+// What a matrix rotates back, at most: no vector of a power of two, so none of the widest, for
+// which there would be no memory.
+constexpr int KEY_SCRATCH = (SEGMENT & (SEGMENT - 1)) == 0 ? 1 : SEGMENT;
+constexpr int VALUE_SCRATCH = (DV & (DV - 1)) == 0 ? 1 : DV;
+constexpr int SCRATCH = KEY_SCRATCH > VALUE_SCRATCH ? KEY_SCRATCH : VALUE_SCRATCH;
 
 threadgroup uint8_t tile[TOKENS * PITCH];
 threadgroup float known_levels[MOST_LEVELS];
-threadgroup float all_scratch[MATRICES ? SIMDS * WIDEST : 1];
+threadgroup float all_scratch[SIMDS * SCRATCH];
 
 const int thread_index = thread_position_in_threadgroup.x;
 const int simd = simdgroup_index_in_threadgroup;
