@@ -18,6 +18,7 @@ from mlx_turboquant_plugin.cache import (
     CompressedKVCache,
     RotatingCompressedKVCache,
     Visibility,
+    compressed,
 )
 from mlx_turboquant_plugin.codecs.kv_codec import CodecSpec, KVCodec
 
@@ -167,11 +168,11 @@ class Program:
     def interrupt(self):
         self.done.append("interrupted")
 
-        def encode(self, end):
+        def encode(cache, end):
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(CompressedKVCache, "encode", encode)
+            patch.setattr(compressed, "encode", encode)
             self.ours.update_and_fetch(*self.tokens(self.count())[1:])
 
     def check(self):

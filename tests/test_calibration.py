@@ -23,7 +23,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibration, "_measured", {})
     monkeypatch.setattr(layer_module, "_layers", {})
-    mlx_turboquant_plugin.enable()
+    # So that sliding windows have codes.
+    mlx_turboquant_plugin.enable(window=32)
     return tmp_path / "mlx_turboquant"
 
 

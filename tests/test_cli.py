@@ -42,11 +42,21 @@ def heed_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def interrupted(process):
+    """What it still writes. A signal is lost while MLX waits for g++, so it may take several."""
+    for attempt in range(12):
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.communicate(timeout=5)
+        except subprocess.TimeoutExpired:
+            if attempt == 11:
+                raise
+
+
 def test_ctrl_c_keeps_what_was_checked():
     with start("selftest", "--kernel", "eager", preexec_fn=heed_ctrl_c) as process:
         first = [process.stdout.readline() for _ in range(3)]
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = interrupted(process)
     assert process.returncode == cli.INTERRUPTED
     assert err == "" and first[-1].endswith("OK\n")
     checked = [line for line in (*first, *out.splitlines()) if line.startswith("eager")]

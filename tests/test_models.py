@@ -258,7 +258,7 @@ def test_a_window_within_what_stays_exact_is_left_to_mlx_lm():
     mlx_turboquant_plugin.enable(window=64, bypass="identity")
     kinds = [type(cache) for cache in mlx_lm_cache.make_prompt_cache(model)]
     assert kinds == [RotatingKVCache, CompressedKVCache]
-    assert f"a cache of {tiny_models.WINDOW} tokens" in mlx_turboquant_plugin.status().models[-1]
+    assert f"of a cache of {tiny_models.WINDOW} " in mlx_turboquant_plugin.status().models[-1]
     made, caches = run(model, TOKENS, CHUNKS)
     assert error(made, expected) < 1e-4
     assert [cache.offset for cache in caches] == [TOKENS.shape[1]] * 2

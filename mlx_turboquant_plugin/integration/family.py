@@ -8,7 +8,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..cache.parts import parts
 from .projections import Projection, base_linear, fused_projections
 
 
@@ -157,6 +156,9 @@ def placed(cache: Any) -> Iterator[tuple[Any, int]]:
 
     Further ones are for something else, such as an indexer.
     """
+    # mlx-lm is half imported when this module is, see hook.py.
+    from ..cache.parts import parts
+
     place = 0
     for one in parts(cache):
         yield one, place
