@@ -7,7 +7,7 @@ outlive :func:`undo` in modules that imported it: each wrapper therefore asks
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import wrapt
@@ -30,6 +30,20 @@ def active() -> bool:
 def replaced() -> list[str]:
     """Dotted names of what is replaced now, in the order of replacement."""
     return [f"{_name(owner)}.{name}" for owner, name, _, _ in _replaced]
+
+
+def argument(
+    name: str, parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """The argument ``name`` of a wrapped call, given by its name or by its place; else None.
+
+    Args:
+        parameters: the names of those that can be given by their places.
+    """
+    if name in kwargs:
+        return kwargs[name]
+    place = parameters.index(name)
+    return args[place] if place < len(args) else None
 
 
 def wrap(owner: Any, name: str, wrapper: Callable) -> None:

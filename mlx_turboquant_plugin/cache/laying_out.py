@@ -33,20 +33,21 @@ def laid_out(source: Source, places: Places) -> Pair:
     On a GPU, where a kernel joins the full-precision tokens on its way.
     """
     full = source.full_tokens
-    unjoined, drop, held = full.unjoined, 0, full.count - places.sinks
-    older, newer = (full.keys, full.values) if unjoined is None else None, None
-    if unjoined is not None:
-        drop = unjoined.drop
+    unjoined = full.unjoined
+    if unjoined is None:
+        older, newer, drop = (full.keys, full.values), None, 0
+    else:
         older = unjoined.keys, unjoined.values
-        newer = unjoined.new_keys, unjoined.new_values
+        newer, drop = (unjoined.new_keys, unjoined.new_values), unjoined.drop
     tokens = Tokens(older, newer, source.key_codes, source.value_codes, source.first_quantized)
     if not source.backend.lays_out(source.codec, tokens):
         return laid_out_by_operations(source, places)
     codec = source.codec if places.decoded else source.codec.plain
-    joins = unjoined is not None and held > 0
+    kept = full.count - places.sinks
+    joins = newer is not None and kept > 0
     places = places._replace(first_full=places.first_full + drop)
     if joins:
-        places = places._replace(first_kept=places.sinks + drop, kept=held)
+        places = places._replace(first_kept=places.sinks + drop, kept=kept)
     pair, joined = source.backend.lay_out(codec, tokens, places)
     if joins:
         full.join(*joined)

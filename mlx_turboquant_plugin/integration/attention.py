@@ -58,7 +58,7 @@ def _scaled_dot_product_attention(wrapped, instance, args, kwargs):
 
 def _attention_call(parameters, wrapped, instance, args, kwargs):
     # A step's layers that keep mlx-lm's own caches are to lose no time here.
-    cache: Any = kwargs["cache"] if "cache" in kwargs else _positional(parameters, "cache", args)
+    cache = patching.argument("cache", parameters, args, kwargs)
     if type(cache) is CacheList:
         cache = next(filter(_ours, parts(cache)), None)
     if not _ours(cache):
@@ -97,12 +97,6 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
             cache.settle(out)
         cache.end()
     return out
-
-
-def _positional(parameters: Sequence[str], name: str, args: Sequence[Any]) -> Any:
-    """The argument called ``name`` if it was given by its place, else None."""
-    place = parameters.index(name)
-    return args[place] if place < len(args) else None
 
 
 def _ends(count: int, cache: Any) -> Sequence[int]:

@@ -44,7 +44,7 @@ def guard(model: type) -> None:
 
 
 def _model_call(parameters, wrapped, instance, args, kwargs):
-    caches = kwargs["cache"] if "cache" in kwargs else dict(zip(parameters, args)).get("cache")
+    caches = patching.argument("cache", parameters, args, kwargs)
     parts = list(parts_of(caches if isinstance(caches, (list, tuple)) else ()))
     ours: list[Any] = [one for one in parts if isinstance(one, AttendedCache)]
     if not ours:
