@@ -22,7 +22,7 @@ LAYERS = [
     ("cache",),
     ("backends",),
     ("codecs",),
-    ("settings", "hooking", "compiling"),
+    ("settings", "hooking", "compiling", "streams"),
     ("rules", "patching", "log", "per_thread", "cache_folder", "compatibility", "reference"),
     ("__init__",),
 ]

@@ -1,4 +1,4 @@
-"""Attention of one query, shared by several streams of the CPU."""
+"""Work of one step, shared by several streams of the CPU."""
 
 import os
 import threading
@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from test_attention import LEARNED, SINKS, WINDOW, Case, close, step
 
-from mlx_turboquant_plugin.attention import pieces, streams
+from mlx_turboquant_plugin import streams
+from mlx_turboquant_plugin.attention import pieces
+from mlx_turboquant_plugin.backends import mlx_ops
 from mlx_turboquant_plugin.cache import CompressedKVCache, Visibility
 from mlx_turboquant_plugin.cache.rotating import RotatingCompressedKVCache
+from mlx_turboquant_plugin.cache.visibility import BLOCK, ROLLBACK
 
 pytestmark = pytest.mark.skipif(
     mx.default_device().type != mx.cpu, reason="only the CPU's streams share"
@@ -120,8 +123,53 @@ def test_batches(use):
 
 def test_chunks_are_not_shared(use):
     shared = use(3)
-    Case(length=700, count=2).run("compiled")
-    assert len(shared) == 1
+    Case(length=700, count=ROLLBACK + 1).run("compiled")
+    here = mx.default_stream(mx.cpu)
+    assert shared and all(stream == here for stream, _ in shared)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "compiled"])
+@pytest.mark.parametrize("least, expected", [(1, 3), (2**40, 1)])
+def test_several_queries_have_full_precision_tokens_beside_their_codes(
+    least, expected, kernel, use, monkeypatch
+):
+    """Or beside most of their codes, if there are enough for every stream."""
+    case = Case(length=2100, count=ROLLBACK)
+    use(1)
+    alone = case.run(kernel)
+    monkeypatch.setattr(pieces, "LEAST_SPLIT", least)
+    shared = use(3)
+    close(case.run(kernel), np.array(alone), 2e-6)
+    assert len({str(stream) for stream, _ in shared}) == expected
+    assert expected > 1 or mx.default_stream(mx.cpu) not in [stream for stream, _ in shared]
+
+
+@pytest.mark.parametrize("length", [BLOCK, 700])
+def test_codes_are_made_beside_other_work(length, monkeypatch):
+    case, encoding = Case(length=length), []
+    backend, original = mlx_ops.MLXOps("compiled", compiled=True), type(case.codec).encode
+
+    def encode(*args):
+        encoding.append(mx.default_stream(mx.cpu))
+        return original(*args)
+
+    monkeypatch.setattr(type(case.codec), "encode", encode)
+    made = []
+    for helpers in ((), (STREAMS[0],)):
+        monkeypatch.setattr(mlx_ops, "helpers", lambda helpers=helpers: helpers)
+        made.append(backend.encode(case.codec, case.keys, case.values, 0))
+    first, second = encoding
+    assert first == mx.default_stream(mx.cpu) != second
+    for side, other in zip(*made):
+        for plane, expected in zip(side, other):
+            np.testing.assert_array_equal(np.array(plane), np.array(expected))
+
+
+def test_codes_are_made_by_a_gpu_itself(monkeypatch):
+    case = Case(length=BLOCK)
+    monkeypatch.setattr(mlx_ops.support, "on_gpu", lambda: True)
+    monkeypatch.setattr(mlx_ops, "helpers", lambda: pytest.fail("a stream of the CPU"))
+    mlx_ops.MLXOps("eager").encode(case.codec, case.keys, case.values, 0)
 
 
 def test_another_thread_has_streams_of_its_own(use):

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..cache.visibility import BLOCK
+from ..cache.visibility import BLOCK, ROLLBACK
 from ..codecs.kv_codec import KVCodec
+from ..streams import helpers
 from .function import AttentionFunctions, Sums, attention_functions
-from .streams import helpers
 
 # Quantized tokens that tiles of queries dequantize at once: their scores should stay in the
 # processor's cache.
@@ -97,14 +97,17 @@ def _over_codes(
     balanced = q if codec.balance is None else q * codec.balance
     rotated = functions.rotate(codec.sorted(balanced), codec.key_rotation.array)
     bias = None if codec.bias is None else codec.bias.coefficients(q)
-    if count > 1:
+    streams = helpers() if count <= ROLLBACK else ()
+    if count > 1 and not streams:
         # Before the codes, or all scores of a tile would be in memory at once.
         rotated = mx.depends(rotated, full_sums)
     batch, kv_heads, _, dim = q.shape
     channels = batch * kv_heads * dim
     piece = _piece_size(count, channels)
-    streams = helpers() if count == 1 else ()
     splits = _splits(quantized.positions, held, channels, 1 + len(streams))
+    if count > 1 and streams and len(splits) == 1:
+        # The full-precision tokens of several queries are enough for one stream.
+        splits.insert(0, quantized.positions[:0])
     sums = []
     for split, stream in zip(splits, (None, *streams)):
         if split:

@@ -2,7 +2,9 @@
 
 import mlx.core as mx
 
-from ..codecs.kv_codec import KVCodec
+from ..codecs.kv_codec import ALL, Codes, KVCodec
+from ..streams import helpers
+from . import support
 from .problem import Problem
 from .tokens import Pair, Pass, Places, Plan, Tokens
 
@@ -13,13 +15,32 @@ class MLXOps:
     fixed_shapes = False
     max_queries = 0
     dequantizes = False
-    encode = staticmethod(KVCodec.encode)
 
     def __init__(self, name: str, compiled: bool = False):
         self.name, self.compiled = name, compiled
 
     def runs_here(self) -> bool:
         return True
+
+    def encode(
+        self,
+        codec: KVCodec,
+        keys: mx.array,
+        values: mx.array,
+        start: int,
+        older: tuple[Codes, Codes] = ((), ()),
+        part: slice = ALL,
+    ) -> tuple[Codes, Codes]:
+        """As :meth:`KVCodec.encode`, beside other work where a core is free for it.
+
+        A step of decoding makes codes of tokens that are long there: nothing else waits for them
+        before the layer's own attention.
+        """
+        streams = () if support.on_gpu() else helpers()
+        if not streams:
+            return codec.encode(keys, values, start, older, part)
+        with mx.stream(streams[0]):
+            return codec.encode(keys, values, start, older, part)
 
     def unsupported(self, problem: Problem) -> str | None:
         return "attention without MLX's operations"

@@ -6,7 +6,7 @@ results; compressed ones are refused until they are trimmed alike.
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.nn as nn
@@ -16,16 +16,27 @@ from ..cache import BatchCompressedKVCache, CompressedKVCache
 from ..cache.parts import parts_of
 from ..cache.reading import AttendedCache
 from .calibration import same_objects
-from .projections import contents
 
 Compressed = CompressedKVCache | BatchCompressedKVCache
 
 
 def guard_all(model: Any) -> None:
     """:func:`guard` a model and the parts that run its layers: programs call these, too."""
-    parts = (one for one in contents(model) if isinstance(one, nn.Module) and _has_layers(one))
-    for kind in {type(model), *map(type, parts)}:
+    for kind in {type(model), *map(type, _with_layers(model))}:
         guard(kind)
+
+
+def _with_layers(holder: Any) -> Iterator[nn.Module]:
+    """The modules below a module that have layers; none that is in a layer.
+
+    Whoever makes a prompt cache waits for it, and most modules are in layers.
+    """
+    # A list's places stand for names.
+    for name, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
+        if name != "layers" and isinstance(value, (dict, list)):
+            if isinstance(value, nn.Module) and _has_layers(value):
+                yield value
+            yield from _with_layers(value)
 
 
 def _has_layers(module: nn.Module) -> bool:
