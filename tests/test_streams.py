@@ -14,6 +14,7 @@ from mlx_turboquant_plugin.backends import mlx_ops
 from mlx_turboquant_plugin.cache import CompressedKVCache, Visibility
 from mlx_turboquant_plugin.cache.rotating import RotatingCompressedKVCache
 from mlx_turboquant_plugin.cache.visibility import BLOCK, ROLLBACK
+from mlx_turboquant_plugin.codecs.kv_codec import ALL
 
 pytestmark = pytest.mark.skipif(
     mx.default_device().type != mx.cpu, reason="only the CPU's streams share"
@@ -144,25 +145,58 @@ def test_several_queries_have_full_precision_tokens_beside_their_codes(
     assert expected > 1 or mx.default_stream(mx.cpu) not in [stream for stream, _ in shared]
 
 
-@pytest.mark.parametrize("length", [BLOCK, 700])
-def test_codes_are_made_beside_other_work(length, monkeypatch):
-    case, encoding = Case(length=length), []
+class _Waiting:
+    """``mlx.core`` that counts what is made to wait."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __getattr__(self, name):
+        return getattr(mx, name)
+
+    def depends(self, *args):
+        self.count += 1
+        return mx.depends(*args)
+
+
+@pytest.mark.parametrize("count", [1, 2, ROLLBACK, ROLLBACK + 1])
+@pytest.mark.parametrize("streams", [1, 3])
+def test_codes_wait_for_full_precision_tokens_where_memory_counts(streams, count, use, monkeypatch):
+    waiting = _Waiting()
+    monkeypatch.setattr(pieces, "mx", waiting)
+    use(streams)
+    Case(length=700, count=count).run("compiled")
+    assert (waiting.count > 0) == (count > (1 if streams == 1 else ROLLBACK))
+
+
+def test_few_codes_of_a_single_query_are_not_worth_a_stream(use, monkeypatch):
+    shared = use(3)
+    monkeypatch.setattr(pieces, "LEAST_SPLIT", 2**40)
+    Case(length=700).run("compiled")
+    assert [stream for stream, _ in shared] == [mx.default_stream(mx.cpu)]
+
+
+@pytest.mark.parametrize("part", [ALL, slice(BLOCK, 2 * BLOCK)])
+def test_codes_are_made_beside_other_work(part, monkeypatch):
+    case, encoding = Case(length=700, extras=True), []
     backend, original = mlx_ops.MLXOps("compiled", compiled=True), type(case.codec).encode
 
     def encode(*args):
         encoding.append(mx.default_stream(mx.cpu))
         return original(*args)
 
+    start = 3 * BLOCK
+    older = original(case.codec, case.keys[:, :, :start], case.values[:, :, :start], 0)
+    given = case.codec, case.keys, case.values, start, older, part
     monkeypatch.setattr(type(case.codec), "encode", encode)
-    made = []
+    expected = original(*given)
     for helpers in ((), (STREAMS[0],)):
         monkeypatch.setattr(mlx_ops, "helpers", lambda helpers=helpers: helpers)
-        made.append(backend.encode(case.codec, case.keys, case.values, 0))
+        for side, other in zip(backend.encode(*given), expected):
+            for plane, wanted in zip(side, other):
+                np.testing.assert_array_equal(np.array(plane), np.array(wanted))
     first, second = encoding
     assert first == mx.default_stream(mx.cpu) != second
-    for side, other in zip(*made):
-        for plane, expected in zip(side, other):
-            np.testing.assert_array_equal(np.array(plane), np.array(expected))
 
 
 def test_codes_are_made_by_a_gpu_itself(monkeypatch):

@@ -1,5 +1,7 @@
 """The backend that leaves everything to MLX's operations."""
 
+from contextlib import nullcontext
+
 import mlx.core as mx
 
 from ..codecs.kv_codec import ALL, Codes, KVCodec
@@ -31,15 +33,12 @@ class MLXOps:
         older: tuple[Codes, Codes] = ((), ()),
         part: slice = ALL,
     ) -> tuple[Codes, Codes]:
-        """As :meth:`KVCodec.encode`, beside other work where a core is free for it.
+        """As :meth:`KVCodec.encode`, on a stream of its own where a core is free for it.
 
-        A step of decoding makes codes of tokens that are long there: nothing else waits for them
-        before the layer's own attention.
+        In decoding nothing waits for the codes of old tokens but the layer's own attention.
         """
         streams = () if support.on_gpu() else helpers()
-        if not streams:
-            return codec.encode(keys, values, start, older, part)
-        with mx.stream(streams[0]):
+        with mx.stream(streams[0]) if streams else nullcontext():
             return codec.encode(keys, values, start, older, part)
 
     def unsupported(self, problem: Problem) -> str | None:

@@ -27,15 +27,19 @@ def guard_all(model: Any) -> None:
 
 
 def _with_layers(holder: Any) -> Iterator[nn.Module]:
-    """The modules below a module that have layers; none that is in a layer.
+    """The modules below a module that have layers themselves.
 
-    Whoever makes a prompt cache waits for it, and most modules are in layers.
+    Whoever makes a prompt cache waits for it, so layers are not looked into but for such modules.
     """
     # A list's places stand for names.
     for name, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
-        if name != "layers" and isinstance(value, (dict, list)):
-            if isinstance(value, nn.Module) and _has_layers(value):
-                yield value
+        if isinstance(value, nn.Module) and _has_layers(value):
+            yield value
+            yield from _with_layers(value)
+        elif name == "layers" and isinstance(value, list):
+            parts = [one for one in value if isinstance(one, nn.Module) and _has_layers(one)]
+            yield from _with_layers(parts)
+        elif isinstance(value, (dict, list)):
             yield from _with_layers(value)
 
 
