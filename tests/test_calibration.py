@@ -53,6 +53,13 @@ def measured(model):
     return statistics_of(model, model.layers, [KVCache() for _ in model.layers])
 
 
+def loaded(path):
+    """Arrays and metadata of a file that may be written anew."""
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    mx.eval(arrays)
+    return arrays, metadata
+
+
 def test_statistics_are_those_of_the_keys_and_queries_of_the_pass():
     model = model_of()
     seen = {}
@@ -129,7 +136,7 @@ def test_a_damaged_file_is_measured_again_and_written_anew(damage, passes, folde
     elif damage == "foreign":
         mx.save_safetensors(str(path), {"weight": mx.zeros(3)})
     else:
-        arrays, metadata = mx.load(str(path), return_metadata=True)
+        arrays, metadata = loaded(path)
         if damage == "nan":
             arrays["0.key_square"] = arrays["0.key_square"] * float("nan")
         else:
@@ -351,7 +358,7 @@ def test_a_file_that_does_not_fit_together_is_measured_again(name, change, passe
     model = model_of()
     measured(model)
     [path] = folder.iterdir()
-    arrays, metadata = mx.load(str(path), return_metadata=True)
+    arrays, metadata = loaded(path)
     array = arrays.pop(name)
     if change is not None:
         arrays[name] = mx.contiguous(change(array))

@@ -16,7 +16,7 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 
 import mlx_turboquant_plugin
-from mlx_turboquant_plugin.integration import table, whole_passes
+from mlx_turboquant_plugin.integration import whole_passes
 
 LENGTH = 130
 
@@ -127,14 +127,14 @@ class Nested(nn.Module):
         self.others = {"language": [nn.Sequential(nn.ReLU())], "vision": nn.ReLU()}
 
 
-@pytest.mark.parametrize("name", ["nested", *sorted([*table.FAMILIES, *table.THROUGH])])
-def test_all_parts_with_layers_are_found(name):
-    model = Nested() if name == "nested" else tiny_models.build(name)
-    every = (one for _, one in model.named_modules() if one is not model)
-    expected = {id(one) for one in every if "layers" in one or hasattr(type(one), "layers")}
+def test_all_parts_with_layers_are_found():
+    model = Nested()
+    every = [one for _, one in model.named_modules() if one is not model]
     found = [id(one) for one in whole_passes._with_layers(model)]
-    assert {*found} == expected and len(found) == len({*found})
-    assert name != "nested" or len(found) == 4
+    assert sorted(found) == sorted(
+        id(one) for one in every if "layers" in one or hasattr(type(one), "layers")
+    )
+    assert len(found) == 4
 
 
 def generated(model, prompt, caches, count=6):

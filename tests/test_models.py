@@ -21,7 +21,7 @@ from processes import ROOT
 import mlx_turboquant_plugin
 from mlx_turboquant_plugin.cache import BatchCompressedKVCache, CompressedKVCache
 from mlx_turboquant_plugin.codecs.segmented import ERRORS, USUAL_BITS
-from mlx_turboquant_plugin.integration import table
+from mlx_turboquant_plugin.integration import table, whole_passes
 
 # One for each way in which a family differs from Llama.
 QUICK = {
@@ -126,6 +126,15 @@ def test_a_tiny_model(name, tmp_path):
 
     if name not in NO_BATCHES and all(hasattr(cache, "merge") for cache in caches):
         check_batch(model)
+
+
+@each([*table.FAMILIES, *table.THROUGH])
+def test_all_parts_with_layers_are_guarded(name):
+    model = tiny_models.build(name)
+    every = (one for _, one in model.named_modules() if one is not model)
+    expected = {id(one) for one in every if "layers" in one or hasattr(type(one), "layers")}
+    found = [id(one) for one in whole_passes._with_layers(model)]
+    assert {*found} == expected and len(found) == len(expected)
 
 
 def has_codes(cache):

@@ -1,7 +1,6 @@
 """The compressed KV cache of a batch of sequences."""
 
 import functools
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from .rotating import RotatingCompressedKVCache
 from .rows import Part, append_rows, own_tokens
 from .shapes import check_rows
 from .transaction import AllOrNothing
+from .trimming import whole_number
 from .visibility import Ring
 
 
@@ -252,7 +252,7 @@ class BatchCompressedKVCache(AttendedCache):
         Raises:
             ValueError: see :meth:`CompressedKVCache.trim`; or padding on the right is expected.
         """
-        n = max(0, min(self._index, operator.index(n)))
+        n = max(0, min(self._index, whole_number(n)))
         if n and self._lengths is not None:
             raise ValueError(
                 "a BatchCompressedKVCache that expects padding on the right can't be trimmed, "

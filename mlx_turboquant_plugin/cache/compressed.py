@@ -1,6 +1,5 @@
 """The compressed KV cache of one sequence."""
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from .passes import StepPlan, plan_step, plan_view
 from .reading import AttendedCache
 from .shapes import check_shapes
 from .transaction import AllOrNothing
-from .trimming import checked_offset, rewind
+from .trimming import checked_offset, rewind, whole_number
 from .view import View
 from .visibility import ROLLBACK, Ring, Visibility
 
@@ -300,7 +299,7 @@ class CompressedKVCache(AttendedCache):
         Raises:
             ValueError: it is not trimmable and ``n`` is not 0; nothing is forgotten then.
         """
-        n = max(0, min(self.offset, operator.index(n)))
+        n = max(0, min(self.offset, whole_number(n)))
         with AllOrNothing(self):
             rewind(self, self.offset - n)
             self.passed = None

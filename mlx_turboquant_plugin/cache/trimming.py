@@ -1,7 +1,7 @@
 """Forgetting the newest tokens of a cache."""
 
 import operator
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import mlx.core as mx
 
@@ -51,13 +51,24 @@ def rewind(cache: "CompressedKVCache", offset: int) -> None:
     cache.hold(tokens, key_codes, value_codes, first_quantized, quantized, offset)
 
 
+def whole_number(n: SupportsIndex | mx.array) -> int:
+    """A number of tokens, which may be an array of one.
+
+    Raises:
+        TypeError: it is not whole.
+    """
+    # Arrays of the first supported MLX are no indices.
+    number: Any = n.item() if isinstance(n, mx.array) else n
+    return operator.index(number)
+
+
 def checked_offset(cache: "CompressedKVCache", offset: SupportsIndex) -> int:
     """An ``offset`` that a program has set itself.
 
     Raises:
         ValueError: the cache does not have so many tokens.
     """
-    count = operator.index(offset)
+    count = whole_number(offset)
     if not 0 <= count <= cache.offset:
         raise ValueError(
             f"offset can't be set to {count}, allowed is 0 to {cache.offset}, which trims this "

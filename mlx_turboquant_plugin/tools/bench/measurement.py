@@ -230,7 +230,10 @@ def _reason(error: Exception) -> str:
 
 def too_large(needed: int) -> str | None:
     """Why ``needed`` more bytes are too many for this machine, or None."""
-    room = ROOM * mx.get_memory_limit() - mx.get_active_memory()
+    # mx.get_memory_limit() is not in the first supported version.
+    limit = mx.set_memory_limit(2**62)
+    mx.set_memory_limit(limit)
+    room = ROOM * limit - mx.get_active_memory()
     if needed <= room:
         return None
     return f"needs about {needed / 2**30:.1f} GiB, and {max(0, room) / 2**30:.1f} GiB are free"
