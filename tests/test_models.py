@@ -261,6 +261,15 @@ def test_the_page_says_what_becomes_of_every_model():
     assert model_table.replaced(page) == page
 
 
+def test_every_reason_is_named():
+    model = tiny_models.build("recurrent_gemma")
+    mlx_turboquant_plugin.enable(window=64)
+    mlx_lm_cache.make_prompt_cache(model)
+    line = mlx_turboquant_plugin.status().models[-1]
+    assert line.startswith("recurrent_gemma runs uncompressed: ArraysCache is not supported; all ")
+    assert line.endswith(" stay in full precision") and line.count("ArraysCache") == 1
+
+
 def test_a_window_within_what_stays_exact_is_left_to_mlx_lm():
     model = tiny_models.build("gpt_oss")
     expected, _ = run(model, TOKENS, CHUNKS)

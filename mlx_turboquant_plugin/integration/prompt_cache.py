@@ -117,14 +117,15 @@ def _compress(model: Any, identity: settings.ModelIdentity, caches: list[Any]) -
     compressed = [new or old for (new, _), old in zip(pairs, caches)]
     reasons = [reason for _, reason in pairs if reason]
     count = len(layers) - len(reasons)
+    why = "; ".join(dict.fromkeys(reasons))
     if count == 0:
-        return _leave(identity, caches, reasons[0] if reasons else "it has no layers")
+        return _leave(identity, caches, why or "it has no layers")
     text = f"{_name(identity)}: {count} of {len(layers)} layers compressed, "
     text += _bits(chosen, compressed)
     if not upstream.available():
         guard_all(model)
     if reasons:
-        text += f"; the others not: {reasons[0]}"
+        text += f"; the others not: {why}"
     if identity not in _reports:
         logger.info("%s", text)
         if serving():
