@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from operator import attrgetter
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 import tiny
@@ -16,7 +15,6 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 
 import mlx_turboquant_plugin
-from mlx_turboquant_plugin.integration import whole_passes
 
 LENGTH = 130
 
@@ -107,34 +105,6 @@ def test_parts_of_a_model_refuse_too(model):
         model.model(tokens[:, LENGTH : LENGTH + 5], cache=caches)
     with pytest.raises(RuntimeError, match=f"interrupted: trim each to {LENGTH}"):
         model.model(tokens[:, LENGTH : LENGTH + 5], cache=caches)
-
-
-class Stage(nn.Module):
-    """Runs layers."""
-
-    def __init__(self, layers):
-        super().__init__()
-        self.layers = layers
-
-
-class Nested(nn.Module):
-    """Runs stages, of which others keep some."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = [Stage([nn.ReLU()]), nn.ReLU()]
-        self.decoder = Stage(Stage([nn.ReLU()]))
-        self.others = {"language": [nn.Sequential(nn.ReLU())], "vision": nn.ReLU()}
-
-
-def test_all_parts_with_layers_are_found():
-    model = Nested()
-    every = [one for _, one in model.named_modules() if one is not model]
-    found = [id(one) for one in whole_passes._with_layers(model)]
-    assert sorted(found) == sorted(
-        id(one) for one in every if "layers" in one or hasattr(type(one), "layers")
-    )
-    assert len(found) == 4
 
 
 def generated(model, prompt, caches, count=6):

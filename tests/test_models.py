@@ -7,6 +7,7 @@ import pkgutil
 import tomllib
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import mlx_lm.models
 import model_table
@@ -128,13 +129,39 @@ def test_a_tiny_model(name, tmp_path):
         check_batch(model)
 
 
+class Stage(nn.Module):
+    """Runs layers."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+
+class Nested(nn.Module):
+    """Runs stages, of which others keep some."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [Stage([nn.ReLU()]), nn.ReLU()]
+        self.decoder = Stage(Stage([nn.ReLU()]))
+        self.others = {"language": [nn.Sequential(nn.ReLU())], "vision": nn.ReLU()}
+
+
+def check_parts(model):
+    """All modules below ``model`` that have layers are found, each once; how many there are."""
+    every = [one for _, one in model.named_modules() if one is not model]
+    expected = [id(one) for one in every if "layers" in one or hasattr(type(one), "layers")]
+    assert sorted(map(id, whole_passes._with_layers(model))) == sorted(expected)
+    return len(expected)
+
+
 @each([*table.FAMILIES, *table.THROUGH])
 def test_all_parts_with_layers_are_guarded(name):
-    model = tiny_models.build(name)
-    every = (one for _, one in model.named_modules() if one is not model)
-    expected = {id(one) for one in every if "layers" in one or hasattr(type(one), "layers")}
-    found = [id(one) for one in whole_passes._with_layers(model)]
-    assert {*found} == expected and len(found) == len(expected)
+    check_parts(tiny_models.build(name))
+
+
+def test_parts_with_layers_may_be_anywhere():
+    assert check_parts(Nested()) == 4
 
 
 def has_codes(cache):

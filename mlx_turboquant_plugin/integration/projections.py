@@ -1,6 +1,6 @@
 """Where an attention module keeps the projections of its queries, keys and values."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -15,14 +15,18 @@ def weights_of(module: nn.Module) -> list[tuple[str, mx.array]]:
     return weights
 
 
+def entries(holder: Any) -> Iterable[tuple[Any, Any]]:
+    """The names and values in a module or a dict; in a list, places stand for names."""
+    return holder.items() if isinstance(holder, dict) else enumerate(holder)
+
+
 def contents(holder: Any) -> Iterator[Any]:
     """The modules and weights below a module, those of adapters too.
 
     They are those of ``named_modules()`` and ``parameters()``, in a tenth of the time: whoever
     makes a prompt cache waits for it.
     """
-    # A list's places stand for names.
-    for name, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
+    for name, value in entries(holder):
         if isinstance(value, mx.array):
             if not str(name).startswith("_"):
                 yield value

@@ -124,7 +124,7 @@ def _compress(model: Any, identity: settings.ModelIdentity, caches: list[Any]) -
     text += _bits(chosen, compressed)
     if not upstream.available():
         guard_all(model)
-    if reasons:
+    if why:
         text += f"; the others not: {why}"
     if identity not in _reports:
         logger.info("%s", text)

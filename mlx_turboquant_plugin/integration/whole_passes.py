@@ -16,6 +16,7 @@ from ..cache import BatchCompressedKVCache, CompressedKVCache
 from ..cache.parts import parts_of
 from ..cache.reading import AttendedCache
 from .calibration import same_objects
+from .projections import entries
 
 Compressed = CompressedKVCache | BatchCompressedKVCache
 
@@ -26,21 +27,20 @@ def guard_all(model: Any) -> None:
         guard(kind)
 
 
-def _with_layers(holder: Any) -> Iterator[nn.Module]:
+def _with_layers(holder: Any, is_layers: bool = False) -> Iterator[nn.Module]:
     """The modules below a module that have layers themselves.
 
     Whoever makes a prompt cache waits for it, so layers are not looked into but for such modules.
+
+    Args:
+        is_layers: whether ``holder`` is a list of layers.
     """
-    # A list's places stand for names.
-    for name, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
+    for name, value in entries(holder):
         if isinstance(value, nn.Module) and _has_layers(value):
             yield value
             yield from _with_layers(value)
-        elif name == "layers" and isinstance(value, list):
-            parts = [one for one in value if isinstance(one, nn.Module) and _has_layers(one)]
-            yield from _with_layers(parts)
-        elif isinstance(value, (dict, list)):
-            yield from _with_layers(value)
+        elif isinstance(value, (dict, list)) and not is_layers:
+            yield from _with_layers(value, name == "layers" and isinstance(value, list))
 
 
 def _has_layers(module: nn.Module) -> bool:
