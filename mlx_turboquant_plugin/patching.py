@@ -6,6 +6,7 @@ outlive :func:`undo` in modules that imported it: each wrapper therefore asks
 :func:`active` first and is a plain call of the original once patches are undone.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,17 +33,22 @@ def replaced() -> list[str]:
     return [f"{_name(owner)}.{name}" for owner, name, _, _ in _replaced]
 
 
+def places_of(method: Callable) -> dict[str, int]:
+    """The place of each parameter of a method among those after ``self``."""
+    return {name: place for place, name in enumerate(list(inspect.signature(method).parameters)[1:])}
+
+
 def argument(
-    name: str, parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+    name: str, places: Mapping[str, int], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
     """The argument ``name`` of a wrapped call, given by its name or by its place; else None.
 
     Args:
-        parameters: the names of those that can be given by their places.
+        places: of the parameters.
     """
     if name in kwargs:
         return kwargs[name]
-    place = parameters.index(name)
+    place = places.get(name, len(args))
     return args[place] if place < len(args) else None
 
 

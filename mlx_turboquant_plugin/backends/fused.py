@@ -33,12 +33,10 @@ class Fused:
     fixed_shapes = False
     max_queries = MAX_QUERIES
     dequantizes = False
+    unsupported = staticmethod(unsupported)
 
     def runs_here(self) -> bool:
         return on_gpu() and bool(getattr(mx, self.name).is_available())
-
-    def unsupported(self, problem: Problem) -> str | None:
-        return unsupported(problem)
 
     def lays_out(self, codec: KVCodec, tokens: Tokens) -> bool:
         return cannot_lay_out(codec, tokens) is None

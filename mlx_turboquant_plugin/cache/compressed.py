@@ -23,7 +23,7 @@ from .shapes import check_shapes
 from .transaction import AllOrNothing
 from .trimming import checked_offset, rewind, whole_number
 from .view import View
-from .visibility import ROLLBACK, Ring, Visibility
+from .visibility import Ring, Visibility
 
 
 class CompressedKVCache(AttendedCache):
@@ -143,29 +143,28 @@ class CompressedKVCache(AttendedCache):
         if self.codec is None:
             self.codec = KVCodec(CodecSpec(shape[-1], values.shape[-1]))
         check_shapes(shape, values.shape, self.codec.spec, full.heads)
-        count, end, fixed_shapes = shape[2], start + shape[2], self.backend.fixed_shapes
-        if is_prompt is None:
-            is_prompt = self.visibility.is_prompt(count)
         step = plan_step(
             self.visibility,
             self.ring,
-            fixed_shapes,
+            self.backend.fixed_shapes,
             self.first_quantized,
             self.quantized,
             full.count,
             start,
-            end,
+            start + shape[2],
             is_prompt,
         )
+        plan = step.plan
         self.full_tokens = full.grown(keys, values, step.sinks, step.drop)
-        self._offset = end
-        if is_prompt and self.ring is None and fuses(self, keys, values):
+        self._offset = plan.end
+        if plan.is_prompt and self.ring is None and fuses(self, keys, values):
             view = encode_pass(self, start, keys, values)
             if view is not None:
                 return view
         encode(self, step.encode_to)
-        view = self._view(step.plan)
-        self._forget(count <= ROLLBACK and not is_prompt)
+        view = self._view(plan)
+        if self.ring is not None or not step.is_step:
+            self._forget(step.is_step)
         return view
 
     def emptied(self) -> "CompressedKVCache":

@@ -104,12 +104,14 @@ class Step(NamedTuple):
         sinks: how many of the full-precision tokens that are there are sinks.
         drop: how many after these go before the new ones come.
         encode_to: the position before which all need codes.
+        is_step: whether what has become old went before the new tokens came, not after.
         plan: what the queries of the new tokens see then.
     """
 
     sinks: int
     drop: int
     encode_to: int
+    is_step: bool
     plan: StepPlan
 
 
@@ -124,18 +126,22 @@ def plan_step(
     held: int,
     start: int,
     end: int,
-    is_prompt: bool,
+    is_prompt: bool | None,
 ) -> Step:
     """The step of the tokens start, ..., end - 1.
 
     Args:
         fixed_shapes: see :func:`plan_pass`.
         held: the full-precision tokens that are there, without those that come.
-        visibility, ring, first_quantized, quantized, is_prompt: see :class:`StepPlan`.
+        visibility, ring, first_quantized, quantized, is_prompt: see :class:`StepPlan`; None is
+            what the number of tokens says.
     """
+    if is_prompt is None:
+        is_prompt = visibility.is_prompt(end - start)
     sinks, drop = min(visibility.sinks, start), 0
     encode_to = visibility.full_from(end - 1)
-    if end - start <= ROLLBACK and not is_prompt:
+    is_step = end - start <= ROLLBACK and not is_prompt
+    if is_step:
         # No query of a step reads what is forgotten after it.
         retained = min(visibility.retained_from(end, fixed_shapes), quantized)
         if ring is not None:
@@ -148,7 +154,7 @@ def plan_step(
         quantized = encode_to
     held += end - start - drop
     plan = plan_view(visibility, ring, first_quantized, quantized, held, start, end, is_prompt)
-    return Step(sinks, drop, encode_to, plan)
+    return Step(sinks, drop, encode_to, is_step, plan)
 
 
 @functools.lru_cache(maxsize=64)

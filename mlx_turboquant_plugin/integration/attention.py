@@ -1,7 +1,6 @@
 """Patching the attention of a family of models, so that it reads compressed caches."""
 
 import functools
-import inspect
 import itertools
 import weakref
 from collections.abc import Sequence
@@ -37,15 +36,15 @@ def patch_family(module: ModuleType, family: Family) -> None:
     """
     attention = getattr(module, family.attention)
     if not upstream.available():
-        parameters = list(inspect.signature(attention.__call__).parameters)[1:]
-        if "cache" not in parameters:
+        places = patching.places_of(attention.__call__)
+        if "cache" not in places:
             raise AttributeError(
                 f"{attention.__qualname__}.__call__ has no parameter cache, only "
-                f"{', '.join(parameters)}: name the class that updates the cache"
+                f"{', '.join(places)}: name the class that updates the cache"
             )
         if hasattr(module, "scaled_dot_product_attention") or not family.reads_arrays:
             patching.wrap(module, "scaled_dot_product_attention", _scaled_dot_product_attention)
-        patching.wrap(attention, "__call__", functools.partial(_attention_call, parameters))
+        patching.wrap(attention, "__call__", functools.partial(_attention_call, places))
         if hasattr(module, "Model"):
             # Others are met when a prompt cache is made for them.
             guard(module.Model)
@@ -56,14 +55,13 @@ def _scaled_dot_product_attention(wrapped, instance, args, kwargs):
     return attend(wrapped, *args, **kwargs)
 
 
-def _attention_call(parameters, wrapped, instance, args, kwargs):
-    # A step's layers that keep mlx-lm's own caches are to lose no time here.
-    cache = patching.argument("cache", parameters, args, kwargs)
+def _attention_call(places, wrapped, instance, args, kwargs):
+    # Each layer of each step comes here, and a step of decoding can wait for the host.
+    cache = patching.argument("cache", places, args, kwargs)
     if type(cache) is CacheList:
         cache = next(filter(_ours, parts(cache)), None)
     if not _ours(cache):
         return wrapped(*args, **kwargs)
-    given = {**dict(zip(parameters, args)), **kwargs}
     family = family_of(instance)
     if family.follows is not None and family.follows(instance):
         with AllOrNothing(cache):
@@ -73,19 +71,22 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
         return out
     if cache.attention is None or cache.attention() is not instance:
         bind(cache, instance)
-    if not _plain(given.get("mask")):
-        # Before the cache changes.
-        batch, count = given[parameters[0]].shape[:2]
-        heads, _ = family.head_counts(instance)
-        check(given["mask"], (batch, heads, count, cache.columns(count)))
+    ends: Sequence[int] = ()
+    mask = patching.argument("mask", places, args, kwargs)
+    if mask is not None:
+        given, hidden = {**dict(zip(places, args)), **kwargs}, next(iter(places))
+        batch, count = given[hidden].shape[:2]
+        if not isinstance(mask, str) or mask != "causal":
+            # Before the cache changes.
+            heads, _ = family.head_counts(instance)
+            check(mask, (batch, heads, count, cache.columns(count)))
+        if family.reads_arrays and is_causal(mask):
+            ends = [0, *(cache.cuts(count) if count > 1 else ()), count]
     with AllOrNothing(*cache.holders):
         cache.attending = True
         try:
-            ends: Sequence[int] = ()
-            if family.reads_arrays and is_causal(given.get("mask")):
-                ends = _ends(given[parameters[0]].shape[1], cache)
             if len(ends) > 2:
-                out = _in_parts(wrapped, parameters[0], given, cache, ends)
+                out = _in_parts(wrapped, hidden, given, cache, ends)
             else:
                 out = wrapped(*args, **kwargs)
         except ValueError:
@@ -99,11 +100,6 @@ def _attention_call(parameters, wrapped, instance, args, kwargs):
     return out
 
 
-def _ends(count: int, cache: Any) -> Sequence[int]:
-    """Where parts of the next ``count`` queries begin and end, each of which sees the same."""
-    return [0, *(cache.cuts(count) if count > 1 else ()), count]
-
-
 def _in_parts(
     attention: Any, hidden: str, given: dict[str, Any], cache: Any, ends: Sequence[int]
 ) -> mx.array:
@@ -112,7 +108,7 @@ def _in_parts(
 
     Args:
         hidden: the name of the hidden states among the arguments ``given``.
-        ends: see :func:`_ends`.
+        ends: where parts of the queries begin and end, each of which sees the same.
     """
     outs = []
     for first, last in itertools.pairwise(ends):
@@ -130,10 +126,6 @@ def _in_parts(
             part["mask"] = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         outs.append(attention(**part))
     return mx.concatenate(outs, axis=1)
-
-
-def _plain(mask: Any) -> bool:
-    return mask is None or (isinstance(mask, str) and mask == "causal")
 
 
 def _ours(cache: Any) -> bool:

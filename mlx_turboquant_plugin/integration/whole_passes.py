@@ -5,7 +5,6 @@ results; compressed ones are refused until they are trimmed alike.
 """
 
 import functools
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -53,13 +52,13 @@ def guard(model: type) -> None:
     owner = next((kind for kind in model.__mro__ if "__call__" in vars(kind)), None)
     if owner is None:
         return
-    parameters = list(inspect.signature(owner.__call__).parameters)[1:]
-    if "cache" in parameters:
-        patching.wrap(owner, "__call__", functools.partial(_model_call, parameters))
+    places = patching.places_of(owner.__call__)
+    if "cache" in places:
+        patching.wrap(owner, "__call__", functools.partial(_model_call, places))
 
 
-def _model_call(parameters, wrapped, instance, args, kwargs):
-    caches = patching.argument("cache", parameters, args, kwargs)
+def _model_call(places, wrapped, instance, args, kwargs):
+    caches = patching.argument("cache", places, args, kwargs)
     parts = list(parts_of(caches if isinstance(caches, (list, tuple)) else ()))
     ours: list[Any] = [one for one in parts if isinstance(one, AttendedCache)]
     if not ours:

@@ -39,17 +39,17 @@ def test_words_are_those_of_the_arrays():
         words, np.concatenate([np.array(x).view(np.uint32).ravel() for x in arrays])
     )
     rotations = (one.value_rotation.array, one.key_rotation.array)
-    np.testing.assert_array_equal(layer.rotations, mx.concatenate(rotations))
+    np.testing.assert_array_equal(layer.kind.rotations, mx.concatenate(rotations))
 
 
 def test_what_layers_share_and_what_is_counted():
     one, other = codec(), codec(seed=1)
     layer = layer_of(one)
     assert layer_of(one) is layer and layer_of(other).kind is layer.kind
-    assert layer_of(other).rotations is layer.rotations
+    assert layer_of(other).kind.rotations is layer.kind.rotations
     assert layer_of(codec(biased=False)).kind is not layer.kind
     counted = {id(x) for x in one.tables}
-    assert {id(layer.rotations), id(layer.known[0])} <= counted
+    assert {id(layer.kind.rotations), id(layer.known[0])} <= counted
     assert layer_of(KVCodec(one.spec)).known == ()
 
 
@@ -117,9 +117,9 @@ def test_batches_at_the_same_positions_have_bounds_of_their_own(described, monke
     bounds, attention = [], cuda._attention
 
     def noted(*kind):
-        def attend(rotations, queries, *others):
+        def attend(queries, *others):
             bounds.append(next(x.shape for x in others if x.dtype == mx.int32 and x.ndim == 3))
-            return attention(*kind)(rotations, queries, *others)
+            return attention(*kind)(queries, *others)
 
         return attend
 

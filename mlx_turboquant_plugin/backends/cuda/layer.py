@@ -18,37 +18,47 @@ class Kind:
     """What the source of the kernels depends on; one object, which hashes fast, for equal layers.
 
     Attributes:
+        rotations: fp32, of the values and then of the keys.
         balanced, ordered: whether there are a balance and a layout, see :class:`KVCodec`.
         pairs: those of the key bias; no pairs without one.
     """
 
     spec: CodecSpec
+    rotations: mx.array
     balanced: bool
     ordered: bool
     pairs: PairLayout
 
 
-_kind = functools.lru_cache(maxsize=None)(Kind)
+@functools.cache
+def _kind(
+    spec: CodecSpec,
+    value_rotation: Rotation,
+    key_rotation: Rotation,
+    balanced: bool,
+    ordered: bool,
+    pairs: PairLayout,
+) -> Kind:
+    rotations = side_by_side(value_rotation.array, key_rotation.array)
+    return Kind(spec, rotations, balanced, ordered, pairs)
 
 
 class Layer(NamedTuple):
     """A layer, as ``split.cu`` and ``merge.cu`` read it.
 
     Attributes:
-        rotations: fp32, of the values and then of the keys; shared by layers.
         known: one array or none: the balance, the key bias and the layout, as far as there are
             any, fp32 and int32 as it is.
         table: of the key bias, or None.
     """
 
     kind: Kind
-    rotations: mx.array
     known: tuple[mx.array, ...]
     table: RotaryTable | None
 
     @property
     def arrays(self) -> tuple[mx.array, ...]:
-        return self.rotations, *self.known
+        return self.kind.rotations, *self.known
 
 
 def layer_of(codec: KVCodec) -> Layer:
@@ -64,17 +74,9 @@ def _layer(codec: KVCodec) -> Layer:
     bias, table = (codec.bias.bias, codec.bias.table) if codec.bias else (None, None)
     pairs = pair_layout(table) if table else PairLayout()
     known = [x for x in (balance, bias, layout) if x is not None]
-    return Layer(
-        _kind(codec.spec, balance is not None, layout is not None, pairs),
-        _rotations(codec.value_rotation, codec.key_rotation),
-        (side_by_side(*known),) if known else (),
-        table,
-    )
-
-
-@functools.cache
-def _rotations(*rotations: Rotation) -> mx.array:
-    return side_by_side(*(rotation.array for rotation in rotations))
+    rotations = codec.value_rotation, codec.key_rotation
+    kind = _kind(codec.spec, *rotations, balance is not None, layout is not None, pairs)
+    return Layer(kind, (side_by_side(*known),) if known else (), table)
 
 
 def side_by_side(*arrays: mx.array | np.ndarray) -> mx.array:
