@@ -35,7 +35,8 @@ def replaced() -> list[str]:
 
 def places_of(method: Callable) -> dict[str, int]:
     """The place of each parameter of a method among those after ``self``."""
-    return {name: place for place, name in enumerate(list(inspect.signature(method).parameters)[1:])}
+    _, *names = inspect.signature(method).parameters
+    return {name: place for place, name in enumerate(names)}
 
 
 def argument(

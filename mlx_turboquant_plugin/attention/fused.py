@@ -67,6 +67,8 @@ def attend_fused(
     )
     missing = source.backend.unsupported(problem)
     if missing is None:
+        # A step has begun that needs none of a prompt's masks.
+        forget_masks()
         return source.backend.attend(problem)
     fall_back(source.backend, missing)
     return None
@@ -110,8 +112,6 @@ def _bounds_of_view(plan: StepPlan, batch: int) -> mx.array:
     known = plan.shared.get(("bounds", batch))
     if known is not None:
         return known
-    # A step has begun that needs none of a prompt's masks.
-    forget_masks()
     bounds = []
     for position in range(plan.start, plan.end):
         hidden, oldest = plan.oldest(position - plan.start)
@@ -132,7 +132,6 @@ def _plan_of_rows(
     visibility: Visibility,
 ) -> tuple[mx.array, dict[Any, Any]]:
     """The bounds of a :class:`Problem` and an empty ``shared``."""
-    forget_masks()
     bounds = []
     for length, start in zip(lengths, full_start):
         full_from = max(visibility.full_from(length - 1), start)

@@ -15,7 +15,8 @@ MOST = 4
 class _Pace(threading.local):
     def __init__(self):
         self.first: object = None
-        self.start = self.bytes = 0
+        # No pass has begun.
+        self.start, self.bytes = -1, 0
         self.under_way: deque[mx.array] = deque()
 
 
