@@ -5,14 +5,17 @@ the one that is asked for is imported.
 """
 
 import argparse
-import io
 import os
 import shlex
 import sys
+from contextlib import redirect_stdout
 from importlib import import_module
+from typing import Any
 
 from . import __version__, log
+from .interrupts import Terminated, terminable
 from .rules import SettingsError
+from .stdout import Output, Unwritable
 
 # Subcommand -> module, what it does.
 COMMANDS = {
@@ -28,8 +31,9 @@ COMMANDS = {
 # The module that says how far they are.
 PROGRESS = f"{__package__}.tools.progress"
 BAD_SETTINGS = 2
-# What a shell says of a program that Ctrl-C, or a closed pipe, has ended.
-INTERRUPTED, CLOSED = 130, 141
+# What sysexits.h says of output that fails; what a shell says of a program that Ctrl-C, a closed
+# pipe or SIGTERM has ended.
+UNWRITABLE, INTERRUPTED, CLOSED, TERMINATED = 74, 130, 141, 143
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,29 +43,38 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments; the command line's by default.
 
     Returns:
-        The exit code: 2 for bad settings or arguments, 130 after Ctrl-C, 141 if nobody reads
-        the output any more, else the subcommand's.
+        The exit code: 2 for bad settings or arguments, 74 if standard output can't be written,
+        130 after Ctrl-C, 141 if nobody reads the output any more, 143 after SIGTERM, else the
+        subcommand's.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Who reads a pipe sees each line at once, and a closed one is found in here.
-        sys.stdout.reconfigure(line_buffering=True)
+    output: Any = None
     try:
-        return _outcome(sys.argv[1:] if argv is None else argv)
+        output = Output(sys.stdout)
+        with redirect_stdout(output):
+            code = _outcome(sys.argv[1:] if argv is None else argv, output)
+            output.flush()
+            return code
     except BrokenPipeError:
-        # Python flushes it once more in the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.give_up()
         return CLOSED
+    except Unwritable as error:
+        log.logger.error("%s", error)
+        if output:
+            output.give_up()
+        return UNWRITABLE
 
 
-def _outcome(argv: list[str]) -> int:
+def _outcome(argv: list[str], output: Output) -> int:
     try:
-        return _run(argv)
+        with terminable():
+            return _run(argv)
     except SettingsError as error:
         log.logger.error("%s", error)
         return BAD_SETTINGS
-    except KeyboardInterrupt:
-        sys.stdout.write("interrupted: this is what was measured until then\n")
-        return INTERRUPTED
+    except KeyboardInterrupt as stopped:
+        kept = "this is what was measured until then" if output.used else "nothing was measured yet"
+        output.write(f"interrupted: {kept}\n")
+        return TERMINATED if isinstance(stopped, Terminated) else INTERRUPTED
 
 
 def _run(argv: list[str]) -> int:

@@ -49,6 +49,17 @@ def shown(name: str) -> Iterator[None]:
         told.propagate = True
 
 
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Meanwhile Python's last resort, stderr, hears nothing: what is logged is reported anyway."""
+    silence = logging.NullHandler()
+    logger.addHandler(silence)
+    try:
+        yield
+    finally:
+        logger.removeHandler(silence)
+
+
 @functools.cache
 def log_once(message: str, *args) -> None:
     """Warn about something that is the same for every cache, once until :func:`stop`."""

@@ -191,6 +191,10 @@ RULES: dict[str, Rule] = {
         _text_or_none,
     ),
 }
+# What is kept of keys and values; the others say by whom, where and how fast.
+SHAPING = (
+    "key_bits", "value_bits", "key_codec", "value_codec", "window", "sinks", "balance", "bypass",
+)  # fmt: skip
 # A process has one log and one memory, and a table that names a model needs no second pattern.
 NOT_OF_MODELS = "opt_out", "log", "memory_budget", "disk_cache"
 MODEL_RULES = {n: rule for n, rule in RULES.items() if n not in NOT_OF_MODELS}

@@ -23,6 +23,7 @@ from .rules import (
     MODEL_RULES,
     PRESETS,
     RULES,
+    SHAPING,
     Rule,
     SettingsError,
     check,
@@ -122,6 +123,24 @@ class Settings:
         """Where the value of a setting came from, in words."""
         return self.sources.get(name, "default")
 
+    @property
+    def shaping(self) -> dict[str, Any]:
+        """What is kept of keys and values: the settings in ``SHAPING`` by name."""
+        return {name: getattr(self, name) for name in SHAPING}
+
+    @property
+    def shaped_by(self) -> str:
+        """Which of these, or which preset, the environment and a file set, and to what.
+
+        As in "key_bits 4,4,3, sinks 64 (environment)"; empty if they set none.
+        """
+        found: dict[str, list[str]] = {}
+        for name in ("preset", *SHAPING):
+            origin = self.source(name).partition(f" {PREFIX}")[0]
+            if origin.startswith(("environment", "file ")):
+                found.setdefault(origin, []).append(f"{name} {_in_words(getattr(self, name))}")
+        return ", ".join(f"{', '.join(names)} ({origin})" for origin, names in found.items())
+
     def for_layers(self, count: int) -> list["Settings"]:
         """The settings of each layer of a model with ``count`` layers: bits are one number.
 
@@ -146,6 +165,13 @@ class Settings:
     def opted_out(self, identity: ModelIdentity) -> str | None:
         """The first ``opt_out`` pattern that matches the model, or None."""
         return next((p for p in self.opt_out if identity.matches(p)), None)
+
+
+def _in_words(value: Any) -> str:
+    """A value as a variable of the environment would have it."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "1", False: "0"}[value]
+    return ",".join(map(str, each(value)))
 
 
 @dataclass(frozen=True)
@@ -202,6 +228,11 @@ def load(
         models=tuple((p, _merge([general, layer, *strong])) for p, layer in models),
         config=str(path) if path else None,
     )
+
+
+def of_preset(name: str) -> Settings:
+    """The settings of a preset alone, whatever the environment and the file say."""
+    return _merge([{"preset": (name, "preset")}])
 
 
 def switched_on(environ: Mapping[str, str] | None = None) -> bool:

@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import json
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -51,9 +50,6 @@ def run(args: argparse.Namespace) -> int:
 def _import_what_a_run_imports() -> list[str]:
     """Import mlx and, if TurboQuant waits for it, mlx_lm; say what failed."""
     problems: list[str] = []
-    # An error that is logged is in the report, too.
-    silence = logging.NullHandler()
-    log.logger.addHandler(silence)
 
     def attempt(name: str) -> None:
         try:
@@ -61,13 +57,13 @@ def _import_what_a_run_imports() -> list[str]:
         except ImportError as error:
             problems.append(f"{name} can't be imported: {error}")
 
-    attempt("mlx.core")
-    if startup.waiting():
-        attempt(startup.TARGET)
-        for hook in hooking.hooks():
-            if hook.module != activation.OUTSIDE:
-                attempt(hook.module)
-    log.logger.removeHandler(silence)
+    with log.unheard():  # An error that is logged is in the report, too.
+        attempt("mlx.core")
+        if startup.waiting():
+            attempt(startup.TARGET)
+            for hook in hooking.hooks():
+                if hook.module != activation.OUTSIDE:
+                    attempt(hook.module)
     return problems
 
 

@@ -352,7 +352,7 @@ def test_an_interrupted_run_shows_what_it_has(monkeypatch, tmp_path, capsys):
 
 
 def test_interrupted_before_anything_was_measured(monkeypatch, capsys):
-    monkeypatch.setattr(command, "load_model", lambda path: failing(1, KeyboardInterrupt())())
+    monkeypatch.setattr(command, "load_model", lambda *_: failing(1, KeyboardInterrupt())())
     assert run(*SHORT) == 130
     assert len(capsys.readouterr().out.splitlines()) == 1
 

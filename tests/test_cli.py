@@ -14,8 +14,9 @@ from processes import ROOT, clean_environ, run_python
 
 from mlx_turboquant_plugin import __version__, cli, status_command
 from mlx_turboquant_plugin.rules import SettingsError
-from mlx_turboquant_plugin.tools import compare, demo, drift, progress, truncate
-from mlx_turboquant_plugin.tools.arguments import as_json, output_file, show
+from mlx_turboquant_plugin.tools import comparison, demo, drift, progress, truncate
+from mlx_turboquant_plugin.tools.arguments import output_file
+from mlx_turboquant_plugin.tools.output import as_json, show
 from mlx_turboquant_plugin.tools.runs import load_model
 
 COMMAND = [sys.executable, "-m", "mlx_turboquant_plugin"]
@@ -201,20 +202,20 @@ COMPARE = ["--length", "64", "--presets", "small", "--beside", "--generate", "4"
 @pytest.mark.parametrize(
     "module, name, arguments, kept",
     [
-        (compare, "lockstep", COMPARE, "1 x 64 tokens"),
-        (compare, "generate", COMPARE, "2 x 64 tokens"),
+        (comparison, "lockstep", COMPARE, "1 x 64 tokens"),
+        (comparison, "generate", COMPARE, "2 x 64 tokens"),
         (drift, "lockstep", ["--length", "170", "--preset", "small"], "1 x 170 tokens"),
         (truncate, "lockstep", ["--length", "400", "--at", "40", "--remove", "1"], "kept  removed"),
     ],
 )
 def test_ctrl_c_keeps_what_was_measured(module, name, arguments, kept, monkeypatch, capsys):
     monkeypatch.setattr(module, name, raising(KeyboardInterrupt, 1)(getattr(module, name)))
-    command = module.__name__.rpartition(".")[2]
+    command = {comparison: "compare"}.get(module, module.__name__.rpartition(".")[2])
     assert cli.main([command, *TEXT, *arguments]) == cli.INTERRUPTED
     *found, last = capsys.readouterr().out.splitlines()
     assert last.startswith("interrupted")
     # Of two generations one was made, which has nothing to be compared with.
-    assert kept in "\n".join(found) and "greedy" not in "\n".join(found)
+    assert kept in "\n".join(found) and "greedy generation" not in "\n".join(found)
 
 
 def test_ctrl_c_leaves_the_generations_of_the_demo(monkeypatch, capsys):

@@ -20,15 +20,17 @@ from mlx_turboquant_plugin.integration import prompt_cache
 from mlx_turboquant_plugin.rules import PRESETS
 from mlx_turboquant_plugin.settings import SettingsError
 from mlx_turboquant_plugin.tools import free_running, memory, plots, progress
-from mlx_turboquant_plugin.tools.arguments import write
 from mlx_turboquant_plugin.tools.arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
+from mlx_turboquant_plugin.tools.output import write
 from mlx_turboquant_plugin.tools.runs import compressed, compressed_prompt_cache
-from mlx_turboquant_plugin.tools.statistics import RULE, summarize, verdict
+from mlx_turboquant_plugin.tools.statistics import RULE, Reading, summarize, verdict
 from mlx_turboquant_plugin.tools.teacher_forcing import Divergence, lockstep
 from mlx_turboquant_plugin.tools.worst_tokens import CONTEXT, WORST, worst_tokens
 
 # A small window, so that short texts read codes.
 SMALL = Arm("small window", {"preset": "quality", "window": 32})
+# Of the positions read codes.
+ALL = Reading(1.0, 0)
 
 
 def windows(tokenizer, count=6, length=160):
@@ -113,7 +115,7 @@ def test_two_runs_of_one_arm_do_not_differ():
     found = summarize(compared(model, windows(tokenizer), EXACT))
     assert found.change.low <= 0 <= found.change.high
     assert found.change.high - found.change.low < 1e-6
-    assert verdict(found, 1.0).word == "same"
+    assert verdict(found, ALL).word == "same"
 
 
 def test_swapped_bits_are_flagged(monkeypatch):
@@ -133,8 +135,8 @@ def test_swapped_bits_are_flagged(monkeypatch):
     monkeypatch.setattr(packing, "pack", swapped)
     monkeypatch.setattr(Segmented, "encode", swapped_keys)
     damaged = summarize(compared(model, texts, SMALL))
-    assert verdict(healthy, 1.0).word in ("same", "none")
-    assert verdict(damaged, 1.0).word in ("costs", "broken")
+    assert verdict(healthy, ALL).word in ("same", "none")
+    assert verdict(damaged, ALL).word in ("costs", "broken")
     assert damaged.kl.low > healthy.kl.high
 
 
@@ -298,7 +300,7 @@ def test_mistakes_are_named(arguments, named, caplog):
 )
 def test_models_with_other_caches_are_refused(command, name, kinds, monkeypatch, caplog, capsys):
     monkeypatch.setenv("TURBOQUANT", "1")
-    monkeypatch.setattr(mlx_lm, "load", lambda path: (tiny_models.build(name), None))
+    monkeypatch.setattr(mlx_lm, "load", lambda path, **_: (tiny_models.build(name), None, {}))
     assert main([command, "--model", "some/model"]) == 2
     assert f"--model is 'some/model', which has caches of the kind {kinds}, and" in caplog.text
     assert capsys.readouterr().out == ""
@@ -329,7 +331,7 @@ def test_writing_that_fails_is_said(tmp_path):
 
 
 def test_head_dims_that_mlx_lm_cannot_quantize_are_left_out():
-    from mlx_turboquant_plugin.tools.compare import applicable
+    from mlx_turboquant_plugin.tools.comparison import applicable
 
     arms = [PRESET_ARMS["default"], BESIDE["mlx-lm-4bit"]]
     kept, left_out = applicable(arms, [((2, 80), (2, 80))])

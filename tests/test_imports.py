@@ -12,7 +12,7 @@ PACKAGE = "mlx_turboquant_plugin"
 # count, too. What is looked up by name does not: the commands in cli, the public names in
 # __init__, and whatever an entry point names.
 LAYERS = [
-    ("__main__", "cli", "status_command", "building"),
+    ("__main__", "cli", "stdout", "status_command", "building"),
     ("tools",),
     ("reporting", "startup"),
     ("activation",),
@@ -23,7 +23,16 @@ LAYERS = [
     ("backends",),
     ("codecs",),
     ("settings", "hooking", "compiling", "streams"),
-    ("rules", "patching", "log", "per_thread", "cache_folder", "compatibility", "reference"),
+    (
+        "rules",
+        "patching",
+        "log",
+        "per_thread",
+        "interrupts",
+        "cache_folder",
+        "compatibility",
+        "reference",
+    ),  # fmt: skip
     ("__init__",),
 ]
 

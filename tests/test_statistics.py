@@ -8,6 +8,7 @@ import pytest
 from mlx_turboquant_plugin.tools.statistics import (
     FEWEST_WINDOWS,
     Interval,
+    Reading,
     Summary,
     interval,
     summarize,
@@ -15,6 +16,9 @@ from mlx_turboquant_plugin.tools.statistics import (
     verdict,
 )
 from mlx_turboquant_plugin.tools.teacher_forcing import Divergence
+
+# Of the positions read codes.
+ALL = Reading(1.0, 0)
 
 
 def window(rng, size=100, growth=0.0, noise=0.0, kl=1e-4, top1=1.0):
@@ -27,6 +31,7 @@ def window(rng, size=100, growth=0.0, noise=0.0, kl=1e-4, top1=1.0):
 def summary(change, kl=(1e-4, 1e-4, 1e-4), top1=(0.99, 0.99, 0.99), windows=8, least=0.0):
     low, estimate, high = change
     return Summary(
+        windows,
         windows,
         Interval(kl[1], kl[0], kl[2]),
         0.0,
@@ -49,7 +54,7 @@ def test_the_same_run_twice_changes_nothing():
     rng = np.random.default_rng(1)
     found = summarize([window(rng, kl=0.0) for _ in range(6)])
     assert (found.change.low, found.change.estimate, found.change.high) == (0, 0, 0)
-    assert verdict(found, 1.0).word == "same"
+    assert verdict(found, ALL).word == "same"
 
 
 def test_an_interval_holds_the_truth_as_often_as_it_says():
@@ -94,13 +99,13 @@ def test_too_few_windows_have_neither_interval_nor_verdict():
     rng = np.random.default_rng(6)
     found = summarize([window(rng) for _ in range(FEWEST_WINDOWS - 1)])
     assert found.change.low is None and found.kl.high is None
-    refused = verdict(found, 1.0)
+    refused = verdict(found, ALL)
     assert refused.word == "none"
     assert "1 more window" in refused.reason
 
 
 def test_no_verdict_when_hardly_anything_reads_codes():
-    refused = verdict(summary((0, 0, 0)), 0.3)
+    refused = verdict(summary((0, 0, 0)), Reading.after(192, 274))
     assert refused.word == "none" and "--length" in refused.reason
 
 
@@ -109,10 +114,10 @@ def test_what_grows_in_every_window_is_broken_however_few_there_are():
     few = [window(rng, growth=growth) for growth in (math.log(1.98), math.log(1.12))]
     found = summarize(few)
     assert found.change.low is None and found.least_change == pytest.approx(0.12)
-    broken = verdict(found, 1.0)
+    broken = verdict(found, ALL)
     assert broken.word == "broken" and "12% or more in every window" in broken.reason
-    assert verdict(summarize([*few, window(rng, growth=0.01)]), 1.0).word == "none"
-    assert verdict(summary((0.0, 0.5, 1.0), least=0.09), 1.0).word == "none"
+    assert verdict(summarize([*few, window(rng, growth=0.01)]), ALL).word == "none"
+    assert verdict(summary((0.0, 0.5, 1.0), least=0.09), ALL).word == "none"
 
 
 @pytest.mark.parametrize(
@@ -130,4 +135,4 @@ def test_what_grows_in_every_window_is_broken_however_few_there_are():
     ],
 )
 def test_verdicts(found, word):
-    assert verdict(found, 1.0).word == word
+    assert verdict(found, ALL).word == word

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import mlx.core as mx
 import pytest
@@ -14,7 +15,7 @@ from mlx_turboquant_plugin.tools import answering
 from mlx_turboquant_plugin.tools.arms import EXACT, Arm, Run
 from mlx_turboquant_plugin.tools.paired import difference, mcnemar, paired
 from mlx_turboquant_plugin.tools.task_results import answers, by_place, task_report
-from mlx_turboquant_plugin.tools.tasks import TASKS, Prompt, prompts
+from mlx_turboquant_plugin.tools.tasks import TASKS, Kind, Prompt, Prompts
 
 SMALL = Arm("small window", {"preset": "quality", "window": 32})
 
@@ -26,7 +27,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def made(tokenizer):
-    return list(prompts(tokenizer, 4, [400, 800], [0.0, 0.5]))
+    return list(Prompts(tokenizer, 4, [400, 800], [0.0, 0.5]))
 
 
 def text(tokenizer, tokens):
@@ -34,21 +35,21 @@ def text(tokenizer, tokens):
 
 
 def test_prompts_follow_from_the_seed_and_fit(tokenizer, made):
-    again = list(prompts(tokenizer, 4, [400, 800], [0.0, 0.5]))
+    again = list(Prompts(tokenizer, 4, [400, 800], [0.0, 0.5]))
     assert [p.context.tolist() for p in made] == [p.context.tolist() for p in again]
-    assert [p.task for p in made] == [task for task in TASKS for _ in range(8)]
+    assert [p.kind.task for p in made] == [task for task in TASKS for _ in range(8)]
     assert len({str(p.context.tolist()) for p in made}) == len(made)
     for p in made:
-        assert 0.9 * p.length < p.context.size + p.question.size <= p.length
+        assert 0.9 * p.kind.length < p.context.size + p.question.size <= p.kind.length
         assert p.context[0].item() == tokenizer.bos_token_id
         assert p.answer not in p.others and len(p.others) >= 3
 
 
 def test_passkeys_are_where_they_are_said_to_be(tokenizer, made):
-    for p in (p for p in made if p.task == "passkey"):
+    for p in (p for p in made if p.kind.task == "passkey"):
         fact = f"secret word is{text(tokenizer, p.answer)}"
         whole = text(tokenizer, p.context.tolist())
-        assert whole.index(fact) / len(whole) == pytest.approx(p.depth, abs=0.05)
+        assert whole.index(fact) / len(whole) == pytest.approx(p.kind.depth, abs=0.05)
         assert text(tokenizer, p.question.tolist()).endswith("secret word is")
         assert not any(text(tokenizer, other) in whole for other in p.others)
 
@@ -59,17 +60,17 @@ def test_answers_follow_from_contexts(tokenizer, made):
             text(tokenizer, x) for x in (p.context.tolist(), p.question.tolist(), p.answer)
         )
         wrong = [text(tokenizer, other) for other in p.others]
-        if p.task == "keys":
+        if p.kind.task == "keys":
             sentence = question.split("? ")[1]
             assert f"{sentence}{right}." in context
             assert all(
                 f"{word}." in context and f"{sentence}{word}." not in context for word in wrong
             )
-        elif p.task == "words":
+        elif p.kind.task == "words":
             assert all(
                 context.count(f"is{right}.") > 2 * context.count(f"is{w}.") > 0 for w in wrong
             )
-        elif p.task == "variables":
+        elif p.kind.task == "variables":
             links = f"{question.rsplit('? ')[-1].strip()}{right}.".split(". ")
             places = [context.index(link.rstrip(".") + ".") for link in links]
             assert places == sorted(places) and len(links) == 3
@@ -77,15 +78,19 @@ def test_answers_follow_from_contexts(tokenizer, made):
 
 
 def test_too_short_for_what_is_told(tokenizer):
-    with pytest.raises(SettingsError, match="--task-lengths is too short by"):
-        list(prompts(tokenizer, 1, [60], [0.0]))
+    message = r"--task-lengths has 60, .* what the task variables tells and asks: .* (\d+) are"
+    with pytest.raises(SettingsError, match=message) as refused:
+        Prompts(tokenizer, 2, [1000, 60], [0.0])
+    enough = int(re.search(message, str(refused.value))[1])
+    Prompts(tokenizer, 2, [enough], [0.0])
+    with pytest.raises(SettingsError, match=f"has {enough - 1}, .* {enough} are enough"):
+        Prompts(tokenizer, 2, [enough - 1], [0.0])
 
 
 def test_cell_counts(made):
-    passkeys = [p for p in made if p.task == "passkey"][:2]
+    passkeys = [p for p in made if p.kind.task == "passkey"][:2]
     model, _ = tiny.load("tiny-llama")
-    found = list(answers(passkeys, [], model, 128, lambda done: None))
-    found = task_report(passkeys, [], found)
+    found = task_report([], list(answers(passkeys, [], model, 128, lambda done: None)))
     columns, [row] = by_place(found.cells)
     assert [column.title for column in columns] == ["arm", "400 at 0%", "400 at 50%"]
     assert columns[0].read(row) == "exact" and columns[1].read(row) in ("0/1", "1/1")
@@ -97,7 +102,11 @@ def prompt_with(tokens, wrong=(7, 8, 9)):
     _, tokenizer = tiny.load("tiny-llama")
     words = tiny.text_tokens(tokenizer, 300)
     return Prompt(
-        "passkey", 300, 0.0, mx.array(words[:-2]), mx.array(words[-2:]), tokens, [list(wrong)]
+        Kind("passkey", 300, 0.0, 2),
+        mx.array(words[:-2]),
+        mx.array(words[-2:]),
+        tokens,
+        [list(wrong)],
     )
 
 

@@ -1,10 +1,8 @@
 """Arguments that several subcommands have, and what they stand for."""
 
 import argparse
-import json
 import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..rules import PRESETS, SettingsError
+from ..rules import PRESETS
 from . import texts
 from .runs import prompt_cache
 
@@ -20,15 +18,31 @@ from .runs import prompt_cache
 FORMATS = {"csv", "html", "jpeg", "jpg", "json", "pdf", "png", "svg"}
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """An argparse type: a whole number not below ``low``."""
+def at_least(low: int, high: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number from ``low`` up, or up to ``high``."""
+    allowed = f"from {low} up" if high is None else f"from {low} to {high}"
 
     def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} up")
+        if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {allowed}")
         return int(text)
 
     return number
+
+
+def input_file(text: str) -> str:
+    """An argparse type: the name of a file to read."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no name of a file")
+    return text
+
+
+class Distinct(argparse.Action):
+    """Stores the values of an option without repetitions: each is measured once."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Store them in their order."""
+        setattr(namespace, self.dest, list(dict.fromkeys(values)))
 
 
 def output_file(form: str) -> Callable[[str], Path]:
@@ -36,27 +50,32 @@ def output_file(form: str) -> Callable[[str], Path]:
 
     def file(text: str) -> Path:
         path = Path(text)
-        folder = path.absolute().parent
-        other = path.suffix[1:].lower()
-        for wrong, why in (
-            (path.is_dir(), "it is a folder: name a file in it"),
-            (not folder.is_dir(), f"there is no folder {folder}: make it"),
-            (
-                other in FORMATS - {form},
-                f"it is named like {other}, and {form} is written: name it .{form}",
-            ),
-        ):
-            if wrong:
-                raise argparse.ArgumentTypeError(f"{text!r} can't be written: {why}")
-        try:
-            _try_to_write(path)
-        except OSError as error:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} can't be written: {error.strerror}"
-            ) from error
+        problem = "it is no name: give one" if not text else _problem(path, form)
+        if problem:
+            raise argparse.ArgumentTypeError(f"{text!r} can't be written: {problem}")
         return path
 
     return file
+
+
+def _problem(path: Path, form: str) -> str | None:
+    """Why ``path`` can't be written, and what to do; None if it can."""
+    if path.is_dir():
+        return "it is a folder: name a file in it"
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        lowest = next(above for above in (folder, *folder.parents) if above.exists())
+        if not lowest.is_dir():
+            return f"{lowest} is a file: name a folder"
+        return f"there is no folder {folder}: make it"
+    other = path.suffix[1:].lower()
+    if other in FORMATS - {form}:
+        return f"it is named like {other}, and {form} is written: name it .{form}"
+    try:
+        _try_to_write(path)
+    except OSError as error:
+        return f"{error.strerror}: choose another place"
+    return None
 
 
 def _try_to_write(path: Path) -> None:
@@ -67,42 +86,6 @@ def _try_to_write(path: Path) -> None:
     path.open("ab").close()
     if new:
         path.unlink()
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file in UTF-8.
-
-    Raises:
-        SettingsError: it can't be written.
-    """
-    try:
-        path.write_bytes(text.encode())
-    except OSError as error:
-        raise SettingsError(
-            f"{str(path)!r} can't be written ({error}): choose another place"
-        ) from error
-
-
-def show(lines: Iterable[str], *files: tuple[Path | None, Callable[[], str]]) -> None:
-    """Print ``lines``; then write the files, even if nobody reads the lines any more.
-
-    Args:
-        files: where each goes, None for nowhere, and what makes its text.
-
-    Raises:
-        SettingsError: a file can't be written.
-    """
-    try:
-        sys.stdout.write("\n".join(lines) + "\n")
-    finally:
-        for path, text in files:
-            if path:
-                write(path, text())
-
-
-def as_json(data: Any) -> str:
-    """What a JSON file of a command holds."""
-    return json.dumps(data, indent=1) + "\n"
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
@@ -133,9 +116,17 @@ def add_text_arguments(parser: argparse.ArgumentParser, windows: int) -> None:
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--text", metavar="FILE", help="a text in UTF-8 (the manual that Python brings)"
+        "--text",
+        type=input_file,
+        metavar="FILE",
+        help="a text in UTF-8 (the manual that Python brings)",
     )
-    source.add_argument("--tokens", metavar="FILE", help="token ids as .npy, the first one is bos")
+    source.add_argument(
+        "--tokens",
+        type=input_file,
+        metavar="FILE",
+        help="token ids as .npy, the first one is bos",
+    )
     parser.add_argument(
         "--windows",
         type=at_least(1),
@@ -165,5 +156,6 @@ def read_windows(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> 
     windows = texts.windows(tokens, args.windows, args.length, first_repeats)
     # Never evaluated: the shape is known without.
     logits = model(mx.zeros((1, 1), mx.int32), cache=prompt_cache(model))
-    texts.check_ids(np.concatenate(windows), logits.shape[-1])
+    source = f"--tokens {args.tokens!r}" if args.tokens else "the tokenizer of --model"
+    texts.check_ids(np.concatenate(windows), logits.shape[-1], source)
     return windows

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,9 +11,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import QuantizedKVCache
 
+from .. import settings
 from ..cache import CompressedKVCache
-from ..rules import PRESETS
+from ..integration.identity import identity_of
+from ..rules import BYPASSES, PRESETS, SHAPING
 from .runs import compressed, compressed_prompt_cache, prompt_cache
+
+MLX_LM_GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,20 @@ class Arm:
         Every query reads what it would read in decoding: else it would read its chunk's own
         tokens in full precision, the more the longer the chunk, which would flatter the codes.
         """
-        if self.settings is None:
-            return nullcontext()
-        return compressed(**{"invariant": True, **self.settings})
+        in_force = self.in_force
+        return nullcontext() if in_force is None else compressed(**in_force)
+
+    @property
+    def in_force(self) -> dict[str, Any] | None:
+        """The settings that are in force while it runs, as far as the arm decides them."""
+        return None if self.settings is None else {"invariant": True, **self.settings}
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The arm's settings by the names that the plugin or mlx-lm has for them."""
+        if self.mlx_lm_bits is not None:
+            return {"kv_bits": self.mlx_lm_bits, "kv_group_size": MLX_LM_GROUP}
+        return self.in_force or {}
 
     @property
     def codes(self) -> bool:
@@ -55,7 +70,7 @@ class Arm:
             SettingsError: the model can't be compressed.
         """
         if self.mlx_lm_bits is not None:
-            return [QuantizedKVCache(bits=self.mlx_lm_bits) for _ in prompt_cache(model)]
+            return [QuantizedKVCache(MLX_LM_GROUP, self.mlx_lm_bits) for _ in prompt_cache(model)]
         if self.settings is None:
             return prompt_cache(model)
         caches = compressed_prompt_cache(model)
@@ -75,16 +90,46 @@ class Arm:
 
 EXACT = Arm("exact")
 
+# Whatever the environment says: what is measured as a preset is the preset.
+PRESET_ARMS: dict[str, Arm] = {
+    name: Arm(name, {"preset": name, **settings.of_preset(name).shaping}) for name in PRESETS
+}
 BESIDE: dict[str, Arm] = {
-    "identity": Arm("identity", {"bypass": "identity"}),
-    "bridge": Arm("bridge", {"bypass": "bridge"}),
+    **{
+        bypass: Arm(bypass, {**(PRESET_ARMS["default"].settings or {}), "bypass": bypass})
+        for bypass in BYPASSES
+    },
     "mlx-lm-4bit": Arm("mlx-lm-4bit", mlx_lm_bits=4),
     "mlx-lm-8bit": Arm("mlx-lm-8bit", mlx_lm_bits=8),
 }
-# Whatever TURBOQUANT_BYPASS says: an arm that codes nothing is none of a preset.
-PRESET_ARMS: dict[str, Arm] = {
-    name: Arm(name, {"preset": name, "bypass": None}) for name in PRESETS
-}
+CONFIGURED = "configured"
+
+
+def configured(model: nn.Module, arms: Sequence[Arm], **overrides: Any) -> tuple[Arm, str] | None:
+    """The arm that the environment and the settings file ask for, and what they set, in words.
+
+    Args:
+        model: the first table of the file that matches it counts.
+        **overrides: settings that are stronger than either.
+
+    Returns:
+        None if nothing is set that shapes what is kept, or if it comes to one of ``arms``.
+    """
+    chosen = settings.load(overrides=overrides).for_model(identity_of(model))
+    arm = Arm(CONFIGURED, {"preset": chosen.preset, **chosen.shaping})
+    if not chosen.shaped_by or any(_shape(arm) == _shape(other) for other in arms):
+        return None
+    return arm, chosen.shaped_by
+
+
+def not_measured(model: nn.Module, arm: Arm) -> list[str]:
+    """A line about settings that are not in force in ``arm``, where that is all that is run."""
+    found = configured(model, [arm])
+    return [f"not in force here, but in compare: {found[1]}"] if found else []
+
+
+def _shape(arm: Arm) -> dict[str, Any]:
+    return {name: value for name, value in (arm.settings or {}).items() if name in SHAPING}
 
 
 class Run:

@@ -7,12 +7,15 @@ from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from .. import compiling
 from ..activation import disable
 from ..reporting import Status, status
+from ..rules import SettingsError
 from . import smollm2
 from .arguments import at_least
+from .arms import PRESET_ARMS, configured
 from .generation import Generation, generate, table, texts
 from .question import ask
 from .runs import compressed, compressed_prompt_cache, load_model, prompt_cache
@@ -54,11 +57,14 @@ def run(args: argparse.Namespace) -> int:
     disable()  # TURBOQUANT=1 would compress the exact run too
     gguf = smollm2.source()
     if args.model is None and args.prompt is None and gguf is not None:
-        lines = ask(*smollm2.load(gguf), PROMPT.read_text("utf-8"), args.max_tokens or ANSWER)
+        model, tokenizer = smollm2.load(gguf)
+        answered = ask(model, tokenizer, PROMPT.read_text("utf-8"), args.max_tokens or ANSWER)
+        lines = chain(_settings(model), answered)
     else:
-        lines = _continued(args.model or str(MODEL), args.prompt, args.max_tokens or CONTINUATION)
-        if args.model is None:
-            lines = chain(lines, ["", TOY])
+        continued = _continued(
+            args.model or str(MODEL), args.prompt, args.max_tokens or CONTINUATION
+        )
+        lines = chain(continued, ["", TOY] if args.model is None else [])
     for line in lines:
         sys.stdout.write(line + "\n")
     return 0
@@ -66,14 +72,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _continued(path: str, text: str | None, max_tokens: int) -> Iterator[str]:
     compiling.here()
-    model, tokenizer = load_model(path)
+    loaded = load_model(path)
+    model, tokenizer = loaded.model, loaded.tokenizer
     prompt = tokenizer.encode(PROMPT.read_text("utf-8") if text is None else text)
+    if not prompt:
+        raise SettingsError(f"--prompt is {text!r}, which has no tokens: give a text to continue")
     # The first time is for whatever is done once.
     for count in (min(WARM_UP, max_tokens), max_tokens):
         exact = generate(model, tokenizer, prompt, count, prompt_cache(model))
         with compressed(bypass=None):
             ours = generate(model, tokenizer, prompt, count, compressed_prompt_cache(model))
             snapshot = status()
+    yield from _settings(model)
+    yield from loaded.beyond_context(len(prompt) + max_tokens, "--prompt and --max-tokens come to")
     yield from _generated(snapshot, len(prompt), exact, ours)
     # In bfloat16 rounding alone would flip a close choice now and then.
     model.set_dtype(mx.float32)
@@ -88,6 +99,13 @@ def _continued(path: str, text: str | None, max_tokens: int) -> Iterator[str]:
         f"the same next token is likeliest at {forced.top1:.2%} of them, mean KL "
         f"{forced.kl:.1e} nats"
     )
+
+
+def _settings(model: nn.Module) -> Iterator[str]:
+    """A line about settings that are not the defaults."""
+    own = configured(model, [PRESET_ARMS["default"]], bypass=None)
+    if own:
+        yield f"{own[0].name}: {own[1]}"
 
 
 def _generated(snapshot: Status, prompt: int, exact: Generation, ours: Generation) -> Iterator[str]:

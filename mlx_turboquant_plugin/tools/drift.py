@@ -27,11 +27,10 @@ from .arguments import (
     add_json_argument,
     add_preset_argument,
     add_text_arguments,
-    as_json,
     read_windows,
-    show,
 )
-from .arms import EXACT, PRESET_ARMS, Run
+from .arms import EXACT, PRESET_ARMS, Arm, Run, not_measured
+from .output import as_json, check_distinct, interruption, show
 from .progress import progress
 from .runs import load_model, prompt_cache
 from .teacher_forcing import lockstep
@@ -85,25 +84,39 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0; what is wrong with the arguments is raised as SettingsError.
     """
+    check_distinct(json=args.json, text=args.text, tokens=args.tokens)
     disable()  # TURBOQUANT=1 would compress the exact run too
-    model, tokenizer = load_model(args.model)
-    windows = read_windows(args, model, tokenizer)
+    loaded, arm = load_model(args.model, args.tokens is None), PRESET_ARMS[args.preset]
+    model = loaded.model
+    windows = read_windows(args, model, loaded.tokenizer)
+    notes = [*not_measured(model, arm), *loaded.beyond_context(args.length, "--length has")]
     model.set_dtype(mx.float32)
     found: tuple[int, list, list] = 0, [], []
     try:
-        for count, errors in enumerate(measure(model, windows, args.chunk, args.preset), 1):
+        for count, errors in enumerate(measure(model, windows, args.chunk, arm), 1):
             found = count, *errors
     finally:
         # Also after Ctrl-C.
-        if found[0]:
-            _, heads, layers = found
-            report = {"heads": [asdict(h) for h in heads], "layers": [asdict(x) for x in layers]}
-            show(_lines(args, *found), (args.json, lambda: as_json(report)))
+        count, heads, layers = found
+        if count:
+            left = args.windows - count
+            missing = [f"{left} of {args.windows} windows"] if left else []
+            notes = interruption(missing) + notes
+            report = {
+                "preset": args.preset,
+                "settings": arm.described,
+                "notes": notes,
+                "interrupted": bool(missing),
+                "missing": missing,
+                "heads": [asdict(h) for h in heads],
+                "layers": [asdict(x) for x in layers],
+            }
+            show(_lines(args, notes, *found), (args.json, lambda: as_json(report)))
     return 0
 
 
 def measure(
-    model: nn.Module, windows: list[np.ndarray], chunk: int, preset: str
+    model: nn.Module, windows: list[np.ndarray], chunk: int, arm: Arm
 ) -> Iterator[tuple[list[HeadDrift], list[LayerDrift]]]:
     """The errors of every KV head and of every layer, over the windows so far: after each.
 
@@ -113,7 +126,6 @@ def measure(
     Raises:
         SettingsError: the windows are too short to read codes, or the model can't be compressed.
     """
-    arm = PRESET_ARMS[preset]
     with arm.on():
         codecs = arm.caches(model)
     probed = [i for i, c in enumerate(codecs) if isinstance(c, CompressedKVCache)]
@@ -259,20 +271,25 @@ def outstanding(layers: list[LayerDrift]) -> list[LayerDrift]:
 
 
 def _lines(
-    args: argparse.Namespace, windows: int, heads: list[HeadDrift], layers: list[LayerDrift]
+    args: argparse.Namespace,
+    notes: list[str],
+    windows: int,
+    heads: list[HeadDrift],
+    layers: list[LayerDrift],
 ) -> Iterator[str]:
     yield (
         f"{args.model}, preset {args.preset}: {windows} x {args.length} tokens in chunks of "
         f"{args.chunk}, weights in float32"
     )
+    yield from notes
     yield "errors of each layer's own attention; KL of the model with that layer alone compressed"
     yield ""
     yield (
         f"{'layer':>5} {'head':>5} {'score, nats':>12} {'keys':>7} {'values':>7} {'both':>7} "
-        f"{'mean KL':>9}"
+        f"{'mean KL, nats':>14}"
     )
     for layer in layers:
-        yield f"{_row(layer.layer, 'all', layer)} {layer.kl:>9.1e}"
+        yield f"{_row(layer.layer, 'all', layer)} {layer.kl:>14.1e}"
         if args.heads:
             yield from (_row("", h.head, h) for h in heads if h.layer == layer.layer)
     yield ""

@@ -6,14 +6,14 @@ Everything is counted from the configuration: nothing is run, and no weight is r
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import compiling
+from .. import compiling, log
 from ..activation import disable
 from ..cache import CompressedKVCache
 from ..cache.parts import only_compressed
@@ -25,7 +25,8 @@ from ..integration.layer import known_layer
 from ..integration.sizes import Sizes
 from ..reporting import status
 from ..rules import size_of
-from .arms import PRESET_ARMS
+from .arms import PRESET_ARMS, Arm, configured
+from .loading import context
 from .runs import compressed, prompt_cache, table_bytes
 from .tables import Column, table
 from .weightless import model_of, weight_bytes
@@ -116,13 +117,20 @@ def run(args: argparse.Namespace) -> int:
     compiling.here()
     model, config, there = model_of(args.model)
     weights = weight_bytes(args.model, model, there)
-    estimates, outcome = estimate(model, args.memory - weights)
+    presets = list(PRESET_ARMS.values())
+    own = configured(model, presets)
+    arms = [*presets, own[0]] if own else presets
+    estimates, outcome = estimate(model, args.memory - weights, arms)
+    if own:
+        outcome += f"\n{own[0].name}: {own[1]}"
     sys.stdout.write("\n".join(_lines(args, config, weights, there, estimates, outcome)) + "\n")
     return 0
 
 
-def estimate(model: nn.Module, room: int) -> tuple[list[Estimate], str]:
-    """Uncompressed caches, those of each preset, and what becomes of the model in words.
+def estimate(
+    model: nn.Module, room: int, arms: Iterable[Arm] = PRESET_ARMS.values()
+) -> tuple[list[Estimate], str]:
+    """Uncompressed caches, those of each arm, and what becomes of the model in words.
 
     Args:
         room: the bytes for caches.
@@ -131,15 +139,15 @@ def estimate(model: nn.Module, room: int) -> tuple[list[Estimate], str]:
     sizes = Sizes(model, exact)
     found = [Estimate("uncompressed", functools.partial(sizes.at, exact), 0, room)]
     outcome = ""
-    for name, arm in PRESET_ARMS.items():
-        with compressed(**(arm.settings or {})):
+    for arm in arms:
+        with compressed(**(arm.settings or {})), log.unheard():
             caches = prompt_cache(model)
-            if name == "default":
+            if arm.name == "default":
                 outcome = status().models[-1]
             statistics, ours = _learn(model, caches)
         if ours:
             shared = table_bytes(ours) + statistics
-            found.append(Estimate(name, functools.partial(sizes.at, caches), shared, room))
+            found.append(Estimate(arm.name, functools.partial(sizes.at, caches), shared, room))
     return found, outcome
 
 
@@ -188,11 +196,10 @@ def _lines(
     outcome: str,
 ) -> Iterator[str]:
     """The report for a terminal."""
-    text = config.get("text_config") or config
     source = "as they are in the folder" if there else "as config.json describes them"
     yield f"{args.model}: weights {_amount(weights)}, {source}"
-    if text.get("max_position_embeddings"):
-        yield f"the model is made for {text['max_position_embeddings']} tokens"
+    if context(config):
+        yield f"the model is made for {context(config)} tokens"
     yield outcome
     yield (
         "KV cache of all layers and of one sequence, in bytes as mlx-lm counts them; fixed: sinks, "

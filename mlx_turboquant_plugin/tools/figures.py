@@ -1,5 +1,6 @@
 """The charts of the page that ``mlx_turboquant compare`` writes."""
 
+import math
 from collections.abc import Iterator, Sequence
 from html import escape
 
@@ -21,7 +22,11 @@ def figures(report: Report) -> Iterator[tuple]:
     yield _by_length(report)
     if any(value > 0 for value in report.kl_by_layer):
         yield _by_layer(report)
-    spans = [i for i, r in enumerate(report.results) if r.summary.change.low is not None]
+    spans = [
+        i
+        for i, r in enumerate(report.results)
+        if r.summary.change.low is not None and math.isfinite(r.summary.change.estimate)
+    ]
     if spans:
         yield _changes(report, spans)
 
@@ -89,7 +94,7 @@ def _by_length(report: Report) -> tuple:
         )
         for i in shown
     ]
-    longest, plain = report.lengths[-1], report.exact.bytes_by_length[-1]
+    longest, plain = report.lengths[-1], report.bf16_by_length[-1]
     sizes = ", ".join(
         f"{report.results[i].name} {_mib(report.results[i].bytes_by_length[-1])}" for i in shown
     )

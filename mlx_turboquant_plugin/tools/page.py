@@ -1,7 +1,7 @@
 """The report of ``mlx_turboquant compare`` as one page that needs nothing else."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
@@ -32,6 +32,8 @@ def _page(report: Report) -> Iterator[str]:
         f"of {report.length:,} tokens of {escape(Path(report.source).name)}, every arm fed the "
         f"same tokens as the exact run (perplexity {report.exact.summary.perplexity:.3f}).</p>"
     )
+    if report.notes:
+        yield _list(report.notes)
     yield from _cards(report)
     yield '<div class="plots">'
     for title, text, chart, shown in figures(report):
@@ -61,7 +63,7 @@ def _cards(report: Report) -> Iterator[str]:
         yield (
             f'<section class="card s{index}"><h3>{escape(r.name)} <small>{bits}</small></h3>'
             f'<p class="big">{size}</p>'
-            f"<dl><dt>mean KL</dt><dd>{kl_in_words(r.summary.kl.estimate)}</dd>"
+            f"<dl><dt>mean KL, nats</dt><dd>{kl_in_words(r.summary.kl.estimate)}</dd>"
             f"<dt>same next token</dt><dd>{r.summary.top1.estimate:.2%}</dd>"
             f"<dt>perplexity</dt><dd>{r.summary.change.estimate:+z.2%}</dd></dl>"
             f'<p><b class="{r.verdict.word}">{word}</b> {_unbroken(r.verdict.reason)}</p></section>'
@@ -80,14 +82,17 @@ def _footer(report: Report) -> Iterator[str]:
         "KL is that of the arm's next-token distribution from the exact run's, in nats.",
         f"Verdicts. {RULE}",
         "Read: tokens/s of the windows in chunks; generated: one token at a time.",
-        *report.left_out,
     ]
     if report.generated:
         notes.append(
             f"Greedy: {report.generated} tokens after a prompt of {report.prompt:,}. One close "
             "choice that falls the other way parts two texts for good, so this is an anecdote."
         )
-    yield '<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
+    yield _list(notes)
+
+
+def _list(notes: Iterable[str]) -> str:
+    return '<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
 
 
 def _unbroken(text: str) -> str:

@@ -10,7 +10,7 @@ from .figures import FLOOR, QUOTED
 from .generation import common
 from .report import Report, Result, change_in_words
 from .tables import Column, table_cells
-from .task_results import COLUMNS, NOTE, ORIGIN_NOTE, by_place
+from .task_results import COLUMNS, by_place, notes
 from .worst_tokens import probabilities, shortened
 
 
@@ -19,8 +19,8 @@ def figures_table(report: Report) -> Iterator[str]:
     columns = [
         Column("arm", "<", lambda r: r.name),
         Column("bits K/V", ">", lambda r: r.bits),
-        Column("mean KL", ">", lambda r: kl_in_words(r.summary.kl.estimate)),
-        Column("99% KL", ">", lambda r: kl_in_words(r.summary.kl_p99)),
+        Column("mean KL, nats", ">", lambda r: kl_in_words(r.summary.kl.estimate)),
+        Column("99% KL, nats", ">", lambda r: kl_in_words(r.summary.kl_p99)),
         Column("top-1", ">", lambda r: f"{r.summary.top1.estimate:.2%}"),
         Column("perplexity", ">", lambda r: f"{r.summary.perplexity:.4f}"),
         Column("change [95%]", ">", lambda r: change_in_words(r.summary.change)),
@@ -37,9 +37,13 @@ def figures_table(report: Report) -> Iterator[str]:
     columns.append(Column("read, tokens/s", ">", lambda r: f"{r.tokens_per_second:.0f}"))
     if report.generated:
         columns += [
-            Column("greedy: same for", ">", lambda r: r.free.same_for),
-            Column("same places", ">", lambda r: f"{r.free.agreement:.0%}"),
-            Column("generated, tokens/s", ">", lambda r: f"{r.decode_tokens_per_second:.1f}"),
+            Column("greedy: same for", ">", lambda r: r.free.same_for if r.free else ""),
+            Column("same places", ">", lambda r: f"{r.free.agreement:.0%}" if r.free else ""),
+            Column(
+                "generated, tokens/s",
+                ">",
+                lambda r: f"{r.decode_tokens_per_second:.1f}" if r.free else "",
+            ),
         ]
     yield "<h2>All figures</h2>"
     yield from _table(columns, report.rows)
@@ -54,13 +58,13 @@ def worst_table(report: Report) -> Iterator[str]:
     yield from _table(
         [
             Column("arm", "<", lambda row: row[0]),
-            Column("KL", ">", lambda row: f"{row[1].kl:.1e}"),
+            Column("KL, nats", ">", lambda row: f"{row[1].kl:.1e}"),
             Column("window, position", ">", lambda row: f"{row[1].window}, {row[1].position}"),
             Column("after", ">", lambda row: shortened(row[1].context)),
             Column("exact says", "<", lambda row: row[1].exact),
             Column("the arm says", "<", lambda row: row[1].said),
             Column("the text says", "<", lambda row: row[1].text or ""),
-            Column("its probability, exact and arm", ">", lambda row: probabilities(row[1])),
+            Column("the text's probability: exact, arm's", ">", lambda row: probabilities(row[1])),
         ],
         rows,
     )
@@ -71,8 +75,10 @@ def task_tables(report: Report) -> Iterator[str]:
     if report.tasks is None:
         return
     yield "<h2>Tasks</h2>"
-    yield f'<ul class="notes"><li>{escape(NOTE)}</li><li>{escape(ORIGIN_NOTE)}</li></ul>'
     yield from _table(COLUMNS, report.tasks.results)
+    yield '<ul class="notes">'
+    yield from (f"<li>{escape(note)}</li>" for note in notes(report.tasks))
+    yield "</ul>"
     yield "<h2>Passkeys by length and depth</h2>"
     passkeys = [cell for cell in report.tasks.cells if cell.task == "passkey"]
     yield from _table(*by_place(passkeys))
@@ -83,7 +89,7 @@ def texts(report: Report) -> Iterator[str]:
     if not report.generated:
         return
     yield f"<h2>Greedy texts after {report.prompt:,} tokens</h2>"
-    for r in report.rows:
+    for r in report.spoken:
         text = r.text or ""
         same = common(report.exact.text or "", text)
         yield (

@@ -10,6 +10,9 @@ from statistics import NormalDist
 
 from .statistics import CONFIDENCE, Interval
 
+# Who is right in no larger a share beyond what guessing gives can't do a task.
+LEAST_BEYOND_CHANCE = 0.1
+
 
 @dataclass(frozen=True)
 class Paired:
@@ -19,6 +22,7 @@ class Paired:
         right, exact_right: of ``count``.
         difference: of the shares, this run's less the exact run's, with Tango's interval.
         p: of McNemar's exact test: how likely so uneven a split is if neither is better.
+        telling: whether the exact run is right often enough for its cache to matter.
     """
 
     right: int
@@ -26,14 +30,21 @@ class Paired:
     count: int
     difference: Interval
     p: float
+    telling: bool
 
 
-def paired(right: Sequence[bool], exact: Sequence[bool]) -> Paired:
-    """Compare the answers to the same questions, in the same order."""
+def paired(right: Sequence[bool], exact: Sequence[bool], chance: float = 0.0) -> Paired:
+    """Compare the answers to the same questions, in the same order.
+
+    Args:
+        chance: the share, 0 to 1, that a guess has right.
+    """
     won = sum(a and not b for a, b in zip(right, exact))
     lost = sum(b and not a for a, b in zip(right, exact))
     count = len(exact)
-    return Paired(sum(right), sum(exact), count, difference(won, lost, count), mcnemar(won, lost))
+    telling = sum(exact) > (chance + LEAST_BEYOND_CHANCE) * count
+    change = difference(won, lost, count)
+    return Paired(sum(right), sum(exact), count, change, mcnemar(won, lost), telling)
 
 
 def mcnemar(won: int, lost: int) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from . import task_results, worst_tokens
 from .free_running import Agreement
@@ -20,6 +21,7 @@ class Result:
 
     Attributes:
         bits: of keys and values, in words.
+        settings: of the arm, by the names that the plugin or mlx-lm has for them.
         summary: of the same tokens fed to both.
         free: of greedy generation, or None without one.
         verdict: what the sample says.
@@ -36,6 +38,7 @@ class Result:
 
     name: str
     bits: str
+    settings: dict[str, Any]
     summary: Summary
     free: Agreement | None
     verdict: Verdict
@@ -60,7 +63,10 @@ class Report:
         date: when it was finished, with the zone.
         command_line: what was asked for.
         device, versions: as in :class:`Status`.
-        exact: the exact run as an arm, with the sizes of a KVCache in bfloat16.
+        exact: the exact run as an arm, with the sizes of a KVCache without spare room.
+        notes: what a reader must know of this comparison, a line each.
+        interrupted: whether it ended before all was measured; ``missing`` says what was not.
+        bf16_by_length: bytes of a KVCache in bfloat16 at ``lengths``.
         kl_by_layer: mean KL with one layer compressed at a time, by ``layer_arm``, in the
             first window; empty if it was not asked for.
         tasks: None if they were not asked for.
@@ -80,10 +86,13 @@ class Report:
     quality_dtype: str
     kv_bytes_dtype: str
     exact: Result
-    left_out: list[str]
+    notes: list[str]
+    interrupted: bool
+    missing: list[str]
     results: list[Result]
     bin: int
     lengths: list[int]
+    bf16_by_length: list[int]
     layer_arm: str
     kl_by_layer: list[float]
     tasks: TaskReport | None
@@ -93,10 +102,15 @@ class Report:
         """The exact run and all arms."""
         return [self.exact, *self.results]
 
+    @property
+    def spoken(self) -> list[Result]:
+        """Those of them that have generated."""
+        return [row for row in self.rows if row.free]
+
     def smaller(self, result: Result, length: int) -> float:
-        """How many times smaller a cache of ``length`` tokens, one of ``lengths``, becomes."""
+        """How many times smaller a cache is than KVCache's in bfloat16, at one of ``lengths``."""
         at = self.lengths.index(length)
-        return self.exact.bytes_by_length[at] / result.bytes_by_length[at]
+        return self.bf16_by_length[at] / result.bytes_by_length[at]
 
 
 def lines(report: Report) -> Iterator[str]:
@@ -111,13 +125,13 @@ def lines(report: Report) -> Iterator[str]:
         f"smaller: nbytes of all layers, filled in {report.kv_bytes_dtype} up to so many tokens, "
         "against a KVCache in bfloat16"
     )
-    yield from report.left_out
+    yield from report.notes
     yield ""
     columns: list[Column] = [
         Column("arm", "<", lambda r: r.name),
-        Column("bits", ">", lambda r: r.bits),
-        Column("mean KL", ">", lambda r: f"{r.summary.kl.estimate:.1e}"),
-        Column("99% KL", ">", lambda r: f"{r.summary.kl_p99:.1e}"),
+        Column("bits K/V", ">", lambda r: r.bits),
+        Column("mean KL, nats", ">", lambda r: f"{r.summary.kl.estimate:.1e}"),
+        Column("99% KL, nats", ">", lambda r: f"{r.summary.kl_p99:.1e}"),
         Column("top-1", ">", lambda r: f"{r.summary.top1.estimate:.2%}"),
         Column("ppl", ">", lambda r: f"{r.summary.perplexity:.4f}"),
         Column("change [95% interval]", ">", lambda r: change_in_words(r.summary.change)),
@@ -137,7 +151,7 @@ def lines(report: Report) -> Iterator[str]:
             Column("same places", ">", lambda r: f"{r.free.agreement:.0%}"),
             Column("generated, tokens/s", ">", lambda r: f"{r.decode_tokens_per_second:.1f}"),
         ]
-        yield from table(columns, report.rows)
+        yield from table(columns, report.spoken)
         yield ""
     columns = [
         Column("arm", "<", lambda r: r.name),

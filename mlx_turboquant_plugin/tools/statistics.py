@@ -5,7 +5,7 @@ Both runs read the same windows, so each draw takes both sides of a window (pair
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -32,9 +32,10 @@ RULE = (
     f"same: perplexity within {SAME_CHANGE:.1%}, mean KL within {SAME_KL:g} nats and top-1 "
     f"agreement from {SAME_TOP1:.0%} up, each with its whole 95% interval. costs: one of them "
     f"surely worse. broken: perplexity grows by more than {BROKEN_CHANGE:.0%}, with its whole "
-    "interval or in every window. no verdict: the sample is too small to tell, as it is with fewer "
-    f"than {FEWEST_WINDOWS} windows, or where fewer than {LEAST_READING:.0%} of the positions "
-    "read codes."
+    "interval or in every window, or logits are NaN. no verdict: the sample is too small to tell, "
+    f"as it is with fewer than {FEWEST_WINDOWS} different windows, or where fewer than "
+    f"{LEAST_READING:.0%} of the positions read codes; or perplexity is surely better by more than "
+    f"{SAME_CHANGE:.1%}, which is no cost."
 )
 
 
@@ -60,6 +61,7 @@ class Summary:
 
     Attributes:
         windows: how many.
+        distinct: how many of these are not the text of another.
         kl: mean KL(exact || run) of a position, nats.
         kl_p99: its 99th percentile over positions.
         top1: share of positions at which both runs rank the same token first.
@@ -69,6 +71,7 @@ class Summary:
     """
 
     windows: int
+    distinct: int
     kl: Interval
     kl_p99: float
     top1: Interval
@@ -97,6 +100,8 @@ def summarize(windows: Sequence[Divergence]) -> Summary:
     growth = column(lambda w: w.nlls - w.exact_nlls)
     return Summary(
         len(windows),
+        # The exact run says the same of the same text.
+        len({w.exact_nlls.tobytes() for w in windows}),
         interval(kls),
         float(np.percentile(whole.kls, 99)),
         interval(agrees),
@@ -148,24 +153,38 @@ def t_quantile(probability: float, freedom: int) -> float:
     return sum(term / freedom**power for power, term in enumerate(terms))
 
 
-def verdict(summary: Summary, reading: float) -> Verdict:
-    """What the sample supports, and no more.
+@dataclass(frozen=True)
+class Reading:
+    """The positions that read codes.
 
-    Args:
-        reading: the share of positions that read any codes.
+    Attributes:
+        share: of all, 0 to 1.
+        length: the least tokens of a window of which LEAST_READING read codes.
     """
+
+    share: float
+    length: int
+
+    @classmethod
+    def after(cls, first: int, length: int) -> "Reading":
+        """Of windows of ``length`` tokens whose positions from ``first`` on read codes."""
+        # Less than rounding of the share could add.
+        least = math.ceil(first / (1 - LEAST_READING) - 1e-6)
+        return cls(max(0, length - first) / length, least)
+
+
+def verdict(summary: Summary, reading: Reading) -> Verdict:
+    """What the sample supports, and no more."""
+    if not math.isfinite(summary.kl.estimate):
+        return Verdict("broken", "logits are NaN or infinite")
     if summary.least_change > BROKEN_CHANGE:
         # No choice of text makes so much of nothing: this needs no interval.
         return Verdict(
             "broken", f"perplexity grows by {summary.least_change:.0%} or more in every window"
         )
-    if summary.windows < FEWEST_WINDOWS:
-        missing = FEWEST_WINDOWS - summary.windows
-        return Verdict("none", f"{missing} more windows are needed: --windows {FEWEST_WINDOWS}")
-    if reading < LEAST_READING:
-        return Verdict(
-            "none", f"only {reading:.0%} of the positions read codes: choose a larger --length"
-        )
+    missing = [*_too_few(summary), *_too_short(reading)]
+    if missing:
+        return Verdict("none", "; ".join(missing))
     change, kl, top1 = summary.change.ends, summary.kl.ends, summary.top1.ends
     if change[0] > BROKEN_CHANGE:
         return Verdict("broken", f"perplexity grows by {change[0]:.0%} at least")
@@ -175,6 +194,12 @@ def verdict(summary: Summary, reading: float) -> Verdict:
         return Verdict("costs", f"mean KL is {kl[0]:.1e} nats at least")
     if top1[1] < SAME_TOP1:
         return Verdict("costs", f"another token is likeliest at {1 - top1[1]:.1%} at least")
+    if change[1] < -SAME_CHANGE:
+        # More windows would only say so more surely.
+        return Verdict(
+            "none",
+            f"perplexity falls by {-change[1]:.2%} to {-change[0]:.2%}: not the same, and no cost",
+        )
     wide = [
         f"{name} {ends[0]:{form}} to {ends[1]:{form}}"
         for name, ends, form, inside in (
@@ -186,4 +211,24 @@ def verdict(summary: Summary, reading: float) -> Verdict:
     ]
     if wide:
         return Verdict("none", f"more windows are needed to tell: {', '.join(wide)}")
-    return Verdict("same", f"perplexity within {SAME_CHANGE:.1%}, mean KL within {SAME_KL:.1e}")
+    return Verdict(
+        "same",
+        f"perplexity within {SAME_CHANGE:.1%}, mean KL within {SAME_KL:.1e} nats, top-1 from "
+        f"{SAME_TOP1:.0%} up",
+    )
+
+
+def _too_few(summary: Summary) -> Iterator[str]:
+    missing = FEWEST_WINDOWS - summary.windows
+    if missing > 0:
+        yield f"{missing} more windows are needed: --windows {FEWEST_WINDOWS}"
+    elif summary.distinct < FEWEST_WINDOWS:
+        yield (
+            f"only {summary.distinct} of {summary.windows} windows differ: choose a text that does "
+            "not repeat"
+        )
+
+
+def _too_short(reading: Reading) -> Iterator[str]:
+    if reading.share < LEAST_READING:
+        yield f"only {reading.share:.0%} of the positions read codes: --length {reading.length}"

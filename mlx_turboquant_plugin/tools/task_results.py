@@ -1,6 +1,6 @@
 """How each arm's answers to the tasks compare with the exact run's."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -10,16 +10,22 @@ import numpy as np
 
 from .answering import ORIGINS, Answer, answer
 from .arms import EXACT, Arm
-from .paired import Paired, paired
+from .paired import LEAST_BEYOND_CHANCE, Paired, paired
 from .statistics import Interval, interval
 from .tables import Column, table
-from .tasks import TASKS, Prompt
+from .tasks import Kind, Prompt
 
 NOTE = (
     "likeliest: the right answer is more probable than all wrong ones; greedy: it is what greedy "
     "generation gives; difference of the shares with Tango's 95% interval; p: McNemar's exact "
     "test, not adjusted for the number of rows; log p: change of the right answer's "
     "log-probability, nats"
+)
+# Behind right answers that say nothing about caches.
+MARK = "*"
+NOT_TELLING = (
+    f"{MARK} the exact run hardly answers these itself: right in no more than "
+    f"{LEAST_BEYOND_CHANCE:.0%} beyond guessing, which says nothing about its cache"
 )
 ORIGIN_NOTE = (
     "cache: the context was read, or loaded from a file, or reached by trimming what had been read "
@@ -43,6 +49,11 @@ class TaskResult:
     likeliest: Paired
     greedy: Paired
     nats: Interval
+
+    @property
+    def telling(self) -> bool:
+        """Whether both judgements say something about the cache."""
+        return self.likeliest.telling and self.greedy.telling
 
 
 @dataclass(frozen=True)
@@ -77,58 +88,59 @@ Answers = dict[str, dict[str, Answer]]
 
 
 def answers(
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     arms: Sequence[Arm],
     model: nn.Module,
     chunk: int,
     progress: Callable[[int], Any],
-) -> Iterator[Answers]:
-    """What the exact run and ``arms`` answer to each prompt."""
+) -> Iterator[tuple[Kind, Answers]]:
+    """What each prompt is, and what the exact run and ``arms`` answer to it."""
     for prompt in prompts:
-        yield {arm.name: answer(arm, model, prompt, chunk, progress) for arm in (EXACT, *arms)}
+        yield (
+            prompt.kind,
+            {arm.name: answer(arm, model, prompt, chunk, progress) for arm in (EXACT, *arms)},
+        )
 
 
-def task_report(
-    prompts: Sequence[Prompt], arms: Sequence[Arm], found: Sequence[Answers]
-) -> TaskReport:
-    """The answers ``found`` to each of ``prompts``, together."""
+def task_report(arms: Sequence[Arm], found: Sequence[tuple[Kind, Answers]]) -> TaskReport:
+    """The answers that :func:`answers` has ``found``, together."""
     names = [EXACT.name, *(arm.name for arm in arms)]
-    asked = [task for task in TASKS if any(prompt.task == task for prompt in prompts)]
+    by_task: dict[str, list[tuple[Kind, Answers]]] = {}
+    by_kind: dict[Kind, list[Answers]] = {}
+    for kind, given in found:
+        by_task.setdefault(kind.task, []).append((kind, given))
+        by_kind.setdefault(kind, []).append(given)
     results = [
-        _result(task, name, origin, [f for f, p in zip(found, prompts) if p.task == task])
-        for task in asked
+        _result(task, name, origin, by_task[task])
+        for task in by_task
         for name in names[1:]
         for origin in ORIGINS
     ]
-    places = dict.fromkeys((p.task, p.length, p.depth) for p in prompts)
     cells = [
-        _cell(place, name, [f[name]["read"] for f, p in zip(found, prompts) if _place(p) == place])
-        for place in places
+        _cell(kind, name, [given[name]["read"] for given in all_given])
+        for kind, all_given in by_kind.items()
         for name in names
     ]
     answers = [
         {
-            "task": p.task,
-            "length": p.length,
-            "depth": p.depth,
+            "task": kind.task,
+            "length": kind.length,
+            "depth": kind.depth,
             "arm": name,
             "cache": origin,
             **asdict(one),
         }
-        for f, p in zip(found, prompts)
-        for name, by_origin in f.items()
+        for kind, given in found
+        for name, by_origin in given.items()
         for origin, one in by_origin.items()
     ]
     return TaskReport(results, cells, answers)
 
 
-def _place(prompt: Prompt) -> tuple:
-    return prompt.task, prompt.length, prompt.depth
-
-
-def _result(task: str, name: str, origin: str, found: Sequence[Answers]) -> TaskResult:
-    ours = [answers[name][origin] for answers in found]
-    exact = [answers[EXACT.name]["read"] for answers in found]
+def _result(task: str, name: str, origin: str, found: Sequence[tuple[Kind, Answers]]) -> TaskResult:
+    ours = [given[name][origin] for _, given in found]
+    exact = [given[EXACT.name]["read"] for _, given in found]
+    guessed = sum(1 / kind.choices for kind, _ in found) / len(found)
     changes = np.array(
         [(a.nats - b.nats, 1) for a, b in zip(ours, exact, strict=True)], dtype=np.float64
     )
@@ -136,15 +148,15 @@ def _result(task: str, name: str, origin: str, found: Sequence[Answers]) -> Task
         task,
         name,
         origin,
-        paired([a.likeliest for a in ours], [b.likeliest for b in exact]),
+        paired([a.likeliest for a in ours], [b.likeliest for b in exact], guessed),
         paired([a.greedy for a in ours], [b.greedy for b in exact]),
         interval(changes),
     )
 
 
-def _cell(place: tuple, name: str, answers: Sequence[Answer]) -> Cell:
-    task, length, depth = place
-    return Cell(task, name, length, depth, sum(one.greedy for one in answers), len(answers))
+def _cell(kind: Kind, name: str, given: Sequence[Answer]) -> Cell:
+    right = sum(one.greedy for one in given)
+    return Cell(kind.task, name, kind.length, kind.depth, right, len(given))
 
 
 COLUMNS = [
@@ -157,7 +169,7 @@ COLUMNS = [
     Column("greedy", ">", lambda r: _counts(r.greedy)),
     Column("difference [95%]", ">", lambda r: _difference(r.greedy)),
     Column("p", ">", lambda r: f"{r.greedy.p:.2g}"),
-    Column("log p [95%]", ">", lambda r: _nats(r.nats)),
+    Column("log p, nats [95%]", ">", lambda r: _nats(r.nats)),
 ]
 
 
@@ -165,11 +177,18 @@ def lines(report: TaskReport) -> Iterator[str]:
     """The lines of the table for a terminal."""
     yield "tasks: right answers, and the exact run's of how many"
     yield from table(COLUMNS, report.results)
-    yield from (NOTE, ORIGIN_NOTE)
+    yield from notes(report)
     passkeys = [cell for cell in report.cells if cell.task == "passkey"]
     yield ""
     yield "right greedy answers to passkey by length and depth, after reading"
     yield from table(*by_place(passkeys))
+
+
+def notes(report: TaskReport) -> Iterator[str]:
+    """What the table's words and marks mean."""
+    yield from (NOTE, ORIGIN_NOTE)
+    if not all(result.telling for result in report.results):
+        yield NOT_TELLING
 
 
 def by_place(cells: Sequence[Cell]) -> tuple:
@@ -191,7 +210,7 @@ def by_place(cells: Sequence[Cell]) -> tuple:
 
 
 def _counts(p: Paired) -> str:
-    return f"{p.right}, {p.exact_right} of {p.count}"
+    return f"{p.right}, {p.exact_right} of {p.count}" + MARK * (not p.telling)
 
 
 def _difference(p: Paired) -> str:

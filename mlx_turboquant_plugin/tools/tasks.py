@@ -9,6 +9,7 @@ each prompt ends in a sentence that the answer completes. Everything follows fro
 - words: the word that occurs most often among many.
 """
 
+import itertools
 import random
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator, Sequence
@@ -43,8 +44,26 @@ CANDIDATES = 8
 KEYS = 4
 # Beyond this depth nothing is put: the newest tokens are in full precision.
 DEEPEST = 0.8
+# No task needs more tokens, with any tokenizer.
+LONGEST_NEEDED = 4096
 # A word in so many tokens of the context, and which share of them is the one asked for.
 WORD_EVERY, COMMON_SHARE = 16, 1 / 3
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a prompt is counted by.
+
+    Attributes:
+        length: tokens at most.
+        depth: where in the context the answer begins, 0 to 1; "words" are everywhere.
+        choices: how many answers there are to choose from.
+    """
+
+    task: str
+    length: int
+    depth: float
+    choices: int
 
 
 @dataclass(frozen=True)
@@ -52,15 +71,12 @@ class Prompt:
     """A context, a question about it and what may follow; all are token ids.
 
     Attributes:
-        depth: where in the context the answer begins, 0 to 1; "words" are everywhere.
-        context, question: (C,) and (Q,), together at most ``length`` tokens.
+        context, question: (C,) and (Q,), together at most ``kind.length`` tokens.
         answer: the right one.
         others: wrong ones.
     """
 
-    task: str
-    length: int
-    depth: float
+    kind: Kind
     context: mx.array
     question: mx.array
     answer: list[int]
@@ -153,57 +169,88 @@ def depth(text: str) -> float:
     return share
 
 
-def prompts(
-    tokenizer: Any, count: int, lengths: Sequence[int], depths: Sequence[float]
-) -> Iterator[Prompt]:
-    """``count`` prompts of each task and length, which take the ``depths`` in turn.
+class Prompts:
+    """Prompts of each task and length, made one by one; they take the depths in turn."""
 
-    Raises:
-        SettingsError: a length leaves no room for what is told and asked.
-    """
-    ids = lru_cache(maxsize=None)(
-        lambda text: tokenizer.encode(f" {text}", add_special_tokens=False)
-    )
-    bos = tokenizer.encode("")
-    for task, draft in TASKS.items():
-        for length in lengths:
-            for index in range(count):
-                rng = random.Random(f"{task} {length} {index}")
-                depth = depths[index % len(depths)]
-                made = draft(rng, depth, length)
-                question = ids(made.question)
-                yield Prompt(
-                    task,
-                    length,
-                    depth,
-                    mx.array(bos + _context(rng, made, length - len(bos) - len(question), ids)),
-                    mx.array(question),
-                    ids(made.answer),
-                    [ids(other) for other in made.others],
-                )
+    def __init__(self, tokenizer: Any, count: int, lengths: Sequence[int], depths: Sequence[float]):
+        """Make ``count`` prompts of each of ``TASKS`` and each of ``lengths``.
 
-
-def _context(
-    rng: random.Random, draft: _Draft, room: int, ids: Callable[[str], list[int]]
-) -> list[int]:
-    """The facts among sentences that say nothing, in ``room`` tokens at most."""
-    room -= sum(len(ids(fact)) for _, fact in draft.facts)
-    if room < 0:
-        raise SettingsError(
-            f"--task-lengths is too short by {-room} tokens for what a task tells and asks: choose "
-            "longer ones"
+        Raises:
+            SettingsError: a length leaves no room for what is told and asked.
+        """
+        self.count, self.lengths, self.depths = count, lengths, depths
+        self._ids = lru_cache(maxsize=None)(
+            lambda text: tokenizer.encode(f" {text}", add_special_tokens=False)
         )
-    filler: list[list[int]] = []
-    while True:
-        sentence = ids(f"{rng.choice(PEOPLE)} {rng.choice(ACTIONS)} {rng.choice(PLACES)}.")
-        room -= len(sentence)
-        if room < 0:
-            break
-        filler.append(sentence)
-    placed = sorted(draft.facts, key=lambda fact: fact[0])
-    context: list[int] = []
-    for index in range(len(filler) + 1):
-        while placed and placed[0][0] * len(filler) <= index:
-            context += ids(placed.pop(0)[1])
-        context += filler[index] if index < len(filler) else []
-    return context
+        self._bos = tokenizer.encode("") if count else []
+        for length in lengths:
+            if crowded := self._crowded(length):
+                raise SettingsError(self._too_short(length, crowded))
+
+    def __len__(self) -> int:
+        return self.count * len(TASKS) * len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Of all contexts together, about: as many as they may have."""
+        return self.count * len(TASKS) * sum(self.lengths)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for task, length, index in itertools.product(TASKS, self.lengths, range(self.count)):
+            draft, rng = self._draft(task, length, index)
+            question = self._ids(draft.question)
+            context = self._context(rng, draft, self._spare(draft, length))
+            yield Prompt(
+                Kind(task, length, self._depth(index), 1 + len(draft.others)),
+                mx.array(self._bos + context),
+                mx.array(question),
+                self._ids(draft.answer),
+                [self._ids(other) for other in draft.others],
+            )
+
+    def _depth(self, index: int) -> float:
+        return self.depths[index % len(self.depths)]
+
+    def _draft(self, task: str, length: int, index: int) -> tuple[_Draft, random.Random]:
+        rng = random.Random(f"{task} {length} {index}")
+        return TASKS[task](rng, self._depth(index), length), rng
+
+    def _spare(self, draft: _Draft, length: int) -> int:
+        """Tokens that are left for sentences that say nothing; negative if some are missing."""
+        told = sum(len(self._ids(fact)) for _, fact in draft.facts)
+        return length - len(self._bos) - len(self._ids(draft.question)) - told
+
+    def _crowded(self, length: int) -> str | None:
+        """The first task that has no room in so many tokens, or None."""
+        for task, index in itertools.product(TASKS, range(self.count)):
+            if self._spare(self._draft(task, length, index)[0], length) < 0:
+                return task
+        return None
+
+    def _too_short(self, length: int, task: str) -> str:
+        longer = range(length + 1, LONGEST_NEEDED)
+        enough = next((one for one in longer if not self._crowded(one)), None)
+        advice = "leave out --tasks" if enough is None else f"for all tasks {enough} are enough"
+        return (
+            f"--task-lengths has {length}, too few tokens of this tokenizer for what the task "
+            f"{task} tells and asks: {advice}"
+        )
+
+    def _context(self, rng: random.Random, draft: _Draft, room: int) -> list[int]:
+        """The facts among sentences that say nothing, of which ``room`` tokens at most are."""
+        filler: list[list[int]] = []
+        while True:
+            sentence = self._ids(
+                f"{rng.choice(PEOPLE)} {rng.choice(ACTIONS)} {rng.choice(PLACES)}."
+            )
+            room -= len(sentence)
+            if room < 0:
+                break
+            filler.append(sentence)
+        placed = sorted(draft.facts, key=lambda fact: fact[0])
+        context: list[int] = []
+        for index in range(len(filler) + 1):
+            while placed and placed[0][0] * len(filler) <= index:
+                context += self._ids(placed.pop(0)[1])
+            context += filler[index] if index < len(filler) else []
+        return context

@@ -13,6 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..rules import SettingsError
+
 # Feeds token ids (N,) to a run and gives its logits (N, vocabulary).
 Forward = Callable[[mx.array], mx.array]
 
@@ -115,18 +117,30 @@ def lockstep(
     Args:
         chunk: tokens per forward pass; the last chunk may be shorter.
         progress: called with the number of tokens after each forward pass.
+
+    Raises:
+        SettingsError: the exact run gives NaN, so that there is nothing to compare with.
     """
     parts: list[list[Divergence]] = [[] for _ in runs]
     for start in range(0, tokens.size, chunk):
         inputs = tokens[start : start + chunk]
         targets = tokens[start + 1 : start + 1 + chunk]
         p = log_probabilities(exact(inputs))
-        mx.eval(p)
+        _check(p, start)
         progress(inputs.size)
         for run, done in zip(runs, parts):
             done.append(_compare(p, log_probabilities(run(inputs)), targets))
             progress(inputs.size)
     return [join(done) for done in parts]
+
+
+def _check(p: mx.array, start: int) -> None:
+    wrong = np.flatnonzero(np.array(mx.any(mx.isnan(p), axis=-1)))
+    if wrong.size:
+        raise SettingsError(
+            f"the uncompressed run gives NaN at token {start + wrong[0]}, so that nothing can be "
+            "compared with it: check the weights of --model, with mlx_lm.generate for one"
+        )
 
 
 def log_probabilities(logits: mx.array) -> mx.array:

@@ -28,6 +28,8 @@ def read_token_file(path: str) -> np.ndarray:
             f"--tokens is {path!r}, which holds {shown} of shape {getattr(tokens, 'shape', '?')}: "
             f"{advice}"
         )
+    if not tokens.size:
+        raise SettingsError(f"--tokens is {path!r}, which is empty: save some token ids in it")
     return tokens.astype(np.int64)
 
 
@@ -39,7 +41,7 @@ def read_text_file(path: str | None, tokenizer: Any) -> np.ndarray:
             characters of English and code.
 
     Raises:
-        SettingsError: the file can't be read as UTF-8.
+        SettingsError: the file can't be read as UTF-8, or is empty.
     """
     if path is None:
         return np.array(tokenizer.encode("\n".join(topics.values())), dtype=np.int64)
@@ -49,6 +51,8 @@ def read_text_file(path: str | None, tokenizer: Any) -> np.ndarray:
         raise SettingsError(
             f"--text is {path!r}, which can't be read ({error}): name a text file in UTF-8"
         ) from error
+    if not text.strip():
+        raise SettingsError(f"--text is {path!r}, which is empty: name a text file with some text")
     return np.array(tokenizer.encode(text), dtype=np.int64)
 
 
@@ -67,19 +71,24 @@ def windows(tokens: np.ndarray, count: int, length: int, first_repeats: bool) ->
     if len(text) < count * step:
         enough = len(text) // step
         room = f"enough for {enough}" if enough else "less than one window takes"
+        fewer = "fewer or shorter windows" if count > 1 else "a shorter window"
         raise SettingsError(
             f"--windows is {count} and --length is {length}, which takes "
             f"{len(head) + count * step} tokens, but there are {len(tokens)}, {room}: choose "
-            "fewer or shorter windows, or a longer text"
+            f"{fewer}, or a longer text"
         )
     return [np.concatenate([head, text[i * step : (i + 1) * step]]) for i in range(count)]
 
 
-def check_ids(tokens: np.ndarray, vocabulary: int) -> None:
-    """Raise SettingsError if an id is not one of the model's ``vocabulary`` ids."""
+def check_ids(tokens: np.ndarray, vocabulary: int, source: str) -> None:
+    """Raise SettingsError if an id is not one of the model's ``vocabulary`` ids.
+
+    Args:
+        source: where the tokens are from, in words.
+    """
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
         raise SettingsError(
-            f"the token ids go from {low} to {high}, but the model has the ids 0 to "
+            f"{source} gives ids from {low} to {high}, but the model has those from 0 to "
             f"{vocabulary - 1}: use tokens of this model's own tokenizer"
         )

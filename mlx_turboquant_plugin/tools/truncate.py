@@ -21,15 +21,15 @@ from ..activation import disable
 from ..cache.parts import only_compressed
 from ..rules import SettingsError
 from .arguments import (
+    Distinct,
     add_json_argument,
     add_preset_argument,
     add_text_arguments,
-    as_json,
     at_least,
     read_windows,
-    show,
 )
-from .arms import PRESET_ARMS, Run
+from .arms import PRESET_ARMS, Arm, Run, not_measured
+from .output import as_json, check_distinct, interruption, show
 from .progress import progress
 from .runs import load_model
 from .teacher_forcing import lockstep
@@ -70,10 +70,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser, windows=1)
     add_preset_argument(parser)
     parser.add_argument(
-        "--at", type=at_least(1), nargs="+", metavar="N", help="tokens to keep (some places)"
+        "--at",
+        action=Distinct,
+        type=at_least(1),
+        nargs="+",
+        metavar="N",
+        help="tokens to keep (some places)",
     )
     parser.add_argument(
         "--remove",
+        action=Distinct,
         type=at_least(1),
         nargs="+",
         metavar="N",
@@ -90,9 +96,12 @@ def run(args: argparse.Namespace) -> int:
         0 if every difference is explained, else 1; what is wrong with the arguments is
         raised as SettingsError.
     """
+    check_distinct(json=args.json, text=args.text, tokens=args.tokens)
     disable()  # The arms switch it on.
-    model, tokenizer = load_model(args.model)
-    windows = read_windows(args, model, tokenizer)
+    loaded, arm = load_model(args.model, args.tokens is None), PRESET_ARMS[args.preset]
+    model = loaded.model
+    windows = read_windows(args, model, loaded.tokenizer)
+    notes = [*not_measured(model, arm), *loaded.beyond_context(args.length, "--length has")]
     places = args.at or _places(args.length, max(args.remove))
     if max(places) + max(args.remove) > args.length:
         raise SettingsError(
@@ -101,21 +110,33 @@ def run(args: argparse.Namespace) -> int:
         )
     model.set_dtype(mx.float32)
     cuts: list[Cut] = []
+    asked = len(windows) * len(places) * len(args.remove)
     try:
-        with progress(len(windows) * len(places) * len(args.remove), "cuts") as bar:
+        with progress(asked, "cuts") as bar:
             for window, at in itertools.product(windows, places):
-                for one in cut(model, mx.array(window), args.chunk, args.preset, at, args.remove):
+                for one in cut(model, mx.array(window), args.chunk, arm, at, args.remove):
                     cuts.append(one)
                     bar.update()
     finally:
         # Also after Ctrl-C.
         if cuts:
-            show(_lines(args, cuts), (args.json, lambda: as_json([asdict(c) for c in cuts])))
+            left = asked - len(cuts)
+            missing = [f"{left} of {asked} cuts"] if left else []
+            notes = interruption(missing) + notes
+            report = {
+                "preset": args.preset,
+                "settings": arm.described,
+                "notes": notes,
+                "interrupted": bool(missing),
+                "missing": missing,
+                "cuts": [asdict(c) for c in cuts],
+            }
+            show(_lines(args, notes, cuts), (args.json, lambda: as_json(report)))
     return int(any(c.outcome == "differs" for c in cuts))
 
 
 def cut(
-    model: nn.Module, tokens: mx.array, chunk: int, preset: str, at: int, remove: Sequence[int]
+    model: nn.Module, tokens: mx.array, chunk: int, arm: Arm, at: int, remove: Sequence[int]
 ) -> Iterator[Cut]:
     """Read more than ``at`` of ``tokens`` (L,), trim back to ``at``, read on and compare.
 
@@ -125,7 +146,6 @@ def cut(
     Raises:
         SettingsError: the model can't be compressed.
     """
-    arm = PRESET_ARMS[preset]
     uncut = Run(arm, model)
     uncut.read(tokens[:at], chunk)
     rest = tokens[at : at + CONTINUED]
@@ -177,19 +197,20 @@ def _same_codes(reference: list[Any], other: list[Any], at: int) -> float:
     return equal / total if total else 1.0
 
 
-def _lines(args: argparse.Namespace, cuts: list[Cut]) -> Iterator[str]:
+def _lines(args: argparse.Namespace, notes: list[str], cuts: list[Cut]) -> Iterator[str]:
     yield (
         f"{args.model}, preset {args.preset}: cut, continued by {CONTINUED} tokens and "
         "compared with the run that was not cut, weights in float32"
     )
+    yield from notes
     yield ""
     yield (
-        f"{'kept':>6} {'removed':>8} {'as codes':>9} {'mean KL':>9} {'top-1':>8} "
+        f"{'kept':>6} {'removed':>8} {'as codes':>9} {'mean KL, nats':>14} {'top-1':>8} "
         f"{'same codes':>11}  outcome"
     )
     for c in cuts:
         yield (
-            f"{c.at:>6} {c.removed:>8} {c.recoded:>9} {c.kl:>9.1e} {c.top1:>8.2%} "
+            f"{c.at:>6} {c.removed:>8} {c.recoded:>9} {c.kl:>14.1e} {c.top1:>8.2%} "
             f"{c.same_codes:>11.4%}  {c.outcome}"
         )
     yield ""

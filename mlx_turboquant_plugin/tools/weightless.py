@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
 from ..rules import SettingsError
+from .loading import remedy, why
 
 INDEX = "model.safetensors.index.json"
 
@@ -39,8 +40,8 @@ def model_of(path: str) -> tuple[nn.Module, dict[str, Any], bool]:
             _adopt(model, config)
     except Exception as error:  # A configuration can lack anything.
         raise SettingsError(
-            f"--model is {path!r}, of which mlx-lm can make no model "
-            f"({type(error).__name__}: {error}): correct its config.json"
+            f"--model is {path!r}, of which mlx-lm can make no model ({why(error)}): "
+            f"{remedy(folder)}"
         ) from error
     # Settings of single models, and opt-outs, go by it.
     model.model_path = path

@@ -48,7 +48,12 @@ def worst_tokens(
         windows: token ids (L,) of each window.
         found: the run's divergence in each.
     """
-    places = [(float(kl), w, at) for w, part in enumerate(found) for at, kl in enumerate(part.kls)]
+    places = [
+        (float(kl), w, at)
+        for w, part in enumerate(found)
+        for at, kl in enumerate(part.kls)
+        if kl > 0
+    ]
     places.sort(key=lambda place: -place[0])
     return [_token(tokenizer, windows[w], found[w], kl, w, at) for kl, w, at in places[:WORST]]
 
@@ -69,12 +74,12 @@ def _token(
 
 COLUMNS = [
     Column("arm", "<", lambda row: row[0]),
-    Column("KL", ">", lambda row: f"{row[1].kl:.1e}"),
+    Column("KL, nats", ">", lambda row: f"{row[1].kl:.1e}"),
     Column("after", ">", lambda row: shortened(row[1].context)),
     Column("exact", "<", lambda row: repr(row[1].exact)),
     Column("arm's", "<", lambda row: repr(row[1].said)),
     Column("text", "<", lambda row: "" if row[1].text is None else repr(row[1].text)),
-    Column("its probability", ">", lambda row: probabilities(row[1])),
+    Column("text's probability: exact, arm's", ">", lambda row: probabilities(row[1])),
 ]
 
 

@@ -13,8 +13,10 @@ from ...attention.fused import fallbacks_heard
 from ...backends.choice import kernel_of, resolve_kernel
 from ...reporting import status
 from ...rules import KERNELS, SettingsError
-from ..arguments import at_least, output_file, show, write
+from ..arguments import Distinct, at_least, output_file
+from ..arms import Arm, not_measured
 from ..demo import MODEL
+from ..output import check_distinct, show, write
 from ..progress import progress
 from ..runs import dtype_name, load_model
 from .layer import Layer, LayerBench
@@ -42,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number = at_least(1)
     dtypes = ["float16", "bfloat16"] if GPU else ["float32", "float16"]
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (all)"
+        "--parts",
+        action=Distinct,
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="what to measure (all)",
     )
     parser.add_argument(
         "--quick",
@@ -52,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths",
         type=number,
+        action=Distinct,
         nargs="+",
         metavar="TOKENS",
         help=f"in the cache, of layer and decode ({_default('lengths')})",
@@ -59,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch",
         type=number,
+        action=Distinct,
         nargs="+",
         default=[1],
         metavar="ROWS",
@@ -67,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         type=number,
+        action=Distinct,
         nargs="+",
         metavar="TOKENS",
         help=f"of prefill, the longest of a batch ({_default('prompts')})",
@@ -102,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtypes",
+        action=Distinct,
         nargs="+",
         choices=list(DTYPES),
         default=dtypes,
@@ -145,7 +156,8 @@ def run(args: argparse.Namespace) -> int:
         0. Before Ctrl-C or an error is passed on, what was measured until then is shown. Bad
         settings and models that can't be measured are raised as SettingsError.
     """
-    overrides = {}
+    check_distinct(json=args.json, plot=args.plot)
+    overrides: dict[str, Any] = {}
     if args.kernel:
         overrides["kernel"] = resolve_kernel(args.kernel, "--kernel")
     chosen = settings.load(overrides=overrides).general
@@ -201,13 +213,18 @@ def _measure(
 ) -> None:
     jobs: list[Job] = []
     if {"decode", "prefill"} & set(args.parts):
-        model = random_model(args.shape) if args.shape else load_model(args.model)[0]
+        model = random_model(args.shape) if args.shape else load_model(args.model, False).model
         if args.model_dtype:
             model.set_dtype(DTYPES[args.model_dtype])
             mx.eval(model.parameters())
-        jobs += _model_jobs(args, ModelBench(model, args.kv_bits, overrides), results)
+        # What the notes say, and no table of the settings file for this model.
+        shaping = {"preset": chosen.preset, **chosen.shaping}
+        notes["not_in_force"] = not_measured(model, Arm("general", shaping))
+        bench = ModelBench(model, args.kv_bits, {**shaping, **overrides})
+        jobs += _model_jobs(args, bench, results)
     if "layer" in args.parts:
         jobs += _layer_jobs(args, chosen, results)
+    results.asked = [job.title for job in jobs]
     jobs = [job for job in jobs if job.title not in results.done]
     with progress(sum(job.ticks for job in jobs), "turns") as bar:
         for job in jobs:
@@ -273,6 +290,7 @@ def _notes(args: argparse.Namespace, chosen: settings.Settings) -> dict[str, Any
         "value_bits": chosen.value_bits,
         "window": chosen.window,
         "invariant": chosen.invariant,
+        "not_in_force": [],
         "kv_bits": args.kv_bits,
         "layer": f"{query} query and {kv} KV heads of {args.head_dim}",
         "layers": args.layers,

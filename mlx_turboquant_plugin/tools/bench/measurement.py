@@ -122,12 +122,19 @@ class Results:
     Attributes:
         done: the titles of the jobs that came to their end.
         kept: how many of ``measurements`` and of ``skipped`` are from these.
+        asked: the titles of all jobs.
     """
 
     measurements: list[Measurement] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
     kept: tuple[int, int] = (0, 0)
+    asked: list[str] = field(default_factory=list)
+
+    @property
+    def missing(self) -> list[str]:
+        """The titles of the jobs that did not come to their end."""
+        return [title for title in self.asked if title not in self.done]
 
     def finish(self, title: str) -> None:
         """Note that a job has come to its end."""

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..output import interruption
 from ..tables import Column, table
 from .measurement import Measurement, Results
 
@@ -26,6 +27,7 @@ def lines(notes: dict[str, Any], results: Results) -> Iterator[str]:
         f"QuantizedKVCache: {notes['kv_bits']} bits"
     )
     yield f"layer: {notes['layer']}; model: {notes['model']}"
+    yield from (*interruption(results.missing), *notes["not_in_force"])
     parts = {m.part for m in results.measurements}
     for part, title in TITLES.items():
         if part in parts:

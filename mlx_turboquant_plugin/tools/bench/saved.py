@@ -6,16 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from ...rules import SettingsError
-from ..arguments import as_json
+from ..output import as_json
 from .measurement import Measurement, Results, Skipped
 
-# Known only in the end.
-CHANGING = {"fallbacks"}
+# Known only later.
+CHANGING = {"fallbacks", "not_in_force"}
 
 
 def saved(notes: dict[str, Any], results: Results) -> str:
     """Everything that was found so far, as the file holds it: seconds and bytes."""
-    report = {"notes": notes, **asdict(results)}
+    report = {
+        "notes": notes,
+        "interrupted": bool(results.missing),
+        "missing": results.missing,
+        **asdict(results),
+    }
     for row, m in zip(report["measurements"], results.measurements):
         row["seconds"] = m.seconds and asdict(m.seconds)
     return as_json(report)

@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM end a command alike, and neither loses what was measured."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: a command ends as after Ctrl-C."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises :class:`Terminated` meanwhile, unless this process ignores or handles it."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Terminated
+
+    free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with _handled(stop, *[signal.SIGTERM] * free):
+        yield
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM do nothing meanwhile: for writing results down."""
+    with _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _handled(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
+    """Let ``handler`` have these signals; in the main thread, which alone gets any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = [(number, signal.signal(number, handler)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, old in before:
+            signal.signal(number, old)

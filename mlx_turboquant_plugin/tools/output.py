@@ -1,0 +1,90 @@
+"""What a command shows and writes in the end."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from ..interrupts import uninterrupted
+from ..rules import SettingsError
+
+
+def show(lines: Iterable[str], *files: tuple[Path | None, Callable[[], str]]) -> None:
+    """Print ``lines`` and write the files: each, whatever becomes of the others.
+
+    Neither Ctrl-C nor SIGTERM stops it.
+
+    Args:
+        files: where each goes, None for nowhere, and what makes its text.
+
+    Raises:
+        SettingsError: a file can't be written.
+    """
+    problems = []
+    with uninterrupted():
+        try:
+            sys.stdout.write("\n".join(lines) + "\n")
+        finally:
+            for path, text in files:
+                try:
+                    if path:
+                        write(path, text())
+                except SettingsError as error:
+                    problems.append(str(error))
+            if problems:
+                raise SettingsError("\n".join(problems))
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file in UTF-8.
+
+    Raises:
+        SettingsError: it can't be written.
+    """
+    try:
+        path.write_bytes(text.encode())
+    except OSError as error:
+        raise SettingsError(
+            f"{str(path)!r} can't be written ({error}): choose another place"
+        ) from error
+
+
+def interruption(missing: Sequence[str]) -> list[str]:
+    """A line about what was asked for and is ``missing`` from a result; none if it is whole."""
+    return [f"interrupted: not measured: {'; '.join(missing)}"] if missing else []
+
+
+def check_distinct(**files: str | Path | None) -> None:
+    """Raise SettingsError if two options, given by name, have the same file.
+
+    What is no regular file, such as /dev/null or a pipe, several may share.
+    """
+    given = [(name, Path(path)) for name, path in files.items() if path is not None]
+    for (one, first), (other, second) in combinations(given, 2):
+        if _same(first, second):
+            raise SettingsError(
+                f"--{one} is {str(first)!r} and --{other} is {str(second)!r}, the same file, "
+                "which one of them would overwrite: name two"
+            )
+
+
+def _same(first: Path, second: Path) -> bool:
+    if first.exists() and second.exists():
+        return first.is_file() and first.samefile(second)
+    return first.resolve() == second.resolve()
+
+
+def as_json(data: Any) -> str:
+    """What a JSON file of a command holds; numbers that JSON lacks, such as NaN, are null."""
+    return json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
