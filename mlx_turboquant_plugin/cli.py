@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from importlib import import_module
 from typing import Any
 
-from . import __version__, log
+from . import __version__, log, startup
 from .interrupts import Terminated, terminable
 from .rules import SettingsError
 from .stdout import Output, Unwritable
@@ -87,6 +87,9 @@ def _run(argv: list[str]) -> int:
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if name in argv:
+            if module.startswith("tools."):
+                # They switch compression on and off themselves, and say what is wrong then.
+                startup.withdraw()
             command_module = import_module(f".{module}", __package__)
             command_module.add_arguments(command)
             command.set_defaults(run=command_module.run)

@@ -22,17 +22,8 @@ LAYERS = [
     ("cache",),
     ("backends",),
     ("codecs",),
-    ("settings", "hooking", "compiling", "streams"),
-    (
-        "rules",
-        "patching",
-        "log",
-        "per_thread",
-        "interrupts",
-        "cache_folder",
-        "compatibility",
-        "reference",
-    ),  # fmt: skip
+    ("settings", "hooking", "compiling", "streams", "interrupts"),
+    ("rules", "patching", "log", "per_thread", "cache_folder", "compatibility", "reference"),
     ("__init__",),
 ]
 

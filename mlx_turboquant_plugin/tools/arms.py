@@ -13,6 +13,7 @@ from mlx_lm.models.cache import QuantizedKVCache
 
 from .. import settings
 from ..cache import CompressedKVCache
+from ..integration.family import layers_of
 from ..integration.identity import identity_of
 from ..rules import BYPASSES, PRESETS, SHAPING
 from .runs import compressed, compressed_prompt_cache, prompt_cache
@@ -114,11 +115,16 @@ def configured(model: nn.Module, arms: Sequence[Arm], **overrides: Any) -> tuple
 
     Returns:
         None if nothing is set that shapes what is kept, or if it comes to one of ``arms``.
+
+    Raises:
+        SettingsError: a setting is not allowed, or bits are given for another number of layers.
     """
     chosen = settings.load(overrides=overrides).for_model(identity_of(model))
     arm = Arm(CONFIGURED, {"preset": chosen.preset, **chosen.shaping})
     if not chosen.shaped_by or any(_shape(arm) == _shape(other) for other in arms):
         return None
+    # Where the arm's own settings are from nobody would know any more.
+    chosen.for_layers(len(layers_of(model)))
     return arm, chosen.shaped_by
 
 

@@ -91,7 +91,7 @@ def table(
         row,
     ):
         yield f"{title:22} {a:>13} {b:>13}{note}"
-    yield f"the uncompressed cache grows in steps of {KVCache.step} tokens, and has room to spare"
+    yield f"KVCache's bytes hold room for more tokens: it grows in steps of {KVCache.step}"
 
 
 def common(a: Sequence, b: Sequence) -> int:

@@ -85,7 +85,7 @@ def load(path: str, needs_tokenizer: bool) -> Loaded:
 
 def why(error: BaseException) -> str:
     """The first line of what an error says, shortened, behind its kind unless that is plain."""
-    first = next(iter(str(error).strip().splitlines()), "")
+    first = next(iter(str(error).strip().splitlines()), "").rstrip(" :.")
     if not first or not isinstance(error, OSError | ValueError | RuntimeError):
         first = f"{type(error).__name__}: {first}".removesuffix(": ")
     return first if len(first) <= SHOWN_CHARACTERS else first[:SHOWN_CHARACTERS] + " ..."

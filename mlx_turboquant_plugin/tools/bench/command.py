@@ -219,7 +219,7 @@ def _measure(
             mx.eval(model.parameters())
         # What the notes say, and no table of the settings file for this model.
         shaping = {"preset": chosen.preset, **chosen.shaping}
-        notes["not_in_force"] = not_measured(model, Arm("general", shaping))
+        notes["remarks"] += not_measured(model, Arm("general", shaping))
         bench = ModelBench(model, args.kv_bits, {**shaping, **overrides})
         jobs += _model_jobs(args, bench, results)
     if "layer" in args.parts:
@@ -286,11 +286,9 @@ def _notes(args: argparse.Namespace, chosen: settings.Settings) -> dict[str, Any
         "versions": state.versions,
         "device": state.device,
         "kernel": kernel_of(chosen),
-        "key_bits": chosen.key_bits,
-        "value_bits": chosen.value_bits,
-        "window": chosen.window,
+        **chosen.shaping,
         "invariant": chosen.invariant,
-        "not_in_force": [],
+        "remarks": [f"in force: {chosen.shaped_by}"] if chosen.shaped_by else [],
         "kv_bits": args.kv_bits,
         "layer": f"{query} query and {kv} KV heads of {args.head_dim}",
         "layers": args.layers,

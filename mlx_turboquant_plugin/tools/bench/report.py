@@ -27,7 +27,7 @@ def lines(notes: dict[str, Any], results: Results) -> Iterator[str]:
         f"QuantizedKVCache: {notes['kv_bits']} bits"
     )
     yield f"layer: {notes['layer']}; model: {notes['model']}"
-    yield from (*interruption(results.missing), *notes["not_in_force"])
+    yield from (*interruption(results.missing), *notes["remarks"])
     parts = {m.part for m in results.measurements}
     for part, title in TITLES.items():
         if part in parts:

@@ -10,7 +10,7 @@ from ..output import as_json
 from .measurement import Measurement, Results, Skipped
 
 # Known only later.
-CHANGING = {"fallbacks", "not_in_force"}
+CHANGING = {"fallbacks", "remarks"}
 
 
 def saved(notes: dict[str, Any], results: Results) -> str:
