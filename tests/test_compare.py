@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shutil
 from xml.etree import ElementTree
 
 import mlx.core as mx
@@ -11,15 +12,15 @@ import numpy as np
 import pytest
 import tiny
 import tiny_models
+from mlx_lm.utils import save_model
 
-from mlx_turboquant_plugin import settings
-from mlx_turboquant_plugin.cli import main
+from mlx_turboquant_plugin.cli import INTERRUPTED, main
 from mlx_turboquant_plugin.codecs import packing
 from mlx_turboquant_plugin.codecs.segmented import Segmented
 from mlx_turboquant_plugin.integration import prompt_cache
 from mlx_turboquant_plugin.rules import PRESETS
 from mlx_turboquant_plugin.settings import SettingsError
-from mlx_turboquant_plugin.tools import free_running, memory, plots, progress
+from mlx_turboquant_plugin.tools import comparison, free_running, memory, plots, progress
 from mlx_turboquant_plugin.tools.arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
 from mlx_turboquant_plugin.tools.output import write
 from mlx_turboquant_plugin.tools.runs import compressed, compressed_prompt_cache
@@ -100,14 +101,6 @@ def test_arms_side_by_side_are_what_they_are_alone():
     for a, b in zip(together, alone):
         np.testing.assert_allclose(a.kls, b.kls, atol=1e-6)
     assert together[0].kl < together[1].kl
-
-
-@pytest.mark.parametrize("bypass", ["identity", "bridge"])
-def test_presets_code_whatever_the_environment_bypasses(bypass, monkeypatch):
-    monkeypatch.setenv("TURBOQUANT_BYPASS", bypass)
-    for arm, expected in ((PRESET_ARMS["default"], None), (BESIDE["identity"], "identity")):
-        with arm.on():
-            assert settings.in_force().general.bypass == expected
 
 
 def test_two_runs_of_one_arm_do_not_differ():
@@ -210,6 +203,7 @@ def test_report_as_json(report):
     assert all(r["verdict"]["word"] == "none" for r in found["results"])
     assert by_name["identity"]["worst"] == [] and len(by_name["small"]["worst"]) == WORST
     assert by_name["mlx-lm-4bit"]["kv_ratio"] == pytest.approx(16 / 4.5)
+    assert (found["interrupted"], found["missing"], found["notes"]) == (False, [], [])
 
 
 def test_page_needs_nothing_else(report):
@@ -277,6 +271,48 @@ def test_table_and_refusal(capsys, monkeypatch):
     assert "[too few windows]" in row and row.count("x") == 3
     assert re.search(r"^small +no verdict +5 more windows are needed", out.out, re.MULTILINE)
     assert "greedy" not in out.out
+    assert re.search(r"^arm +bits K/V +mean KL, nats +99% KL, nats +top-1", out.out, re.MULTILINE)
+    assert re.search(r"^arm +KL, nats .*text's probability: exact, arm's$", out.out, re.MULTILINE)
+
+
+def test_what_holds_no_codes_has_no_worst_tokens(capsys):
+    arguments = ["--windows", "1", "--length", "64", "--presets", "small", "--beside"]
+    model = ["compare", "--model", str(tiny.PATHS["tiny-llama"]), "--text", str(tiny.TEXT)]
+    assert main([*model, *arguments, "--generate", "0"]) == 0
+    assert "largest KL" not in capsys.readouterr().out
+
+
+def test_a_cache_in_float32_is_compared_with_bfloat16_too(tmp_path, capsys):
+    folder = shutil.copytree(tiny.PATHS["tiny-llama"], tmp_path / "fp32")
+    model, _ = mlx_lm.load(str(folder))
+    model.set_dtype(mx.float32)
+    save_model(folder, model)
+    arguments = ["--windows", "1", "--length", "64", "--presets", "small", "--beside"]
+    assert main(["compare", "--model", str(folder), *arguments, "--generate", "0"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^exact +32 .* 0\.50x +0\.50x +0\.50x$", out, re.MULTILINE)
+
+
+def test_generations_before_ctrl_c_are_kept(monkeypatch, tmp_path, capsys):
+    made, generate = [], comparison.generate
+
+    def third_fails(arm, *args):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(arm.name)
+        return generate(arm, *args)
+
+    monkeypatch.setattr(comparison, "generate", third_fails)
+    files = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
+    arguments = ["--windows", "1", "--length", "64", "--presets", "small", "default", "--beside"]
+    model = ["compare", "--model", str(tiny.PATHS["tiny-llama"]), "--text", str(tiny.TEXT)]
+    assert main([*model, *arguments, "--generate", "3", *files]) == INTERRUPTED
+    out = capsys.readouterr().out
+    assert "greedy generation of 3 tokens after 32" in out
+    assert "interrupted: not measured: the generation of default" in out
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [bool(r["free"]) for r in (found["exact"], *found["results"])] == [True, True, False]
+    assert "<summary>small" in (tmp_path / "r.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -286,6 +322,8 @@ def test_table_and_refusal(capsys, monkeypatch):
         (["--length", "99999", "--text", str(tiny.TEXT)], "less than one window takes: choose"),
         (["--text", "no-such-file"], "--text is 'no-such-file'"),
         (["--tokens", str(tiny.TEXT)], "--tokens is"),
+        (["--windows", "1", "--length", "9000", "--text", str(tiny.TEXT)], "a shorter window, or"),
+        (["--text", "/dev/null"], "--text is '/dev/null', which is empty"),
     ],
 )
 def test_mistakes_are_named(arguments, named, caplog):
@@ -306,7 +344,18 @@ def test_models_with_other_caches_are_refused(command, name, kinds, monkeypatch,
     assert capsys.readouterr().out == ""
 
 
-def test_models_that_run_uncompressed_are_refused(monkeypatch):
+@pytest.mark.parametrize(
+    "ids, named", [([], "which is empty"), (range(5000, 5300), "gives ids from 5000 to 5239, but")]
+)
+def test_tokens_of_no_use(ids, named, tmp_path, caplog):
+    file = str(tmp_path / "ids.npy")
+    np.save(file, np.array(ids, dtype=int))
+    arguments = ["--tokens", file, "--windows", "1", "--length", "240"]
+    assert main(["compare", "--model", str(tiny.PATHS["tiny-llama"]), *arguments]) == 2
+    assert "--tokens " in caplog.text and repr(file) in caplog.text and named in caplog.text
+
+
+def test_models_that_run_uncompressed_are_refused(monkeypatch, caplog):
     monkeypatch.setattr(prompt_cache, "_reports", {})  # As in a process that has seen no model.
     with compressed():
         compressed_prompt_cache(tiny.load("tiny-llama")[0])

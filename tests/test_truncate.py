@@ -18,7 +18,9 @@ def truncate(path, *arguments):
 
 
 def test_short_cuts_leave_no_trace_and_long_ones_are_explained(tmp_path):
-    code, cuts = truncate(tmp_path / "cuts.json", "--at", "341", "--remove", "16", "130")
+    code, cuts = truncate(
+        tmp_path / "cuts.json", "--at", "341", "341", "--remove", "16", "130", "16"
+    )
     assert code == 0
     short, long = cuts
     assert (short["removed"], short["recoded"], short["outcome"]) == (16, 0, "equal")
