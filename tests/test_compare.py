@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import shutil
 from xml.etree import ElementTree
 
 import mlx.core as mx
@@ -12,15 +11,14 @@ import numpy as np
 import pytest
 import tiny
 import tiny_models
-from mlx_lm.utils import save_model
 
-from mlx_turboquant_plugin.cli import INTERRUPTED, main
+from mlx_turboquant_plugin.cli import main
 from mlx_turboquant_plugin.codecs import packing
 from mlx_turboquant_plugin.codecs.segmented import Segmented
 from mlx_turboquant_plugin.integration import prompt_cache
 from mlx_turboquant_plugin.rules import PRESETS
 from mlx_turboquant_plugin.settings import SettingsError
-from mlx_turboquant_plugin.tools import comparison, free_running, memory, plots, progress
+from mlx_turboquant_plugin.tools import free_running, memory, plots, progress
 from mlx_turboquant_plugin.tools.arms import BESIDE, EXACT, PRESET_ARMS, Arm, Run
 from mlx_turboquant_plugin.tools.output import write
 from mlx_turboquant_plugin.tools.runs import compressed, compressed_prompt_cache
@@ -275,46 +273,6 @@ def test_table_and_refusal(capsys, monkeypatch):
     assert re.search(r"^arm +KL, nats .*text's probability: exact, arm's$", out.out, re.MULTILINE)
 
 
-def test_what_holds_no_codes_has_no_worst_tokens(capsys):
-    arguments = ["--windows", "1", "--length", "64", "--presets", "small", "--beside"]
-    model = ["compare", "--model", str(tiny.PATHS["tiny-llama"]), "--text", str(tiny.TEXT)]
-    assert main([*model, *arguments, "--generate", "0"]) == 0
-    assert "largest KL" not in capsys.readouterr().out
-
-
-def test_a_cache_in_float32_is_compared_with_bfloat16_too(tmp_path, capsys):
-    folder = shutil.copytree(tiny.PATHS["tiny-llama"], tmp_path / "fp32")
-    model, _ = mlx_lm.load(str(folder))
-    model.set_dtype(mx.float32)
-    save_model(folder, model)
-    arguments = ["--windows", "1", "--length", "64", "--presets", "small", "--beside"]
-    assert main(["compare", "--model", str(folder), *arguments, "--generate", "0"]) == 0
-    out = capsys.readouterr().out
-    assert re.search(r"^exact +32 .* 0\.50x +0\.50x +0\.50x$", out, re.MULTILINE)
-
-
-def test_generations_before_ctrl_c_are_kept(monkeypatch, tmp_path, capsys):
-    made, generate = [], comparison.generate
-
-    def third_fails(arm, *args):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(arm.name)
-        return generate(arm, *args)
-
-    monkeypatch.setattr(comparison, "generate", third_fails)
-    files = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
-    arguments = ["--windows", "1", "--length", "64", "--presets", "small", "default", "--beside"]
-    model = ["compare", "--model", str(tiny.PATHS["tiny-llama"]), "--text", str(tiny.TEXT)]
-    assert main([*model, *arguments, "--generate", "3", *files]) == INTERRUPTED
-    out = capsys.readouterr().out
-    assert "greedy generation of 3 tokens after 32" in out
-    assert "interrupted: not measured: the generation of default" in out
-    found = json.loads((tmp_path / "r.json").read_text())
-    assert [bool(r["free"]) for r in (found["exact"], *found["results"])] == [True, True, False]
-    assert "<summary>small" in (tmp_path / "r.html").read_text()
-
-
 @pytest.mark.parametrize(
     "arguments, named",
     [
@@ -344,18 +302,7 @@ def test_models_with_other_caches_are_refused(command, name, kinds, monkeypatch,
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(
-    "ids, named", [([], "which is empty"), (range(5000, 5300), "gives ids from 5000 to 5239, but")]
-)
-def test_tokens_of_no_use(ids, named, tmp_path, caplog):
-    file = str(tmp_path / "ids.npy")
-    np.save(file, np.array(ids, dtype=int))
-    arguments = ["--tokens", file, "--windows", "1", "--length", "240"]
-    assert main(["compare", "--model", str(tiny.PATHS["tiny-llama"]), *arguments]) == 2
-    assert "--tokens " in caplog.text and repr(file) in caplog.text and named in caplog.text
-
-
-def test_models_that_run_uncompressed_are_refused(monkeypatch, caplog):
+def test_models_that_run_uncompressed_are_refused(monkeypatch):
     monkeypatch.setattr(prompt_cache, "_reports", {})  # As in a process that has seen no model.
     with compressed():
         compressed_prompt_cache(tiny.load("tiny-llama")[0])

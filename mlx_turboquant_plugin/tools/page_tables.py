@@ -100,7 +100,7 @@ def texts(report: Report) -> Iterator[str]:
 
 def kl_in_words(value: float) -> str:
     """A KL, unless it is rounding."""
-    return f"{value:.1e}" if value > FLOOR else "rounding"
+    return "rounding" if value <= FLOOR else f"{value:.1e}"
 
 
 def _same_for(report: Report, r: Result) -> str:
