@@ -47,10 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         130 after Ctrl-C, 141 if nobody reads the output any more, 143 after SIGTERM, else the
         subcommand's.
     """
-    output: Any = None
+    output: Any = Output(sys.stdout)
     try:
-        output = Output(sys.stdout)
         with redirect_stdout(output):
+            output.flush()  # Nothing is to be measured for an output that is closed.
             code = _outcome(sys.argv[1:] if argv is None else argv, output)
             output.flush()
             return code
@@ -59,8 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         return CLOSED
     except Unwritable as error:
         log.logger.error("%s", error)
-        if output:
-            output.give_up()
+        output.give_up()
         return UNWRITABLE
 
 

@@ -19,13 +19,7 @@ class Output:
     """
 
     def __init__(self, stream: Any):
-        """Write to ``stream``, as ``sys.stdout`` is: None where it is closed.
-
-        Raises:
-            Unwritable: it is closed.
-        """
-        if stream is None:
-            raise Unwritable("standard output is closed: redirect it to a file or to /dev/null")
+        """Write to ``stream``, as ``sys.stdout`` is: None where it is closed."""
         if isinstance(stream, io.TextIOWrapper):
             # Who reads a pipe sees each line at once, and a closed one is found by the command.
             stream.reconfigure(line_buffering=True)
@@ -42,12 +36,15 @@ class Output:
 
     def flush(self) -> None:
         """Write what is still held back; raises what :meth:`write` does."""
+        if self._stream is None:
+            raise Unwritable("standard output is closed: redirect it to a file or to /dev/null")
         with _named():
             self._stream.flush()
 
     def give_up(self) -> None:
         """Write to nowhere from now on: Python flushes it once more in the end."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        if self._stream is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 @contextmanager

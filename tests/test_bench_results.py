@@ -12,6 +12,42 @@ from mlx_turboquant_plugin.tools.bench.measurement import Results, Sample, Situa
 from mlx_turboquant_plugin.tools.bench.model import ModelBench
 
 
+def test_what_is_missing_is_said(tmp_path):
+    notes = {"remarks": ["in force: sinks 8 (environment)"], "fallbacks": []}
+    results = Results(done=["a"], asked=["a", "b", "c"])
+    found = json.loads(saved.saved(notes, results))
+    assert found["interrupted"] and found["missing"] == ["b", "c"]
+    results.done += ["b", "c"]
+    assert not json.loads(saved.saved(notes, results))["interrupted"]
+
+
+def test_settings_and_interruptions_are_shown(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text('[turboquant]\nsinks = 8\n[turboquant.models."*"]\nsinks = 9\n')
+    monkeypatch.setenv("TURBOQUANT_CONFIG", str(file))
+    prefill = ModelBench.prefill
+
+    def second_fails(self, results, tokens, *args):
+        if tokens == 50:
+            raise KeyboardInterrupt
+        return prefill(self, results, tokens, *args)
+
+    monkeypatch.setattr(ModelBench, "prefill", second_fails)
+    report = tmp_path / "bench.json"
+    arguments = ["--parts", "prefill", "--prompts", "40", "40", "50", "--rounds", "1"]
+    assert cli.main(["bench", *arguments, "--json", str(report)]) == cli.INTERRUPTED
+    found, out = json.loads(report.read_text()), capsys.readouterr().out.splitlines()
+    assert found["missing"] == ["prefill, batch 1, 50 tokens"]
+    assert found["asked"] == ["prefill, batch 1, 40 tokens", *found["missing"]]
+    assert found["notes"]["sinks"] == 8
+    for line in (
+        "interrupted: not measured: prefill, batch 1, 50 tokens",
+        f"in force: sinks 8 (file {file} [turboquant])",
+        f'not in force here, but in compare: sinks 9 (file {file} [turboquant.models."*"])',
+    ):
+        assert line in out
+
+
 def test_turns():
     order = []
 

@@ -208,11 +208,18 @@ COMPARE = ["--length", "64", "--presets", "small", "--beside", "--generate", "4"
         (truncate, "lockstep", ["--length", "400", "--at", "40", "--remove", "1"], "kept  removed"),
     ],
 )
-def test_ctrl_c_keeps_what_was_measured(module, name, arguments, kept, monkeypatch, capsys):
+def test_ctrl_c_keeps_what_was_measured(
+    module, name, arguments, kept, monkeypatch, capsys, tmp_path
+):
     monkeypatch.setattr(module, name, raising(KeyboardInterrupt, 1)(getattr(module, name)))
     command = {comparison: "compare"}.get(module, module.__name__.rpartition(".")[2])
-    assert cli.main([command, *TEXT, *arguments]) == cli.INTERRUPTED
+    file = tmp_path / "found.json"
+    assert cli.main([command, *TEXT, *arguments, "--json", str(file)]) == cli.INTERRUPTED
     *found, last = capsys.readouterr().out.splitlines()
+    written = json.loads(file.read_text())
+    assert written["interrupted"] and len(written["missing"]) > 0
+    assert written["notes"][0] == f"interrupted: not measured: {'; '.join(written['missing'])}"
+    assert written["notes"][0] in found
     assert last.startswith("interrupted")
     # Of two generations one was made, which has nothing to be compared with.
     assert kept in "\n".join(found) and "greedy generation" not in "\n".join(found)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny
+from processes import run_python
 
 from mlx_turboquant_plugin import settings
 from mlx_turboquant_plugin.cli import BAD_SETTINGS, main
@@ -154,8 +155,6 @@ def test_models_that_are_opted_out_are_refused(command, pattern, environment, ca
 
 
 def test_bad_settings_are_said_once():
-    from processes import run_python
-
     code = (
         "import sys; from mlx_turboquant_plugin import startup, cli; startup.main();"
         "sys.exit(cli.main(sys.argv[1:]))"
@@ -163,3 +162,15 @@ def test_bad_settings_are_said_once():
     done = run_python("-c", code, "compare", "--model", PATH, check=False, TURBOQUANT="foo")
     assert done.returncode == BAD_SETTINGS
     assert done.stderr.count("TURBOQUANT is 'foo'") == 1
+
+
+def test_what_an_error_says_is_not_logged_besides():
+    code = (
+        "import tiny_models\n"
+        "from mlx_turboquant_plugin.tools.runs import *\n"
+        "with compressed():\n"
+        "    try: compressed_prompt_cache(tiny_models.build('mamba'))\n"
+        "    except SettingsError as error: print(error)"
+    )
+    done = run_python("-c", code, path=[tiny.ROOT / "tests"])
+    assert "mamba runs uncompressed" in done.stdout and "uncompressed" not in done.stderr

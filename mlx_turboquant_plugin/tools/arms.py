@@ -13,7 +13,6 @@ from mlx_lm.models.cache import QuantizedKVCache
 
 from .. import settings
 from ..cache import CompressedKVCache
-from ..integration.family import layers_of
 from ..integration.identity import identity_of
 from ..rules import BYPASSES, PRESETS, SHAPING
 from .runs import compressed, compressed_prompt_cache, prompt_cache
@@ -124,7 +123,7 @@ def configured(model: nn.Module, arms: Sequence[Arm], **overrides: Any) -> tuple
     if not chosen.shaped_by or any(_shape(arm) == _shape(other) for other in arms):
         return None
     # Where the arm's own settings are from nobody would know any more.
-    chosen.for_layers(len(layers_of(model)))
+    chosen.for_layers(len(prompt_cache(model)))
     return arm, chosen.shaped_by
 
 

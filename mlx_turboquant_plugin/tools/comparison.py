@@ -17,7 +17,7 @@ from .arguments import read_windows
 from .arms import BESIDE, EXACT, MLX_LM_GROUP, PRESET_ARMS, Arm, Run, configured
 from .free_running import Generation, agreement, generate
 from .memory import bf16_bytes, bytes_by_length, layer_shapes
-from .output import interruption
+from .output import interruption, lacking
 from .progress import progress
 from .report import Report, Result
 from .runs import dtype_name, load_model, prompt_cache, quantized_tokens
@@ -123,17 +123,14 @@ class Comparison:
 
     def _missing(self) -> Iterator[str]:
         """What was asked for and is not measured yet."""
-        left = self.args.windows - len(self.parts)
-        if left:
-            yield f"{left} of {self.args.windows} windows"
+        yield from lacking(len(self.parts), self.args.windows, "windows")
         names = [arm.name for arm in (EXACT, *self.arms) if arm.name not in self._generations]
         if names and self.args.generate:
             yield f"the generation of {', '.join(names)}"
         answered = Counter(kind.task for kind, _ in self._answers)
         each = len(self.prompts) // len(TASKS)
         for task in TASKS:
-            if answered[task] < each:
-                yield f"{each - answered[task]} of {each} prompts of the task {task}"
+            yield from lacking(answered[task], each, f"prompts of the task {task}")
 
     def _total(self, layers: int) -> int:
         """All tokens that are read or generated, about."""

@@ -30,7 +30,7 @@ from .arguments import (
     read_windows,
 )
 from .arms import EXACT, PRESET_ARMS, Arm, Run, not_measured
-from .output import as_json, check_distinct, interruption, show
+from .output import as_json, check_distinct, lacking, show, with_notes
 from .progress import progress
 from .runs import load_model, prompt_cache
 from .teacher_forcing import lockstep
@@ -99,19 +99,15 @@ def run(args: argparse.Namespace) -> int:
         # Also after Ctrl-C.
         count, heads, layers = found
         if count:
-            left = args.windows - count
-            missing = [f"{left} of {args.windows} windows"] if left else []
-            notes = interruption(missing) + notes
-            report = {
-                "preset": args.preset,
-                "settings": arm.described,
-                "notes": notes,
-                "interrupted": bool(missing),
-                "missing": missing,
-                "heads": [asdict(h) for h in heads],
-                "layers": [asdict(x) for x in layers],
-            }
-            show(_lines(args, notes, *found), (args.json, lambda: as_json(report)))
+            report = with_notes(
+                notes,
+                lacking(count, args.windows, "windows"),
+                preset=args.preset,
+                settings=arm.described,
+                heads=[asdict(h) for h in heads],
+                layers=[asdict(x) for x in layers],
+            )
+            show(_lines(args, report["notes"], *found), (args.json, lambda: as_json(report)))
     return 0
 
 

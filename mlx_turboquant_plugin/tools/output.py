@@ -52,9 +52,24 @@ def write(path: Path, text: str) -> None:
         ) from error
 
 
+def lacking(done: int, asked: int, what: str) -> list[str]:
+    """How many of ``what`` was asked for were not ``done``, in words; nothing if all were."""
+    return [f"{asked - done} of {asked} {what}"] if done < asked else []
+
+
 def interruption(missing: Sequence[str]) -> list[str]:
     """A line about what was asked for and is ``missing`` from a result; none if it is whole."""
     return [f"interrupted: not measured: {'; '.join(missing)}"] if missing else []
+
+
+def with_notes(notes: Sequence[str], missing: Sequence[str], **measured: Any) -> dict[str, Any]:
+    """What was ``measured`` as a JSON file holds it, with what a reader must know of it."""
+    return {
+        "notes": [*interruption(missing), *notes],
+        "interrupted": bool(missing),
+        "missing": list(missing),
+        **measured,
+    }
 
 
 def check_distinct(**files: str | Path | None) -> None:

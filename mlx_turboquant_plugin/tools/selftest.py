@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
                 sys.stdout.write(_line(kernel, tested, result) + "\n")
     finally:
         # Also after Ctrl-C.
-        sys.stdout.write(f"{total - failed} of {total} OK\n")
+        if total:
+            sys.stdout.write(f"{total - failed} of {total} OK\n")
     return 1 if failed else 0
 
 

@@ -29,7 +29,7 @@ from .arguments import (
     read_windows,
 )
 from .arms import PRESET_ARMS, Arm, Run, not_measured
-from .output import as_json, check_distinct, interruption, show
+from .output import as_json, check_distinct, lacking, show, with_notes
 from .progress import progress
 from .runs import load_model
 from .teacher_forcing import lockstep
@@ -120,18 +120,14 @@ def run(args: argparse.Namespace) -> int:
     finally:
         # Also after Ctrl-C.
         if cuts:
-            left = asked - len(cuts)
-            missing = [f"{left} of {asked} cuts"] if left else []
-            notes = interruption(missing) + notes
-            report = {
-                "preset": args.preset,
-                "settings": arm.described,
-                "notes": notes,
-                "interrupted": bool(missing),
-                "missing": missing,
-                "cuts": [asdict(c) for c in cuts],
-            }
-            show(_lines(args, notes, cuts), (args.json, lambda: as_json(report)))
+            report = with_notes(
+                notes,
+                lacking(len(cuts), asked, "cuts"),
+                preset=args.preset,
+                settings=arm.described,
+                cuts=[asdict(c) for c in cuts],
+            )
+            show(_lines(args, report["notes"], cuts), (args.json, lambda: as_json(report)))
     return int(any(c.outcome == "differs" for c in cuts))
 
 
