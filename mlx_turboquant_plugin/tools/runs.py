@@ -44,7 +44,8 @@ def load_model(path: str, needs_tokenizer: bool = True) -> Loaded:
     with compressed():
         loaded = load(path, needs_tokenizer)
     _refuse_opted_out(path, loaded.model)
-    others = {type(cache).__name__ for cache in prompt_cache(loaded.model)} - {KVCache.__name__}
+    kinds = {type(cache) for cache in prompt_cache(loaded.model)}
+    others = {kind.__name__ for kind in kinds - {KVCache}}
     if others:
         raise SettingsError(
             f"--model is {path!r}, which has caches of the kind {', '.join(sorted(others))}, and "

@@ -44,7 +44,7 @@ CANDIDATES = 8
 KEYS = 4
 # Beyond this depth nothing is put: the newest tokens are in full precision.
 DEEPEST = 0.8
-# No task needs more tokens, with any tokenizer.
+# What a task tells and asks takes fewer tokens of any tokenizer that is of use.
 LONGEST_NEEDED = 4096
 # A word in so many tokens of the context, and which share of them is the one asked for.
 WORD_EVERY, COMMON_SHARE = 16, 1 / 3
