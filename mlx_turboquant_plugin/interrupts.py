@@ -25,18 +25,32 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM do nothing meanwhile: for writing results down."""
-    with _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
+    """The first Ctrl-C or SIGTERM does nothing meanwhile: for writing results down.
+
+    A second one ends it: what a pipe that nobody reads is given would never be written.
+    """
+    came: list[int] = []
+
+    def wait(number: int, frame: Any) -> None:
+        if came:
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        came.append(number)
+
+    with _handled(wait, signal.SIGINT, signal.SIGTERM):
         yield
 
 
 @contextmanager
 def _handled(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
-    """Let ``handler`` have these signals; in the main thread, which alone gets any."""
+    """Let ``handler`` have these signals, but for those that this process ignores.
+
+    In the main thread, which alone gets any.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = [(number, signal.signal(number, handler)) for number in numbers]
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = [(number, signal.signal(number, handler)) for number in heard]
     try:
         yield
     finally:

@@ -128,14 +128,16 @@ class Settings:
         """What is kept of keys and values: the settings in ``SHAPING`` by name."""
         return {name: getattr(self, name) for name in SHAPING}
 
-    @property
-    def shaped_by(self) -> str:
+    def shaped_by(self, unlike: Mapping[str, Any] | None = None) -> str:
         """Which of these, or which preset, the environment and a file set, and to what.
 
-        As in "key_bits 4,4,3, sinks 64 (environment)"; empty if they set none.
+        As in "key_bits 4,4,3, sinks 64 (environment)"; empty if they set none. What comes to the
+        same as in ``unlike`` is left out.
         """
         found: dict[str, list[str]] = {}
         for name in ("preset", *SHAPING):
+            if unlike and name in unlike and unlike[name] == getattr(self, name):
+                continue
             origin = self.source(name).partition(f" {PREFIX}")[0]
             if origin.startswith(("environment", "file ")):
                 found.setdefault(origin, []).append(f"{name} {_in_words(getattr(self, name))}")

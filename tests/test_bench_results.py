@@ -7,7 +7,7 @@ import pytest
 from bench_runs import SHORT, failing, measure, run  # noqa: F401
 
 from mlx_turboquant_plugin import cli
-from mlx_turboquant_plugin.tools.bench import measurement, plot, saved
+from mlx_turboquant_plugin.tools.bench import command, measurement, plot, saved
 from mlx_turboquant_plugin.tools.bench.measurement import Results, Sample, Situation, Timing
 from mlx_turboquant_plugin.tools.bench.model import ModelBench
 
@@ -19,6 +19,10 @@ def test_what_is_missing_is_said(tmp_path):
     assert found["interrupted"] and found["missing"] == ["b", "c"]
     results.done += ["b", "c"]
     assert not json.loads(saved.saved(notes, results))["interrupted"]
+
+
+def interrupted(*args):
+    raise KeyboardInterrupt
 
 
 def test_settings_and_interruptions_are_shown(monkeypatch, capsys, tmp_path):
@@ -46,6 +50,16 @@ def test_settings_and_interruptions_are_shown(monkeypatch, capsys, tmp_path):
         f'not in force here, but in compare: sinks 9 (file {file} [turboquant.models."*"])',
     ):
         assert line in out
+    # Stopped before it is known what is asked for.
+    monkeypatch.setattr(command, "load_model", interrupted)
+    assert cli.main(["bench", *arguments, "--json", str(report), "--resume"]) == cli.INTERRUPTED
+    assert json.loads(report.read_text())["missing"] == found["missing"]
+
+
+def test_bits_of_layers_that_the_model_lacks(monkeypatch, caplog):
+    monkeypatch.setenv("TURBOQUANT_KEY_BITS", "4,3")
+    assert cli.main(["bench", "--parts", "decode", "--quick"]) == cli.BAD_SETTINGS
+    assert "key_bits (environment TURBOQUANT_KEY_BITS) has 2 numbers" in caplog.text
 
 
 def test_turns():

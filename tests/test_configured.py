@@ -1,6 +1,7 @@
 """What the environment and the settings file do to commands that measure presets."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -94,6 +95,9 @@ def test_the_table_of_a_model_counts(model, environment, tmp_path):
     )
     [note] = not_measured(model, PRESET_ARMS["default"])
     assert note == f"not in force here, but in compare: {stated}"
+    with_sinks = replace(PRESET_ARMS["default"], settings={**arm.settings, "value_bits": 4})
+    [note] = not_measured(model, with_sinks)
+    assert "value_bits 3" in note and "sinks" not in note and "balance" not in note
     environment(KEY_BITS="4,3")
     with pytest.raises(SettingsError, match=r"environment TURBOQUANT_KEY_BITS.* has 2 numbers"):
         configured(model, PRESETS_MEASURED)

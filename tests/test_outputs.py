@@ -31,6 +31,11 @@ def test_two_outputs_of_one_file_are_refused(second, tmp_path, monkeypatch):
         check_distinct(json="out", html=second)
 
 
+def test_names_that_can_be_no_file_are_left_to_who_reads_them(tmp_path):
+    (tmp_path / "out").touch()
+    check_distinct(json=tmp_path / "out", text=tmp_path / (300 * "a"))
+
+
 def test_outputs_that_several_may_share():
     check_distinct(json="/dev/null", html="/dev/null", text=None)
     check_distinct(json="a.json", html="a.html")
@@ -73,9 +78,26 @@ def test_a_signal_while_results_are_written(number, tmp_path, capsys):
         os.kill(os.getpid(), number)
         return "whole"
 
-    show(["a line"], (file, text))
+    with interrupts.uninterrupted():
+        show(["a line"], (file, text))
     assert file.read_text() == "whole"
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_second_signal_ends_the_writing():
+    """A pipe without a reader would hold the command for ever."""
+    with pytest.raises(interrupts.Terminated), interrupts.uninterrupted():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with interrupts.uninterrupted():
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_sigterm_keeps_what_was_measured(tmp_path, monkeypatch, capsys):

@@ -120,17 +120,19 @@ def configured(model: nn.Module, arms: Sequence[Arm], **overrides: Any) -> tuple
     """
     chosen = settings.load(overrides=overrides).for_model(identity_of(model))
     arm = Arm(CONFIGURED, {"preset": chosen.preset, **chosen.shaping})
-    if not chosen.shaped_by or any(_shape(arm) == _shape(other) for other in arms):
+    words = chosen.shaped_by()
+    if not words or any(_shape(arm) == _shape(other) for other in arms):
         return None
     # Where the arm's own settings are from nobody would know any more.
     chosen.for_layers(len(prompt_cache(model)))
-    return arm, chosen.shaped_by
+    return arm, words
 
 
 def not_measured(model: nn.Module, arm: Arm) -> list[str]:
     """A line about settings that are not in force in ``arm``, where that is all that is run."""
-    found = configured(model, [arm])
-    return [f"not in force here, but in compare: {found[1]}"] if found else []
+    chosen = settings.load().for_model(identity_of(model))
+    words = chosen.shaped_by(unlike=arm.settings or {})
+    return [f"not in force here, but in compare: {words}"] if words else []
 
 
 def _shape(arm: Arm) -> dict[str, Any]:

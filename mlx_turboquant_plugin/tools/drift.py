@@ -22,6 +22,7 @@ from mlx_lm.models.cache import KVCache
 from ..activation import disable
 from ..cache import CompressedKVCache, Visibility
 from ..codecs.kv_codec import KVCodec
+from ..interrupts import uninterrupted
 from ..rules import SettingsError
 from .arguments import (
     add_json_argument,
@@ -99,15 +100,16 @@ def run(args: argparse.Namespace) -> int:
         # Also after Ctrl-C.
         count, heads, layers = found
         if count:
-            report = with_notes(
-                notes,
-                lacking(count, args.windows, "windows"),
-                preset=args.preset,
-                settings=arm.described,
-                heads=[asdict(h) for h in heads],
-                layers=[asdict(x) for x in layers],
-            )
-            show(_lines(args, report["notes"], *found), (args.json, lambda: as_json(report)))
+            with uninterrupted():
+                report = with_notes(
+                    notes,
+                    lacking(count, args.windows, "windows"),
+                    preset=args.preset,
+                    settings=arm.described,
+                    heads=[asdict(h) for h in heads],
+                    layers=[asdict(x) for x in layers],
+                )
+                show(_lines(args, report["notes"], *found), (args.json, lambda: as_json(report)))
     return 0
 
 

@@ -8,14 +8,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ..interrupts import uninterrupted
 from ..rules import SettingsError
 
 
 def show(lines: Iterable[str], *files: tuple[Path | None, Callable[[], str]]) -> None:
     """Print ``lines`` and write the files: each, whatever becomes of the others.
-
-    Neither Ctrl-C nor SIGTERM stops it.
 
     Args:
         files: where each goes, None for nowhere, and what makes its text.
@@ -24,18 +21,17 @@ def show(lines: Iterable[str], *files: tuple[Path | None, Callable[[], str]]) ->
         SettingsError: a file can't be written.
     """
     problems = []
-    with uninterrupted():
-        try:
-            sys.stdout.write("\n".join(lines) + "\n")
-        finally:
-            for path, text in files:
-                try:
-                    if path:
-                        write(path, text())
-                except SettingsError as error:
-                    problems.append(str(error))
-            if problems:
-                raise SettingsError("\n".join(problems))
+    try:
+        sys.stdout.write("\n".join(lines) + "\n")
+    finally:
+        for path, text in files:
+            try:
+                if path:
+                    write(path, text())
+            except SettingsError as error:
+                problems.append(str(error))
+        if problems:
+            raise SettingsError("\n".join(problems))
 
 
 def write(path: Path, text: str) -> None:
@@ -87,9 +83,13 @@ def check_distinct(**files: str | Path | None) -> None:
 
 
 def _same(first: Path, second: Path) -> bool:
-    if first.exists() and second.exists():
-        return first.is_file() and first.samefile(second)
-    return first.resolve() == second.resolve()
+    try:
+        if first.exists() and second.exists():
+            return first.is_file() and first.samefile(second)
+        return first.resolve() == second.resolve()
+    except OSError:
+        # Whoever reads or writes it says what is wrong with a name.
+        return False
 
 
 def as_json(data: Any) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..activation import disable
 from ..cache.parts import only_compressed
+from ..interrupts import uninterrupted
 from ..rules import SettingsError
 from .arguments import (
     Distinct,
@@ -120,14 +121,15 @@ def run(args: argparse.Namespace) -> int:
     finally:
         # Also after Ctrl-C.
         if cuts:
-            report = with_notes(
-                notes,
-                lacking(len(cuts), asked, "cuts"),
-                preset=args.preset,
-                settings=arm.described,
-                cuts=[asdict(c) for c in cuts],
-            )
-            show(_lines(args, report["notes"], cuts), (args.json, lambda: as_json(report)))
+            with uninterrupted():
+                report = with_notes(
+                    notes,
+                    lacking(len(cuts), asked, "cuts"),
+                    preset=args.preset,
+                    settings=arm.described,
+                    cuts=[asdict(c) for c in cuts],
+                )
+                show(_lines(args, report["notes"], cuts), (args.json, lambda: as_json(report)))
     return int(any(c.outcome == "differs" for c in cuts))
 
 

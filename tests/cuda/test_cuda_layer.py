@@ -12,7 +12,11 @@ from mlx_turboquant_plugin.backends.cuda import encode as cuda_encode
 from mlx_turboquant_plugin.backends.cuda import portable as cuda_portable
 from mlx_turboquant_plugin.backends.cuda import source as cuda_source
 from mlx_turboquant_plugin.backends.cuda.layer import layer_of
-from mlx_turboquant_plugin.cache import CompressedKVCache, Visibility
+from mlx_turboquant_plugin.cache import (
+    CompressedKVCache,
+    RotatingCompressedKVCache,
+    Visibility,
+)
 from mlx_turboquant_plugin.cache.passes import plan_step, plan_view
 from mlx_turboquant_plugin.codecs.key_bias import KeyBias
 from mlx_turboquant_plugin.codecs.kv_codec import SEGMENTED, CodecSpec, KVCodec
@@ -111,6 +115,19 @@ def test_all_layers_and_steps_share_a_description(described):
     step([wider], 2)
     step(caches)
     assert described == ["split", "merge"]
+
+
+def test_a_ring_that_is_full_shares_them_for_good(described):
+    cache = RotatingCompressedKVCache(512, 4, codec(), Visibility(), "cuda")
+    cache.append(*mx.zeros((2, 1, HEADS, 1500, DIM)))
+    keys, queries = mx.ones((1, HEADS, 1, DIM)), mx.ones((1, 4 * HEADS, 1, DIM))
+    for step in range(160):
+        if step == 64:
+            described.clear()
+        cache.attending = True
+        cache.update_and_fetch(keys, keys)
+        dispatch.attend(None, queries, keys, keys, cache, 0.1, None)
+    assert set(described) == {"encode"}
 
 
 def test_batches_at_the_same_positions_have_bounds_of_their_own(described, monkeypatch):

@@ -2,10 +2,10 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from ...codecs.key_bias import RotaryTable
 from ...codecs.kv_codec import CodecSpec
 from ...per_thread import cached_per_thread
 from ..inputs import int_array
@@ -24,6 +24,18 @@ ROOM = 132 * BLOCKS
 MOST_SPLITS = Merge.MERGED_SPLITS // 4
 
 
+class Launch(NamedTuple):
+    """What a step of decoding launches for every layer of a kind.
+
+    Attributes:
+        attention: see :func:`_attention`.
+        numbers: its last inputs, which are about positions and the same for any batch.
+    """
+
+    attention: Callable[..., tuple[mx.array, ...]]
+    numbers: tuple[mx.array, ...]
+
+
 def attend(problem: Problem) -> mx.array:
     """Attention in two launches: (B, H_q, N, D_v) in the dtype of the queries."""
     codec, full = problem.codec, problem.full_tokens
@@ -39,16 +51,17 @@ def attend(problem: Problem) -> mx.array:
     layer = layer_of(codec)
     learned = () if problem.learned_sinks is None else (problem.learned_sinks,)
     key = layer.kind, layer.table, problem.scale, len(tokens), drop, len(learned)
-    attention = problem.shared.get(key)
-    if attention is None:
-        attention = problem.shared[key] = _attention_of(problem, layer, drop)
-    out, *joined = attention(
+    launch = problem.shared.get(key)
+    if launch is None:
+        launch = problem.shared[key] = _launch(problem, layer, drop)
+    out, *joined = launch.attention(
         problem.queries,
         *tokens,
         *problem.key_codes,
         *problem.value_codes,
         *layer.known,
         problem.bounds,
+        *launch.numbers,
         *learned,
     )
     if joined:
@@ -56,55 +69,38 @@ def attend(problem: Problem) -> mx.array:
     return out
 
 
-def _attention_of(problem: Problem, layer: Layer, drop: int) -> Callable:
-    return _attention(
-        layer.kind,
-        layer.table,
-        problem.scale,
-        problem.sinks,
-        problem.full_tokens.count,
-        drop,
-        problem.first_quantized,
-        problem.key_codes[-1].shape[-1],
-        problem.learned_sinks is not None,
-    )
+def _launch(problem: Problem, layer: Layer, drop: int) -> Launch:
+    quantized = problem.key_codes[-1].shape[-1]
+    numbers = [int_array(problem.first_quantized, drop)]
+    if layer.table is not None:
+        numbers.append(rotary_array(layer.table, problem.first_quantized + quantized))
+    full = problem.full_tokens.count
+    learned = problem.learned_sinks is not None
+    attention = _attention(layer.kind, problem.scale, problem.sinks, full, drop, quantized, learned)
+    return Launch(attention, tuple(numbers))
 
 
 # All layers ask for the same, until there are more codes. MLX keeps traces by thread.
 @cached_per_thread(maxsize=64)
 def _attention(
-    kind: Kind,
-    table: RotaryTable | None,
-    scale: float,
-    sinks: int,
-    full: int,
-    drop: int,
-    first_quantized: int,
-    quantized: int,
-    learned: bool,
+    kind: Kind, scale: float, sinks: int, full: int, drop: int, quantized: int, learned: bool
 ) -> Callable[..., tuple[mx.array, ...]]:
-    """The two launches as one function of the queries and all that differs by layer or step.
+    """The two launches as one function of the queries and all other inputs but the rotations.
 
     It is traced once, and again for arrays of other shapes or dtypes: MLX writes a kernel's
-    source anew whenever a launch is described, which takes longer than the launch. What layers
-    and steps share is no input: looking at one takes as long as some calls of Python.
+    source anew whenever a launch is described, which takes longer than the launch.
 
     Args:
-        table: of the layers' key bias, or None.
         full: E, the full-precision tokens with those that are not joined to the older ones.
         drop: how many of the older tokens after the sinks count no more.
-        first_quantized, quantized: the position of the first token that there are codes of, and
-            how many there are. So a function has few traces, too, among which MLX looks for one
-            after the other.
+        quantized: how many tokens there are as codes; so that a function has few traces, among
+            which MLX looks for one after the other.
         learned: whether the last input is of learned sinks.
 
     Returns:
         A function that returns the attention, and joined keys and values if they are not yet.
     """
     spec, rotations = kind.spec, kind.rotations
-    numbers = [int_array(first_quantized, drop)]
-    if table is not None:
-        numbers.append(rotary_array(table, first_quantized + quantized))
 
     def attention(queries, keys, *others):
         others, learned_sinks = (others[:-1], others[-1:]) if learned else (others, ())
@@ -123,7 +119,7 @@ def _attention(
         whole_tiles = quantized % Split.SHORT_TILE == 0
         split = _split_kernel(kind, tiles_of_rows, tile, whole_tiles, scale, sinks, appends)
         partial, *joined = split(
-            inputs=[rotations, queries, keys, *others, *numbers],
+            inputs=[rotations, queries, keys, *others],
             grid=((splits + joining) * Split.THREADS, heads * row_blocks, batch),
             threadgroup=(Split.THREADS, 1, 1),
             output_shapes=[partial, *joined],

@@ -11,6 +11,7 @@ from ... import compiling, settings
 from ...activation import disable
 from ...attention.fused import fallbacks_heard
 from ...backends.choice import kernel_of, resolve_kernel
+from ...interrupts import uninterrupted
 from ...reporting import status
 from ...rules import KERNELS, SettingsError
 from ..arguments import Distinct, at_least, output_file
@@ -18,7 +19,7 @@ from ..arms import Arm, not_measured
 from ..demo import MODEL
 from ..output import check_distinct, show, write
 from ..progress import progress
-from ..runs import dtype_name, load_model
+from ..runs import dtype_name, load_model, prompt_cache
 from .layer import Layer, LayerBench
 from .measurement import ROUND, Results
 from .model import ModelBench
@@ -188,11 +189,12 @@ def run(args: argparse.Namespace) -> int:
         finally:
             # Whatever has failed, what was measured before counts.
             if results.measurements or results.skipped:
-                show(
-                    lines(notes, results),
-                    (args.json, lambda: saved(notes, results)),
-                    (args.plot, lambda: picture(notes, results)),
-                )
+                with uninterrupted():
+                    show(
+                        lines(notes, results),
+                        (args.json, lambda: saved(notes, results)),
+                        (args.plot, lambda: picture(notes, results)),
+                    )
     return 0
 
 
@@ -217,6 +219,8 @@ def _measure(
         if args.model_dtype:
             model.set_dtype(DTYPES[args.model_dtype])
             mx.eval(model.parameters())
+        # Where these come from nobody would know any more.
+        chosen.for_layers(len(prompt_cache(model)))
         # What the notes say, and no table of the settings file for this model.
         shaping = {"preset": chosen.preset, **chosen.shaping}
         notes["remarks"] += not_measured(model, Arm("general", shaping))
@@ -288,7 +292,7 @@ def _notes(args: argparse.Namespace, chosen: settings.Settings) -> dict[str, Any
         "kernel": kernel_of(chosen),
         **chosen.shaping,
         "invariant": chosen.invariant,
-        "remarks": [f"in force: {chosen.shaped_by}"] if chosen.shaped_by else [],
+        "remarks": [f"in force: {words}"] if (words := chosen.shaped_by()) else [],
         "kv_bits": args.kv_bits,
         "layer": f"{query} query and {kv} KV heads of {args.head_dim}",
         "layers": args.layers,

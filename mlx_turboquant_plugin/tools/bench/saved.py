@@ -48,6 +48,8 @@ def resume(path: Path, notes: dict[str, Any]) -> Results:
             [Skipped(**row) for row in found["skipped"][:skipped]],
             found["done"],
             (measured, skipped),
+            # Until it is known what this run asks for.
+            found["asked"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(
