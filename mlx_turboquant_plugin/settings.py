@@ -54,7 +54,9 @@ class ModelIdentity:
         """True if the glob fits the type, the hub id, the path or the folder's name."""
         names = [self.type, self.path, self.hub_id]
         if self.path:
-            names.append(Path(self.path).name)
+            # However it was spelled.
+            for path in (Path(self.path), Path(self.path).resolve()):
+                names += [str(path), path.name]
         return any(name and fnmatchcase(name, pattern) for name in names)
 
 

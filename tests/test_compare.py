@@ -157,6 +157,17 @@ def test_bytes_are_those_of_real_caches():
     assert memory.bf16_bytes(shapes, text.size) == 2 * len(exact.caches) * numbers
 
 
+def test_the_room_of_quantized_caches_is_not_counted():
+    model, _ = tiny.load("tiny-qwen3")
+    exact = Run(EXACT, model)
+    exact(mx.zeros(1, mx.int32))
+    shapes, lengths = memory.layer_shapes(exact.caches), [300, 640, 700]
+    sizes = memory.bytes_by_length(BESIDE["mlx-lm-4bit"], model, shapes, mx.float32, lengths)
+    in_bf16 = [memory.bf16_bytes(shapes, length) for length in lengths]
+    # Scales and biases are of the caches' dtype.
+    assert len({b / a for a, b in zip(sizes, in_bf16)}) == 1
+
+
 def test_greedy_generations_side_by_side():
     assert free_running.agreement([1, 2, 3, 4], [1, 2, 9, 4]) == free_running.Agreement(2, 0.75)
     assert free_running.agreement([1, 2], [1, 2]) == free_running.Agreement(2, 1.0)
@@ -192,6 +203,14 @@ def test_report_as_json(report):
     assert list(by_name) == ["default", "small", "identity", "mlx-lm-4bit", "mlx-lm-8bit"]
     assert abs(by_name["identity"]["summary"]["kl"]["estimate"]) < 1e-6
     assert by_name["identity"]["free"] == {"same_for": 6, "agreement": 1.0}
+    model, _ = tiny.load("tiny-llama")
+    exact = Run(EXACT, model)
+    exact(mx.zeros(1, mx.int32))
+    shapes, dtype = memory.layer_shapes(exact.caches), getattr(mx, found["kv_bytes_dtype"])
+    arm = PRESET_ARMS["default"]
+    alone = memory.bytes_by_length(arm, model, shapes, dtype, found["lengths"])
+    # Tables, of the same size at any length, count.
+    assert len({a - b for a, b in zip(by_name["default"]["bytes_by_length"], alone)} | {0}) == 2
     for name in ("default", "small"):
         bits = PRESETS[name]
         assert by_name[name]["bits"] == f"{bits['key_bits']}/{bits['value_bits']}"

@@ -31,6 +31,20 @@ def test_two_outputs_of_one_file_are_refused(second, tmp_path, monkeypatch):
         check_distinct(json="out", html=second)
 
 
+def test_files_of_the_model_and_the_settings_are_no_outputs(tmp_path, monkeypatch):
+    model, config = tmp_path / "model", tmp_path / "settings.toml"
+    model.mkdir()
+    (model / "config.json").touch()
+    config.touch()
+    monkeypatch.setenv("TURBOQUANT_CONFIG", str(config))
+    monkeypatch.chdir(tmp_path)
+    check_distinct("model", json="model/new.json", text="model/config.json")
+    with pytest.raises(SettingsError, match=r"^--json is .*, a file of the model in --model"):
+        check_distinct("model", json="./model/config.json")
+    with pytest.raises(SettingsError, match=r"^--html is .* and TURBOQUANT_CONFIG is .*same file"):
+        check_distinct("model", html="settings.toml")
+
+
 def test_names_that_can_be_no_file_are_left_to_who_reads_them(tmp_path):
     (tmp_path / "out").touch()
     check_distinct(json=tmp_path / "out", text=tmp_path / (300 * "a"))

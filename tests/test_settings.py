@@ -283,3 +283,12 @@ def test_patterns(pattern, identity, expected):
     assert identity.matches(pattern) is expected
     opted_out = load({"TURBOQUANT_OPT_OUT": f"none-such,{pattern}"}).general.opted_out(identity)
     assert opted_out == (pattern if expected else None)
+
+
+def test_paths_are_matched_however_they_are_spelled(tmp_path, monkeypatch):
+    (tmp_path / "zoo").mkdir()
+    (tmp_path / "link").symlink_to("zoo")
+    monkeypatch.chdir(tmp_path)
+    for path in ("zoo", "zoo/", "./zoo", "link", f"{tmp_path}/zoo"):
+        identity = ModelIdentity("llama", path)
+        assert identity.matches("zoo") and identity.matches(f"{tmp_path.resolve()}/zoo")

@@ -108,7 +108,7 @@ def test_too_few_windows_have_neither_interval_nor_verdict():
 def test_no_verdict_when_hardly_anything_reads_codes():
     refused = verdict(summary((0, 0, 0)), Reading.after(192, 274))
     assert refused.word == "none"
-    assert refused.reason == "only 30% of the positions read codes: --length 640"
+    assert refused.reason == "only 29.9% of the positions read codes: --length 640"
 
 
 def test_all_that_a_verdict_lacks_is_said_at_once():

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0; what is wrong with the arguments is raised as SettingsError.
     """
-    check_distinct(json=args.json, html=args.html, text=args.text, tokens=args.tokens)
+    check_distinct(args.model, json=args.json, html=args.html, text=args.text, tokens=args.tokens)
     _complete_tasks(args)
     disable()  # TURBOQUANT=1 would compress the exact run too
     comparison = Comparison(args)

@@ -20,7 +20,7 @@ from .memory import bf16_bytes, bytes_by_length, layer_shapes
 from .output import interruption, lacking
 from .progress import progress
 from .report import Report, Result
-from .runs import dtype_name, load_model, prompt_cache, quantized_tokens
+from .runs import dtype_name, load_model, prompt_cache, quantized_tokens, table_bytes
 from .statistics import Reading, summarize, verdict
 from .task_results import Answers, answers, task_report
 from .tasks import TASKS, Kind, Prompts
@@ -184,8 +184,10 @@ class Comparison:
     def _result(self, index: int, arm: Arm) -> Result:
         found = [parts[index] for parts in self.parts]
         spoken, said = (self._generations.get(name) for name in (EXACT.name, arm.name))
-        at, size = self._lengths.index(self.args.length), self._sizes[arm.name]
         runs = [runs[index] for runs in self._runs]
+        tables = table_bytes(runs[-1].caches)
+        at = self._lengths.index(self.args.length)
+        size = [size + tables for size in self._sizes[arm.name]]
         coded = _coded_tokens(runs[-1])
         return _result(
             runs,
@@ -236,7 +238,7 @@ def _bits(run: Run, dtype: mx.Dtype) -> str:
 
 
 def _reading(run: Run, length: int) -> Reading:
-    ours = [cache for cache in only_compressed(run.caches) if cache.codec]
+    ours = [cache for cache in only_compressed(run.caches) if cache.codec and run.arm.codes]
     visibility = ours[0].visibility if ours else None
     return Reading.after(visibility.first_without(visibility.sinks) if visibility else 0, length)
 

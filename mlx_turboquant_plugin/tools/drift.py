@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0; what is wrong with the arguments is raised as SettingsError.
     """
-    check_distinct(json=args.json, text=args.text, tokens=args.tokens)
+    check_distinct(args.model, json=args.json, text=args.text, tokens=args.tokens)
     disable()  # TURBOQUANT=1 would compress the exact run too
     loaded, arm = load_model(args.model, args.tokens is None), PRESET_ARMS[args.preset]
     model = loaded.model

@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import QuantizedKVCache
 
 from .arms import Arm
 
@@ -30,7 +31,7 @@ def bf16_bytes(shapes: Sequence[Shape], length: int) -> int:
 def bytes_by_length(
     arm: Arm, model: nn.Module, shapes: Sequence[Shape], dtype: mx.Dtype, lengths: Sequence[int]
 ) -> list[int]:
-    """``nbytes`` of all layers at each of the ascending ``lengths``.
+    """Bytes of all layers at each of the ascending ``lengths``, without spare room.
 
     Bytes do not depend on what is in a cache, so random numbers serve, and of layers
     that are alike one is filled.
@@ -55,5 +56,11 @@ def bytes_by_length(
                 )
                 mx.eval(cache.state)
             filled = length
-            totals[index] += len(alike) * cache.nbytes
+            totals[index] += len(alike) * _used(cache)
     return totals
+
+
+def _used(cache: Any) -> int:
+    if isinstance(cache, QuantizedKVCache) and cache.keys is not None:
+        return cache.nbytes * cache.offset // cache.keys[0].shape[2]
+    return cache.nbytes

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
@@ -9,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..rules import SettingsError
+from ..settings import CONFIG
+
+# Options that name a file to be written.
+OUTPUTS = {"--json", "--html", "--plot"}
 
 
 def show(lines: Iterable[str], *files: tuple[Path | None, Callable[[], str]]) -> None:
@@ -68,18 +73,33 @@ def with_notes(notes: Sequence[str], missing: Sequence[str], **measured: Any) ->
     }
 
 
-def check_distinct(**files: str | Path | None) -> None:
-    """Raise SettingsError if two options, given by name, have the same file.
+def check_distinct(model: str | None = None, **files: str | Path | None) -> None:
+    """Raise SettingsError if an output, see ``OUTPUTS``, would overwrite what the command has.
 
     What is no regular file, such as /dev/null or a pipe, several may share.
+
+    Args:
+        model: its folder, of whose files an output may be none.
+        **files: by the names of their options.
     """
-    given = [(name, Path(path)) for name, path in files.items() if path is not None]
+    named = {f"--{name}": path for name, path in files.items()}
+    named[CONFIG] = os.environ.get(CONFIG)
+    given = [(name, Path(path)) for name, path in named.items() if path]
     for (one, first), (other, second) in combinations(given, 2):
-        if _same(first, second):
+        if {one, other} & OUTPUTS and _same(first, second):
             raise SettingsError(
-                f"--{one} is {str(first)!r} and --{other} is {str(second)!r}, the same file, "
+                f"{one} is {str(first)!r} and {other} is {str(second)!r}, the same file, "
                 "which one of them would overwrite: name two"
             )
+    for name, path in given:
+        if model and name in OUTPUTS and any(_same(path, file) for file in _files(Path(model))):
+            raise SettingsError(
+                f"{name} is {str(path)!r}, a file of the model in --model {model!r}: name another"
+            )
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
 
 
 def _same(first: Path, second: Path) -> bool:

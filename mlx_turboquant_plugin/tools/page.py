@@ -77,8 +77,8 @@ def _footer(report: Report) -> Iterator[str]:
         f"{report.date}, on {report.device}; {versions}",
         f"Command: {report.command_line}",
         f"Weights in {report.quality_dtype}; bytes counted in caches filled in "
-        f"{report.kv_bytes_dtype}; bytes a token at {report.length:,} tokens; "
-        f"{report.chunk} tokens per forward pass.",
+        f"{report.kv_bytes_dtype}, with the tables that all caches share; bytes a token at "
+        f"{report.length:,} tokens; {report.chunk} tokens per forward pass.",
         "KL is that of the arm's next-token distribution from the exact run's, in nats.",
         f"Verdicts. {RULE}",
         "Read: tokens/s of the windows in chunks; generated: one token at a time.",

@@ -25,7 +25,7 @@ class Result:
         summary: of the same tokens fed to both.
         free: of greedy generation, or None without one.
         verdict: what the sample says.
-        kv_bytes_per_token: of all layers at the end of a window, everything counted.
+        kv_bytes_per_token: of all layers at the end of a window, tables included.
         kv_ratio: how many times smaller that is than a KVCache in bfloat16.
         coded_tokens: how many tokens of a window are held as codes at its end.
         tokens_per_second: of the windows, ``decode_tokens_per_second`` of the generation.
@@ -122,8 +122,8 @@ def lines(report: Report) -> Iterator[str]:
         f"in chunks of {report.chunk}, weights in {report.quality_dtype}"
     )
     yield (
-        f"smaller: nbytes of all layers, filled in {report.kv_bytes_dtype} up to so many tokens, "
-        "against a KVCache in bfloat16"
+        f"smaller: bytes of a sequence, filled in {report.kv_bytes_dtype} up to so many tokens, "
+        "and of the tables that all of the model's share, against KVCache's in bfloat16"
     )
     yield from report.notes
     yield ""

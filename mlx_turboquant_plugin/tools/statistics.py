@@ -231,4 +231,4 @@ def _too_few(summary: Summary) -> Iterator[str]:
 
 def _too_short(reading: Reading) -> Iterator[str]:
     if reading.share < LEAST_READING:
-        yield f"only {reading.share:.0%} of the positions read codes: --length {reading.length}"
+        yield f"only {reading.share:.1%} of the positions read codes: --length {reading.length}"

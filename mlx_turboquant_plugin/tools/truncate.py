@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         0 if every difference is explained, else 1; what is wrong with the arguments is
         raised as SettingsError.
     """
-    check_distinct(json=args.json, text=args.text, tokens=args.tokens)
+    check_distinct(args.model, json=args.json, text=args.text, tokens=args.tokens)
     disable()  # The arms switch it on.
     loaded, arm = load_model(args.model, args.tokens is None), PRESET_ARMS[args.preset]
     model = loaded.model

@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
         0. Before Ctrl-C or an error is passed on, what was measured until then is shown. Bad
         settings and models that can't be measured are raised as SettingsError.
     """
-    check_distinct(json=args.json, plot=args.plot)
+    check_distinct(args.model, json=args.json, plot=args.plot)
     overrides: dict[str, Any] = {}
     if args.kernel:
         overrides["kernel"] = resolve_kernel(args.kernel, "--kernel")
