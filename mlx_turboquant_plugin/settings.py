@@ -10,6 +10,7 @@ Standard library only: this is read before mlx is.
 """
 
 import difflib
+import functools
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -54,10 +55,16 @@ class ModelIdentity:
         """True if the glob fits the type, the hub id, the path or the folder's name."""
         names = [self.type, self.path, self.hub_id]
         if self.path:
-            # However it was spelled.
-            for path in (Path(self.path), Path(self.path).resolve()):
-                names += [str(path), path.name]
+            names += _spellings(self.path)
         return any(name and fnmatchcase(name, pattern) for name in names)
+
+
+# Each prompt cache that is made asks, and links are looked up on the disk.
+@functools.lru_cache(maxsize=64)
+def _spellings(folder: str) -> tuple[str, ...]:
+    """The names of a folder, however it was spelled: its path and its own name."""
+    paths = Path(folder), Path(folder).resolve()
+    return tuple(name for path in paths for name in (str(path), path.name))
 
 
 @dataclass(frozen=True)
@@ -134,11 +141,11 @@ class Settings:
         """Which of these, or which preset, the environment and a file set, and to what.
 
         As in "key_bits 4,4,3, sinks 64 (environment)"; empty if they set none. What comes to the
-        same as in ``unlike`` is left out.
+        same as in ``unlike``, a preset and all that shapes, is left out.
         """
         found: dict[str, list[str]] = {}
         for name in ("preset", *SHAPING):
-            if unlike and name in unlike and unlike[name] == getattr(self, name):
+            if unlike and unlike[name] == getattr(self, name):
                 continue
             origin = self.source(name).partition(f" {PREFIX}")[0]
             if origin.startswith(("environment", "file ")):

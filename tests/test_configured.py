@@ -1,7 +1,6 @@
 """What the environment and the settings file do to commands that measure presets."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import tiny
@@ -93,10 +92,9 @@ def test_the_table_of_a_model_counts(model, environment, tmp_path):
         f'value_bits 3, balance 0 (file {path} [turboquant.models."*tiny-llama"]), '
         f"sinks 8 (file {path} [turboquant])"
     )
-    [note] = not_measured(model, PRESET_ARMS["default"])
+    [note] = not_measured(model, PRESET_ARMS["default"].settings)
     assert note == f"not in force here, but in compare: {stated}"
-    with_sinks = replace(PRESET_ARMS["default"], settings={**arm.settings, "value_bits": 4})
-    [note] = not_measured(model, with_sinks)
+    [note] = not_measured(model, {**arm.settings, "value_bits": 4})
     assert "value_bits 3" in note and "sinks" not in note and "balance" not in note
     environment(KEY_BITS="4,3")
     with pytest.raises(SettingsError, match=r"environment TURBOQUANT_KEY_BITS.* has 2 numbers"):

@@ -105,15 +105,6 @@ def test_a_second_signal_ends_the_writing():
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_signals_that_are_ignored_stay_ignored():
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        with interrupts.uninterrupted():
-            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def test_sigterm_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     calls, lockstep = [], comparison.lockstep
 
@@ -138,10 +129,11 @@ def test_sigterm_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_process_that_handles_sigterm_keeps_its_handler(monkeypatch):
+@pytest.mark.parametrize("block", [interrupts.terminable, interrupts.uninterrupted])
+def test_a_process_that_handles_sigterm_keeps_its_handler(block):
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with interrupts.terminable():
+        with block():
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)

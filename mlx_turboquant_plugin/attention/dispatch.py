@@ -66,9 +66,9 @@ def attend(
 
 def _masked(view: View, mask: Mask, queries: mx.array) -> tuple[View, Mask]:
     """What ``queries`` see by a mask of their model's: a view, and a mask of its tokens."""
-    if view.plan.ring is None:
+    if mask is None and view.plan.ring is None:
         # A step of decoding, most often.
-        return view, None if mask is None else checked(mask, queries, view.plan.columns)
+        return view, None
     if view.plan.knows(mask):
         return view, "causal" if queries.shape[2] > 1 else None
     return view.whole, checked(mask, queries, view.plan.columns)

@@ -163,8 +163,7 @@ class CompressedKVCache(AttendedCache):
                 return view
         encode(self, step.encode_to)
         view = self._view(plan)
-        if self.ring is not None or not step.is_step:
-            self._forget(step.is_step)
+        self._forget(step.is_step)
         return view
 
     def emptied(self) -> "CompressedKVCache":

@@ -56,10 +56,8 @@ class FullPrecisionTokens:
         converts = (keys.dtype, values.dtype) != self.dtypes
         if converts:
             keys, values = (x.astype(dtype) for x, dtype in zip((keys, values), self.dtypes))
-        if self._unjoined is not None:
-            self._joined()
         grown = FullPrecisionTokens()
-        grown._unjoined = Unjoined(self._keys, self._values, keys, values, sinks, drop)
+        grown._unjoined = Unjoined(*self._joined(), keys, values, sinks, drop)
         grown.count = self.count - drop + keys.shape[2]
         grown.heads, grown.dtypes = self.heads, self.dtypes
         return FullPrecisionTokens(*grown._joined()) if converts else grown

@@ -13,9 +13,8 @@ from mlx_lm.models.cache import QuantizedKVCache
 
 from .. import settings
 from ..cache import CompressedKVCache
-from ..integration.identity import identity_of
 from ..rules import BYPASSES, PRESETS, SHAPING
-from .runs import compressed, compressed_prompt_cache, prompt_cache
+from .runs import compressed, compressed_prompt_cache, prompt_cache, settings_of
 
 MLX_LM_GROUP = 64
 
@@ -118,7 +117,7 @@ def configured(model: nn.Module, arms: Sequence[Arm], **overrides: Any) -> tuple
     Raises:
         SettingsError: a setting is not allowed, or bits are given for another number of layers.
     """
-    chosen = settings.load(overrides=overrides).for_model(identity_of(model))
+    chosen = settings_of(model, **overrides)
     arm = Arm(CONFIGURED, {"preset": chosen.preset, **chosen.shaping})
     words = chosen.shaped_by()
     if not words or any(_shape(arm) == _shape(other) for other in arms):
@@ -128,10 +127,9 @@ def configured(model: nn.Module, arms: Sequence[Arm], **overrides: Any) -> tuple
     return arm, words
 
 
-def not_measured(model: nn.Module, arm: Arm) -> list[str]:
-    """A line about settings that are not in force in ``arm``, where that is all that is run."""
-    chosen = settings.load().for_model(identity_of(model))
-    words = chosen.shaped_by(unlike=arm.settings or {})
+def not_measured(model: nn.Module, run: Mapping[str, Any] | None) -> list[str]:
+    """A line about settings that are not in force where those of ``run`` are."""
+    words = settings_of(model).shaped_by(unlike=run)
     return [f"not in force here, but in compare: {words}"] if words else []
 
 

@@ -1,13 +1,13 @@
 """The report of ``mlx_turboquant compare`` as one page that needs nothing else."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
 from . import plots
 from .figures import QUOTED, figures
-from .page_tables import figures_table, kl_in_words, task_tables, texts, worst_table
+from .page_tables import figures_table, kl_in_words, notes_list, task_tables, texts, worst_table
 from .report import Report
 from .statistics import RULE
 
@@ -33,7 +33,7 @@ def _page(report: Report) -> Iterator[str]:
         f"same tokens as the exact run (perplexity {report.exact.summary.perplexity:.3f}).</p>"
     )
     if report.notes:
-        yield _list(report.notes)
+        yield from notes_list(report.notes)
     yield from _cards(report)
     yield '<div class="plots">'
     for title, text, chart, shown in figures(report):
@@ -88,11 +88,7 @@ def _footer(report: Report) -> Iterator[str]:
             f"Greedy: {report.generated} tokens after a prompt of {report.prompt:,}. One close "
             "choice that falls the other way parts two texts for good, so this is an anecdote."
         )
-    yield _list(notes)
-
-
-def _list(notes: Iterable[str]) -> str:
-    return '<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
+    yield from notes_list(notes)
 
 
 def _unbroken(text: str) -> str:

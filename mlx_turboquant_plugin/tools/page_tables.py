@@ -1,6 +1,6 @@
 """The tables of the page that ``mlx_turboquant compare`` writes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from html import escape
 from typing import Any
@@ -76,9 +76,7 @@ def task_tables(report: Report) -> Iterator[str]:
         return
     yield "<h2>Tasks</h2>"
     yield from _table(COLUMNS, report.tasks.results)
-    yield '<ul class="notes">'
-    yield from (f"<li>{escape(note)}</li>" for note in notes(report.tasks))
-    yield "</ul>"
+    yield from notes_list(notes(report.tasks))
     yield "<h2>Passkeys by length and depth</h2>"
     passkeys = [cell for cell in report.tasks.cells if cell.task == "passkey"]
     yield from _table(*by_place(passkeys))
@@ -96,6 +94,13 @@ def texts(report: Report) -> Iterator[str]:
             f"<details><summary>{escape(r.name)}: {_same_for(report, r)}</summary>"
             f"<pre>{escape(text[:same])}<mark>{escape(text[same:])}</mark></pre></details>"
         )
+
+
+def notes_list(lines: Iterable[str]) -> Iterator[str]:
+    """What a reader must know, a line each."""
+    yield '<ul class="notes">'
+    yield from (f"<li>{escape(line)}</li>" for line in lines)
+    yield "</ul>"
 
 
 def kl_in_words(value: float) -> str:

@@ -55,10 +55,21 @@ def load_model(path: str, needs_tokenizer: bool = True) -> Loaded:
     return loaded
 
 
+def settings_of(model: nn.Module, **overrides: Any) -> settings.Settings:
+    """What the environment and the settings file have for a model.
+
+    Args:
+        **overrides: settings that are stronger than either.
+
+    Raises:
+        SettingsError: a setting is not allowed.
+    """
+    return settings.load(overrides=overrides).for_model(identity_of(model))
+
+
 def _refuse_opted_out(path: str, model: nn.Module) -> None:
-    identity = identity_of(model)
-    chosen = settings.load().for_model(identity)
-    pattern = chosen.opted_out(identity)
+    chosen = settings_of(model)
+    pattern = chosen.opted_out(identity_of(model))
     if pattern is not None:
         raise SettingsError(
             f"opt_out ({chosen.source('opt_out')}) is {','.join(chosen.opt_out)!r}, and "

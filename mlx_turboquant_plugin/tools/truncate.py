@@ -102,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
     loaded, arm = load_model(args.model, args.tokens is None), PRESET_ARMS[args.preset]
     model = loaded.model
     windows = read_windows(args, model, loaded.tokenizer)
-    notes = [*not_measured(model, arm), *loaded.beyond_context(args.length, "--length has")]
+    notes = not_measured(model, arm.settings)
+    notes += loaded.beyond_context(args.length, "--length has")
     places = args.at or _places(args.length, max(args.remove))
     if max(places) + max(args.remove) > args.length:
         raise SettingsError(

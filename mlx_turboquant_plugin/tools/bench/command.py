@@ -15,7 +15,7 @@ from ...interrupts import uninterrupted
 from ...reporting import status
 from ...rules import KERNELS, SettingsError
 from ..arguments import Distinct, at_least, output_file
-from ..arms import Arm, not_measured
+from ..arms import not_measured
 from ..demo import MODEL
 from ..output import check_distinct, show, write
 from ..progress import progress
@@ -223,7 +223,7 @@ def _measure(
         chosen.for_layers(len(prompt_cache(model)))
         # What the notes say, and no table of the settings file for this model.
         shaping = {"preset": chosen.preset, **chosen.shaping}
-        notes["remarks"] += not_measured(model, Arm("general", shaping))
+        notes["remarks"] += not_measured(model, shaping)
         bench = ModelBench(model, args.kv_bits, {**shaping, **overrides})
         jobs += _model_jobs(args, bench, results)
     if "layer" in args.parts:
